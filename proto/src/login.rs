@@ -1,0 +1,260 @@
+//! The login message: what `api` publishes after a login, and `mq` consumes.
+//!
+//! Its body keeps the shape of the Go original, trace context included, so that Go services built
+//! on it read ours and we read theirs:
+//!
+//! ```json
+//! {"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}
+//! ```
+//!
+//! We write exactly this and read more: see [`LoginMessage::from_json`].
+
+use opentelemetry::propagation::{Extractor, Injector};
+use serde_json::{Map, Value, json};
+use std::fmt;
+
+/// A login that happened, with the trace context of its producer span.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LoginMessage {
+    /// Where the trace context travels inside the body.
+    pub carrier: HeaderCarrier,
+    /// The mobile number that logged in. Personal: it stays out of spans and logs.
+    pub msg: String,
+}
+
+/// Shows that there is a message, not whose.
+impl fmt::Debug for LoginMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoginMessage")
+            .field("carrier", &self.carrier)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a body is not a login message. The texts hold nothing of the body itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LoginMessageError {
+    /// The body is not JSON, or not a JSON object.
+    #[error("the body is not a JSON object")]
+    NotAnObject,
+    /// There is no `Msg`.
+    #[error("the body has no member Msg")]
+    NoMsg,
+    /// `Msg` is there, but is not a string.
+    #[error("the member Msg is not a string")]
+    MsgNotAString,
+}
+
+impl LoginMessageError {
+    /// A short name of bounded cardinality, for `error.type` and the dead-letter header.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NotAnObject => "not_a_json_object",
+            Self::NoMsg => "no_msg",
+            Self::MsgNotAString => "msg_not_a_string",
+        }
+    }
+}
+
+impl LoginMessage {
+    /// The body to publish: `Carrier` is always an object, because a null crashes the Go side.
+    pub fn to_json(&self) -> Vec<u8> {
+        let carrier: Map<String, Value> = self
+            .carrier
+            .0
+            .iter()
+            .map(|(key, values)| (key.clone(), json!(values)))
+            .collect();
+        json!({ "Carrier": carrier, "Msg": self.msg })
+            .to_string()
+            .into_bytes()
+    }
+
+    /// Reads a body as tolerantly as is safe.
+    ///
+    /// Member names in upper or lower case, header names in any case, a bare string for an array,
+    /// a missing or null carrier, unknown members: all are read. A malformed carrier counts as an
+    /// empty one, since it must never cost the message its processing. The carrier is returned even
+    /// if the message is unreadable, so that the failure is seen in the right trace.
+    pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<LoginMessage, LoginMessageError>) {
+        let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
+            return (
+                HeaderCarrier::default(),
+                Err(LoginMessageError::NotAnObject),
+            );
+        };
+        let member = |name: &str, lower: &str| members.get(name).or_else(|| members.get(lower));
+
+        let carrier = HeaderCarrier::from_json(member("Carrier", "carrier"));
+        let message = match member("Msg", "msg") {
+            Some(Value::String(msg)) => Ok(LoginMessage {
+                carrier: carrier.clone(),
+                msg: msg.clone(),
+            }),
+            Some(Value::Null) | None => Err(LoginMessageError::NoMsg),
+            Some(_) => Err(LoginMessageError::MsgNotAString),
+        };
+        (carrier, message)
+    }
+}
+
+/// Go's `propagation.HeaderCarrier`, that is `http.Header`: canonical header names, each with a list
+/// of values.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HeaderCarrier(Vec<(String, Vec<String>)>);
+
+impl HeaderCarrier {
+    fn from_json(carrier: Option<&Value>) -> Self {
+        let Some(Value::Object(headers)) = carrier else {
+            return Self::default();
+        };
+        let values = |value: &Value| match value {
+            Value::String(one) => vec![one.clone()],
+            Value::Array(many) => many
+                .iter()
+                .filter_map(|v| v.as_str().map(str::to_owned))
+                .collect(),
+            _ => Vec::new(),
+        };
+        Self(
+            headers
+                .iter()
+                .map(|(name, value)| (name.clone(), values(value)))
+                .collect(),
+        )
+    }
+}
+
+impl Injector for HeaderCarrier {
+    fn set(&mut self, key: &str, value: String) {
+        self.0.push((canonical_header_name(key), vec![value]));
+    }
+}
+
+impl Extractor for HeaderCarrier {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.get_all(key)?.first().copied()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Every value, across names that differ in case only: two of a kind must be seen as two.
+    fn get_all(&self, key: &str) -> Option<Vec<&str>> {
+        let same_name = self
+            .0
+            .iter()
+            .filter(|(name, _)| name.eq_ignore_ascii_case(key));
+        let values: Vec<&str> = same_name
+            .flat_map(|(_, values)| values)
+            .map(String::as_str)
+            .collect();
+        (!values.is_empty()).then_some(values)
+    }
+}
+
+/// The form in which Go stores a header name: first letter and letters after `-` in upper case.
+///
+/// Source: Go's `textproto.CanonicalMIMEHeaderKey`.
+fn canonical_header_name(name: &str) -> String {
+    let mut at_start = true;
+    name.chars()
+        .map(|c| {
+            let canonical = if at_start {
+                c.to_ascii_uppercase()
+            } else {
+                c.to_ascii_lowercase()
+            };
+            at_start = c == '-';
+            canonical
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    #[test]
+    fn body_has_the_shape_of_the_go_original() {
+        let mut carrier = HeaderCarrier::default();
+        carrier.set("traceparent", TRACEPARENT.to_owned());
+        let message = LoginMessage {
+            carrier,
+            msg: "13800138000".to_owned(),
+        };
+        assert_eq!(
+            String::from_utf8(message.to_json()).unwrap(),
+            r#"{"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}"#
+        );
+    }
+
+    #[test]
+    fn empty_carrier_is_an_object_never_null() {
+        let message = LoginMessage {
+            carrier: HeaderCarrier::default(),
+            msg: String::new(),
+        };
+        assert_eq!(message.to_json(), br#"{"Carrier":{},"Msg":""}"#);
+    }
+
+    #[test]
+    fn header_names_are_written_as_go_writes_them() {
+        assert_eq!(canonical_header_name("traceparent"), "Traceparent");
+        assert_eq!(canonical_header_name("X-B3-TRACEID"), "X-B3-Traceid");
+    }
+
+    #[test]
+    fn header_names_that_differ_in_case_are_the_same_header() {
+        let body = br#"{"Carrier":{"traceparent":["a"],"Traceparent":["b"]},"Msg":""}"#;
+        let (carrier, _) = LoginMessage::from_json(body);
+        assert_eq!(carrier.get_all("traceparent").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn malformed_carrier_does_not_cost_the_message() {
+        for carrier in [
+            "7",
+            "null",
+            "[]",
+            "\"x\"",
+            r#"{"Traceparent":7}"#,
+            r#"{"Traceparent":[7,null]}"#,
+        ] {
+            let body = format!(r#"{{"Carrier":{carrier},"Msg":"m"}}"#);
+            let (carrier, message) = LoginMessage::from_json(body.as_bytes());
+            assert_eq!(carrier.get("traceparent"), None, "{body}");
+            assert_eq!(message.unwrap().msg, "m", "{body}");
+        }
+    }
+
+    #[test]
+    fn errors_and_debug_output_hold_nothing_of_the_body() {
+        let message = LoginMessage {
+            carrier: HeaderCarrier::default(),
+            msg: "13800138000".to_owned(),
+        };
+        assert!(!format!("{message:?}").contains("138"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = LoginMessage::from_json(&body);
+        }
+
+        #[test]
+        fn what_we_write_we_read(msg in ".*", tracestate in ".*") {
+            let mut carrier = HeaderCarrier::default();
+            carrier.set("traceparent", TRACEPARENT.to_owned());
+            carrier.set("tracestate", tracestate);
+            let message = LoginMessage { carrier, msg };
+            let (_, read) = LoginMessage::from_json(&message.to_json());
+            prop_assert_eq!(read.unwrap(), message);
+        }
+    }
+}
