@@ -1,0 +1,319 @@
+//! AMQP: what the hand-written spans of a producer and a consumer need.
+//!
+//! There is no layer here. lapin has no place for one, and where a message is sent or processed is
+//! something that only the code knows: so `send_msg_mq` is opened in `api/src/publisher.rs` and
+//! `mq_consumer_msg` in `mq/src/consumer.rs`, by hand. This file has the carrier (message headers), the
+//! relation of the two spans, and their attributes (semantic conventions 1.45, RabbitMQ).
+
+use crate::semconv;
+use lapin::{
+    message::Delivery,
+    types::{AMQPValue, FieldTable, LongString},
+    uri::AMQPUri,
+};
+use opentelemetry::{
+    Context, KeyValue,
+    propagation::{Extractor, Injector},
+    trace::{Link, SpanBuilder, SpanContext, SpanKind, TraceContextExt},
+};
+use std::{fmt, net::IpAddr, str::FromStr};
+
+/// AMQP message headers as the carrier to write.
+pub struct HeadersMut<'a>(pub &'a mut FieldTable);
+
+impl Injector for HeadersMut<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        self.0
+            .insert(key.into(), AMQPValue::LongString(value.into()));
+    }
+}
+
+/// The same, as the carrier to read. Header names are compared without regard to case.
+pub struct Headers<'a>(pub &'a FieldTable);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.get_all(key)?.first().copied()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.inner().keys().map(|name| name.as_str()).collect()
+    }
+
+    fn get_all(&self, key: &str) -> Option<Vec<&str>> {
+        let same_name = self
+            .0
+            .inner()
+            .iter()
+            .filter(|(name, _)| name.as_str().eq_ignore_ascii_case(key));
+        let values: Vec<&str> = same_name.flat_map(|(_, value)| strings(value)).collect();
+        (!values.is_empty()).then_some(values)
+    }
+}
+
+/// A value that is no string is malformed in every format there is; it must not look absent.
+fn strings(value: &AMQPValue) -> Vec<&str> {
+    fn utf8(value: &LongString) -> &str {
+        std::str::from_utf8(value.as_bytes()).unwrap_or("\u{fffd}")
+    }
+    match value {
+        AMQPValue::LongString(value) => vec![utf8(value)],
+        AMQPValue::ShortString(value) => vec![value.as_str()],
+        AMQPValue::FieldArray(values) => values.as_slice().iter().flat_map(strings).collect(),
+        AMQPValue::Void => Vec::new(),
+        _ => vec!["\u{fffd}"],
+    }
+}
+
+/// Where a message's trace context was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContextSource {
+    /// In its AMQP headers, which come first.
+    Headers,
+    /// In its body.
+    Body,
+    /// Nowhere, or malformed wherever it was.
+    None,
+}
+
+impl ContextSource {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Headers => "headers",
+            Self::Body => "body",
+            Self::None => "none",
+        }
+    }
+}
+
+/// The context of the producer, from the headers or else from the body.
+pub fn extract(headers: Option<&FieldTable>, body: &dyn Extractor) -> (Context, ContextSource) {
+    let continues_a_trace = |cx: &Context| cx.span().span_context().is_valid();
+    let from_headers = headers
+        .map(|headers| crate::extract(&Headers(headers)))
+        .unwrap_or_default();
+    if continues_a_trace(&from_headers) {
+        return (from_headers, ContextSource::Headers);
+    }
+    let from_body = crate::extract(body);
+    if continues_a_trace(&from_body) {
+        return (from_body, ContextSource::Body);
+    }
+    // No trace, but there may be baggage.
+    (from_headers, ContextSource::None)
+}
+
+/// How a consumer span relates to the producer span.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Relation {
+    /// Its child, in the same trace.
+    #[default]
+    Parent,
+    /// A new trace, linked to the producer's.
+    Link,
+    /// Its child, with a link besides.
+    Both,
+}
+
+impl FromStr for Relation {
+    type Err = UnknownRelation;
+
+    fn from_str(name: &str) -> Result<Self, UnknownRelation> {
+        match name {
+            "parent" => Ok(Self::Parent),
+            "link" => Ok(Self::Link),
+            "both" => Ok(Self::Both),
+            _ => Err(UnknownRelation),
+        }
+    }
+}
+
+/// The name of a [`Relation`] that does not exist.
+#[derive(Debug, thiserror::Error)]
+#[error("known are parent, link, both")]
+pub struct UnknownRelation;
+
+impl Relation {
+    /// A CONSUMER span for a message that came with the context `producer`, and its parent context. The
+    /// message's baggage is in the parent context whatever the relation.
+    pub fn consumer_span(self, name: &'static str, producer: Context) -> (SpanBuilder, Context) {
+        let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Consumer);
+        let target = producer.span().span_context().clone();
+        if self == Self::Parent || !target.is_valid() {
+            return (builder, producer);
+        }
+        let builder = builder.with_links(vec![Link::with_context(target)]);
+        match self {
+            Self::Link => (
+                builder,
+                producer.with_remote_span_context(SpanContext::NONE),
+            ),
+            Self::Parent | Self::Both => (builder, producer),
+        }
+    }
+}
+
+/// The broker, as spans name it.
+#[derive(Debug, Clone)]
+pub struct Broker {
+    address: String,
+    port: i64,
+    client_id: &'static str,
+}
+
+impl Broker {
+    /// `client_id` is the name that the connection has on the broker.
+    pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
+        Self {
+            address: uri.authority.host.clone(),
+            port: uri.authority.port.into(),
+            client_id,
+        }
+    }
+
+    /// Attributes of a PRODUCER span.
+    pub fn producer_attributes(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        message_id: &str,
+    ) -> Vec<KeyValue> {
+        let mut attributes = self.attributes(
+            "send",
+            &destination_name(&[exchange, routing_key]),
+            routing_key,
+        );
+        attributes.push(KeyValue::new(
+            semconv::MESSAGING_MESSAGE_ID,
+            message_id.to_owned(),
+        ));
+        attributes
+    }
+
+    /// Attributes of a CONSUMER span.
+    pub fn consumer_attributes(
+        &self,
+        delivery: &Delivery,
+        queue: &str,
+        source: ContextSource,
+    ) -> Vec<KeyValue> {
+        let (exchange, routing_key) = (delivery.exchange.as_str(), delivery.routing_key.as_str());
+        let destination = destination_name(&[exchange, routing_key, queue]);
+        let mut attributes = self.attributes("process", &destination, routing_key);
+        let delivery_tag = delivery.delivery_tag.cast_signed();
+        attributes.push(KeyValue::new(
+            semconv::MESSAGING_RABBITMQ_DELIVERY_TAG,
+            delivery_tag,
+        ));
+        attributes.push(KeyValue::new(
+            semconv::TRACE_CONTEXT_SOURCE,
+            source.as_str(),
+        ));
+        if let Some(id) = delivery.properties.message_id() {
+            attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, id.to_string()));
+        }
+        attributes
+    }
+
+    fn attributes(
+        &self,
+        operation: &'static str,
+        destination: &str,
+        routing_key: &str,
+    ) -> Vec<KeyValue> {
+        let mut attributes = Vec::with_capacity(12);
+        attributes.extend([
+            KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
+            KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
+            KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
+            KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination.to_owned()),
+            KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id),
+            KeyValue::new(semconv::SERVER_ADDRESS, self.address.clone()),
+            KeyValue::new(semconv::SERVER_PORT, self.port),
+        ]);
+        if !routing_key.is_empty() {
+            attributes.push(KeyValue::new(
+                semconv::MESSAGING_RABBITMQ_ROUTING_KEY,
+                routing_key.to_owned(),
+            ));
+        }
+        // With an address there is no resolver and no choice: it is the peer.
+        if self.address.parse::<IpAddr>().is_ok() {
+            attributes.push(KeyValue::new(
+                semconv::NETWORK_PEER_ADDRESS,
+                self.address.clone(),
+            ));
+            attributes.push(KeyValue::new(semconv::NETWORK_PEER_PORT, self.port));
+        }
+        attributes
+    }
+}
+
+/// `{exchange}:{routing key}` and for a consumer `:{queue}`; empty and repeated parts are left out, and
+/// if nothing remains it is the default exchange (RabbitMQ spans, `messaging.destination.name`).
+fn destination_name(parts: &[&str]) -> String {
+    let mut kept: Vec<&str> = Vec::with_capacity(parts.len());
+    for part in parts {
+        if !part.is_empty() && !kept.contains(part) {
+            kept.push(part);
+        }
+    }
+    if kept.is_empty() {
+        "amq.default".to_owned()
+    } else {
+        kept.join(":")
+    }
+}
+
+impl fmt::Display for Broker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.address, self.port)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::types::FieldArray;
+
+    #[test]
+    fn destination_names_leave_out_empty_and_repeated_parts() {
+        for (parts, name) in [
+            (&["e", "k"][..], "e:k"),
+            (&["", "q"], "q"),
+            (&["e", ""], "e"),
+            (&["", ""], "amq.default"),
+            (&["e", "k", "q"], "e:k:q"),
+            (&["", "q", "q"], "q"),
+            (&["e", "q", "q"], "e:q"),
+        ] {
+            assert_eq!(destination_name(parts), name);
+        }
+    }
+
+    #[test]
+    fn header_values_of_other_clients_are_read() {
+        let mut headers = FieldTable::default();
+        headers.insert("TraceParent".into(), AMQPValue::ShortString("short".into()));
+        headers.insert("number".into(), AMQPValue::LongInt(7));
+        headers.insert("bytes".into(), AMQPValue::LongString(b"\xff"[..].into()));
+        headers.insert("void".into(), AMQPValue::Void);
+        let mut array = FieldArray::default();
+        array.push(AMQPValue::LongString("a".into()));
+        array.push(AMQPValue::LongString("b".into()));
+        headers.insert("array".into(), AMQPValue::FieldArray(array));
+
+        let headers = Headers(&headers);
+        assert_eq!(headers.get("traceparent"), Some("short"));
+        assert_eq!(headers.get("number"), Some("\u{fffd}"));
+        assert_eq!(headers.get("bytes"), Some("\u{fffd}"));
+        assert_eq!(headers.get("void"), None);
+        assert_eq!(headers.get_all("array"), Some(vec!["a", "b"]));
+    }
+
+    #[test]
+    fn relations_have_names() {
+        assert_eq!("both".parse::<Relation>().unwrap(), Relation::Both);
+        assert!("child".parse::<Relation>().is_err());
+    }
+}

@@ -1,0 +1,93 @@
+//! A response body that ends its span: when the last frame passes, not when the handler returns.
+
+use bytes::Buf;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use opentelemetry::Context;
+use pin_project_lite::pin_project;
+use std::{
+    pin::Pin,
+    task::{self, Poll, ready},
+};
+
+/// A span that waits for the end of a body. Dropped before that, it ends as cancelled.
+pub trait AwaitsBody {
+    /// What is current while the body is produced.
+    fn context(&self) -> &Context;
+
+    /// Ends the span.
+    fn end_of_body(self, end: BodyEnd<'_>);
+}
+
+/// How a body ended.
+pub enum BodyEnd<'a> {
+    /// With its last frame of data.
+    Complete,
+    /// With trailers, where gRPC has its status.
+    Trailers(&'a HeaderMap),
+    /// It broke.
+    Error,
+}
+
+pin_project! {
+    /// A body and the span that it ends.
+    #[derive(Debug)]
+    pub struct TracedBody<B, S> {
+        #[pin]
+        body: B,
+        span: Option<S>,
+    }
+}
+
+impl<B, S: AwaitsBody> TracedBody<B, S> {
+    /// `span` is `None` if it has ended already.
+    pub(crate) fn new(body: B, span: Option<S>) -> Self {
+        Self { body, span }
+    }
+}
+
+impl<B: Body, S: AwaitsBody> Body for TracedBody<B, S>
+where
+    B::Data: Buf,
+{
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        task: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let mut this = self.project();
+        // Spans and logs of a streaming handler belong to this request, too.
+        let attached = this
+            .span
+            .as_ref()
+            .map(|span| span.context().clone().attach());
+        let frame = ready!(this.body.as_mut().poll_frame(task));
+        drop(attached);
+
+        let end = match &frame {
+            None => Some(BodyEnd::Complete),
+            Some(Err(_)) => Some(BodyEnd::Error),
+            Some(Ok(frame)) => match frame.trailers_ref() {
+                Some(trailers) => Some(BodyEnd::Trailers(trailers)),
+                // hyper may drop a body at its last frame, without asking for a next one.
+                None => this.body.is_end_stream().then_some(BodyEnd::Complete),
+            },
+        };
+        if let Some(end) = end
+            && let Some(span) = this.span.take()
+        {
+            span.end_of_body(end);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,763 @@
+//! The `OTEL_*` variables, read and validated before anything opens.
+//!
+//! Names, meanings and defaults are those of the OpenTelemetry specification ("Environment Variable
+//! Specification", "OTLP Exporter Configuration"); docs/configuration.md lists every one, with the test
+//! that shows it. One thing is stricter: where the specification says to warn and go on with a default,
+//! a value that can't be honoured is an error here. A service is either right or not started.
+
+use crate::{log, propagation::Propagator};
+use http::{HeaderName, HeaderValue, Uri, uri::Scheme};
+use opentelemetry::KeyValue;
+use opentelemetry_sdk::{Resource, trace::Sampler, trace::SpanLimits};
+use percent_encoding::percent_decode_str;
+use std::{env, ffi::OsString, str::FromStr, time::Duration};
+
+/// Everything that shapes tracing and logging in this process.
+#[derive(Debug)]
+pub struct Config {
+    pub(crate) resource: Resource,
+    /// Spans go to each of these; to nowhere if there is none.
+    pub(crate) exporters: Vec<Exporter>,
+    pub(crate) sampler: Sampler,
+    pub(crate) propagators: Vec<Propagator>,
+    pub(crate) limits: SpanLimits,
+    pub(crate) batch: BatchConfig,
+    pub(crate) sdk_disabled: bool,
+    pub(crate) log: log::Config,
+}
+
+/// Where spans go, and how.
+#[derive(Debug, Clone)]
+pub(crate) enum Exporter {
+    Otlp(OtlpConfig),
+    Zipkin { endpoint: Uri, timeout: Duration },
+    Console,
+}
+
+/// `OTEL_EXPORTER_OTLP_*`
+#[derive(Clone)]
+pub(crate) struct OtlpConfig {
+    pub protocol: OtlpProtocol,
+    /// For gRPC the server, for HTTP the whole URL.
+    pub endpoint: Uri,
+    /// May hold credentials: never shown.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Bounds one attempt.
+    pub timeout: Duration,
+    pub gzip: bool,
+}
+
+impl std::fmt::Debug for OtlpConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            protocol,
+            endpoint,
+            headers: _,
+            timeout,
+            gzip,
+        } = self;
+        write!(
+            f,
+            "OtlpConfig({protocol:?} to {endpoint}, timeout {timeout:?}, gzip {gzip})"
+        )
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OtlpProtocol {
+    Grpc,
+    HttpProtobuf,
+}
+
+/// `OTEL_BSP_*`, and the limit on values that belongs to encoding.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchConfig {
+    /// The longest that a span waits for its batch to fill.
+    pub schedule_delay: Duration,
+    /// Bounds the export of one batch, retries included.
+    pub export_timeout: Duration,
+    /// Spans held at most; what ends beyond that is dropped.
+    pub max_queue_size: usize,
+    pub max_export_batch_size: usize,
+    /// Longer strings are cut to so many characters.
+    pub value_length_limit: Option<usize>,
+}
+
+/// A variable whose value can't be honoured.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{variable}: {problem}")]
+pub struct ConfigError {
+    variable: String,
+    /// Holds no secret: the values of headers are left out.
+    problem: String,
+}
+
+impl ConfigError {
+    fn new(variable: &str, problem: impl Into<String>) -> Self {
+        Self {
+            variable: variable.to_owned(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the environment of this process.
+    ///
+    /// `service_name` and `service_version` are used unless `OTEL_SERVICE_NAME` or
+    /// `OTEL_RESOURCE_ATTRIBUTES` say otherwise.
+    ///
+    /// # Errors
+    /// If a variable has a value that is unknown, malformed, or contradicts another.
+    pub fn from_env(
+        service_name: &'static str,
+        service_version: &'static str,
+    ) -> Result<Self, ConfigError> {
+        Self::read(
+            service_name,
+            service_version,
+            &Environment(&|name| env::var_os(name)),
+        )
+    }
+
+    fn read(
+        name: &'static str,
+        version: &'static str,
+        env: &Environment,
+    ) -> Result<Self, ConfigError> {
+        if env.get("OTEL_CONFIG_FILE")?.is_some() {
+            return Err(ConfigError::new(
+                "OTEL_CONFIG_FILE",
+                "declarative configuration is not supported",
+            ));
+        }
+        Ok(Self {
+            resource: resource(name, version, env)?,
+            exporters: exporters(env)?,
+            sampler: sampler(env)?,
+            propagators: propagators(env)?,
+            limits: span_limits(env)?,
+            batch: batch(env)?,
+            sdk_disabled: env.boolean("OTEL_SDK_DISABLED")?,
+            log: log::Config {
+                format: match env.get("LOG_FORMAT")?.as_deref() {
+                    None | Some("text") => log::Format::Text,
+                    Some("json") => log::Format::Json,
+                    Some(other) => return Err(unknown("LOG_FORMAT", other, "text, json")),
+                },
+                filter: env.parse("RUST_LOG", "filter directives like info,api=debug")?,
+            },
+        })
+    }
+}
+
+/// What describes this process in every span (semantic conventions 1.45, resources).
+fn resource(
+    name: &'static str,
+    version: &'static str,
+    env: &Environment,
+) -> Result<Resource, ConfigError> {
+    const VARIABLE: &str = "OTEL_RESOURCE_ATTRIBUTES";
+
+    let mut attributes = crate::resource::detect(name, version);
+    if let Some(list) = env.get(VARIABLE)? {
+        for pair in list
+            .split(',')
+            .map(str::trim)
+            .filter(|pair| !pair.is_empty())
+        {
+            let malformed =
+                || ConfigError::new(VARIABLE, format!("expected key=value, found {pair:?}"));
+            let (key, value) = pair.split_once('=').ok_or_else(malformed)?;
+            let value = percent_decode_str(value.trim())
+                .decode_utf8()
+                .map_err(|_| malformed())?;
+            if key.trim().is_empty() {
+                return Err(malformed());
+            }
+            attributes.push(KeyValue::new(key.trim().to_owned(), value.into_owned()));
+        }
+    }
+    if let Some(name) = env.get("OTEL_SERVICE_NAME")? {
+        attributes.push(KeyValue::new("service.name", name));
+    }
+    // Of several values for a key the last one stays.
+    Ok(Resource::builder_empty()
+        .with_detector(Box::new(
+            opentelemetry_sdk::resource::TelemetryResourceDetector,
+        ))
+        .with_attributes(attributes)
+        .build())
+}
+
+fn exporters(env: &Environment) -> Result<Vec<Exporter>, ConfigError> {
+    const VARIABLE: &str = "OTEL_TRACES_EXPORTER";
+
+    let names = env.list(VARIABLE, "otlp")?;
+    if names.iter().any(|name| name == "none") && names.len() > 1 {
+        return Err(ConfigError::new(
+            VARIABLE,
+            "none contradicts the other exporters",
+        ));
+    }
+    let exporter = |name: &String| match name.as_str() {
+        "none" => Ok(None),
+        "otlp" => Ok(Some(Exporter::Otlp(otlp(env)?))),
+        "zipkin" => Ok(Some(Exporter::Zipkin {
+            endpoint: env
+                .endpoint(&["OTEL_EXPORTER_ZIPKIN_ENDPOINT"])?
+                .map_or_else(
+                    || Uri::from_static("http://127.0.0.1:9411/api/v2/spans"),
+                    |(_, endpoint)| endpoint,
+                ),
+            timeout: env.timeout(&["OTEL_EXPORTER_ZIPKIN_TIMEOUT"], 10_000)?,
+        })),
+        "console" => Ok(Some(Exporter::Console)),
+        other => Err(unknown(VARIABLE, other, "otlp, zipkin, console, none")),
+    };
+    names
+        .iter()
+        .filter_map(|name| exporter(name).transpose())
+        .collect()
+}
+
+fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
+    const PROTOCOL: [&str; 2] = [
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+    ];
+    const ENDPOINT: [&str; 2] = [
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+    ];
+    const HEADERS: [&str; 2] = [
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+        "OTEL_EXPORTER_OTLP_HEADERS",
+    ];
+    const TIMEOUT: [&str; 2] = [
+        "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+        "OTEL_EXPORTER_OTLP_TIMEOUT",
+    ];
+    const COMPRESSION: [&str; 2] = [
+        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
+        "OTEL_EXPORTER_OTLP_COMPRESSION",
+    ];
+
+    let protocol = match env.first(&PROTOCOL)? {
+        None => OtlpProtocol::Grpc,
+        Some((variable, value)) => match value.as_str() {
+            "grpc" => OtlpProtocol::Grpc,
+            "http/protobuf" => OtlpProtocol::HttpProtobuf,
+            other => return Err(unknown(variable, other, "grpc, http/protobuf")),
+        },
+    };
+    let endpoint = match (protocol, env.endpoint(&ENDPOINT)?) {
+        (OtlpProtocol::Grpc, None) => Uri::from_static("http://127.0.0.1:4317"),
+        (OtlpProtocol::Grpc, Some((_, endpoint))) => endpoint,
+        (OtlpProtocol::HttpProtobuf, None) => Uri::from_static("http://127.0.0.1:4318/v1/traces"),
+        // The general endpoint is a base to which the signal's path is added; the traces endpoint is not.
+        (OtlpProtocol::HttpProtobuf, Some((variable, base))) if variable == ENDPOINT[1] => {
+            let url = format!("{}/v1/traces", base.to_string().trim_end_matches('/'));
+            url.parse().map_err(|_| {
+                ConfigError::new(variable, format!("expected a base URL, found {base}"))
+            })?
+        }
+        (OtlpProtocol::HttpProtobuf, Some((_, endpoint))) => endpoint,
+    };
+    for variable in ["CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"] {
+        let variables =
+            ["OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"].map(|v| v.to_owned() + variable);
+        if let Some((variable, _)) = env.first(&[&variables[0], &variables[1]])? {
+            return Err(ConfigError::new(variable, "TLS is not supported"));
+        }
+    }
+    let gzip = match env.first(&COMPRESSION)? {
+        None => false,
+        Some((variable, value)) => match value.as_str() {
+            "gzip" => true,
+            "none" => false,
+            other => return Err(unknown(variable, other, "gzip, none")),
+        },
+    };
+    Ok(OtlpConfig {
+        protocol,
+        endpoint,
+        headers: otlp_headers(env.first(&HEADERS)?)?,
+        timeout: env.timeout(&TIMEOUT, 10_000)?,
+        gzip,
+    })
+}
+
+/// `key=value,key=value`, the values percent-encoded. Errors tell the position, not the content.
+fn otlp_headers(
+    setting: Option<(&str, String)>,
+) -> Result<Vec<(HeaderName, HeaderValue)>, ConfigError> {
+    let Some((variable, list)) = setting else {
+        return Ok(Vec::new());
+    };
+    let pairs = list
+        .split(',')
+        .map(str::trim)
+        .filter(|pair| !pair.is_empty());
+    let header = |pair: &str| {
+        let (name, value) = pair.split_once('=')?;
+        let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
+        let mut value = HeaderValue::from_str(&value).ok()?;
+        value.set_sensitive(true);
+        Some((HeaderName::from_bytes(name.trim().as_bytes()).ok()?, value))
+    };
+    let numbered = pairs.enumerate().map(|(i, pair)| {
+        header(pair)
+            .ok_or_else(|| ConfigError::new(variable, format!("header {} is not key=value", i + 1)))
+    });
+    numbered.collect()
+}
+
+fn sampler(env: &Environment) -> Result<Sampler, ConfigError> {
+    const SAMPLER: &str = "OTEL_TRACES_SAMPLER";
+    const ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
+
+    let name = env.get(SAMPLER)?;
+    let name = name.as_deref().unwrap_or("parentbased_always_on");
+    let arg: Option<f64> = env.parse(ARG, "a number from 0 to 1")?;
+    if arg.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
+        return Err(ConfigError::new(ARG, "expected a number from 0 to 1"));
+    }
+    if arg.is_some() && !name.ends_with("traceidratio") {
+        return Err(ConfigError::new(
+            ARG,
+            format!("the sampler {name} takes no argument"),
+        ));
+    }
+    let ratio = Sampler::TraceIdRatioBased(arg.unwrap_or(1.0));
+    let parent_based = |root| Sampler::ParentBased(Box::new(root));
+    Ok(match name {
+        "always_on" => Sampler::AlwaysOn,
+        "always_off" => Sampler::AlwaysOff,
+        "traceidratio" => ratio,
+        "parentbased_always_on" => parent_based(Sampler::AlwaysOn),
+        "parentbased_always_off" => parent_based(Sampler::AlwaysOff),
+        "parentbased_traceidratio" => parent_based(ratio),
+        other => {
+            let known = "always_on, always_off, traceidratio, parentbased_always_on, \
+                         parentbased_always_off, parentbased_traceidratio";
+            return Err(unknown(SAMPLER, other, known));
+        }
+    })
+}
+
+fn propagators(env: &Environment) -> Result<Vec<Propagator>, ConfigError> {
+    const VARIABLE: &str = "OTEL_PROPAGATORS";
+
+    let names = env.list(VARIABLE, "tracecontext,baggage")?;
+    if names == ["none"] {
+        return Ok(Vec::new());
+    }
+    let propagator = |name: &String| match Propagator::from_name(name) {
+        Some(propagator) => Ok(propagator),
+        None if name == "none" => Err(ConfigError::new(
+            VARIABLE,
+            "none contradicts the other propagators",
+        )),
+        None => Err(unknown(
+            VARIABLE,
+            name,
+            "tracecontext, baggage, b3, b3multi, jaeger, none",
+        )),
+    };
+    names.iter().map(propagator).collect()
+}
+
+fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {
+    let count = |variables: &[&'static str]| env.number(variables, 128);
+    let default_attributes = env.number(&["OTEL_ATTRIBUTE_COUNT_LIMIT"], 128)?;
+    Ok(SpanLimits {
+        max_attributes_per_span: env
+            .number(&["OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"], default_attributes)?,
+        max_events_per_span: count(&["OTEL_SPAN_EVENT_COUNT_LIMIT"])?,
+        max_links_per_span: count(&["OTEL_SPAN_LINK_COUNT_LIMIT"])?,
+        max_attributes_per_event: count(&["OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT"])?,
+        max_attributes_per_link: count(&["OTEL_LINK_ATTRIBUTE_COUNT_LIMIT"])?,
+    })
+}
+
+fn batch(env: &Environment) -> Result<BatchConfig, ConfigError> {
+    const QUEUE: &str = "OTEL_BSP_MAX_QUEUE_SIZE";
+    const BATCH: &str = "OTEL_BSP_MAX_EXPORT_BATCH_SIZE";
+    const VALUE_LENGTH: [&str; 2] = [
+        "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT",
+        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT",
+    ];
+
+    let max_queue_size = env.number(&[QUEUE], 16_384)?;
+    // The default follows a small queue; a value that was given must fit.
+    let max_export_batch_size = env.number(&[BATCH], max_queue_size.min(512))?;
+    for (variable, size) in [(QUEUE, max_queue_size), (BATCH, max_export_batch_size)] {
+        if size == 0 {
+            return Err(ConfigError::new(variable, "expected a number above 0"));
+        }
+    }
+    if max_export_batch_size > max_queue_size {
+        return Err(ConfigError::new(
+            BATCH,
+            format!("{max_export_batch_size} is more than {QUEUE}, {max_queue_size}"),
+        ));
+    }
+    Ok(BatchConfig {
+        schedule_delay: Duration::from_millis(env.number(&["OTEL_BSP_SCHEDULE_DELAY"], 5_000)?),
+        export_timeout: env.timeout(&["OTEL_BSP_EXPORT_TIMEOUT"], 30_000)?,
+        max_queue_size,
+        max_export_batch_size,
+        value_length_limit: match env.first(&VALUE_LENGTH)? {
+            None => None,
+            Some((variable, value)) => Some(parse(variable, &value, "a number of characters")?),
+        },
+    })
+}
+
+/// The variables, by name; tests bring their own.
+struct Environment<'a>(&'a dyn Fn(&str) -> Option<OsString>);
+
+impl Environment<'_> {
+    /// The value; `None` if unset or empty, which the specification says is the same.
+    fn get(&self, variable: &str) -> Result<Option<String>, ConfigError> {
+        let Some(value) = (self.0)(variable) else {
+            return Ok(None);
+        };
+        let value = value
+            .into_string()
+            .map_err(|_| ConfigError::new(variable, "is not UTF-8"))?;
+        Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
+    }
+
+    /// The first of `variables` that is set: the specific name before the general one.
+    fn first<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
+        for variable in variables {
+            if let Some(value) = self.get(variable)? {
+                return Ok(Some((variable, value)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn parse<T: FromStr>(&self, variable: &str, expected: &str) -> Result<Option<T>, ConfigError> {
+        self.get(variable)?
+            .map(|value| parse(variable, &value, expected))
+            .transpose()
+    }
+
+    fn number<T: FromStr>(&self, variables: &[&str], default: T) -> Result<T, ConfigError> {
+        match self.first(variables)? {
+            Some((variable, value)) => parse(variable, &value, "a whole number"),
+            None => Ok(default),
+        }
+    }
+
+    /// Milliseconds; zero means no limit.
+    fn timeout(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
+        Ok(match self.number(variables, default)? {
+            0 => Duration::MAX,
+            milliseconds => Duration::from_millis(milliseconds),
+        })
+    }
+
+    fn boolean(&self, variable: &str) -> Result<bool, ConfigError> {
+        match self
+            .get(variable)?
+            .map(|value| value.to_ascii_lowercase())
+            .as_deref()
+        {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(other) => Err(unknown(variable, other, "true, false")),
+        }
+    }
+
+    /// Comma-separated names, each kept once.
+    fn list(&self, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
+        let list = self.get(variable)?.unwrap_or_else(|| default.to_owned());
+        let mut names: Vec<String> = Vec::new();
+        for name in list.split(',').map(str::trim) {
+            if !names.iter().any(|known| known == name) {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// An absolute URL. A missing scheme is an error, since libraries disagree on which one is meant.
+    fn endpoint<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, Uri)>, ConfigError> {
+        let Some((variable, value)) = self.first(variables)? else {
+            return Ok(None);
+        };
+        let malformed = |problem: &str| Err(ConfigError::new(variable, problem));
+        let Ok(endpoint) = value.parse::<Uri>() else {
+            return malformed("expected a URL like http://127.0.0.1:4317");
+        };
+        match (endpoint.scheme(), endpoint.authority()) {
+            (Some(_), Some(authority)) if authority.as_str().contains('@') => {
+                malformed("credentials belong into OTEL_EXPORTER_OTLP_HEADERS, not into the URL")
+            }
+            (Some(scheme), Some(_)) if *scheme == Scheme::HTTP => Ok(Some((variable, endpoint))),
+            (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => malformed(
+                "https is not supported: send to a collector nearby, and let it speak TLS",
+            ),
+            _ => malformed("expected a URL with its scheme, like http://127.0.0.1:4317"),
+        }
+    }
+}
+
+fn parse<T: FromStr>(variable: &str, value: &str, expected: &str) -> Result<T, ConfigError> {
+    value
+        .parse()
+        .map_err(|_| ConfigError::new(variable, format!("expected {expected}, found {value:?}")))
+}
+
+fn unknown(variable: &str, value: &str, known: &str) -> ConfigError {
+    ConfigError::new(
+        variable,
+        format!("unknown value {value:?}; known are {known}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let lookup = |name: &str| {
+            let found = variables.iter().find(|(variable, _)| *variable == name);
+            found.map(|(_, value)| OsString::from(value))
+        };
+        Config::read("api", "1.2.3", &Environment(&lookup))
+    }
+
+    fn otlp(variables: &[(&str, &str)]) -> OtlpConfig {
+        match read(variables).unwrap().exporters.remove(0) {
+            Exporter::Otlp(otlp) => otlp,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn attribute(config: &Config, key: &'static str) -> String {
+        config
+            .resource
+            .get(&key.into())
+            .map(|value| value.to_string())
+            .unwrap_or_default()
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_specification() {
+        let config = read(&[]).unwrap();
+        assert_eq!(format!("{:?}", config.sampler), "ParentBased(AlwaysOn)");
+        assert_eq!(
+            config.propagators,
+            [Propagator::TraceContext, Propagator::Baggage]
+        );
+        assert_eq!(config.limits.max_attributes_per_span, 128);
+        assert_eq!(config.batch.schedule_delay, Duration::from_secs(5));
+        assert_eq!(config.batch.max_export_batch_size, 512);
+        assert!(!config.sdk_disabled);
+        assert_eq!(otlp(&[]).endpoint, "http://127.0.0.1:4317");
+    }
+
+    #[test]
+    fn an_empty_value_is_an_unset_one() {
+        let empty = [
+            "OTEL_SDK_DISABLED",
+            "OTEL_TRACES_EXPORTER",
+            "OTEL_TRACES_SAMPLER",
+            "RUST_LOG",
+        ]
+        .map(|v| (v, " "));
+        assert!(read(&empty).is_ok());
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_an_error_that_names_its_variable() {
+        for (variable, value) in [
+            ("OTEL_SDK_DISABLED", "yes"),
+            ("OTEL_CONFIG_FILE", "/etc/otel.yaml"),
+            ("OTEL_TRACES_EXPORTER", "jaeger"),
+            ("OTEL_TRACES_EXPORTER", "otlp,none"),
+            ("OTEL_TRACES_EXPORTER", "otlp,,zipkin"),
+            ("OTEL_PROPAGATORS", "tracecontext,xray"),
+            ("OTEL_PROPAGATORS", "none,b3"),
+            ("OTEL_TRACES_SAMPLER", "sometimes"),
+            ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
+            ("OTEL_TRACES_SAMPLER_ARG", "0.5"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://localhost"),
+            (
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+                "http://user:secret@collector",
+            ),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "not a url"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret%0a"),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
+            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
+            ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "/etc/ca.pem"),
+            ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/etc/key.pem"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "0"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20000"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
+            ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1"),
+            ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "x"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "team"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "=x"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "k=%ff"),
+            ("LOG_FORMAT", "xml"),
+            ("RUST_LOG", "api=loud"),
+        ] {
+            let error = read(&[(variable, value)]).expect_err(variable).to_string();
+            assert!(error.starts_with(variable), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_ratio_outside_of_0_to_1_is_an_error() {
+        for ratio in ["1.1", "-0.1", "NaN", "half"] {
+            let variables = [
+                ("OTEL_TRACES_SAMPLER", "traceidratio"),
+                ("OTEL_TRACES_SAMPLER_ARG", ratio),
+            ];
+            assert!(read(&variables).is_err(), "{ratio}");
+        }
+    }
+
+    #[test]
+    fn samplers_are_chosen_by_name() {
+        for (name, sampler) in [
+            ("always_on", "AlwaysOn"),
+            ("always_off", "AlwaysOff"),
+            ("traceidratio", "TraceIdRatioBased(1.0)"),
+            ("parentbased_always_on", "ParentBased(AlwaysOn)"),
+            ("parentbased_always_off", "ParentBased(AlwaysOff)"),
+            (
+                "parentbased_traceidratio",
+                "ParentBased(TraceIdRatioBased(1.0))",
+            ),
+        ] {
+            assert_eq!(
+                format!(
+                    "{:?}",
+                    read(&[("OTEL_TRACES_SAMPLER", name)]).unwrap().sampler
+                ),
+                sampler
+            );
+        }
+        let variables = [
+            ("OTEL_TRACES_SAMPLER", "traceidratio"),
+            ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+        ];
+        assert_eq!(
+            format!("{:?}", read(&variables).unwrap().sampler),
+            "TraceIdRatioBased(0.25)"
+        );
+    }
+
+    #[test]
+    fn several_exporters_are_used_at_once_each_once() {
+        let config = read(&[("OTEL_TRACES_EXPORTER", "otlp, console,otlp,zipkin")]).unwrap();
+        assert!(matches!(
+            config.exporters[..],
+            [
+                Exporter::Otlp(_),
+                Exporter::Console,
+                Exporter::Zipkin { .. }
+            ]
+        ));
+        assert!(
+            read(&[("OTEL_TRACES_EXPORTER", "none")])
+                .unwrap()
+                .exporters
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn http_endpoint_is_a_base_unless_it_is_for_traces() {
+        let http = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
+        assert_eq!(otlp(&[http]).endpoint, "http://127.0.0.1:4318/v1/traces");
+        for base in ["http://c:4318/otel", "http://c:4318/otel/"] {
+            assert_eq!(
+                otlp(&[http, ("OTEL_EXPORTER_OTLP_ENDPOINT", base)]).endpoint,
+                "http://c:4318/otel/v1/traces"
+            );
+        }
+        let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://t:4318/mine");
+        assert_eq!(
+            otlp(&[http, traces, ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c")]).endpoint,
+            "http://t:4318/mine"
+        );
+    }
+
+    #[test]
+    fn the_specific_variable_comes_before_the_general_one() {
+        let config = otlp(&[
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "1000"),
+            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
+            ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "none"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "general=1"),
+            ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "api-key=a%20b, x=y"),
+        ]);
+        assert_eq!(config.timeout, Duration::MAX);
+        assert!(!config.gzip);
+        assert_eq!(config.headers[0].0, "api-key");
+        assert_eq!(config.headers[0].1, "a b");
+        assert_eq!(config.headers.len(), 2);
+        assert!(!format!("{config:?}").contains("a b"));
+    }
+
+    #[test]
+    fn the_service_name_has_three_sources_in_order() {
+        assert_eq!(attribute(&read(&[]).unwrap(), "service.name"), "api");
+        let by_resource = (
+            "OTEL_RESOURCE_ATTRIBUTES",
+            "service.name=r,team=a%2Cb,service.version=9",
+        );
+        let config = read(&[by_resource]).unwrap();
+        assert_eq!(attribute(&config, "service.name"), "r");
+        assert_eq!(attribute(&config, "team"), "a,b");
+        assert_eq!(attribute(&config, "service.version"), "9");
+        assert_eq!(
+            attribute(
+                &read(&[by_resource, ("OTEL_SERVICE_NAME", "s")]).unwrap(),
+                "service.name"
+            ),
+            "s"
+        );
+    }
+
+    #[test]
+    fn limits_fall_back_to_the_general_ones() {
+        let config = read(&[
+            ("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"),
+            ("OTEL_SPAN_EVENT_COUNT_LIMIT", "3"),
+            ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100"),
+        ])
+        .unwrap();
+        assert_eq!(config.limits.max_attributes_per_span, 7);
+        assert_eq!(config.limits.max_events_per_span, 3);
+        assert_eq!(config.batch.value_length_limit, Some(100));
+    }
+
+    #[test]
+    fn a_small_queue_has_small_batches() {
+        assert_eq!(
+            read(&[("OTEL_BSP_MAX_QUEUE_SIZE", "100")])
+                .unwrap()
+                .batch
+                .max_export_batch_size,
+            100
+        );
+    }
+}

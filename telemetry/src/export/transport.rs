@@ -1,0 +1,403 @@
+//! One attempt to hand a batch to the other side, and what its answer means (OTLP specification 1.7,
+//! "OTLP/gRPC Response" and "OTLP/HTTP Response").
+
+use crate::config::{OtlpConfig, OtlpProtocol};
+use bytes::{Buf, BufMut, Bytes};
+use flate2::{Compression, write::GzEncoder};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
+use prost::Message;
+use std::{io::Write, time::Duration};
+use tokio::{task::spawn_blocking, time::timeout};
+use tonic::{
+    Code, Status,
+    codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    metadata::MetadataMap,
+    transport::{Channel, Endpoint},
+};
+
+/// A connection to a collector, made when first needed and again when lost.
+pub(crate) enum Transport {
+    Grpc {
+        channel: Channel,
+        metadata: MetadataMap,
+        gzip: bool,
+        timeout: Duration,
+    },
+    Http {
+        client: Box<Client<HttpConnector, Full<Bytes>>>,
+        endpoint: Uri,
+        headers: HeaderMap,
+        gzip: bool,
+        timeout: Duration,
+    },
+}
+
+/// What the other side did with a batch that arrived.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Answer {
+    /// Spans that it refused for good.
+    pub rejected: u64,
+    pub message: String,
+}
+
+/// Why a batch did not arrive.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct SendError {
+    pub reason: String,
+    pub retry: Retry,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Retry {
+    Never,
+    /// After a delay of our own choice.
+    Later,
+    /// The other side named the delay.
+    After(Duration),
+}
+
+impl Transport {
+    pub fn otlp(config: OtlpConfig) -> Self {
+        let OtlpConfig {
+            protocol,
+            endpoint,
+            headers,
+            timeout,
+            gzip,
+        } = config;
+        let mut headers: HeaderMap = headers.into_iter().collect();
+        match protocol {
+            OtlpProtocol::Grpc => Self::Grpc {
+                channel: Endpoint::from(endpoint)
+                    .connect_timeout(timeout.min(CONNECT_TIMEOUT))
+                    .connect_lazy(),
+                metadata: MetadataMap::from_headers(headers),
+                gzip,
+                timeout,
+            },
+            OtlpProtocol::HttpProtobuf => {
+                headers.insert(
+                    header::CONTENT_TYPE,
+                    HeaderValue::from_static("application/x-protobuf"),
+                );
+                Self::http(endpoint, headers, timeout, gzip)
+            }
+        }
+    }
+
+    pub fn zipkin(endpoint: Uri, timeout: Duration) -> Self {
+        let json = (
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        Self::http(endpoint, HeaderMap::from_iter([json]), timeout, false)
+    }
+
+    fn http(endpoint: Uri, mut headers: HeaderMap, timeout: Duration, gzip: bool) -> Self {
+        if gzip {
+            headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        }
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(timeout.min(CONNECT_TIMEOUT)));
+        connector.set_nodelay(true);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .build(connector);
+        Self::Http {
+            client: Box::new(client),
+            endpoint,
+            headers,
+            gzip,
+            timeout,
+        }
+    }
+
+    /// Sends a request once.
+    pub async fn send(&self, body: Bytes) -> Result<Answer, SendError> {
+        let limit = match self {
+            Self::Grpc { timeout, .. } | Self::Http { timeout, .. } => *timeout,
+        };
+        match timeout(limit, self.attempt(body)).await {
+            Ok(result) => result,
+            Err(_) => Err(SendError {
+                reason: format!("no answer within {limit:?}"),
+                retry: Retry::Later,
+            }),
+        }
+    }
+
+    async fn attempt(&self, body: Bytes) -> Result<Answer, SendError> {
+        match self {
+            Self::Grpc {
+                channel,
+                metadata,
+                gzip,
+                ..
+            } => {
+                let mut client = tonic::client::Grpc::new(channel.clone());
+                if *gzip {
+                    client = client.send_compressed(CompressionEncoding::Gzip);
+                }
+                let mut request = tonic::Request::new(body);
+                *request.metadata_mut() = metadata.clone();
+                let path = http::uri::PathAndQuery::from_static(
+                    "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+                );
+                client
+                    .ready()
+                    .await
+                    .map_err(|error| grpc_error(&Status::from_error(error.into())))?;
+                match client.unary(request, path, EncodedRequest).await {
+                    Ok(response) => Ok(response.into_inner()),
+                    Err(status) => Err(grpc_error(&status)),
+                }
+            }
+            Self::Http {
+                client,
+                endpoint,
+                headers,
+                gzip,
+                ..
+            } => {
+                let body = if *gzip { compress(body).await? } else { body };
+                let mut request = Request::new(Full::new(body));
+                *request.method_mut() = Method::POST;
+                *request.uri_mut() = endpoint.clone();
+                *request.headers_mut() = headers.clone();
+
+                let broken = |reason: String| SendError {
+                    reason,
+                    retry: Retry::Later,
+                };
+                let response = client
+                    .request(request)
+                    .await
+                    .map_err(|error| broken(chain(&error)))?;
+                let (parts, body) = response.into_parts();
+                if parts.status.is_success() {
+                    // The batch has arrived; an answer that can't be read doesn't change that.
+                    let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
+                    return Ok(body.map(|body| answer(body.to_bytes())).unwrap_or_default());
+                }
+                Err(http_error(parts.status, &parts.headers))
+            }
+        }
+    }
+}
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_ANSWER_BYTES: usize = 64 * 1024;
+
+async fn compress(body: Bytes) -> Result<Bytes, SendError> {
+    let compressed = spawn_blocking(move || {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(&body)?;
+        encoder.finish()
+    });
+    match compressed.await {
+        Ok(Ok(bytes)) => Ok(bytes.into()),
+        failed => Err(SendError {
+            reason: format!("gzip: {failed:?}"),
+            retry: Retry::Never,
+        }),
+    }
+}
+
+/// RESOURCE_EXHAUSTED is retryable only if the server says when; that detail is rare, so here it counts
+/// as overload like UNAVAILABLE.
+fn grpc_error(status: &Status) -> SendError {
+    let retry = match status.code() {
+        Code::Cancelled
+        | Code::DeadlineExceeded
+        | Code::ResourceExhausted
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unavailable
+        | Code::DataLoss => Retry::Later,
+        // How tonic reports a connection that broke.
+        Code::Unknown if std::error::Error::source(status).is_some() => Retry::Later,
+        _ => Retry::Never,
+    };
+    SendError {
+        reason: format!("{:?}: {}", status.code(), short(status.message())),
+        retry,
+    }
+}
+
+fn http_error(status: StatusCode, headers: &HeaderMap) -> SendError {
+    let retry_after = || {
+        headers
+            .get(header::RETRY_AFTER)?
+            .to_str()
+            .ok()?
+            .parse()
+            .ok()
+            .map(Duration::from_secs)
+    };
+    let retry = match status.as_u16() {
+        429 | 502 | 503 | 504 => retry_after().map_or(Retry::Later, Retry::After),
+        _ => Retry::Never,
+    };
+    SendError {
+        reason: format!("HTTP status {status}"),
+        retry,
+    }
+}
+
+/// What a peer wrote goes into a log line: bounded, and without control characters.
+fn short(message: &str) -> String {
+    message
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(200)
+        .collect()
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(Some(error), |error| error.source());
+    sources
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+/// `ExportTraceServiceResponse`
+#[derive(Clone, PartialEq, Message)]
+struct ExportResponse {
+    #[prost(message, optional, tag = "1")]
+    partial_success: Option<PartialSuccess>,
+}
+
+/// `ExportTracePartialSuccess`
+#[derive(Clone, PartialEq, Message)]
+struct PartialSuccess {
+    #[prost(int64, tag = "1")]
+    rejected_spans: i64,
+    #[prost(string, tag = "2")]
+    error_message: String,
+}
+
+fn answer(body: impl Buf) -> Answer {
+    let partial = ExportResponse::decode(body)
+        .ok()
+        .and_then(|response| response.partial_success);
+    let PartialSuccess {
+        rejected_spans,
+        error_message,
+    } = partial.unwrap_or_default();
+    Answer {
+        rejected: rejected_spans.try_into().unwrap_or(0),
+        message: short(&error_message),
+    }
+}
+
+/// The gRPC codec of a request that is encoded already.
+#[derive(Clone, Copy)]
+struct EncodedRequest;
+
+impl Codec for EncodedRequest {
+    type Encode = Bytes;
+    type Decode = Answer;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for EncodedRequest {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, request: Bytes, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        out.put(request);
+        Ok(())
+    }
+}
+
+impl Decoder for EncodedRequest {
+    type Item = Answer;
+    type Error = Status;
+
+    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<Answer>, Status> {
+        Ok(Some(answer(buf)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_to_a_request_are_told_apart_as_the_specification_demands() {
+        for code in 1..=16 {
+            let code = Code::from(code);
+            let retryable = matches!(
+                code,
+                Code::Cancelled
+                    | Code::DeadlineExceeded
+                    | Code::ResourceExhausted
+                    | Code::Aborted
+                    | Code::OutOfRange
+                    | Code::Unavailable
+                    | Code::DataLoss
+            );
+            assert_eq!(
+                grpc_error(&Status::new(code, "")).retry == Retry::Later,
+                retryable,
+                "{code:?}"
+            );
+        }
+        for (status, retryable) in [
+            (400, false),
+            (401, false),
+            (404, false),
+            (429, true),
+            (500, false),
+            (503, true),
+        ] {
+            let status = StatusCode::from_u16(status).unwrap();
+            assert_eq!(
+                http_error(status, &HeaderMap::new()).retry == Retry::Later,
+                retryable,
+                "{status}"
+            );
+        }
+        let headers = HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from_static("7"))]);
+        assert_eq!(
+            http_error(StatusCode::TOO_MANY_REQUESTS, &headers).retry,
+            Retry::After(Duration::from_secs(7))
+        );
+    }
+
+    #[test]
+    fn partial_success_is_read_and_garbage_ignored() {
+        let partial_success = PartialSuccess {
+            rejected_spans: 3,
+            error_message: "too\nold".into(),
+        };
+        let body = ExportResponse {
+            partial_success: Some(partial_success),
+        }
+        .encode_to_vec();
+        assert_eq!(
+            answer(&body[..]),
+            Answer {
+                rejected: 3,
+                message: "tooold".into()
+            }
+        );
+        assert_eq!(answer(&b""[..]), Answer::default());
+        assert_eq!(answer(&b"\xff\xff\xff"[..]), Answer::default());
+    }
+}

@@ -1,0 +1,500 @@
+//! gRPC: the client span and the server span of every call, by a layer on either side.
+//!
+//! Both see HTTP/2, below tonic: a call's status is in the response's trailers, or in its headers if
+//! there is no message. Attributes and status are those of semantic conventions 1.45, gRPC.
+//!
+//! ```no_run
+//! # use tonic::transport::Endpoint;
+//! use telemetry::grpc::{GrpcClientLayer, GrpcServerLayer};
+//! use tower::{Layer, ServiceBuilder};
+//!
+//! # async fn client() {
+//! let endpoint = Endpoint::from_static("http://127.0.0.1:50051");
+//! let channel = GrpcClientLayer::new(endpoint.uri()).layer(endpoint.connect_lazy());
+//! # }
+//! # fn server(descriptors: &[u8]) {
+//! let server = tonic::transport::Server::builder().layer(GrpcServerLayer::new(descriptors));
+//! # }
+//! ```
+
+use crate::{
+    body::{AwaitsBody, BodyEnd, TracedBody},
+    http::{Headers, HeadersMut, peer_attributes},
+    semconv::{self, OTHER},
+};
+use http::{HeaderMap, Request, Response, Uri};
+use http_body::Body;
+use opentelemetry::{
+    Context, KeyValue,
+    context::FutureExt,
+    global::{BoxedSpan, BoxedTracer},
+    trace::{Span, SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
+};
+use prost::Message;
+use std::{
+    collections::HashSet,
+    error::Error,
+    net::IpAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{self, Poll},
+    time::{Duration, Instant},
+};
+use tonic::{Code, Status, TimeoutExpired, transport::server::TcpConnectInfo};
+use tower::{Layer, Service};
+
+/// Opens a CLIENT span for each call, named `{package.Service}/{Method}`.
+#[derive(Clone)]
+pub struct GrpcClientLayer {
+    tracer: Arc<BoxedTracer>,
+    server: Server,
+}
+
+/// Where calls go, as configured.
+#[derive(Clone)]
+struct Server {
+    address: Arc<str>,
+    port: Option<u16>,
+}
+
+impl GrpcClientLayer {
+    /// For a channel to `endpoint`. Make it after [`crate::Telemetry::start`].
+    pub fn new(endpoint: &Uri) -> Self {
+        let address = endpoint
+            .host()
+            .unwrap_or_default()
+            .trim_matches(['[', ']'])
+            .into();
+        let default_port = if endpoint.scheme_str() == Some("https") {
+            443
+        } else {
+            80
+        };
+        let port = Some(endpoint.port_u16().unwrap_or(default_port));
+        Self {
+            tracer: Arc::new(crate::tracer()),
+            server: Server { address, port },
+        }
+    }
+}
+
+impl<S> Layer<S> for GrpcClientLayer {
+    type Service = GrpcClient<S>;
+
+    fn layer(&self, inner: S) -> GrpcClient<S> {
+        GrpcClient {
+            inner,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// A channel in the [`GrpcClientLayer`].
+#[derive(Clone)]
+pub struct GrpcClient<S> {
+    inner: S,
+    layer: GrpcClientLayer,
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for GrpcClient<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    S::Future: Send + 'static,
+    ResBody: Body,
+{
+    type Response = Response<TracedBody<ResBody, GrpcSpan>>;
+    /// What the transport raised, as the gRPC status that it stands for.
+    type Error = Status;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
+        self.inner
+            .poll_ready(cx)
+            .map_err(|error| transport_status(error.into()))
+    }
+
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
+        let GrpcClientLayer { tracer, server } = &self.layer;
+        let parent = Context::current();
+        let method = request.uri().path().trim_start_matches('/').to_owned();
+        let builder = SpanBuilder::from_name(method.clone()).with_kind(SpanKind::Client);
+        let mut span = tracer.build_with_context(builder, &parent);
+        if span.is_recording() {
+            span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
+            span.set_attribute(KeyValue::new(semconv::RPC_METHOD, method));
+            span.set_attribute(KeyValue::new(
+                semconv::SERVER_ADDRESS,
+                server.address.clone(),
+            ));
+            if let Some(port) = server.port {
+                span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
+                // With an address there is no resolver and no choice: it is the peer.
+                if server.address.parse::<IpAddr>().is_ok() {
+                    span.set_attribute(KeyValue::new(
+                        semconv::NETWORK_PEER_ADDRESS,
+                        server.address.clone(),
+                    ));
+                    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(port)));
+                }
+            }
+        }
+        let cx = parent.with_span(span);
+        crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
+        let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers());
+
+        let response = {
+            let _attached = cx.clone().attach();
+            self.inner.call(request)
+        };
+        Box::pin(async move {
+            match response.with_context(cx).await {
+                Ok(response) => Ok(span.respond(response)),
+                Err(error) => {
+                    let status = transport_status(error.into());
+                    span.end(status.code());
+                    Err(status)
+                }
+            }
+        })
+    }
+}
+
+/// tonic reports an expired deadline as CANCELLED, and a broken connection as UNKNOWN.
+fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
+    let mut source: Option<&dyn Error> = Some(&*error);
+    while let Some(error) = source {
+        if error.is::<TimeoutExpired>() {
+            return Status::deadline_exceeded("the deadline has passed");
+        }
+        source = error.source();
+    }
+    let status = Status::from_error(error);
+    match status.code() {
+        Code::Unknown => Status::unavailable("the connection is broken"),
+        _ => status,
+    }
+}
+
+/// Opens a SERVER span for each call, named `{package.Service}/{Method}`.
+///
+/// Calls of gRPC's own services (`grpc.health.*`, `grpc.reflection.*`) make no span.
+#[derive(Clone)]
+pub struct GrpcServerLayer {
+    tracer: Arc<BoxedTracer>,
+    methods: Arc<HashSet<String>>,
+}
+
+impl GrpcServerLayer {
+    /// `descriptors` is the encoded `FileDescriptorSet` of the services behind this layer, the same that
+    /// reflection needs. A caller can name any method: one that is not in there counts as `_OTHER`.
+    ///
+    /// Make it after [`crate::Telemetry::start`].
+    pub fn new(descriptors: &[u8]) -> Self {
+        let files = prost_types::FileDescriptorSet::decode(descriptors)
+            .unwrap_or_default()
+            .file;
+        let mut methods = HashSet::new();
+        for file in &files {
+            for service in &file.service {
+                for method in &service.method {
+                    let dot = if file.package().is_empty() { "" } else { "." };
+                    methods.insert(format!(
+                        "{}{dot}{}/{}",
+                        file.package(),
+                        service.name(),
+                        method.name()
+                    ));
+                }
+            }
+        }
+        Self {
+            tracer: Arc::new(crate::tracer()),
+            methods: Arc::new(methods),
+        }
+    }
+}
+
+impl<S> Layer<S> for GrpcServerLayer {
+    type Service = GrpcServer<S>;
+
+    fn layer(&self, inner: S) -> GrpcServer<S> {
+        GrpcServer {
+            inner,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// A service in the [`GrpcServerLayer`].
+#[derive(Clone)]
+pub struct GrpcServer<S> {
+    inner: S,
+    layer: GrpcServerLayer,
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for GrpcServer<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Future: Send + 'static,
+    ResBody: Body,
+{
+    type Response = Response<TracedBody<ResBody, GrpcSpan>>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        if request.uri().path().starts_with("/grpc.") {
+            let response = self.inner.call(request);
+            return Box::pin(async { Ok(response.await?.map(|body| TracedBody::new(body, None))) });
+        }
+        let parent = crate::extract(&Headers(request.headers()));
+        let cx = parent.with_span(self.layer.start_span(&request, &parent));
+        let span = GrpcSpan::new(cx.clone(), SpanKind::Server, request.headers());
+
+        let response = {
+            let _attached = cx.clone().attach();
+            self.inner.call(request)
+        };
+        Box::pin(async move {
+            match response.with_context(cx).await {
+                Ok(response) => Ok(span.respond(response)),
+                Err(error) => {
+                    span.end(Code::Unknown);
+                    Err(error)
+                }
+            }
+        })
+    }
+}
+
+impl GrpcServerLayer {
+    fn start_span<B>(&self, request: &Request<B>, parent: &Context) -> BoxedSpan {
+        let path = request.uri().path().trim_start_matches('/');
+        let method = self.methods.get(path).map_or(OTHER, String::as_str);
+        let builder = SpanBuilder::from_name(method.to_owned()).with_kind(SpanKind::Server);
+        let mut span = self.tracer.build_with_context(builder, parent);
+        if span.is_recording() {
+            span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
+            span.set_attribute(KeyValue::new(semconv::RPC_METHOD, method.to_owned()));
+            if method == OTHER {
+                let original = path.chars().take(200).collect::<String>();
+                span.set_attribute(KeyValue::new(semconv::RPC_METHOD_ORIGINAL, original));
+            }
+            if let Some(authority) = request.uri().authority() {
+                let host = authority.host().trim_matches(['[', ']']).to_owned();
+                span.set_attribute(KeyValue::new(semconv::SERVER_ADDRESS, host));
+                if let Some(port) = authority.port_u16() {
+                    span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
+                }
+            }
+            let connection = request.extensions().get::<TcpConnectInfo>();
+            if let Some(peer) = connection.and_then(TcpConnectInfo::remote_addr) {
+                peer_attributes(&mut span, peer);
+                span.set_attribute(KeyValue::new(semconv::CLIENT_PORT, i64::from(peer.port())));
+            }
+        }
+        span
+    }
+}
+
+/// The span of a call, on either side. It ends when the status is known; dropped earlier, the call was
+/// cancelled or has passed its deadline.
+#[derive(Debug)]
+pub struct GrpcSpan {
+    cx: Context,
+    ended: bool,
+    kind: SpanKind,
+    deadline: Option<Instant>,
+}
+
+impl GrpcSpan {
+    fn new(cx: Context, kind: SpanKind, request: &HeaderMap) -> Self {
+        let timeout = request
+            .get("grpc-timeout")
+            .and_then(|value| parse_timeout(value.to_str().ok()?));
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        Self {
+            cx,
+            ended: false,
+            kind,
+            deadline,
+        }
+    }
+
+    fn respond<B: Body>(self, response: Response<B>) -> Response<TracedBody<B, Self>> {
+        // Without a message the status is in the headers; so it is if this isn't gRPC at all.
+        let only_headers =
+            response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
+        let span = if only_headers {
+            self.end(status_code(response.headers()));
+            None
+        } else {
+            Some(self)
+        };
+        response.map(|body| TracedBody::new(body, span))
+    }
+
+    fn end(mut self, code: Code) {
+        self.end_once(code);
+    }
+
+    fn end_once(&mut self, code: Code) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let span = self.cx.span();
+        if span.is_recording() {
+            let name = code_name(code);
+            span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
+            if is_error(code, &self.kind) {
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, name));
+                span.set_status(SpanStatus::error(""));
+            }
+        }
+        span.end();
+    }
+}
+
+impl AwaitsBody for GrpcSpan {
+    fn context(&self) -> &Context {
+        &self.cx
+    }
+
+    fn end_of_body(self, end: BodyEnd<'_>) {
+        self.end(match end {
+            BodyEnd::Trailers(trailers) => status_code(trailers),
+            // A stream that ends without a status is broken.
+            BodyEnd::Complete | BodyEnd::Error => Code::Unknown,
+        });
+    }
+}
+
+impl Drop for GrpcSpan {
+    fn drop(&mut self) {
+        let expired = self
+            .deadline
+            .is_some_and(|deadline| deadline <= Instant::now());
+        self.end_once(if expired {
+            Code::DeadlineExceeded
+        } else {
+            Code::Cancelled
+        });
+    }
+}
+
+const GRPC_STATUS: &str = "grpc-status";
+
+fn status_code(headers: &HeaderMap) -> Code {
+    headers
+        .get(GRPC_STATUS)
+        .map_or(Code::Unknown, |status| Code::from_bytes(status.as_bytes()))
+}
+
+/// For a client every status but OK is an error; for a server those that are its own fault.
+fn is_error(code: Code, kind: &SpanKind) -> bool {
+    match code {
+        Code::Ok => false,
+        Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::Unimplemented
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss => true,
+        _ => *kind == SpanKind::Client,
+    }
+}
+
+/// The name of a status code in the gRPC specification ("Status codes and their use in gRPC").
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// `grpc-timeout`: at most 8 digits and a unit (gRPC over HTTP/2, "Requests").
+fn parse_timeout(value: &str) -> Option<Duration> {
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let amount: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(amount * 3600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn timeouts_are_read_as_the_specification_writes_them() {
+        assert_eq!(parse_timeout("1H"), Some(Duration::from_secs(3600)));
+        assert_eq!(
+            parse_timeout("99999999S"),
+            Some(Duration::from_secs(99_999_999))
+        );
+        assert_eq!(parse_timeout("250m"), Some(Duration::from_millis(250)));
+        for malformed in [
+            "",
+            "S",
+            "1",
+            "1s",
+            "-1S",
+            "+1S",
+            "999999999S",
+            "1é",
+            "é",
+            "1 S",
+        ] {
+            assert_eq!(parse_timeout(malformed), None, "{malformed:?}");
+        }
+    }
+
+    #[test]
+    fn a_server_is_to_blame_for_some_codes_a_client_sees_all_as_errors() {
+        let server_errors = [2, 4, 12, 13, 14, 15];
+        for code in 0..=16 {
+            assert_eq!(
+                is_error(Code::from(code), &SpanKind::Server),
+                server_errors.contains(&code)
+            );
+            assert_eq!(is_error(Code::from(code), &SpanKind::Client), code != 0);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_timeouts_never_panic(value in ".{0,12}") {
+            let _ = parse_timeout(&value);
+        }
+    }
+}

@@ -1,0 +1,435 @@
+//! HTTP: the server span of every request, by a layer on the axum router.
+//!
+//! ```
+//! # use axum::{Router, routing::get};
+//! use telemetry::http::HttpServerLayer;
+//!
+//! let app: Router = Router::new()
+//!     .route("/users/{id}", get(|| async { "traced" }))
+//!     .layer(HttpServerLayer::new())
+//!     .route("/healthz", get(|| async { "added after the layer, so not traced" }));
+//! ```
+//!
+//! Attributes and status are those of semantic conventions 1.45, HTTP server spans. The caller's trace
+//! is continued; the response carries the span's id in the header `traceparent`, so that `curl -i` leads
+//! to the trace.
+
+use crate::{
+    body::{AwaitsBody, BodyEnd, TracedBody},
+    semconv::{self, CANCELLED, OTHER, PANIC},
+};
+use axum::extract::{ConnectInfo, MatchedPath};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header,
+};
+use http_body::Body;
+use opentelemetry::{
+    Context, KeyValue, StringValue,
+    context::FutureExt,
+    global::{BoxedSpan, BoxedTracer},
+    propagation::{Extractor, Injector},
+    trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer},
+};
+use std::{
+    borrow::Cow,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{self, Poll},
+    thread,
+};
+use tower::{Layer, Service};
+
+/// Opens a SERVER span for each request, named `{method} {route}`.
+///
+/// Mount it with [`axum::Router::layer`]: there, the matched route is known. Make it after
+/// [`crate::Telemetry::start`], whose tracer it uses.
+#[derive(Clone)]
+pub struct HttpServerLayer {
+    tracer: Arc<BoxedTracer>,
+}
+
+impl HttpServerLayer {
+    /// A layer that uses the tracer provider in force now.
+    #[expect(
+        clippy::new_without_default,
+        reason = "it reads global state, which a default should not"
+    )]
+    pub fn new() -> Self {
+        Self {
+            tracer: Arc::new(crate::tracer()),
+        }
+    }
+}
+
+impl<S> Layer<S> for HttpServerLayer {
+    type Service = HttpServer<S>;
+
+    fn layer(&self, inner: S) -> HttpServer<S> {
+        HttpServer {
+            inner,
+            tracer: self.tracer.clone(),
+        }
+    }
+}
+
+/// A service in the [`HttpServerLayer`].
+#[derive(Clone)]
+pub struct HttpServer<S> {
+    inner: S,
+    tracer: Arc<BoxedTracer>,
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for HttpServer<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Future: Send + 'static,
+    ResBody: Body,
+{
+    type Response = Response<TracedBody<ResBody, HttpServerSpan>>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        let parent = crate::extract(&Headers(request.headers()));
+        let cx = parent.with_span(start_span(&self.tracer, &request, &parent));
+        let span = HttpServerSpan {
+            cx: cx.clone(),
+            ended: false,
+            is_head: request.method() == Method::HEAD,
+        };
+
+        let response = {
+            let _attached = cx.clone().attach();
+            self.inner.call(request)
+        };
+        Box::pin(async move {
+            match response.with_context(cx).await {
+                Ok(response) => Ok(span.respond(response)),
+                Err(error) => {
+                    span.end(Outcome::Error(OTHER));
+                    Err(error)
+                }
+            }
+        })
+    }
+}
+
+fn start_span<B>(tracer: &BoxedTracer, request: &Request<B>, parent: &Context) -> BoxedSpan {
+    let method = known_method(request.method());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map(MatchedPath::as_str);
+    let name = match (method, route) {
+        (Some(method), Some(route)) => format!("{method} {route}").into(),
+        (None, Some(route)) => format!("HTTP {route}").into(),
+        (Some(method), None) => Cow::Borrowed(method),
+        (None, None) => Cow::Borrowed("HTTP"),
+    };
+    let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Server);
+    let mut span = tracer.build_with_context(builder, parent);
+    if span.is_recording() {
+        request_attributes(&mut span, request, method, route);
+    }
+    span
+}
+
+fn request_attributes<B>(
+    span: &mut impl Span,
+    request: &Request<B>,
+    method: Option<&'static str>,
+    route: Option<&str>,
+) {
+    let mut set =
+        |key: &'static str, value: StringValue| span.set_attribute(KeyValue::new(key, value));
+
+    set(semconv::HTTP_REQUEST_METHOD, method.unwrap_or(OTHER).into());
+    if method.is_none() {
+        set(
+            semconv::HTTP_REQUEST_METHOD_ORIGINAL,
+            request.method().to_string().into(),
+        );
+    }
+    if let Some(route) = route {
+        set(semconv::HTTP_ROUTE, route.to_owned().into());
+    }
+    // The query is left out: it is where personal data and secrets are sent by mistake.
+    set(
+        semconv::URL_PATH,
+        without_long_numbers(request.uri().path()).into(),
+    );
+    set(
+        semconv::URL_SCHEME,
+        request
+            .uri()
+            .scheme_str()
+            .map_or("http".into(), |scheme| scheme.to_owned().into()),
+    );
+    if let Some(agent) = request
+        .headers()
+        .get(header::USER_AGENT)
+        .and_then(|agent| agent.to_str().ok())
+    {
+        set(
+            semconv::USER_AGENT_ORIGINAL,
+            without_long_numbers(agent).into(),
+        );
+    }
+    if let Some(version) = protocol_version(request.version()) {
+        set(semconv::NETWORK_PROTOCOL_VERSION, version.into());
+    }
+    let host = request
+        .headers()
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok());
+    let authority = request
+        .uri()
+        .authority()
+        .map(|authority| authority.as_str())
+        .or(host);
+    if let Some(authority) =
+        authority.and_then(|authority| authority.parse::<http::uri::Authority>().ok())
+    {
+        set(semconv::SERVER_ADDRESS, authority.host().to_owned().into());
+        if let Some(port) = authority.port_u16() {
+            span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
+        }
+    }
+    if let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() {
+        peer_attributes(span, *peer);
+    }
+}
+
+/// The other end of the connection, which counts as the client: headers like `x-forwarded-for` are
+/// claims of anybody.
+pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
+    let address = StringValue::from(peer.ip().to_string());
+    span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
+    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address));
+    span.set_attribute(KeyValue::new(
+        semconv::NETWORK_PEER_PORT,
+        i64::from(peer.port()),
+    ));
+}
+
+/// A server span that ends with the response's body; dropped earlier, it says so.
+#[derive(Debug)]
+pub struct HttpServerSpan {
+    cx: Context,
+    ended: bool,
+    is_head: bool,
+}
+
+enum Outcome {
+    /// The status tells it all.
+    Complete,
+    Error(&'static str),
+}
+
+impl HttpServerSpan {
+    fn respond<B: Body>(self, mut response: Response<B>) -> Response<TracedBody<B, Self>> {
+        static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+        let status = response.status();
+        let span = self.cx.span();
+        if span.is_recording() {
+            span.set_attribute(KeyValue::new(
+                semconv::HTTP_RESPONSE_STATUS_CODE,
+                i64::from(status.as_u16()),
+            ));
+            // 4xx is the caller's fault: the span status stays unset (HTTP spans, "Status").
+            if status.is_server_error() {
+                span.set_attribute(KeyValue::new(
+                    semconv::ERROR_TYPE,
+                    status.as_str().to_owned(),
+                ));
+                span.set_status(Status::error(""));
+            }
+        }
+        if span.span_context().is_valid()
+            && let Ok(value) =
+                HeaderValue::try_from(crate::propagation::traceparent(span.span_context()))
+        {
+            response.headers_mut().insert(TRACEPARENT.clone(), value);
+        }
+        // hyper doesn't poll the bodies of these.
+        let has_no_body = self.is_head
+            || status.is_informational()
+            || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+            || response.body().is_end_stream();
+        let span = if has_no_body {
+            self.end(Outcome::Complete);
+            None
+        } else {
+            Some(self)
+        };
+        response.map(|body| TracedBody::new(body, span))
+    }
+
+    fn end(mut self, outcome: Outcome) {
+        self.end_once(outcome);
+    }
+
+    fn end_once(&mut self, outcome: Outcome) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let span = self.cx.span();
+        if let Outcome::Error(error_type) = outcome {
+            span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
+            span.set_status(Status::error(error_type));
+        }
+        span.end();
+    }
+}
+
+impl AwaitsBody for HttpServerSpan {
+    fn context(&self) -> &Context {
+        &self.cx
+    }
+
+    fn end_of_body(self, end: BodyEnd<'_>) {
+        self.end(match end {
+            BodyEnd::Complete | BodyEnd::Trailers(_) => Outcome::Complete,
+            BodyEnd::Error => Outcome::Error("body_error"),
+        });
+    }
+}
+
+/// The caller hung up, or the handler panicked.
+impl Drop for HttpServerSpan {
+    fn drop(&mut self) {
+        self.end_once(Outcome::Error(if thread::panicking() {
+            PANIC
+        } else {
+            CANCELLED
+        }));
+    }
+}
+
+/// The methods of RFC 9110 and RFC 5789; any other is `_OTHER`, since a caller can invent them.
+fn known_method(method: &Method) -> Option<&'static str> {
+    Some(match *method {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::HEAD => "HEAD",
+        Method::OPTIONS => "OPTIONS",
+        Method::CONNECT => "CONNECT",
+        Method::TRACE => "TRACE",
+        Method::PATCH => "PATCH",
+        _ => return None,
+    })
+}
+
+fn protocol_version(version: Version) -> Option<&'static str> {
+    Some(match version {
+        Version::HTTP_10 => "1.0",
+        Version::HTTP_11 => "1.1",
+        Version::HTTP_2 => "2",
+        _ => return None,
+    })
+}
+
+/// What a caller wrote, without anything that might be a phone number, a card or an account.
+fn without_long_numbers(text: &str) -> String {
+    const SHORTEST: usize = 7;
+
+    let mut kept = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find(|c: char| c.is_ascii_digit()) {
+        let (before, number) = rest.split_at(start);
+        let end = number
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(number.len());
+        kept.push_str(before);
+        kept.push_str(if end < SHORTEST {
+            &number[..end]
+        } else {
+            "REDACTED"
+        });
+        rest = &number[end..];
+    }
+    kept.push_str(rest);
+    kept
+}
+
+/// HTTP headers, which gRPC calls metadata, as the carrier of a context to read.
+pub struct Headers<'a>(pub &'a HeaderMap);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(text)
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(HeaderName::as_str).collect()
+    }
+
+    fn get_all(&self, key: &str) -> Option<Vec<&str>> {
+        self.0
+            .contains_key(key)
+            .then(|| self.0.get_all(key).iter().map(text).collect())
+    }
+}
+
+/// A value that is not text is malformed in every format there is; it must not look absent.
+fn text(value: &HeaderValue) -> &str {
+    value.to_str().unwrap_or("\u{fffd}")
+}
+
+/// The same, as the carrier to write.
+pub struct HeadersMut<'a>(pub &'a mut HeaderMap);
+
+impl Injector for HeadersMut<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        // A value with a line break would not be a header; it is left out.
+        if let (Ok(name), Ok(value)) = (HeaderName::try_from(key), HeaderValue::try_from(value)) {
+            self.0.insert(name, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_numbers_are_redacted() {
+        for (text, kept) in [
+            ("", ""),
+            ("/users/13800138000/x", "/users/REDACTED/x"),
+            ("/v1/123456/1234567", "/v1/123456/REDACTED"),
+            (
+                "Chrome/126.0.6478.127 é 12345678é",
+                "Chrome/126.0.6478.127 é REDACTEDé",
+            ),
+        ] {
+            assert_eq!(without_long_numbers(text), kept);
+        }
+    }
+
+    #[test]
+    fn a_header_that_is_not_text_is_present_and_malformed() {
+        let mut headers = HeaderMap::new();
+        headers.append("traceparent", HeaderValue::from_bytes(b"\xff").unwrap());
+        assert_eq!(
+            Headers(&headers).get_all("traceparent"),
+            Some(vec!["\u{fffd}"])
+        );
+        assert_eq!(Headers(&headers).get_all("tracestate"), None);
+    }
+
+    #[test]
+    fn a_line_break_is_never_written_into_a_header() {
+        let mut headers = HeaderMap::new();
+        HeadersMut(&mut headers).set("baggage", "k=v\r\nx-evil: 1".to_owned());
+        assert!(headers.is_empty());
+    }
+}

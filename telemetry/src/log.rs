@@ -1,0 +1,172 @@
+//! Log lines: on a terminal for people, as JSON for machines, each with the ids of its trace.
+//!
+//! `RUST_LOG` decides which lines are written. It has no say in which spans are recorded: the two are
+//! filtered apart.
+
+use opentelemetry::{
+    Context,
+    trace::{SpanContext, TraceContextExt},
+};
+use serde_json::{Map, Value, json};
+use std::{
+    fmt,
+    io::{self, IsTerminal},
+};
+use tracing::{Event, Subscriber, level_filters::LevelFilter};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::{DefaultFields, Writer},
+        time::{FormatTime, SystemTime},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    util::SubscriberInitExt,
+};
+
+/// `LOG_FORMAT` and `RUST_LOG`.
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub format: Format,
+    pub filter: Option<EnvFilter>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    Text,
+    Json,
+}
+
+/// Installs the subscriber: log lines to standard error and, if there is a tracer, `tracing` spans to it.
+///
+/// Spans below INFO are the internals of libraries (h2 alone makes dozens a request): they are not
+/// recorded.
+pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::SdkTracer>) {
+    let lines = tracing_subscriber::fmt::layer()
+        .event_format(config.format)
+        .fmt_fields(DefaultFields::new())
+        .with_ansi(
+            io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
+        )
+        .with_writer(io::stderr)
+        .with_filter(config.filter.unwrap_or_else(|| EnvFilter::new("info")));
+    let spans = tracer.map(|tracer| {
+        tracing_opentelemetry::layer()
+            .with_tracer(tracer)
+            .with_threads(false)
+            .with_filter(LevelFilter::INFO)
+    });
+    // Fails if there is a subscriber already, as in a test: then that one stays.
+    let _ = tracing_subscriber::registry()
+        .with(spans)
+        .with(lines)
+        .try_init();
+}
+
+impl<S, N> FormatEvent<S, N> for Format
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        cx: &FmtContext<'_, S, N>,
+        out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        Context::map_current(|current| {
+            let span = current.span();
+            let ids = Some(span.span_context()).filter(|span_context| span_context.is_valid());
+            match self {
+                Self::Text => text(cx, out, event, ids),
+                Self::Json => json(out, event, ids),
+            }
+        })
+    }
+}
+
+fn text<S, N>(
+    cx: &FmtContext<'_, S, N>,
+    mut out: Writer<'_>,
+    event: &Event<'_>,
+    ids: Option<&SpanContext>,
+) -> fmt::Result
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    let (dim, reset) = if out.has_ansi_escapes() {
+        ("\x1b[2m", "\x1b[0m")
+    } else {
+        ("", "")
+    };
+    write!(out, "{dim}")?;
+    SystemTime.format_time(&mut out)?;
+    let metadata = event.metadata();
+    write!(
+        out,
+        "{reset} {:>5} {dim}{}:{reset} ",
+        metadata.level(),
+        metadata.target()
+    )?;
+    cx.field_format().format_fields(out.by_ref(), event)?;
+    if let Some(ids) = ids {
+        write!(
+            out,
+            " {dim}trace_id={} span_id={}{reset}",
+            ids.trace_id(),
+            ids.span_id()
+        )?;
+    }
+    writeln!(out)
+}
+
+fn json(mut out: Writer<'_>, event: &Event<'_>, ids: Option<&SpanContext>) -> fmt::Result {
+    let mut timestamp = String::new();
+    SystemTime.format_time(&mut Writer::new(&mut timestamp))?;
+    let mut fields = Fields::default();
+    event.record(&mut fields);
+    let mut line = json!({
+        "timestamp": timestamp,
+        "level": event.metadata().level().as_str(),
+        "target": event.metadata().target(),
+        "fields": fields.0,
+    });
+    if let Some(ids) = ids {
+        line["trace_id"] = json!(ids.trace_id().to_string());
+        line["span_id"] = json!(ids.span_id().to_string());
+    }
+    writeln!(out, "{line}")
+}
+
+/// The fields of an event, their types kept.
+#[derive(Default)]
+struct Fields(Map<String, Value>);
+
+impl tracing::field::Visit for Fields {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
+        self.0
+            .insert(field.name().to_owned(), json!(format!("{value:?}")));
+    }
+
+    fn record_str(&mut self, field: &tracing::field::Field, value: &str) {
+        self.0.insert(field.name().to_owned(), json!(value));
+    }
+
+    fn record_i64(&mut self, field: &tracing::field::Field, value: i64) {
+        self.0.insert(field.name().to_owned(), json!(value));
+    }
+
+    fn record_u64(&mut self, field: &tracing::field::Field, value: u64) {
+        self.0.insert(field.name().to_owned(), json!(value));
+    }
+
+    fn record_f64(&mut self, field: &tracing::field::Field, value: f64) {
+        self.0.insert(field.name().to_owned(), json!(value));
+    }
+
+    fn record_bool(&mut self, field: &tracing::field::Field, value: bool) {
+        self.0.insert(field.name().to_owned(), json!(value));
+    }
+}

@@ -1,0 +1,232 @@
+//! B3, Zipkin's format, single and multi: <https://github.com/openzipkin/b3-propagation>.
+
+use super::padded_hex;
+use opentelemetry::{
+    Context,
+    propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
+    trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
+};
+use std::sync::LazyLock;
+
+const SINGLE: &str = "b3";
+const TRACE_ID: &str = "x-b3-traceid";
+const SPAN_ID: &str = "x-b3-spanid";
+const SAMPLED: &str = "x-b3-sampled";
+const FLAGS: &str = "x-b3-flags";
+
+/// The encoding that a [`B3Propagator`] writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum B3Encoding {
+    /// One header, `b3`.
+    Single,
+    /// One header a field, `X-B3-*`.
+    Multi,
+}
+
+/// Reads both encodings (the single header first) and writes one.
+///
+/// A debug flag counts as sampled. A deferred decision (no sampling state) counts as not sampled, as
+/// in the other OpenTelemetry SDKs.
+#[derive(Debug, Clone, Copy)]
+pub struct B3Propagator(pub B3Encoding);
+
+impl TextMapPropagator for B3Propagator {
+    fn inject_context(&self, cx: &Context, injector: &mut dyn Injector) {
+        let span = cx.span();
+        let span_context = span.span_context();
+        if !span_context.is_valid() {
+            return;
+        }
+        let (trace_id, span_id) = (span_context.trace_id(), span_context.span_id());
+        let sampled = if span_context.is_sampled() { "1" } else { "0" };
+        match self.0 {
+            B3Encoding::Single => injector.set(SINGLE, format!("{trace_id}-{span_id}-{sampled}")),
+            B3Encoding::Multi => {
+                injector.set(TRACE_ID, trace_id.to_string());
+                injector.set(SPAN_ID, span_id.to_string());
+                injector.set(SAMPLED, sampled.to_owned());
+            }
+        }
+    }
+
+    fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
+        let remote = parse_single(extractor.get(SINGLE)).or_else(|| {
+            let is_debug = extractor.get(FLAGS).map(str::trim) == Some("1");
+            let state = if is_debug {
+                "d"
+            } else {
+                extractor.get(SAMPLED).unwrap_or_default().trim()
+            };
+            span_context(
+                extractor.get(TRACE_ID)?.trim(),
+                extractor.get(SPAN_ID)?.trim(),
+                state,
+            )
+        });
+        match remote {
+            Some(remote) => cx.with_remote_span_context(remote),
+            None => cx.clone(),
+        }
+    }
+
+    fn fields(&self) -> FieldIter<'_> {
+        static ONE: LazyLock<[String; 1]> = LazyLock::new(|| [SINGLE.into()]);
+        static MANY: LazyLock<[String; 3]> =
+            LazyLock::new(|| [TRACE_ID, SPAN_ID, SAMPLED].map(String::from));
+        match self.0 {
+            B3Encoding::Single => FieldIter::new(ONE.as_slice()),
+            B3Encoding::Multi => FieldIter::new(MANY.as_slice()),
+        }
+    }
+}
+
+/// `{trace id}-{span id}`, then maybe `-{sampling state}`, then maybe `-{parent span id}`.
+fn parse_single(value: Option<&str>) -> Option<SpanContext> {
+    let mut fields = value?.trim().split('-');
+    let (trace_id, span_id) = (fields.next()?, fields.next()?);
+    let state = fields.next().unwrap_or_default();
+    if let Some(parent) = fields.next() {
+        padded_hex::<8>(parent)?;
+    }
+    fields
+        .next()
+        .is_none()
+        .then(|| span_context(trace_id, span_id, state))?
+}
+
+fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<SpanContext> {
+    // 64-bit trace ids are legal; other lengths are not.
+    if !matches!(trace_id.len(), 16 | 32) || span_id.len() != 16 {
+        return None;
+    }
+    let flags = match state {
+        "1" | "d" | "true" => TraceFlags::SAMPLED,
+        "0" | "false" | "" => TraceFlags::NOT_SAMPLED,
+        _ => return None,
+    };
+    let trace_id = TraceId::from_bytes(padded_hex(trace_id)?);
+    let span_id = SpanId::from_bytes(padded_hex(span_id)?);
+    let remote = SpanContext::new(trace_id, span_id, flags, true, TraceState::NONE);
+    remote.is_valid().then_some(remote)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::propagation::testing::Lines;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    const TRACE: &str = "80f198ee56343ba864fe8b2a57d3eff7";
+    const SPAN: &str = "e457b5a2e4d86bd1";
+
+    fn extract(headers: &[(&str, &str)]) -> Option<SpanContext> {
+        let cx =
+            B3Propagator(B3Encoding::Single).extract_with_context(&Context::new(), &Lines(headers));
+        Some(cx.span().span_context().clone()).filter(SpanContext::is_valid)
+    }
+
+    fn injected(encoding: B3Encoding) -> HashMap<String, String> {
+        let remote = extract(&[("b3", &format!("{TRACE}-{SPAN}-1"))]).unwrap();
+        let mut headers = HashMap::new();
+        B3Propagator(encoding).inject_context(
+            &Context::new().with_remote_span_context(remote),
+            &mut headers,
+        );
+        headers
+    }
+
+    #[test]
+    fn single_header_is_read() {
+        for (state, sampled) in [
+            ("", false),
+            ("-0", false),
+            ("-1", true),
+            ("-d", true),
+            ("-1-05e3ac9a4f6e3b90", true),
+        ] {
+            let remote = extract(&[("b3", &format!("{TRACE}-{SPAN}{state}"))]).unwrap();
+            assert_eq!(remote.trace_id().to_string(), TRACE);
+            assert_eq!(remote.span_id().to_string(), SPAN);
+            assert_eq!(remote.is_sampled(), sampled, "{state}");
+        }
+    }
+
+    #[test]
+    fn multi_headers_are_read() {
+        let ids = [("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN)];
+        assert!(!extract(&ids).unwrap().is_sampled());
+        assert!(
+            extract(&[ids[0], ids[1], ("x-b3-sampled", "1")])
+                .unwrap()
+                .is_sampled()
+        );
+        assert!(
+            extract(&[ids[0], ids[1], ("x-b3-flags", "1")])
+                .unwrap()
+                .is_sampled()
+        );
+    }
+
+    #[test]
+    fn short_trace_id_is_padded() {
+        let remote = extract(&[("b3", &format!("64fe8b2a57d3eff7-{SPAN}-1"))]).unwrap();
+        assert_eq!(
+            remote.trace_id().to_string(),
+            "000000000000000064fe8b2a57d3eff7"
+        );
+    }
+
+    #[test]
+    fn malformed_headers_are_refused() {
+        for malformed in [
+            "",
+            "0",
+            "1",
+            "d",
+            "-",
+            "--",
+            "é",
+            "80f198ee56343ba864fe8b2a57d3eff7",
+            "80f198ee56343ba864fe8b2a57d3eff-e457b5a2e4d86bd1-1",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd-1",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-2",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-xyz",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90-",
+            "x0f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1",
+            "00000000000000000000000000000000-e457b5a2e4d86bd1-1",
+            "80f198ee56343ba864fe8b2a57d3eff7-0000000000000000-1",
+        ] {
+            assert_eq!(extract(&[("b3", malformed)]), None, "{malformed:?}");
+        }
+        assert_eq!(extract(&[("x-b3-traceid", TRACE)]), None);
+        assert_eq!(
+            extract(&[("x-b3-traceid", TRACE), ("x-b3-spanid", "7")]),
+            None
+        );
+    }
+
+    #[test]
+    fn each_encoding_writes_its_own_headers() {
+        assert_eq!(
+            injected(B3Encoding::Single),
+            [("b3".into(), format!("{TRACE}-{SPAN}-1"))].into()
+        );
+        let multi = [
+            ("x-b3-traceid", TRACE),
+            ("x-b3-spanid", SPAN),
+            ("x-b3-sampled", "1"),
+        ];
+        assert_eq!(
+            injected(B3Encoding::Multi),
+            multi.map(|(k, v)| (k.into(), v.into())).into()
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_headers_never_panic(single in ".{0,80}", trace_id in ".{0,40}", span_id in ".{0,20}") {
+            extract(&[("b3", &single), ("x-b3-traceid", &trace_id), ("x-b3-spanid", &span_id)]);
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! W3C Baggage: <https://www.w3.org/TR/baggage/>.
+//!
+//! The propagator of the Rust SDK reads the first `baggage` header line only, and logs the whole
+//! header when a member is malformed; baggage may hold personal data.
+
+use opentelemetry::{
+    Context,
+    baggage::{Baggage, BaggageExt},
+    propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
+};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use std::sync::LazyLock;
+
+const BAGGAGE: &str = "baggage";
+
+/// Section 3.3.2: what a platform must be able to propagate. It is also the most that we do.
+const MAX_BYTES: usize = 8192;
+const MAX_MEMBERS: usize = 64;
+
+/// Everything but letters, digits and `-._~` is percent-encoded in a value.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
+/// Reads and writes `baggage`. Malformed members are skipped, the others kept.
+#[derive(Debug, Clone, Copy)]
+pub struct BaggagePropagator;
+
+impl TextMapPropagator for BaggagePropagator {
+    fn inject_context(&self, cx: &Context, injector: &mut dyn Injector) {
+        let mut header = String::new();
+        for (key, (value, metadata)) in cx.baggage() {
+            let encoded = utf8_percent_encode(value.as_str(), ENCODED);
+            let properties = if metadata.as_str().is_empty() {
+                ""
+            } else {
+                ";"
+            };
+            let member = format!("{key}={encoded}{properties}{}", metadata.as_str());
+            if header.len() + member.len() < MAX_BYTES {
+                if !header.is_empty() {
+                    header.push(',');
+                }
+                header.push_str(&member);
+            }
+        }
+        if !header.is_empty() {
+            injector.set(BAGGAGE, header);
+        }
+    }
+
+    fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
+        let lines = extractor.get_all(BAGGAGE).unwrap_or_default();
+        if lines.iter().map(|line| line.len()).sum::<usize>() > MAX_BYTES {
+            return cx.clone();
+        }
+        let members = lines.iter().flat_map(|line| line.split(','));
+        let mut baggage = Baggage::new();
+        for (key, value, properties) in members.filter_map(parse_member).take(MAX_MEMBERS) {
+            baggage.insert_with_metadata(key.to_owned(), value, properties);
+        }
+        if baggage.is_empty() {
+            cx.clone()
+        } else {
+            cx.with_baggage(baggage)
+        }
+    }
+
+    fn fields(&self) -> FieldIter<'_> {
+        static FIELDS: LazyLock<[String; 1]> = LazyLock::new(|| [BAGGAGE.into()]);
+        FieldIter::new(FIELDS.as_slice())
+    }
+}
+
+/// `key=value;property;property`: the key a token, the value percent-decoded, the properties opaque.
+fn parse_member(member: &str) -> Option<(&str, String, String)> {
+    let (pair, properties) = member.split_once(';').unwrap_or((member, ""));
+    let (key, value) = pair.split_once('=')?;
+    let (key, value, properties) = (key.trim(), value.trim(), properties.trim());
+
+    let is_token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+    let is_octet = |b: u8| matches!(b, 0x21..=0x7e) && !b"\",;\\".contains(&b);
+    let is_printable = |b: u8| matches!(b, 0x20..=0x7e);
+    let is_legal = !key.is_empty()
+        && key.bytes().all(is_token)
+        && value.bytes().all(is_octet)
+        && properties.bytes().all(is_printable);
+
+    // Octets that are not UTF-8 become U+FFFD (section 3.3.1.3).
+    let value = percent_decode_str(value).decode_utf8_lossy().into_owned();
+    is_legal.then(|| (key, value, properties.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::propagation::testing::Lines;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, HashMap};
+
+    fn extract(lines: &[&str]) -> Context {
+        let headers: Vec<_> = lines.iter().map(|line| ("baggage", *line)).collect();
+        BaggagePropagator.extract_with_context(&Context::new(), &Lines(&headers))
+    }
+
+    fn members(cx: &Context) -> BTreeMap<String, String> {
+        cx.baggage()
+            .iter()
+            .map(|(k, (v, _))| (k.to_string(), v.to_string()))
+            .collect()
+    }
+
+    fn injected(cx: &Context) -> String {
+        let mut headers = HashMap::new();
+        BaggagePropagator.inject_context(cx, &mut headers);
+        headers.remove("baggage").unwrap_or_default()
+    }
+
+    #[test]
+    fn members_of_all_lines_are_read() {
+        let cx = extract(&["tenant=blue , user = a%20b", "region=eu;ttl=5; p"]);
+        let expected = [("region", "eu"), ("tenant", "blue"), ("user", "a b")];
+        assert_eq!(
+            members(&cx),
+            expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into()
+        );
+        let (_, metadata) = cx.baggage().get_with_metadata("region").unwrap();
+        assert_eq!(metadata.as_str(), "ttl=5; p");
+    }
+
+    #[test]
+    fn malformed_members_are_skipped() {
+        for malformed in [
+            "",
+            "x",
+            "=v",
+            "a b=v",
+            "k=v v",
+            "k=\"v\"",
+            "k=a\\b",
+            "k=é",
+            "k(=v",
+            "k=v;p\r\nx: y",
+        ] {
+            let cx = extract(&[malformed, "ok=1"]);
+            assert_eq!(
+                members(&cx),
+                [("ok".to_owned(), "1".to_owned())].into(),
+                "{malformed:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn octets_that_are_not_utf8_are_replaced() {
+        assert_eq!(members(&extract(&["k=%ff"]))["k"], "\u{fffd}");
+        assert_eq!(members(&extract(&["k=%4"]))["k"], "%4");
+    }
+
+    #[test]
+    fn decoded_line_breaks_are_encoded_again_when_sent_on() {
+        assert_eq!(injected(&extract(&["k=a%0d%0ab"])), "k=a%0D%0Ab");
+    }
+
+    #[test]
+    fn limits_hold_in_both_directions() {
+        let too_long = format!("k={}", "v".repeat(MAX_BYTES));
+        assert!(members(&extract(&[&too_long])).is_empty());
+        let too_many = (0..100)
+            .map(|i| format!("k{i}=v"))
+            .collect::<Vec<_>>()
+            .join(",");
+        assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
+        // Three times as long once encoded again: what doesn't fit is left out.
+        let grows = (0..64)
+            .map(|i| format!("k{i}={}", "!".repeat(100)))
+            .collect::<Vec<_>>()
+            .join(",");
+        assert!(injected(&extract(&[&grows])).len() <= MAX_BYTES);
+    }
+
+    #[test]
+    fn no_baggage_writes_no_header() {
+        assert_eq!(injected(&Context::new()), "");
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_lines_never_panic_and_are_sent_on_printable(lines in proptest::collection::vec(".{0,200}", 0..4)) {
+            let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+            let header = injected(&extract(&lines));
+            prop_assert!(header.bytes().all(|b| matches!(b, 0x20..=0x7e)), "{header:?}");
+        }
+
+        #[test]
+        fn every_value_survives_the_wire(value in ".{0,50}") {
+            let mut baggage = Baggage::new();
+            baggage.insert("key", value.clone());
+            let cx = extract(&[&injected(&Context::new().with_baggage(baggage))]);
+            prop_assert_eq!(cx.baggage().get("key").map(|v| v.as_str()), Some(value.as_str()));
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Propagators, one wire format a file, and the choice among them by `OTEL_PROPAGATORS`.
+//!
+//! Each implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service. None
+//! knows what it reads from: the carriers for HTTP headers and gRPC metadata are in [`crate::http`],
+//! for AMQP headers in [`crate::amqp`], and the message body has its own in the crate `proto`.
+
+mod b3;
+mod baggage;
+mod jaeger;
+mod trace_context;
+
+pub use b3::{B3Encoding, B3Propagator};
+pub use baggage::BaggagePropagator;
+pub use jaeger::JaegerPropagator;
+pub use trace_context::{TraceContextPropagator, traceparent};
+
+use opentelemetry::propagation::{TextMapCompositePropagator, TextMapPropagator};
+
+/// A propagator that can be named in `OTEL_PROPAGATORS`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagator {
+    /// `tracecontext`: W3C `traceparent` and `tracestate`.
+    TraceContext,
+    /// `baggage`: W3C `baggage`.
+    Baggage,
+    /// `b3`: reads both B3 encodings, writes the single header.
+    B3,
+    /// `b3multi`: reads both B3 encodings, writes the `X-B3-*` headers.
+    B3Multi,
+    /// `jaeger`: `uber-trace-id`.
+    Jaeger,
+}
+
+impl Propagator {
+    /// The name in `OTEL_PROPAGATORS`; `None` for a name that is not known here.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "tracecontext" => Self::TraceContext,
+            "baggage" => Self::Baggage,
+            "b3" => Self::B3,
+            "b3multi" => Self::B3Multi,
+            "jaeger" => Self::Jaeger,
+            _ => return None,
+        })
+    }
+
+    fn build(self) -> Box<dyn TextMapPropagator + Send + Sync> {
+        match self {
+            Self::TraceContext => Box::new(TraceContextPropagator),
+            Self::Baggage => Box::new(BaggagePropagator),
+            Self::B3 => Box::new(B3Propagator(B3Encoding::Single)),
+            Self::B3Multi => Box::new(B3Propagator(B3Encoding::Multi)),
+            Self::Jaeger => Box::new(JaegerPropagator),
+        }
+    }
+}
+
+/// One propagator out of many: each writes its headers; where several read a parent, the last wins.
+pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
+    TextMapCompositePropagator::new(propagators.iter().map(|p| p.build()).collect())
+}
+
+/// Parses exactly `2 * N` lower-case hex digits, as the W3C formats demand.
+fn lower_hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
+    fn nibble(digit: u8) -> Option<u8> {
+        match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        }
+    }
+    if digits.len() != 2 * N {
+        return None;
+    }
+    let mut bytes = [0; N];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+    }
+    Some(bytes)
+}
+
+/// Like [`lower_hex`], in either case and padded with zeros on the left: B3 and Jaeger ids.
+fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
+    if digits.is_empty() || !digits.is_ascii() || digits.len() > 2 * N {
+        return None;
+    }
+    let width = 2 * N;
+    lower_hex(format!("{:0>width$}", digits.to_ascii_lowercase()).as_bytes())
+}
+
+#[cfg(test)]
+mod testing {
+    use opentelemetry::propagation::Extractor;
+
+    /// Header lines as they came: several may have the same name.
+    pub struct Lines<'a>(pub &'a [(&'a str, &'a str)]);
+
+    impl Extractor for Lines<'_> {
+        fn get(&self, key: &str) -> Option<&str> {
+            self.get_all(key)?.first().copied()
+        }
+
+        fn keys(&self) -> Vec<&str> {
+            self.0.iter().map(|(name, _)| *name).collect()
+        }
+
+        fn get_all(&self, key: &str) -> Option<Vec<&str>> {
+            let lines: Vec<_> = self
+                .0
+                .iter()
+                .filter(|(name, _)| *name == key)
+                .map(|(_, v)| *v)
+                .collect();
+            (!lines.is_empty()).then_some(lines)
+        }
+    }
+}

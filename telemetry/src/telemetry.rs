@@ -1,0 +1,98 @@
+//! Set-up and shutdown.
+
+use crate::{
+    config::{Config, Exporter},
+    export::{
+        SpanCounts,
+        batch::{self, BatchExport, Format},
+        transport::Transport,
+    },
+    log, propagation,
+};
+use opentelemetry::{global, trace::TracerProvider};
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Tracing and logging of this process, from [`Telemetry::start`] on.
+#[must_use = "spans are lost unless it is shut down"]
+pub struct Telemetry {
+    provider: Option<SdkTracerProvider>,
+    exports: Vec<BatchExport>,
+}
+
+impl Telemetry {
+    /// Installs the tracer provider, the propagators and the log subscriber; starts the exporters.
+    ///
+    /// Call it first, inside of the tokio runtime: layers made before it would use a tracer that does
+    /// nothing. It opens no connection yet.
+    pub fn start(config: Config) -> Self {
+        // Propagation works with the SDK disabled, too: the caller's context is passed on.
+        global::set_text_map_propagator(propagation::composite(&config.propagators));
+        if config.sdk_disabled {
+            log::install(config.log, None);
+            return Self {
+                provider: None,
+                exports: Vec::new(),
+            };
+        }
+
+        let mut exports = Vec::new();
+        let mut builder = SdkTracerProvider::builder()
+            .with_resource(config.resource.clone())
+            .with_sampler(config.sampler)
+            .with_span_limits(config.limits);
+        for exporter in config.exporters {
+            let (format, transport) = match exporter {
+                Exporter::Otlp(otlp) => (Format::Otlp, Transport::otlp(otlp)),
+                Exporter::Zipkin { endpoint, timeout } => {
+                    (Format::Zipkin, Transport::zipkin(endpoint, timeout))
+                }
+                Exporter::Console => {
+                    builder =
+                        builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default());
+                    continue;
+                }
+            };
+            let (processor, export) =
+                batch::start(format, transport, config.resource.clone(), config.batch);
+            builder = builder.with_span_processor(processor);
+            exports.push(export);
+        }
+        let provider = builder.build();
+        log::install(config.log, Some(provider.tracer("tracing")));
+        global::set_tracer_provider(provider.clone());
+        Self {
+            provider: Some(provider),
+            exports,
+        }
+    }
+
+    /// What became of the spans that ended so far, for each exporter that sends them in batches.
+    pub fn span_counts(&self) -> impl Iterator<Item = SpanCounts> {
+        self.exports.iter().map(BatchExport::counts)
+    }
+
+    /// Sends the spans that ended, for at most `limit`, and logs what became of them.
+    ///
+    /// Call it last, when requests and deliveries are finished, and on failure, too: the last spans
+    /// matter most.
+    pub async fn shut_down(self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        for export in self.exports {
+            let SpanCounts {
+                ended,
+                exported,
+                dropped,
+            } = export.shut_down(deadline).await;
+            if dropped > 0 {
+                tracing::warn!(ended, exported, dropped, "spans were lost");
+            } else {
+                tracing::info!(ended, exported, dropped, "all spans exported");
+            }
+        }
+        if let Some(Err(error)) = self.provider.map(|provider| provider.shutdown()) {
+            tracing::warn!(%error, "shutting down the tracer provider");
+        }
+    }
+}
