@@ -1,0 +1,95 @@
+//! The login: steps 1 to 4 of the flow, each with its span.
+
+use crate::{TRACER, problem::Problem, router::App};
+use axum::{
+    Json,
+    extract::{FromRequest, Request, State, rejection::JsonRejection},
+};
+use opentelemetry::trace::Tracer;
+use proto::usercenter::v1::GetUserByMobileRequest;
+use serde::{Deserialize, Serialize};
+use std::{sync::Arc, time::Duration};
+use tokio::time::timeout;
+
+/// The body of a login.
+// Without Debug: a mobile number is personal.
+#[derive(Deserialize)]
+pub struct LoginRequest {
+    mobile: String,
+}
+
+/// The answer to a login. Times are in seconds since 1970.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LoginResponse {
+    access_token: String,
+    access_expire: u64,
+    refresh_after: u64,
+}
+
+/// `POST /usercenter/v1/user/login`
+///
+/// # Errors
+/// See [`Problem`].
+pub async fn login(
+    State(app): State<Arc<App>>,
+    request: LoginRequest,
+) -> Result<Json<LoginResponse>, Problem> {
+    // The server span is open already: a layer did that.
+
+    // The client span, and the server span at the other end: layers, too.
+    let lookup = GetUserByMobileRequest {
+        mobile: request.mobile.clone(),
+    };
+    let found = app.usercenter.clone().get_user_by_mobile(lookup).await?;
+    let user = found.into_inner().user.ok_or(Problem::UsercenterFailed)?;
+
+    // A local function: no layer can know about it, so its span is written by hand.
+    let token = TRACER.in_span("local", |_| app.tokens.issue(user.id));
+
+    // The message, with a span of its own, written by hand there.
+    app.publisher.publish(request.mobile).await?;
+
+    tracing::info!(user.id, "logged in");
+    Ok(Json(LoginResponse {
+        access_token: token.access_token,
+        access_expire: token.expires,
+        refresh_after: token.refresh_after,
+    }))
+}
+
+/// How long a caller may take to send the body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(3);
+
+impl<S: Send + Sync> FromRequest<S> for LoginRequest {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let body = Json::<LoginRequest>::from_request(request, state);
+        let Json(login) = timeout(BODY_TIMEOUT, body)
+            .await
+            .map_err(|_| Problem::BodyTooSlow)??;
+        let is_mobile = (5..=15).contains(&login.mobile.len())
+            && login.mobile.bytes().all(|b| b.is_ascii_digit());
+        if is_mobile {
+            Ok(login)
+        } else {
+            Err(Problem::InvalidMobile)
+        }
+    }
+}
+
+/// The texts of axum's rejections may quote the body, so they are not used.
+impl From<JsonRejection> for Problem {
+    fn from(rejection: JsonRejection) -> Self {
+        match rejection {
+            JsonRejection::JsonSyntaxError(_) => Problem::NotJson,
+            JsonRejection::JsonDataError(_) => Problem::InvalidMobile,
+            JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
+            JsonRejection::BytesRejection(rejection) if rejection.status() == 413 => {
+                Problem::BodyTooLarge
+            }
+            _ => Problem::UnreadableBody,
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Which failure gets which answer: problem+json (RFC 9457), with the trace id as a member.
+
+use crate::publisher::PublishError;
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use opentelemetry::{Context, trace::TraceContextExt};
+use serde_json::json;
+use tonic::{Code, Status};
+
+/// Everything that a caller can be told instead of what it asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Problem {
+    /// The body is not JSON.
+    NotJson,
+    /// The body could not be read to its end.
+    UnreadableBody,
+    /// The body took too long to arrive.
+    BodyTooSlow,
+    /// The body is longer than the limit.
+    BodyTooLarge,
+    /// The body is not declared as JSON.
+    UnsupportedMediaType,
+    /// There is no mobile number in the body, or it is not one.
+    InvalidMobile,
+    /// Nobody registered this mobile number.
+    UnknownUser,
+    /// There is nothing at this path.
+    NoSuchRoute,
+    /// There is something at this path, for another method.
+    MethodNotAllowed,
+    /// usercenter can't be reached.
+    UsercenterUnavailable,
+    /// usercenter did not answer in time.
+    UsercenterTimeout,
+    /// usercenter answered with something else than a user.
+    UsercenterFailed,
+    /// The login could not be published.
+    PublishFailed,
+}
+
+impl Problem {
+    /// Status, type (a URN is made of it), title and detail.
+    fn parts(self) -> (StatusCode, &'static str, &'static str) {
+        match self {
+            Self::NotJson => (StatusCode::BAD_REQUEST, "not-json", "The body is not JSON"),
+            Self::UnreadableBody => (
+                StatusCode::BAD_REQUEST,
+                "unreadable-body",
+                "The body could not be read",
+            ),
+            Self::BodyTooSlow => (
+                StatusCode::REQUEST_TIMEOUT,
+                "body-too-slow",
+                "The body did not arrive in time",
+            ),
+            Self::BodyTooLarge => (
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "body-too-large",
+                "The body is too large",
+            ),
+            Self::UnsupportedMediaType => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported-media-type",
+                "The content type must be application/json",
+            ),
+            Self::InvalidMobile => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "invalid-mobile",
+                "The member mobile must be a string of 5 to 15 digits",
+            ),
+            Self::UnknownUser => (
+                StatusCode::UNAUTHORIZED,
+                "unknown-user",
+                "Nobody registered this mobile number",
+            ),
+            Self::NoSuchRoute => (
+                StatusCode::NOT_FOUND,
+                "no-such-route",
+                "There is nothing at this path",
+            ),
+            Self::MethodNotAllowed => (
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method-not-allowed",
+                "This path has another method",
+            ),
+            Self::UsercenterUnavailable => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "usercenter-unavailable",
+                "The user directory can't be reached",
+            ),
+            Self::UsercenterTimeout => (
+                StatusCode::GATEWAY_TIMEOUT,
+                "usercenter-timeout",
+                "The user directory did not answer in time",
+            ),
+            Self::UsercenterFailed => (
+                StatusCode::BAD_GATEWAY,
+                "usercenter-failed",
+                "The user directory answered with an error",
+            ),
+            Self::PublishFailed => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "publish-failed",
+                "The login could not be recorded",
+            ),
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let (status, kind, title) = self.parts();
+        let trace_id = Context::map_current(|cx| {
+            let span = cx.span();
+            span.span_context()
+                .is_valid()
+                .then(|| span.span_context().trace_id().to_string())
+        });
+        let body = json!({
+            "type": format!("urn:throughline:problem:{kind}"),
+            "title": title,
+            "status": status.as_u16(),
+            "traceId": trace_id,
+        });
+        let mut response = (status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        match status {
+            StatusCode::SERVICE_UNAVAILABLE => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            // RFC 9110, section 15.5.2: a 401 names the way to authenticate.
+            StatusCode::UNAUTHORIZED => {
+                headers.insert(
+                    header::WWW_AUTHENTICATE,
+                    HeaderValue::from_static("Mobile realm=\"usercenter\""),
+                );
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+/// What usercenter said is logged here, once; the caller learns only the kind.
+impl From<Status> for Problem {
+    fn from(status: Status) -> Self {
+        let problem = match status.code() {
+            Code::NotFound => return Problem::UnknownUser,
+            Code::InvalidArgument => return Problem::InvalidMobile,
+            Code::Unavailable => Problem::UsercenterUnavailable,
+            Code::DeadlineExceeded => Problem::UsercenterTimeout,
+            Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::AlreadyExists
+            | Code::PermissionDenied
+            | Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::Aborted
+            | Code::OutOfRange
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::DataLoss
+            | Code::Unauthenticated => Problem::UsercenterFailed,
+        };
+        tracing::warn!(code = ?status.code(), "usercenter failed");
+        problem
+    }
+}
+
+impl From<PublishError> for Problem {
+    fn from(error: PublishError) -> Self {
+        tracing::warn!(%error, "the login was not published");
+        Problem::PublishFailed
+    }
+}

@@ -1,0 +1,28 @@
+//! The probe of the services that answer gRPC health checks: a container without a shell asks itself.
+
+use anyhow::{Context, ensure};
+use std::{net::SocketAddr, time::Duration};
+use tonic::transport::Endpoint;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+/// Asks the service that listens on `listen`, by the standard gRPC health protocol;
+/// 0.0.0.0 is this machine.
+///
+/// # Errors
+/// If it does not answer within two seconds, or is not serving.
+pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", listen))?
+        .connect_timeout(Duration::from_secs(2))
+        .timeout(Duration::from_secs(2));
+    let channel = endpoint.connect().await.context("connecting")?;
+    let answer = HealthClient::new(channel)
+        .check(HealthCheckRequest::default())
+        .await?;
+    ensure!(
+        answer.get_ref().status() == ServingStatus::Serving,
+        "not serving"
+    );
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! The gRPC face of the directory. No line here is about tracing: the layer in [`crate::run`] does it.
+
+use crate::directory::Directory;
+use proto::usercenter::v1::{
+    GetUserByMobileRequest, GetUserByMobileResponse, User, usercenter_server::Usercenter,
+};
+use tonic::{Request, Response, Status};
+
+/// Implements `usercenter.v1.Usercenter`.
+#[derive(Debug)]
+pub struct Service {
+    directory: Directory,
+}
+
+impl Service {
+    /// A service over these users.
+    pub fn new(directory: Directory) -> Self {
+        Self { directory }
+    }
+}
+
+/// Why a user can't be given.
+#[derive(Debug, thiserror::Error)]
+enum LookupError {
+    #[error("mobile must be 5 to 15 digits")]
+    NotAMobileNumber,
+    #[error("no user with this mobile number")]
+    UnknownUser,
+}
+
+impl From<LookupError> for Status {
+    fn from(error: LookupError) -> Self {
+        match error {
+            LookupError::NotAMobileNumber => Status::invalid_argument(error.to_string()),
+            LookupError::UnknownUser => Status::not_found(error.to_string()),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Usercenter for Service {
+    async fn get_user_by_mobile(
+        &self,
+        request: Request<GetUserByMobileRequest>,
+    ) -> Result<Response<GetUserByMobileResponse>, Status> {
+        let mobile = request.into_inner().mobile;
+        if !(5..=15).contains(&mobile.len()) || !mobile.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(LookupError::NotAMobileNumber.into());
+        }
+        let user = self
+            .directory
+            .by_mobile(&mobile)
+            .ok_or(LookupError::UnknownUser)?;
+        tracing::debug!(user.id, "user found");
+        let user = User {
+            id: user.id,
+            nickname: user.nickname.to_owned(),
+        };
+        Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))
+    }
+}
