@@ -1,1 +1,30 @@
+//! For development only; no service depends on it.
+//!
+//! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
+//! - [`trace`]: spans as they were received, drawn as a tree
+//! - [`process`]: the services as real processes
+//! - [`stack`]: all of them together, as the end-to-end tests use them
+//! - [`client`]: a small HTTP client
 
+pub mod client;
+pub mod process;
+pub mod receiver;
+pub mod stack;
+pub mod trace;
+
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// Asks until there is an answer, for at most `limit`.
+pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -> Option<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(answer) = ask().await {
+            return Some(answer);
+        }
+        if Instant::now() > deadline {
+            return None;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -13,8 +13,9 @@ use lapin::{
 };
 use opentelemetry::{
     Context, KeyValue,
+    baggage::{BaggageExt, KeyValueMetadata},
     propagation::{Extractor, Injector},
-    trace::{Link, SpanBuilder, SpanContext, SpanKind, TraceContextExt},
+    trace::{Link, SpanBuilder, SpanKind, TraceContextExt},
 };
 use std::{fmt, net::IpAddr, str::FromStr};
 
@@ -144,13 +145,18 @@ impl Relation {
         }
         let builder = builder.with_links(vec![Link::with_context(target)]);
         match self {
-            Self::Link => (
-                builder,
-                producer.with_remote_span_context(SpanContext::NONE),
-            ),
+            Self::Link => (builder, with_baggage_only(&producer)),
             Self::Parent | Self::Both => (builder, producer),
         }
     }
+}
+
+/// The samplers take an invalid parent for one that is not sampled, so there must be none at all.
+fn with_baggage_only(cx: &Context) -> Context {
+    let members = cx.baggage().iter();
+    Context::new().with_baggage(members.map(|(key, (value, metadata))| {
+        KeyValueMetadata::new(key.clone(), value.clone(), metadata.clone())
+    }))
 }
 
 /// The broker, as spans name it.

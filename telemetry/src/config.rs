@@ -22,6 +22,8 @@ pub struct Config {
     pub(crate) propagators: Vec<Propagator>,
     pub(crate) limits: SpanLimits,
     pub(crate) batch: BatchConfig,
+    /// Members of baggage that become attributes of every span.
+    pub(crate) baggage_attributes: Vec<String>,
     pub(crate) sdk_disabled: bool,
     pub(crate) log: log::Config,
 }
@@ -138,6 +140,10 @@ impl Config {
             propagators: propagators(env)?,
             limits: span_limits(env)?,
             batch: batch(env)?,
+            baggage_attributes: match env.get("BAGGAGE_SPAN_ATTRIBUTES")? {
+                None => Vec::new(),
+                Some(keys) => keys.split(',').map(|key| key.trim().to_owned()).collect(),
+            },
             sdk_disabled: env.boolean("OTEL_SDK_DISABLED")?,
             log: log::Config {
                 format: match env.get("LOG_FORMAT")?.as_deref() {

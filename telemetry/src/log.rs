@@ -15,6 +15,7 @@ use std::{
 use tracing::{Event, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     EnvFilter, Layer,
+    filter::Targets,
     fmt::{
         FmtContext, FormatEvent, FormatFields,
         format::{DefaultFields, Writer},
@@ -41,7 +42,7 @@ pub(crate) enum Format {
 /// Installs the subscriber: log lines to standard error and, if there is a tracer, `tracing` spans to it.
 ///
 /// Spans below INFO are the internals of libraries (h2 alone makes dozens a request): they are not
-/// recorded.
+/// recorded. Nor is lapin's span, which is as long as its connection.
 pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::SdkTracer>) {
     let lines = tracing_subscriber::fmt::layer()
         .event_format(config.format)
@@ -52,10 +53,13 @@ pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::S
         .with_writer(io::stderr)
         .with_filter(config.filter.unwrap_or_else(|| EnvFilter::new("info")));
     let spans = tracer.map(|tracer| {
+        let recorded = Targets::new()
+            .with_default(LevelFilter::INFO)
+            .with_target("lapin", LevelFilter::OFF);
         tracing_opentelemetry::layer()
             .with_tracer(tracer)
             .with_threads(false)
-            .with_filter(LevelFilter::INFO)
+            .with_filter(recorded)
     });
     // Fails if there is a subscriber already, as in a test: then that one stays.
     let _ = tracing_subscriber::registry()

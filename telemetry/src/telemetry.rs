@@ -9,8 +9,16 @@ use crate::{
     },
     log, propagation,
 };
-use opentelemetry::{global, trace::TracerProvider};
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry::{
+    Context, KeyValue,
+    baggage::BaggageExt,
+    global,
+    trace::{Span as _, TracerProvider},
+};
+use opentelemetry_sdk::{
+    error::OTelSdkResult,
+    trace::{SdkTracerProvider, Span, SpanData, SpanProcessor},
+};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -42,6 +50,9 @@ impl Telemetry {
             .with_resource(config.resource.clone())
             .with_sampler(config.sampler)
             .with_span_limits(config.limits);
+        if !config.baggage_attributes.is_empty() {
+            builder = builder.with_span_processor(BaggageAttributes(config.baggage_attributes));
+        }
         for exporter in config.exporters {
             let (format, transport) = match exporter {
                 Exporter::Otlp(otlp) => (Format::Otlp, Transport::otlp(otlp)),
@@ -94,5 +105,30 @@ impl Telemetry {
         if let Some(Err(error)) = self.provider.map(|provider| provider.shutdown()) {
             tracing::warn!(%error, "shutting down the tracer provider");
         }
+    }
+}
+
+/// Copies chosen members of baggage to the attributes of each span that starts. None by default: whoever
+/// calls decides what is in baggage, and it may be personal.
+#[derive(Debug)]
+struct BaggageAttributes(Vec<String>);
+
+impl SpanProcessor for BaggageAttributes {
+    fn on_start(&self, span: &mut Span, cx: &Context) {
+        for key in &self.0 {
+            if let Some(value) = cx.baggage().get(key) {
+                span.set_attribute(KeyValue::new(key.clone(), value.clone()));
+            }
+        }
+    }
+
+    fn on_end(&self, _span: SpanData) {}
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
+        Ok(())
     }
 }

@@ -1,0 +1,101 @@
+//! A small HTTP client, for tests and tools.
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper_util::{
+    client::legacy::{Client as Hyper, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use serde_json::Value;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// Keeps connections open between requests.
+#[derive(Clone)]
+pub struct Client(Hyper<HttpConnector, Full<Bytes>>);
+
+/// What came back.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Bytes,
+}
+
+impl Client {
+    /// A client without connections yet.
+    #[expect(clippy::new_without_default, reason = "there is nothing to default")]
+    pub fn new() -> Self {
+        Self(Hyper::builder(TokioExecutor::new()).build_http())
+    }
+
+    /// `GET url`
+    ///
+    /// # Errors
+    /// If there is no answer within 30 seconds.
+    pub async fn get(&self, url: &str) -> Result<Answer> {
+        self.send(Method::GET, url, &[], "").await
+    }
+
+    /// A request with these headers and this body.
+    ///
+    /// # Errors
+    /// If there is no answer within 30 seconds.
+    pub async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Result<Answer> {
+        let mut request = Request::builder().method(method).uri(url);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = async {
+            let (parts, body) = self
+                .0
+                .request(request.body(Full::new(body.into()))?)
+                .await?
+                .into_parts();
+            let body = body.collect().await?.to_bytes();
+            Ok(Answer {
+                status: parts.status,
+                headers: parts.headers,
+                body,
+            })
+        };
+        timeout(Duration::from_secs(30), answer)
+            .await
+            .with_context(|| format!("no answer from {url}"))?
+    }
+}
+
+impl Answer {
+    /// A header's value; empty if it is not there.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+    }
+
+    /// The trace id in the header `traceparent`.
+    pub fn trace_id(&self) -> String {
+        self.header("traceparent")
+            .split('-')
+            .nth(1)
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    /// The body as JSON; null if it is not.
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
+    }
+}

@@ -1,0 +1,246 @@
+//! The services as real processes.
+
+use crate::poll;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::{
+    collections::HashMap,
+    env,
+    net::SocketAddr,
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::{Child, Command},
+    time::timeout,
+};
+
+/// The longest that a service may take to start, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running service. It is killed with its last owner.
+pub struct Process {
+    /// Its name: that of its binary.
+    pub name: &'static str,
+    /// Where it listens.
+    pub address: SocketAddr,
+    child: Child,
+    output: Output,
+}
+
+/// Lines of standard output and standard error, as they come.
+#[derive(Clone, Default)]
+struct Output(Arc<Mutex<Vec<String>>>);
+
+impl Process {
+    /// Starts a service on a free port, with these variables and nothing else from `OTEL_*` and the
+    /// like; returns once it listens.
+    ///
+    /// # Errors
+    /// If it doesn't: then with what it said.
+    pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
+        let mut command = Self::command(name, variables)?;
+        command
+            .env("API_LISTEN", "127.0.0.1:0")
+            .env("USERCENTER_LISTEN", "127.0.0.1:0");
+        command.env("MQ_LISTEN", "127.0.0.1:0");
+        // What the caller gave wins.
+        command.envs(variables.iter().copied());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("starting {name}"))?;
+        let output = Output::default();
+        output.follow(child.stdout.take());
+        output.follow(child.stderr.take());
+
+        let address = poll(PATIENCE, async || {
+            let said = output.find("listening");
+            let address = said.and_then(|line| address(&line));
+            address
+                .map(Ok)
+                .or_else(|| child.try_wait().transpose().map(Err))
+        });
+        match address.await {
+            Some(Ok(address)) => Ok(Self {
+                name,
+                address,
+                child,
+                output,
+            }),
+            Some(Err(exit)) => bail!("{name} ended with {exit:?}:\n{}", output.text()),
+            None => bail!("{name} does not listen:\n{}", output.text()),
+        }
+    }
+
+    /// The command of a service, its output piped.
+    ///
+    /// # Errors
+    /// If the services can't be built.
+    pub fn command(name: &'static str, variables: &[(&str, &str)]) -> Result<Command> {
+        let mut command = Command::new(binary(name)?);
+        for (variable, _) in env::vars_os() {
+            let variable = variable.to_string_lossy();
+            if ["OTEL_", "RUST_LOG", "LOG_FORMAT", "AMQP_", "MQ_", "API_"]
+                .iter()
+                .any(|p| variable.starts_with(p))
+            {
+                command.env_remove(&*variable);
+            }
+        }
+        command
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        Ok(command)
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id().unwrap_or_default()
+    }
+
+    /// Everything it said so far.
+    pub fn output(&self) -> String {
+        self.output.text()
+    }
+
+    /// Waits until it says `text`; returns the line.
+    ///
+    /// # Errors
+    /// If it doesn't.
+    pub async fn said(&self, text: &str) -> Result<String> {
+        let line = poll(PATIENCE, async || self.output.find(text)).await;
+        line.with_context(|| format!("{} did not say {text:?}:\n{}", self.name, self.output()))
+    }
+
+    /// Sends a signal, as `kill` names it.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub async fn signal(&self, signal: &str) -> Result<()> {
+        let kill = Command::new("kill")
+            .arg(format!("-{signal}"))
+            .arg(self.id().to_string())
+            .status()
+            .await?;
+        ensure!(kill.success(), "kill -{signal} {}", self.name);
+        Ok(())
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub async fn stop(&mut self) -> Result<ExitStatus> {
+        self.signal("TERM").await?;
+        self.exit().await
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub async fn exit(&mut self) -> Result<ExitStatus> {
+        let exit = timeout(PATIENCE, self.child.wait()).await;
+        let exit =
+            exit.with_context(|| format!("{} does not end:\n{}", self.name, self.output.text()))?;
+        Ok(exit?)
+    }
+
+    /// Ends it at once, as a crash would.
+    ///
+    /// # Errors
+    /// If it is gone already.
+    pub async fn kill(&mut self) -> Result<()> {
+        Ok(self.child.kill().await?)
+    }
+}
+
+impl Output {
+    fn follow(&self, stream: Option<impl AsyncRead + Unpin + Send + 'static>) {
+        let Some(stream) = stream else {
+            return;
+        };
+        let lines = self.0.clone();
+        tokio::spawn(async move {
+            let mut stream = BufReader::new(stream).lines();
+            while let Ok(Some(line)) = stream.next_line().await {
+                lines
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(line);
+            }
+        });
+    }
+
+    fn find(&self, text: &str) -> Option<String> {
+        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().find(|line| line.contains(text)).cloned()
+    }
+
+    fn text(&self) -> String {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .join("\n")
+    }
+}
+
+/// The address in a line like `listening address=127.0.0.1:1234`, or the same as JSON.
+fn address(line: &str) -> Option<SocketAddr> {
+    let (_, rest) = line
+        .split_once("\"address\":\"")
+        .or_else(|| line.split_once("address="))?;
+    rest.split([' ', '"', '\x1b']).next()?.parse().ok()
+}
+
+/// The path of a service's binary. The first call builds all three, with the profile of this program.
+fn binary(name: &str) -> Result<PathBuf> {
+    static BINARIES: OnceLock<Result<HashMap<String, PathBuf>, String>> = OnceLock::new();
+
+    let binaries = BINARIES.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    let binaries = binaries
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!(error.clone()))?;
+    binaries
+        .get(name)
+        .cloned()
+        .with_context(|| format!("there is no binary {name}"))
+}
+
+fn build() -> Result<HashMap<String, PathBuf>> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = std::process::Command::new(cargo);
+    build.args([
+        "build",
+        "--message-format=json-render-diagnostics",
+        "-p",
+        "api",
+        "-p",
+        "rpc",
+        "-p",
+        "mq",
+    ]);
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    let output = build
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(output.status.success(), "cargo build failed");
+    let artifacts = output
+        .stdout
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| {
+            let artifact: Value = serde_json::from_slice(line).ok()?;
+            let path = artifact["executable"].as_str()?;
+            Some((artifact["target"]["name"].as_str()?.to_owned(), path.into()))
+        });
+    Ok(artifacts.collect())
+}

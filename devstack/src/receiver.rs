@@ -1,0 +1,282 @@
+//! An OTLP receiver, as gRPC and as HTTP, that keeps what it gets: a test sees what was exported, not
+//! what was meant. It takes Zipkin's JSON as well.
+
+use crate::{
+    poll,
+    trace::{self, Span},
+};
+use anyhow::Result;
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{HeaderMap, StatusCode, header},
+    routing::post,
+};
+use flate2::read::GzDecoder;
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+    trace_service_server::{TraceService, TraceServiceServer},
+};
+use prost::Message;
+use serde_json::Value;
+use std::{
+    io::Read,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tonic::{
+    Request, Response, Status, codec::CompressionEncoding, transport::server::TcpIncoming,
+};
+
+/// How long a test waits for spans, at most.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Stops with its last owner.
+pub struct Receiver {
+    /// Where it listens for OTLP/gRPC.
+    pub grpc: SocketAddr,
+    /// Where it listens for OTLP/HTTP (`/v1/traces`) and Zipkin (`/api/v2/spans`).
+    pub http: SocketAddr,
+    store: Store,
+    tasks: [JoinHandle<()>; 2],
+}
+
+#[derive(Clone, Default)]
+struct Store(Arc<Mutex<Received>>);
+
+#[derive(Default)]
+struct Received {
+    spans: Vec<Span>,
+    zipkin: Vec<Value>,
+    /// The headers of each request, gRPC's metadata among them.
+    requests: Vec<HeaderMap>,
+    /// Answers to come before requests are taken again.
+    refusals: Vec<Refusal>,
+}
+
+/// An answer that is not a success.
+#[derive(Debug, Clone, Copy)]
+pub enum Refusal {
+    /// UNAVAILABLE, or 503: come back later.
+    Unavailable,
+    /// INVALID_ARGUMENT, or 400: don't.
+    Invalid,
+}
+
+impl Receiver {
+    /// Listens on free ports.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub async fn start() -> Result<Self> {
+        Self::start_at("127.0.0.1:0".parse()?).await
+    }
+
+    /// Listens for gRPC at this address, and for HTTP on a free port.
+    ///
+    /// # Errors
+    /// If the address is in use.
+    pub async fn start_at(grpc: SocketAddr) -> Result<Self> {
+        let store = Store::default();
+        let grpc = TcpListener::bind(grpc).await?;
+        let http = TcpListener::bind("127.0.0.1:0").await?;
+        let addresses = (grpc.local_addr()?, http.local_addr()?);
+
+        let service = TraceServiceServer::new(store.clone())
+            .accept_compressed(CompressionEncoding::Gzip)
+            .max_decoding_message_size(64 * 1024 * 1024);
+        let grpc = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming(TcpIncoming::from(grpc));
+        let router = Router::new()
+            .route("/v1/traces", post(otlp_http))
+            .route("/api/v2/spans", post(zipkin))
+            .with_state(store.clone());
+        let tasks = [
+            tokio::spawn(async { drop(grpc.await) }),
+            tokio::spawn(async { drop(axum::serve(http, router).await) }),
+        ];
+        Ok(Self {
+            grpc: addresses.0,
+            http: addresses.1,
+            store,
+            tasks,
+        })
+    }
+
+    /// All spans received so far.
+    pub fn spans(&self) -> Vec<Span> {
+        self.store.lock().spans.clone()
+    }
+
+    /// The spans of a trace received so far.
+    pub fn trace(&self, trace_id: &str) -> Vec<Span> {
+        self.store
+            .lock()
+            .spans
+            .iter()
+            .filter(|span| span.trace_id == trace_id)
+            .cloned()
+            .collect()
+    }
+
+    /// Spans received as Zipkin JSON.
+    pub fn zipkin(&self) -> Vec<Value> {
+        self.store.lock().zipkin.clone()
+    }
+
+    /// The headers of each request.
+    pub fn requests(&self) -> Vec<HeaderMap> {
+        self.store.lock().requests.clone()
+    }
+
+    /// Refuses the next requests, one for each.
+    pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
+        self.store.lock().refusals.extend(refusals);
+    }
+
+    /// Waits until a trace looks like `expected` (see [`trace::tree`]); indentation by the source code is
+    /// ignored. `remote_parent` is the span id that the caller sent, if it did.
+    ///
+    /// # Panics
+    /// If it doesn't come to look like that; then it shows what it looks like.
+    pub async fn expect_tree_below(
+        &self,
+        remote_parent: &str,
+        trace_id: &str,
+        expected: &str,
+    ) -> Vec<Span> {
+        let expected = dedent(expected);
+        let seen = poll(PATIENCE, async || {
+            let spans = self.trace(trace_id);
+            (trace::tree(&spans, remote_parent) == expected).then_some(spans)
+        });
+        match seen.await {
+            Some(spans) => spans,
+            None => panic!(
+                "trace {trace_id}\nexpected:\n{expected}\nreceived:\n{}",
+                trace::tree(&self.trace(trace_id), remote_parent)
+            ),
+        }
+    }
+
+    /// [`Receiver::expect_tree_below`] for a trace that starts here.
+    pub async fn expect_tree(&self, trace_id: &str, expected: &str) -> Vec<Span> {
+        self.expect_tree_below("", trace_id, expected).await
+    }
+
+    /// Waits for a span that `wanted` accepts.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub async fn expect_span(&self, wanted: impl Fn(&Span) -> bool) -> Span {
+        let seen = poll(PATIENCE, async || {
+            self.spans().into_iter().find(|span| wanted(span))
+        });
+        match seen.await {
+            Some(span) => span,
+            None => panic!("no such span among:\n{}", trace::tree(&self.spans(), "")),
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Store {
+    fn lock(&self) -> MutexGuard<'_, Received> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, headers: HeaderMap, request: &ExportTraceServiceRequest) -> Result<(), Refusal> {
+        let mut received = self.lock();
+        received.requests.push(headers);
+        if !received.refusals.is_empty() {
+            return Err(received.refusals.remove(0));
+        }
+        let spans = request.resource_spans.iter().flat_map(trace::spans);
+        received.spans.extend(spans);
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl TraceService for Store {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let headers = request.metadata().clone().into_headers();
+        match self.take(headers, request.get_ref()) {
+            Ok(()) => Ok(Response::new(ExportTraceServiceResponse::default())),
+            Err(Refusal::Unavailable) => Err(Status::unavailable("refused")),
+            Err(Refusal::Invalid) => Err(Status::invalid_argument("refused")),
+        }
+    }
+}
+
+async fn otlp_http(
+    State(store): State<Store>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> (StatusCode, Vec<u8>) {
+    let Some(request) =
+        unzip(&headers, &body).and_then(|b| ExportTraceServiceRequest::decode(&b[..]).ok())
+    else {
+        return (StatusCode::BAD_REQUEST, Vec::new());
+    };
+    match store.take(headers, &request) {
+        Ok(()) => (
+            StatusCode::OK,
+            ExportTraceServiceResponse::default().encode_to_vec(),
+        ),
+        Err(Refusal::Unavailable) => (StatusCode::SERVICE_UNAVAILABLE, Vec::new()),
+        Err(Refusal::Invalid) => (StatusCode::BAD_REQUEST, Vec::new()),
+    }
+}
+
+async fn zipkin(State(store): State<Store>, body: Bytes) -> StatusCode {
+    let Ok(Value::Array(spans)) = serde_json::from_slice(&body) else {
+        return StatusCode::BAD_REQUEST;
+    };
+    store.lock().zipkin.extend(spans);
+    StatusCode::ACCEPTED
+}
+
+fn unzip(headers: &HeaderMap, body: &[u8]) -> Option<Vec<u8>> {
+    if headers
+        .get(header::CONTENT_ENCODING)
+        .is_none_or(|encoding| encoding != "gzip")
+    {
+        return Some(body.to_vec());
+    }
+    let mut unzipped = Vec::new();
+    GzDecoder::new(body)
+        .take(64 * 1024 * 1024)
+        .read_to_end(&mut unzipped)
+        .ok()?;
+    Some(unzipped)
+}
+
+/// Removes the indentation that all lines share, and blank lines around.
+fn dedent(text: &str) -> String {
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    let indent = lines
+        .iter()
+        .map(|line| line.len() - line.trim_start().len())
+        .min()
+        .unwrap_or(0);
+    lines
+        .iter()
+        .map(|line| format!("{}\n", line[indent..].trim_end()))
+        .collect()
+}

@@ -1,0 +1,227 @@
+//! The three services together, with a broker and a receiver, as the end-to-end tests use them.
+
+use crate::{
+    client::{Answer, Client},
+    process::Process,
+    receiver::Receiver,
+};
+use anyhow::{Context, Result};
+use http::Method;
+use lapin::{
+    Channel, Connection,
+    options::{ExchangeDeleteOptions, QueueDeleteOptions},
+};
+use proto::topology::Topology;
+use std::env;
+use tokio::{runtime::Runtime, try_join};
+use uuid::Uuid;
+
+/// The tree of a login, as the contract has it.
+pub const LOGIN_TREE: &str = "
+    api POST /usercenter/v1/user/login SERVER
+      api usercenter.v1.Usercenter/GetUserByMobile CLIENT
+        usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
+      api local INTERNAL
+      api send_msg_mq PRODUCER
+        mq mq_consumer_msg CONSUMER
+";
+
+/// A mobile number of the demo directory.
+pub const KNOWN_MOBILE: &str = "13800138000";
+
+/// All of it, running.
+pub struct Stack {
+    /// The HTTP service.
+    pub api: Process,
+    /// The gRPC service.
+    pub rpc: Process,
+    /// The consumer.
+    pub mq: Process,
+    /// Where the spans go.
+    pub receiver: Receiver,
+    /// The broker, as a client of its own.
+    pub broker: TestBroker,
+    /// For requests.
+    pub client: Client,
+}
+
+/// What tests change: variables of one service, or of all (`*`).
+pub type Variables<'a> = &'a [(&'a str, &'a str, &'a str)];
+
+impl Stack {
+    /// Starts all, each on free ports and with names of its own on the broker.
+    ///
+    /// # Errors
+    /// If something doesn't start.
+    pub async fn start(variables: Variables<'_>) -> Result<Self> {
+        let receiver = Receiver::start().await?;
+        let broker = TestBroker::connect().await?;
+        let mut settings = Settings::new(&broker, &receiver, variables);
+
+        let rpc = Process::start("rpc", &settings.of("rpc")).await?;
+        settings.usercenter_url = format!("http://{}", rpc.address);
+        let (for_api, for_mq) = (settings.of("api"), settings.of("mq"));
+        let (api, mq) = try_join!(
+            Process::start("api", &for_api),
+            Process::start("mq", &for_mq)
+        )?;
+        try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
+        Ok(Self {
+            api,
+            rpc,
+            mq,
+            receiver,
+            broker,
+            client: Client::new(),
+        })
+    }
+
+    /// The URL of the login.
+    pub fn login_url(&self) -> String {
+        format!("http://{}/usercenter/v1/user/login", self.api.address)
+    }
+
+    /// Logs in.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn login(&self, mobile: &str, headers: &[(&str, &str)]) -> Result<Answer> {
+        let body = serde_json::json!({ "mobile": mobile }).to_string();
+        self.post(&body, headers).await
+    }
+
+    /// Posts this body, as JSON, to the login.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn post(&self, body: &str, headers: &[(&str, &str)]) -> Result<Answer> {
+        let headers = [&[("content-type", "application/json")], headers].concat();
+        self.client
+            .send(Method::POST, &self.login_url(), &headers, body.to_owned())
+            .await
+    }
+
+    /// Stops the services, in the order in which a request passes them, so that all spans are sent.
+    ///
+    /// # Errors
+    /// If one doesn't end, or not with success.
+    pub async fn stop(&mut self) -> Result<()> {
+        for service in [&mut self.api, &mut self.rpc, &mut self.mq] {
+            let exit = service.stop().await?;
+            anyhow::ensure!(
+                exit.success(),
+                "{} ended with {exit}:\n{}",
+                service.name,
+                service.output()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The variables of the services.
+struct Settings<'a> {
+    amqp_url: String,
+    amqp_prefix: String,
+    otlp_endpoint: String,
+    usercenter_url: String,
+    variables: Variables<'a>,
+}
+
+impl<'a> Settings<'a> {
+    fn new(broker: &TestBroker, receiver: &Receiver, variables: Variables<'a>) -> Self {
+        Self {
+            amqp_url: broker.url.clone(),
+            amqp_prefix: broker.prefix.clone(),
+            otlp_endpoint: format!("http://{}", receiver.grpc),
+            usercenter_url: String::new(),
+            variables,
+        }
+    }
+
+    fn of(&self, service: &str) -> Vec<(&str, &str)> {
+        let mut variables = vec![
+            ("AMQP_URL", self.amqp_url.as_str()),
+            ("AMQP_PREFIX", &self.amqp_prefix),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &self.otlp_endpoint),
+            ("OTEL_BSP_SCHEDULE_DELAY", "20"),
+            ("USERCENTER_URL", &self.usercenter_url),
+        ];
+        let changes = self
+            .variables
+            .iter()
+            .filter(|(of, ..)| *of == service || *of == "*");
+        variables.extend(changes.map(|(_, name, value)| (*name, *value)));
+        variables
+    }
+}
+
+/// The broker that the tests run on: the one at `AMQP_URL`. Tests share it, so each has a prefix for its
+/// names, and removes them at its end.
+pub struct TestBroker {
+    /// Where it is.
+    pub url: String,
+    /// The prefix of this test.
+    pub prefix: String,
+    /// The names with that prefix.
+    pub topology: Topology,
+    /// A channel of the test's own.
+    pub channel: Channel,
+    _connection: Connection,
+}
+
+impl TestBroker {
+    /// Connects, and makes up a prefix.
+    ///
+    /// # Errors
+    /// If there is no broker.
+    pub async fn connect() -> Result<Self> {
+        let url = env::var("AMQP_URL").unwrap_or_else(|_| proto::broker::DEFAULT_URL.to_owned());
+        let uri = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
+        let connection = proto::broker::connect(&uri, "test")
+            .await
+            .context("these tests need a broker: start RabbitMQ here, or name one by AMQP_URL")?;
+        let channel = connection.create_channel().await?;
+        let prefix = format!("test.{}.", Uuid::new_v4().simple());
+        let topology = Topology::with_prefix(&prefix);
+        topology.declare(&channel).await?;
+        Ok(Self {
+            url,
+            prefix,
+            topology,
+            channel,
+            _connection: connection,
+        })
+    }
+}
+
+impl Drop for TestBroker {
+    fn drop(&mut self) {
+        let clean_up = async {
+            let uri = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
+            // A connection of its own: the test may have broken the other one.
+            let connection = proto::broker::connect(&uri, "test clean-up").await?;
+            let channel = connection.create_channel().await?;
+            let Topology {
+                exchange,
+                queue,
+                dead_letter_queue,
+                ..
+            } = &self.topology;
+            for queue in [queue, dead_letter_queue] {
+                channel
+                    .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())
+                    .await?;
+            }
+            channel
+                .exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default())
+                .await?;
+            connection.close(200, "done".into()).await?;
+            anyhow::Ok(())
+        };
+        // The runtime of the test may be ending; this needs one that does not.
+        std::thread::scope(|scope| {
+            scope.spawn(|| Runtime::new().map(|runtime| runtime.block_on(clean_up)));
+        });
+    }
+}

@@ -1,0 +1,184 @@
+//! Spans as they were received, and a trace drawn as a small indented text.
+
+use opentelemetry_proto::tonic::{
+    common::v1::{AnyValue, KeyValue, any_value::Value},
+    trace::v1::{ResourceSpans, span::SpanKind, status::StatusCode},
+};
+use std::{collections::BTreeMap, fmt::Write};
+
+/// A span, with what its resource and scope say.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Span {
+    /// 32 hex digits.
+    pub trace_id: String,
+    /// 16 hex digits.
+    pub span_id: String,
+    /// Empty for a root span.
+    pub parent_span_id: String,
+    /// Its `service.name`.
+    pub service: String,
+    /// Its name.
+    pub name: String,
+    /// `SERVER`, `CLIENT`, `INTERNAL`, `PRODUCER` or `CONSUMER`.
+    pub kind: &'static str,
+    /// `UNSET`, `OK` or `ERROR`.
+    pub status: &'static str,
+    /// Why the status is an error, if that was said.
+    pub status_message: String,
+    /// Nanoseconds since 1970.
+    pub start: u64,
+    /// Nanoseconds since 1970.
+    pub end: u64,
+    /// The span's own attributes, as text.
+    pub attributes: BTreeMap<String, String>,
+    /// Attributes of the process that made it.
+    pub resource: BTreeMap<String, String>,
+    /// Name and attributes of each event.
+    pub events: Vec<(String, BTreeMap<String, String>)>,
+    /// Trace id and span id of each link.
+    pub links: Vec<(String, String)>,
+    /// W3C flags, and whether the parent is remote.
+    pub flags: u32,
+    /// The W3C tracestate.
+    pub trace_state: String,
+    /// The instrumentation scope.
+    pub scope: String,
+}
+
+/// The spans of one part of an OTLP request.
+pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
+    let resource = resource_spans
+        .resource
+        .as_ref()
+        .map(|r| attributes(&r.attributes))
+        .unwrap_or_default();
+    let service = resource.get("service.name").cloned().unwrap_or_default();
+    let mut spans = Vec::new();
+    for scope_spans in &resource_spans.scope_spans {
+        let scope = scope_spans
+            .scope
+            .as_ref()
+            .map(|scope| scope.name.clone())
+            .unwrap_or_default();
+        spans.extend(scope_spans.spans.iter().map(|span| {
+            let status = span.status.clone().unwrap_or_default();
+            Span {
+                trace_id: hex(&span.trace_id),
+                span_id: hex(&span.span_id),
+                parent_span_id: hex(&span.parent_span_id),
+                service: service.clone(),
+                name: span.name.clone(),
+                kind: match span.kind() {
+                    SpanKind::Unspecified => "UNSPECIFIED",
+                    SpanKind::Internal => "INTERNAL",
+                    SpanKind::Server => "SERVER",
+                    SpanKind::Client => "CLIENT",
+                    SpanKind::Producer => "PRODUCER",
+                    SpanKind::Consumer => "CONSUMER",
+                },
+                status: match status.code() {
+                    StatusCode::Unset => "UNSET",
+                    StatusCode::Ok => "OK",
+                    StatusCode::Error => "ERROR",
+                },
+                status_message: status.message,
+                start: span.start_time_unix_nano,
+                end: span.end_time_unix_nano,
+                attributes: attributes(&span.attributes),
+                resource: resource.clone(),
+                events: span
+                    .events
+                    .iter()
+                    .map(|e| (e.name.clone(), attributes(&e.attributes)))
+                    .collect(),
+                links: span
+                    .links
+                    .iter()
+                    .map(|l| (hex(&l.trace_id), hex(&l.span_id)))
+                    .collect(),
+                flags: span.flags,
+                trace_state: span.trace_state.clone(),
+                scope: scope.clone(),
+            }
+        }));
+    }
+    spans
+}
+
+/// Spans as a tree, one a line: indentation, service, name, kind, and the error if there is one.
+///
+/// Siblings are in the order of their start. A span whose parent is not among them is drawn as a root,
+/// marked `(parent missing)` unless its parent is in another process's hands by `known_parent`.
+pub fn tree(spans: &[Span], known_parent: &str) -> String {
+    fn draw(out: &mut String, spans: &[Span], span: &Span, depth: usize, orphan: bool) {
+        let Span {
+            service,
+            name,
+            kind,
+            ..
+        } = span;
+        let _ = write!(
+            out,
+            "{:indent$}{service} {name} {kind}",
+            "",
+            indent = depth * 2
+        );
+        if span.status == "ERROR" {
+            let _ = write!(out, " ERROR");
+        }
+        if let Some(error) = span.attributes.get("error.type") {
+            let _ = write!(out, " error.type={error}");
+        }
+        if orphan {
+            let _ = write!(out, " (parent missing)");
+        }
+        out.push('\n');
+        let mut children: Vec<_> = spans
+            .iter()
+            .filter(|child| child.parent_span_id == span.span_id)
+            .collect();
+        children.sort_by_key(|child| child.start);
+        for child in children {
+            draw(out, spans, child, depth + 1, false);
+        }
+    }
+    let is_root = |span: &&Span| {
+        !spans
+            .iter()
+            .any(|parent| parent.span_id == span.parent_span_id)
+    };
+    let mut roots: Vec<_> = spans.iter().filter(is_root).collect();
+    roots.sort_by_key(|span| span.start);
+    let mut out = String::new();
+    for root in roots {
+        let orphan = !root.parent_span_id.is_empty() && root.parent_span_id != known_parent;
+        draw(&mut out, spans, root, 0, orphan);
+    }
+    out
+}
+
+fn attributes(attributes: &[KeyValue]) -> BTreeMap<String, String> {
+    attributes
+        .iter()
+        .map(|kv| {
+            (
+                kv.key.clone(),
+                kv.value.as_ref().map(text).unwrap_or_default(),
+            )
+        })
+        .collect()
+}
+
+fn text(value: &AnyValue) -> String {
+    match &value.value {
+        Some(Value::StringValue(v)) => v.clone(),
+        Some(Value::BoolValue(v)) => v.to_string(),
+        Some(Value::IntValue(v)) => v.to_string(),
+        Some(Value::DoubleValue(v)) => v.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

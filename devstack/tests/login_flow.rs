@@ -1,0 +1,496 @@
+//! The flow: one login, three processes and a broker, one trace.
+
+use anyhow::Result;
+use devstack::{
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
+    trace::{self, Span},
+};
+use lapin::{
+    options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use std::collections::{BTreeMap, HashSet};
+
+const REMOTE_PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+fn span<'a>(spans: &'a [Span], service: &str, name: &str) -> &'a Span {
+    spans
+        .iter()
+        .find(|span| span.service == service && span.name == name)
+        .expect(name)
+}
+
+/// The attributes, without those whose values differ from run to run; these must be there.
+fn stable(span: &Span, varying: &[&str]) -> BTreeMap<String, String> {
+    let mut attributes = span.attributes.clone();
+    for key in varying {
+        assert!(
+            attributes.remove(*key).is_some(),
+            "{key} is missing in {span:#?}"
+        );
+    }
+    attributes
+}
+
+fn expected<const N: usize>(attributes: [(&str, &str); N]) -> BTreeMap<String, String> {
+    attributes
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_leaves_exactly_one_tree_of_six_spans() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200);
+    let body = answer.json();
+    assert_eq!(body["accessToken"].as_str().unwrap().split('.').count(), 3);
+    assert!(body["refreshAfter"].as_u64() < body["accessExpire"].as_u64());
+
+    // Everything is sent before the services end: what is there now is all there is.
+    stack.stop().await?;
+    let spans = stack
+        .receiver
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+    assert_eq!(
+        stack.receiver.spans().len(),
+        6,
+        "{}",
+        trace::tree(&stack.receiver.spans(), "")
+    );
+    assert!(
+        answer
+            .header("traceparent")
+            .contains(&span(&spans, "api", "POST /usercenter/v1/user/login").span_id)
+    );
+    for span in &spans {
+        assert!(span.start < span.end && span.status == "UNSET", "{span:#?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let answer = stack
+        .login(KNOWN_MOBILE, &[("user-agent", "test/1.0")])
+        .await?;
+    let spans = stack
+        .receiver
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+    let (api_port, rpc_port) = (
+        stack.api.address.port().to_string(),
+        stack.rpc.address.port().to_string(),
+    );
+    let uri = proto::broker::parse_url(&stack.broker.url).unwrap();
+    let (broker_host, broker_port) = (uri.authority.host, uri.authority.port.to_string());
+
+    assert_eq!(
+        stable(
+            span(&spans, "api", "POST /usercenter/v1/user/login"),
+            &["network.peer.port"]
+        ),
+        expected([
+            ("http.request.method", "POST"),
+            ("http.route", "/usercenter/v1/user/login"),
+            ("http.response.status_code", "200"),
+            ("url.path", "/usercenter/v1/user/login"),
+            ("url.scheme", "http"),
+            ("user_agent.original", "test/1.0"),
+            ("network.protocol.version", "1.1"),
+            ("server.address", "127.0.0.1"),
+            ("server.port", &api_port),
+            ("client.address", "127.0.0.1"),
+            ("network.peer.address", "127.0.0.1"),
+        ])
+    );
+    let grpc = "usercenter.v1.Usercenter/GetUserByMobile";
+    assert_eq!(
+        stable(span(&spans, "api", grpc), &[]),
+        expected([
+            ("rpc.system.name", "grpc"),
+            ("rpc.method", grpc),
+            ("rpc.status_code", "OK"),
+            ("server.address", "127.0.0.1"),
+            ("server.port", &rpc_port),
+            ("network.peer.address", "127.0.0.1"),
+            ("network.peer.port", &rpc_port),
+        ])
+    );
+    assert_eq!(
+        stable(
+            span(&spans, "usercenter", grpc),
+            &["network.peer.port", "client.port"]
+        ),
+        expected([
+            ("rpc.system.name", "grpc"),
+            ("rpc.method", grpc),
+            ("rpc.status_code", "OK"),
+            ("server.address", "127.0.0.1"),
+            ("server.port", &rpc_port),
+            ("client.address", "127.0.0.1"),
+            ("network.peer.address", "127.0.0.1"),
+        ])
+    );
+    assert_eq!(stable(span(&spans, "api", "local"), &[]), expected([]));
+
+    let exchange = stack.broker.topology.exchange.clone();
+    let queue = stack.broker.topology.queue.clone();
+    let producer = span(&spans, "api", "send_msg_mq");
+    assert_eq!(
+        stable(
+            producer,
+            &[
+                "messaging.message.id",
+                "network.peer.address",
+                "network.peer.port"
+            ]
+        ),
+        expected([
+            ("messaging.system", "rabbitmq"),
+            ("messaging.operation.name", "send"),
+            ("messaging.operation.type", "send"),
+            (
+                "messaging.destination.name",
+                &format!("{exchange}:user.login")
+            ),
+            ("messaging.rabbitmq.destination.routing_key", "user.login"),
+            ("messaging.client.id", "api"),
+            ("server.address", &broker_host),
+            ("server.port", &broker_port),
+        ])
+    );
+    let consumer = span(&spans, "mq", "mq_consumer_msg");
+    assert_eq!(
+        stable(
+            consumer,
+            &[
+                "messaging.message.id",
+                "network.peer.address",
+                "network.peer.port"
+            ]
+        ),
+        expected([
+            ("messaging.system", "rabbitmq"),
+            ("messaging.operation.name", "process"),
+            ("messaging.operation.type", "process"),
+            (
+                "messaging.destination.name",
+                &format!("{exchange}:user.login:{queue}")
+            ),
+            ("messaging.rabbitmq.destination.routing_key", "user.login"),
+            ("messaging.rabbitmq.message.delivery_tag", "1"),
+            ("messaging.client.id", "mq"),
+            ("server.address", &broker_host),
+            ("server.port", &broker_port),
+            ("throughline.trace_context.source", "headers"),
+        ])
+    );
+    assert_eq!(
+        producer.attributes["messaging.message.id"],
+        consumer.attributes["messaging.message.id"]
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_process_describes_itself() -> Result<()> {
+    let attributes = "service.version=9,team=a%20b,deployment.environment.name=test";
+    let stack = Stack::start(&[("mq", "OTEL_RESOURCE_ATTRIBUTES", attributes)]).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let spans = stack
+        .receiver
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+
+    let mut instances = HashSet::new();
+    for span in &spans {
+        let of = |key: &str| {
+            span.resource
+                .get(key)
+                .map(String::as_str)
+                .unwrap_or_default()
+        };
+        assert_eq!(of("service.namespace"), "throughline");
+        assert_eq!(of("telemetry.sdk.language"), "rust");
+        assert_eq!(
+            of("process.executable.name"),
+            if span.service == "usercenter" {
+                "rpc"
+            } else {
+                &span.service
+            }
+        );
+        for key in [
+            "host.name",
+            "host.arch",
+            "os.type",
+            "process.pid",
+            "process.runtime.name",
+        ] {
+            assert!(!of(key).is_empty(), "{key}");
+        }
+        let is_mq = span.service == "mq";
+        assert_eq!(
+            of("service.version"),
+            if is_mq {
+                "9"
+            } else {
+                env!("CARGO_PKG_VERSION")
+            }
+        );
+        assert_eq!(of("team"), if is_mq { "a b" } else { "" });
+        assert_eq!(
+            of("deployment.environment.name"),
+            if is_mq { "test" } else { "development" }
+        );
+        instances.insert(of("service.instance.id").to_owned());
+    }
+    assert_eq!(instances.len(), 3);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let headers = [
+        ("traceparent", REMOTE_PARENT),
+        ("tracestate", "vendor=a"),
+        ("tracestate", "other=b"),
+    ];
+    let answer = stack.login(KNOWN_MOBILE, &headers).await?;
+    assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+    let spans = stack
+        .receiver
+        .expect_tree_below("00f067aa0ba902b7", &answer.trace_id(), LOGIN_TREE)
+        .await;
+    for span in &spans {
+        assert_eq!(span.trace_state, "vendor=a,other=b", "{span:#?}");
+        // Sampled; whether the parent is remote is known, and it is for the first span of each process.
+        let first = ["SERVER", "CONSUMER"].contains(&span.kind);
+        assert_eq!(
+            span.flags & 0x3ff,
+            if first { 0x301 } else { 0x101 },
+            "{span:#?}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_does_not_sample_leaves_no_spans() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let not_sampled = REMOTE_PARENT.replace("-01", "-00");
+    let answer = stack
+        .login(KNOWN_MOBILE, &[("traceparent", &not_sampled)])
+        .await?;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+    assert!(answer.header("traceparent").ends_with("-00"));
+    // The message was processed nevertheless.
+    stack.mq.said("login recorded").await?;
+    stack.stop().await?;
+    assert_eq!(stack.receiver.spans(), []);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_consumer_span_may_be_linked_instead() -> Result<()> {
+    let stack = Stack::start(&[("mq", "MQ_RELATION", "link")]).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let until_the_broker = LOGIN_TREE.replace("        mq mq_consumer_msg CONSUMER\n", "");
+    let spans = stack
+        .receiver
+        .expect_tree(&answer.trace_id(), &until_the_broker)
+        .await;
+    let consumer = stack
+        .receiver
+        .expect_span(|span| span.service == "mq")
+        .await;
+    assert_ne!(consumer.trace_id, answer.trace_id());
+    assert_eq!(consumer.parent_span_id, "");
+    let producer = span(&spans, "api", "send_msg_mq");
+    assert_eq!(
+        consumer.links,
+        [(answer.trace_id(), producer.span_id.clone())]
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_consumer_span_may_be_child_and_linked() -> Result<()> {
+    let stack = Stack::start(&[("mq", "MQ_RELATION", "both")]).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let spans = stack
+        .receiver
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+    let producer = span(&spans, "api", "send_msg_mq");
+    let consumer = span(&spans, "mq", "mq_consumer_msg");
+    assert_eq!(
+        consumer.links,
+        [(answer.trace_id(), producer.span_id.clone())]
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn baggage_of_the_caller_reaches_the_consumer() -> Result<()> {
+    let stack = Stack::start(&[("*", "BAGGAGE_SPAN_ATTRIBUTES", "tenant")]).await?;
+    let headers = [
+        ("baggage", "tenant=blue%20sky,session=secret"),
+        ("baggage", "region=eu"),
+    ];
+    let answer = stack.login(KNOWN_MOBILE, &headers).await?;
+    let spans = stack
+        .receiver
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+    for span in &spans {
+        assert_eq!(
+            span.attributes.get("tenant").map(String::as_str),
+            Some("blue sky"),
+            "{span:#?}"
+        );
+        assert!(!span.attributes.contains_key("session"), "{span:#?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_message_is_what_the_contract_says() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    // A second queue on the exchange sees what the consumer sees.
+    let channel = &stack.broker.channel;
+    let tap = format!("{}tap", stack.broker.prefix);
+    let options = QueueDeclareOptions {
+        durable: true,
+        exclusive: true,
+        auto_delete: true,
+        ..Default::default()
+    };
+    channel
+        .queue_declare(tap.as_str().into(), options, FieldTable::default())
+        .await?;
+    let exchange = stack.broker.topology.exchange.as_str();
+    let bind = QueueBindOptions::default();
+    channel
+        .queue_bind(
+            tap.as_str().into(),
+            exchange.into(),
+            "user.login".into(),
+            bind,
+            FieldTable::default(),
+        )
+        .await?;
+
+    let headers = [
+        ("traceparent", REMOTE_PARENT),
+        ("tracestate", "vendor=a"),
+        ("baggage", "tenant=blue"),
+    ];
+    let answer = stack.login(KNOWN_MOBILE, &headers).await?;
+    let trace = answer.trace_id();
+    let spans = stack
+        .receiver
+        .expect_tree_below("00f067aa0ba902b7", &trace, LOGIN_TREE)
+        .await;
+    let producer = span(&spans, "api", "send_msg_mq");
+
+    let message = channel
+        .basic_get(tap.as_str().into(), BasicGetOptions { no_ack: true })
+        .await?
+        .unwrap();
+    let traceparent = format!("00-{trace}-{}-01", producer.span_id);
+    assert_eq!(
+        String::from_utf8(message.data.clone())?,
+        format!(
+            r#"{{"Carrier":{{"Baggage":["tenant=blue"],"Traceparent":["{traceparent}"],"Tracestate":["vendor=a"]}},"Msg":"13800138000"}}"#
+        )
+    );
+    let properties = &message.properties;
+    assert_eq!(
+        properties.content_type().as_ref().unwrap().as_str(),
+        "application/json"
+    );
+    assert_eq!(*properties.delivery_mode(), Some(2));
+    assert_eq!(
+        properties.message_id().as_ref().unwrap().as_str(),
+        producer.attributes["messaging.message.id"]
+    );
+    let headers = properties.headers().as_ref().unwrap().inner();
+    for (name, value) in [
+        ("traceparent", traceparent.as_str()),
+        ("tracestate", "vendor=a"),
+        ("baggage", "tenant=blue"),
+    ] {
+        assert_eq!(headers[name], AMQPValue::LongString(value.into()));
+    }
+    assert_eq!(headers.len(), 3);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
+    let loud = (
+        "*",
+        "RUST_LOG",
+        "info,api=trace,rpc=trace,mq=trace,telemetry=trace,proto=trace",
+    );
+    let secret = (
+        "api",
+        "ACCESS_SECRET",
+        "0123456789abcdef-this-is-a-secret-0123456789",
+    );
+    let otlp_headers = (
+        "*",
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "authorization=Bearer%20s3cr3t",
+    );
+    let mut stack = Stack::start(&[loud, secret, otlp_headers]).await?;
+    let answer = stack
+        .login(
+            KNOWN_MOBILE,
+            &[("authorization", "Bearer s3cr3t"), ("cookie", "s3cr3t")],
+        )
+        .await?;
+    assert_eq!(answer.status, 200);
+    let token = answer.json()["accessToken"].as_str().unwrap().to_owned();
+    // The same number where it does not belong.
+    let url = format!(
+        "http://{}/users/{KNOWN_MOBILE}?mobile={KNOWN_MOBILE}",
+        stack.api.address
+    );
+    stack
+        .client
+        .send(http::Method::GET, &url, &[("user-agent", KNOWN_MOBILE)], "")
+        .await?;
+    stack
+        .post(&format!(r#"{{"mobile":{KNOWN_MOBILE}}}"#), &[])
+        .await?;
+    stack.login("13800138009", &[]).await?;
+
+    stack.mq.said("login recorded").await?;
+    stack.stop().await?;
+    let spans = format!("{:?}", stack.receiver.spans());
+    let logs = [&stack.api, &stack.rpc, &stack.mq]
+        .map(|service| service.output())
+        .join("\n");
+    assert!(
+        spans.contains("REDACTED") && logs.contains("logged in"),
+        "something must be there to look at"
+    );
+    for private in [
+        KNOWN_MOBILE,
+        "13800138009",
+        "s3cr3t",
+        "this-is-a-secret",
+        &token,
+    ] {
+        assert!(!spans.contains(private), "{private} is in a span");
+        assert!(!logs.contains(private), "{private} is in a log");
+    }
+    Ok(())
+}
