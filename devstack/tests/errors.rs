@@ -1,0 +1,392 @@
+//! What fails, fails clearly: the answer to the caller, and the trace.
+
+use anyhow::Result;
+use devstack::{
+    client::Answer,
+    stack::{KNOWN_MOBILE, Stack},
+    trace::Span,
+};
+use http::Method;
+use proto::usercenter::v1::{
+    GetUserByMobileRequest, GetUserByMobileResponse,
+    usercenter_server::{Usercenter, UsercenterServer},
+};
+use std::time::Duration;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tonic::{Code, Request, Response, Status, transport::server::TcpIncoming};
+
+/// Checks everything that an error answer must have, its kind and its trace id among them.
+fn assert_problem(answer: &Answer, status: u16, kind: &str) {
+    let body = answer.json();
+    assert_eq!(answer.status, status, "{body}");
+    assert_eq!(answer.header("content-type"), "application/problem+json");
+    assert_eq!(body["type"], format!("urn:throughline:problem:{kind}"));
+    assert_eq!(body["status"], status);
+    assert_eq!(body["traceId"], answer.trace_id());
+    assert!(!body["title"].as_str().unwrap_or_default().is_empty());
+}
+
+/// The server span, whose status is an error only if the service is to blame.
+fn assert_server_span(spans: &[Span], status: u16) {
+    let span = spans
+        .iter()
+        .find(|span| span.kind == "SERVER" && span.service == "api")
+        .expect("server span");
+    assert_eq!(
+        span.attributes["http.response.status_code"],
+        status.to_string()
+    );
+    if status < 500 {
+        assert_eq!(span.status, "UNSET");
+        assert!(!span.attributes.contains_key("error.type"));
+    } else {
+        assert_eq!(span.status, "ERROR");
+        assert_eq!(span.attributes["error.type"], status.to_string());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_user_gets_401_and_is_an_error_of_the_client_only() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let answer = stack.login("13800138009", &[]).await?;
+    assert_problem(&answer, 401, "unknown-user");
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=NOT_FOUND
+            usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
+    ";
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    assert_server_span(&spans, 401);
+    for span in spans
+        .iter()
+        .filter(|span| span.name.starts_with("usercenter"))
+    {
+        assert_eq!(span.attributes["rpc.status_code"], "NOT_FOUND");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_bodies_are_refused_before_anything_is_asked() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let json = [("content-type", "application/json")];
+    let long = format!(r#"{{"mobile":"{}"}}"#, "1".repeat(2 * 1024 * 1024));
+    let cases: &[(&[(&str, &str)], &str, u16, &str)] = &[
+        (&json, "", 400, "not-json"),
+        (&json, "{", 400, "not-json"),
+        (&json, "\u{0}", 400, "not-json"),
+        (&json, "{}", 422, "invalid-mobile"),
+        (&json, "[]", 422, "invalid-mobile"),
+        (&json, "null", 422, "invalid-mobile"),
+        (&json, r#"{"mobile":null}"#, 422, "invalid-mobile"),
+        (&json, r#"{"mobile":13800138000}"#, 422, "invalid-mobile"),
+        (
+            &json,
+            r#"{"mobile":["13800138000"]}"#,
+            422,
+            "invalid-mobile",
+        ),
+        (&json, r#"{"mobile":""}"#, 422, "invalid-mobile"),
+        (&json, r#"{"mobile":"1380"}"#, 422, "invalid-mobile"),
+        (
+            &json,
+            r#"{"mobile":"+8613800138000"}"#,
+            422,
+            "invalid-mobile",
+        ),
+        (
+            &json,
+            r#"{"mobile":"1380013800\r\n0"}"#,
+            422,
+            "invalid-mobile",
+        ),
+        (&json, r#"{"mobile":"１３８００"}"#, 422, "invalid-mobile"),
+        (
+            &json,
+            r#"{"mobile":"13800138000","mobile":"13800138001"}"#,
+            422,
+            "invalid-mobile",
+        ),
+        (&json, &long, 413, "body-too-large"),
+        (
+            &[],
+            r#"{"mobile":"13800138000"}"#,
+            415,
+            "unsupported-media-type",
+        ),
+        (
+            &[("content-type", "text/plain")],
+            r#"{"mobile":"13800138000"}"#,
+            415,
+            "unsupported-media-type",
+        ),
+    ];
+    for (headers, body, status, kind) in cases {
+        let answer = stack
+            .client
+            .send(Method::POST, &stack.login_url(), headers, body.to_string())
+            .await?;
+        assert_problem(&answer, *status, kind);
+        let tree = "api POST /usercenter/v1/user/login SERVER";
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+        assert_server_span(&spans, *status);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unknown_paths_and_methods_are_problems_with_a_span_of_few_names() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let base = format!("http://{}", stack.api.address);
+    for (method, path, status, kind, tree) in [
+        (
+            "GET",
+            "/nothing/here/42",
+            404,
+            "no-such-route",
+            "api GET SERVER",
+        ),
+        (
+            "INVENTED",
+            "/nothing",
+            404,
+            "no-such-route",
+            "api HTTP SERVER",
+        ),
+        (
+            "GET",
+            "/usercenter/v1/user/login",
+            405,
+            "method-not-allowed",
+            "api GET /usercenter/v1/user/login SERVER",
+        ),
+        (
+            "INVENTED",
+            "/usercenter/v1/user/login",
+            405,
+            "method-not-allowed",
+            "api HTTP /usercenter/v1/user/login SERVER",
+        ),
+    ] {
+        let answer = stack
+            .client
+            .send(method.parse()?, &format!("{base}{path}"), &[], "")
+            .await?;
+        assert_problem(&answer, status, kind);
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+        assert_server_span(&spans, status);
+        let original = spans[0]
+            .attributes
+            .get("http.request.method_original")
+            .map(String::as_str);
+        assert_eq!(original, (method == "INVENTED").then_some("INVENTED"));
+        assert_eq!(spans[0].attributes["url.path"], path);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    stack.rpc.kill().await?;
+
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_problem(&answer, 503, "usercenter-unavailable");
+    assert_eq!(answer.header("retry-after"), "1");
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=503
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=UNAVAILABLE
+    ";
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    assert_server_span(&spans, 503);
+
+    let address = stack.rpc.address.to_string();
+    let again = [
+        ("USERCENTER_LISTEN", address.as_str()),
+        ("OTEL_TRACES_EXPORTER", "none"),
+    ];
+    let _rpc = devstack::process::Process::start("rpc", &again).await?;
+    let back = devstack::poll(Duration::from_secs(10), async || {
+        stack
+            .login(KNOWN_MOBILE, &[])
+            .await
+            .ok()
+            .filter(|answer| answer.status == 200)
+    });
+    assert!(back.await.is_some(), "{}", stack.api.output());
+    Ok(())
+}
+
+/// A usercenter that answers as it is told: with an error, or never.
+struct Stub(Option<Code>);
+
+#[tonic::async_trait]
+impl Usercenter for Stub {
+    async fn get_user_by_mobile(
+        &self,
+        _: Request<GetUserByMobileRequest>,
+    ) -> Result<Response<GetUserByMobileResponse>, Status> {
+        match self.0 {
+            Some(Code::Ok) => Ok(Response::new(GetUserByMobileResponse { user: None })),
+            Some(code) => Err(Status::new(code, "internal detail")),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+async fn stub(code: Option<Code>) -> Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let server = tonic::transport::Server::builder().add_service(UsercenterServer::new(Stub(code)));
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+    Ok(url)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
+    let url = stub(None).await?;
+    let stack = Stack::start(&[
+        ("api", "USERCENTER_URL", &url),
+        ("api", "USERCENTER_TIMEOUT", "300ms"),
+    ])
+    .await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_problem(&answer, 504, "usercenter-timeout");
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=504
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=DEADLINE_EXCEEDED
+    ";
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    assert_server_span(&spans, 504);
+    let client = spans
+        .iter()
+        .find(|span| span.kind == "CLIENT")
+        .expect("client span");
+    let duration = Duration::from_nanos(client.end - client.start);
+    assert!(duration >= Duration::from_millis(300), "{duration:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usercenter_failing_is_502_whatever_the_code_and_tells_no_detail() -> Result<()> {
+    for (code, name) in [
+        (Code::Internal, "INTERNAL"),
+        (Code::PermissionDenied, "PERMISSION_DENIED"),
+    ] {
+        let url = stub(Some(code)).await?;
+        let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
+        let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+        assert_problem(&answer, 502, "usercenter-failed");
+        assert!(!format!("{:?}", answer.body).contains("internal detail"));
+        let tree = format!(
+            "
+            api POST /usercenter/v1/user/login SERVER ERROR error.type=502
+              api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type={name}
+            "
+        );
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), &tree).await;
+        assert_server_span(&spans, 502);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usercenter_answering_without_a_user_is_502() -> Result<()> {
+    let url = stub(Some(Code::Ok)).await?;
+    let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
+    assert_problem(
+        &stack.login(KNOWN_MOBILE, &[]).await?,
+        502,
+        "usercenter-failed",
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_without_a_queue_is_not_a_success() -> Result<()> {
+    use lapin::types::FieldTable;
+
+    let stack = Stack::start(&[]).await?;
+    let topology = &stack.broker.topology;
+    let (queue, exchange, key) = (&topology.queue, &topology.exchange, &topology.routing_key);
+    let channel = &stack.broker.channel;
+    let arguments = FieldTable::default();
+    channel
+        .queue_unbind(
+            queue.as_str().into(),
+            exchange.as_str().into(),
+            key.as_str().into(),
+            arguments,
+        )
+        .await?;
+
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_problem(&answer, 503, "publish-failed");
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=503
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT
+            usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
+          api local INTERNAL
+          api send_msg_mq PRODUCER ERROR error.type=unroutable
+    ";
+    stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_hangs_up_leaves_a_span_that_says_so() -> Result<()> {
+    let url = stub(None).await?;
+    let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
+    let mut connection = TcpStream::connect(stack.api.address).await?;
+    let request = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                   traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n\
+                   content-length: 24\r\n\r\n{\"mobile\":\"13800138000\"}";
+    connection.write_all(request.as_bytes()).await?;
+    // The stub has the call, and never answers it.
+    tokio::time::timeout(Duration::from_millis(200), connection.read_u8())
+        .await
+        .unwrap_err();
+    drop(connection);
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=cancelled
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=CANCELLED
+    ";
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let spans = stack
+        .receiver
+        .expect_tree_below("00f067aa0ba902b7", trace, tree)
+        .await;
+    assert!(
+        spans
+            .iter()
+            .all(|span| span.end - span.start >= 200_000_000),
+        "{spans:#?}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_does_not_come_is_408() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut connection = TcpStream::connect(stack.api.address).await?;
+    let request = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                   connection: close\r\ncontent-length: 24\r\n\r\n{\"mobile\":";
+    connection.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await?;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(
+        answer.contains("urn:throughline:problem:body-too-slow"),
+        "{answer}"
+    );
+    let span = stack
+        .receiver
+        .expect_span(|span| span.service == "api")
+        .await;
+    assert_eq!(span.attributes["http.response.status_code"], "408");
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! What the consumer makes of messages: ours, those of other languages, and garbage.
+
+use anyhow::{Context, Result};
+use devstack::{
+    poll,
+    stack::{KNOWN_MOBILE, Stack},
+};
+use lapin::{
+    BasicProperties,
+    message::BasicGetMessage,
+    options::{BasicGetOptions, BasicPublishOptions},
+    types::{AMQPValue, FieldArray, FieldTable},
+};
+use serde_json::Value;
+use std::time::Duration;
+
+/// Publishes what `api` would not.
+async fn publish(stack: &Stack, id: &str, headers: FieldTable, body: &[u8]) -> Result<()> {
+    let topology = &stack.broker.topology;
+    let (exchange, key) = (topology.exchange.as_str(), topology.routing_key.as_str());
+    let properties = BasicProperties::default()
+        .with_message_id(id.into())
+        .with_headers(headers)
+        .with_delivery_mode(2);
+    let options = BasicPublishOptions::default();
+    stack
+        .broker
+        .channel
+        .basic_publish(exchange.into(), key.into(), options, body, properties)
+        .await?
+        .await?;
+    Ok(())
+}
+
+async fn dead_letter(stack: &Stack) -> Result<BasicGetMessage> {
+    let queue = stack.broker.topology.dead_letter_queue.as_str();
+    let get = async || {
+        let options = BasicGetOptions { no_ack: true };
+        stack
+            .broker
+            .channel
+            .basic_get(queue.into(), options)
+            .await
+            .ok()
+            .flatten()
+    };
+    poll(Duration::from_secs(10), get)
+        .await
+        .context("no dead letter")
+}
+
+fn reason(letter: &BasicGetMessage) -> String {
+    let headers = letter
+        .properties
+        .headers()
+        .as_ref()
+        .expect("headers")
+        .inner();
+    match &headers["x-dead-letter-reason"] {
+        AMQPValue::LongString(reason) => reason.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_vector_has_its_outcome() -> Result<()> {
+    let vectors: Value = serde_json::from_str(include_str!("vectors/messages.json"))?;
+    let cases = vectors["cases"].as_array().context("cases")?;
+    assert_eq!(cases.len(), 18);
+    let stack = Stack::start(&[("mq", "BAGGAGE_SPAN_ATTRIBUTES", "tenant")]).await?;
+
+    for case in cases {
+        let name = case["name"].as_str().context("name")?;
+        let mut headers = FieldTable::default();
+        for (header, value) in case["headers"].as_object().into_iter().flatten() {
+            headers.insert(
+                header.as_str().into(),
+                AMQPValue::LongString(value.as_str().unwrap_or_default().into()),
+            );
+        }
+        publish(
+            &stack,
+            name,
+            headers,
+            case["body"].as_str().context("body")?.as_bytes(),
+        )
+        .await?;
+
+        let is_dead = case["outcome"] == "dead-lettered";
+        if case["context"]["sampled"] == false {
+            stack.mq.said("login recorded").await?;
+            continue;
+        }
+        let span = stack
+            .receiver
+            .expect_span(|span| {
+                span.attributes
+                    .get("messaging.message.id")
+                    .is_some_and(|id| id == name)
+            })
+            .await;
+        match case["context"].as_object() {
+            None => {
+                assert_eq!(span.parent_span_id, "", "{name}");
+                assert_eq!(
+                    span.attributes["throughline.trace_context.source"], "none",
+                    "{name}"
+                );
+            }
+            Some(context) => {
+                assert_eq!(context["trace_id"], span.trace_id, "{name}");
+                assert_eq!(context["parent_span_id"], span.parent_span_id, "{name}");
+                let tracestate = context
+                    .get("tracestate")
+                    .and_then(Value::as_str)
+                    .unwrap_or_default();
+                assert_eq!(span.trace_state, tracestate, "{name}");
+                let tenant = context.get("baggage").map(|baggage| &baggage["tenant"]);
+                assert_eq!(
+                    span.attributes
+                        .get("tenant")
+                        .map(|v| Value::from(v.as_str()))
+                        .as_ref(),
+                    tenant,
+                    "{name}"
+                );
+                let source = if name == "headers_win_over_body" {
+                    "headers"
+                } else {
+                    "body"
+                };
+                assert_eq!(
+                    span.attributes["throughline.trace_context.source"], source,
+                    "{name}"
+                );
+            }
+        }
+        assert_eq!(
+            span.status,
+            if is_dead { "ERROR" } else { "UNSET" },
+            "{name}"
+        );
+        assert_eq!(
+            span.attributes.contains_key("error.type"),
+            is_dead,
+            "{name}"
+        );
+        if is_dead {
+            let letter = dead_letter(&stack).await?;
+            assert_eq!(
+                letter
+                    .properties
+                    .message_id()
+                    .as_ref()
+                    .map(|id| id.as_str()),
+                Some(name)
+            );
+            assert_eq!(
+                letter.data,
+                case["body"].as_str().context("body")?.as_bytes(),
+                "{name}"
+            );
+            assert_eq!(reason(&letter), span.attributes["error.type"], "{name}");
+        }
+    }
+    // The one that was not sampled left no span, and every other exactly one.
+    let consumed = stack.receiver.spans().len();
+    assert_eq!(consumed, cases.len() - 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut array = FieldArray::default();
+    array.push(AMQPValue::LongString(
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into(),
+    ));
+    array.push(AMQPValue::LongString(
+        "00-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-00f067aa0ba902b7-01".into(),
+    ));
+    for (i, value) in [
+        AMQPValue::LongInt(7),
+        AMQPValue::Void,
+        AMQPValue::Boolean(true),
+        AMQPValue::LongString(b"\xff\x00"[..].into()),
+        AMQPValue::FieldTable(FieldTable::default()),
+        AMQPValue::FieldArray(array),
+        AMQPValue::LongString("x".repeat(20_000).into()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut headers = FieldTable::default();
+        for name in ["traceparent", "tracestate", "baggage", "TRACEPARENT"] {
+            headers.insert(name.into(), value.clone());
+        }
+        let name = format!("malformed-{i}");
+        publish(&stack, &name, headers, br#"{"Msg":"13800138000"}"#).await?;
+        let span = stack
+            .receiver
+            .expect_span(|span| span.attributes.get("messaging.message.id") == Some(&name))
+            .await;
+        assert_eq!(
+            (span.status, span.parent_span_id.as_str()),
+            ("UNSET", ""),
+            "{value:?}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_keeps_its_properties_and_its_trace() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut headers = FieldTable::default();
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    headers.insert(
+        "traceparent".into(),
+        AMQPValue::LongString(traceparent.into()),
+    );
+    headers.insert("x-mine".into(), AMQPValue::LongInt(7));
+    publish(&stack, "bad", headers, b"\xff\xfe\x00 not json").await?;
+
+    let letter = dead_letter(&stack).await?;
+    assert_eq!(letter.data, b"\xff\xfe\x00 not json");
+    assert_eq!(reason(&letter), "not_a_json_object");
+    assert_eq!(*letter.properties.delivery_mode(), Some(2));
+    let headers = letter
+        .properties
+        .headers()
+        .as_ref()
+        .context("headers")?
+        .inner();
+    assert_eq!(
+        headers["traceparent"],
+        AMQPValue::LongString(traceparent.into())
+    );
+    assert_eq!(headers["x-mine"], AMQPValue::LongInt(7));
+    let tree = "mq mq_consumer_msg CONSUMER ERROR error.type=not_a_json_object";
+    stack
+        .receiver
+        .expect_tree_below("00f067aa0ba902b7", "4bf92f3577b34da6a3ce929d0e0e4736", tree)
+        .await;
+
+    // And the next one is processed as if nothing had been.
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    stack.mq.said("login recorded").await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_published_before_the_consumer_came_is_consumed() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    stack.mq.stop().await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200);
+
+    let variables = [
+        ("AMQP_URL", stack.broker.url.clone()),
+        ("AMQP_PREFIX", stack.broker.prefix.clone()),
+        (
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            format!("http://{}", stack.receiver.grpc),
+        ),
+        ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
+    ];
+    let variables: Vec<_> = variables
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .collect();
+    let _mq = devstack::process::Process::start("mq", &variables).await?;
+    stack
+        .receiver
+        .expect_tree(&answer.trace_id(), devstack::stack::LOGIN_TREE)
+        .await;
+    Ok(())
+}
