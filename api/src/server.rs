@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::{
     net::TcpListener,
     pin, select,
+    task::JoinSet,
     time::{Instant, sleep, timeout_at},
 };
 use tower::Service;
@@ -27,6 +28,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
     http.timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT);
     let connections = GracefulShutdown::new();
+    let mut tasks = JoinSet::new();
 
     pin!(stop);
     let deadline = loop {
@@ -40,6 +42,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
                     continue;
                 }
             },
+            Some(_) = tasks.join_next() => continue,
             deadline = &mut stop => break deadline,
         };
         // Answers are small and complete: waiting for more to send only delays them.
@@ -50,7 +53,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
             router.clone().call(request)
         });
         let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
-        tokio::spawn(async move {
+        tasks.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection failed");
             }
@@ -60,6 +63,8 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
     drop(listener);
     tracing::info!("stopping: finishing requests in flight");
     if timeout_at(deadline, connections.shutdown()).await.is_err() {
-        tracing::warn!("requests in flight were cut off at the deadline");
+        tracing::warn!("requests in flight are cut off at the deadline");
+        // Dropped, they end their spans, which can still be sent.
+        tasks.shutdown().await;
     }
 }

@@ -26,7 +26,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    runtime::{self, Runtime},
+};
 use tonic::{
     Request, Response, Status, codec::CompressionEncoding, transport::server::TcpIncoming,
 };
@@ -41,7 +44,8 @@ pub struct Receiver {
     /// Where it listens for OTLP/HTTP (`/v1/traces`) and Zipkin (`/api/v2/spans`).
     pub http: SocketAddr,
     store: Store,
-    tasks: [JoinHandle<()>; 2],
+    /// Its own, so that with the receiver its connections end, too.
+    runtime: Option<Runtime>,
 }
 
 #[derive(Clone, Default)]
@@ -81,8 +85,14 @@ impl Receiver {
     /// If the address is in use.
     pub async fn start_at(grpc: SocketAddr) -> Result<Self> {
         let store = Store::default();
-        let grpc = TcpListener::bind(grpc).await?;
-        let http = TcpListener::bind("127.0.0.1:0").await?;
+        let runtime = runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let inside = runtime.enter();
+        let grpc = into_tokio(grpc)?;
+        let http = into_tokio("127.0.0.1:0".parse()?)?;
+        drop(inside);
         let addresses = (grpc.local_addr()?, http.local_addr()?);
 
         let service = TraceServiceServer::new(store.clone())
@@ -95,15 +105,13 @@ impl Receiver {
             .route("/v1/traces", post(otlp_http))
             .route("/api/v2/spans", post(zipkin))
             .with_state(store.clone());
-        let tasks = [
-            tokio::spawn(async { drop(grpc.await) }),
-            tokio::spawn(async { drop(axum::serve(http, router).await) }),
-        ];
+        runtime.spawn(grpc);
+        runtime.spawn(axum::serve(http, router).into_future());
         Ok(Self {
             grpc: addresses.0,
             http: addresses.1,
             store,
-            tasks,
+            runtime: Some(runtime),
         })
     }
 
@@ -185,7 +193,9 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -247,6 +257,12 @@ async fn zipkin(State(store): State<Store>, body: Bytes) -> StatusCode {
     };
     store.lock().zipkin.extend(spans);
     StatusCode::ACCEPTED
+}
+
+fn into_tokio(address: SocketAddr) -> Result<TcpListener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(TcpListener::from_std(listener)?)
 }
 
 fn unzip(headers: &HeaderMap, body: &[u8]) -> Option<Vec<u8>> {

@@ -1,0 +1,212 @@
+//! Export: without a collector nothing suffers, with one nothing is lost.
+
+use anyhow::{Context, Result};
+use devstack::{
+    poll,
+    receiver::{Receiver, Refusal},
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
+};
+use std::{
+    fs,
+    net::TcpListener,
+    time::{Duration, Instant},
+};
+
+const WARNING: &str = "spans can't be exported";
+
+/// The numbers in the last line of a service: spans ended, exported, dropped.
+fn counts(output: &str) -> Result<[u64; 3]> {
+    let line = output
+        .lines()
+        .rfind(|line| line.contains("ended="))
+        .context("no counts")?;
+    let number = |key: &str| {
+        let digits = line
+            .split_once(key)
+            .context("number")?
+            .1
+            .split(' ')
+            .next()
+            .context("number")?;
+        digits.parse::<u64>().context(line.to_owned())
+    };
+    Ok([number("ended=")?, number("exported=")?, number("dropped=")?])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when_it_comes()
+-> Result<()> {
+    // An address where nobody listens yet.
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let endpoint = format!("http://{address}");
+    let stack = Stack::start(&[("*", "OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]).await?;
+    let mut answers = Vec::new();
+    for _ in 0..200 {
+        answers.push(stack.login(KNOWN_MOBILE, &[]).await?);
+    }
+    assert!(answers.iter().all(|answer| answer.status == 200));
+    for service in [&stack.api, &stack.rpc, &stack.mq] {
+        service.said(WARNING).await?;
+    }
+
+    // What waited is sent, and what comes now is.
+    let receiver = Receiver::start_at(address).await?;
+    for answer in [
+        &answers[0],
+        &answers[199],
+        &stack.login(KNOWN_MOBILE, &[]).await?,
+    ] {
+        receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    }
+    for service in [&stack.api, &stack.rpc, &stack.mq] {
+        service.said("spans are exported again").await?;
+        assert_eq!(
+            service.output().matches(WARNING).count(),
+            1,
+            "{}",
+            service.output()
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_drops_and_counts_and_memory_stays_bounded() -> Result<()> {
+    let variables = [
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"),
+        ("*", "OTEL_BSP_MAX_QUEUE_SIZE", "100"),
+        ("*", "OTEL_BSP_EXPORT_TIMEOUT", "60000"),
+        ("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn"),
+    ];
+    let mut stack = Stack::start(&variables).await?;
+    let resident = |stack: &Stack| -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", stack.api.id()))?;
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .context("VmRSS")?;
+        Ok(line.split_whitespace().nth(1).context("kB")?.parse()?)
+    };
+    for _ in 0..50 {
+        stack.login(KNOWN_MOBILE, &[]).await?;
+    }
+    let before = resident(&stack)?;
+    for _ in 0..500 {
+        stack
+            .login(KNOWN_MOBILE, &[("user-agent", &"x".repeat(4000))])
+            .await?;
+    }
+    // 500 kept spans of this size alone would be 2 MB, and the SDK's form of 2,000 spans more.
+    let grown = resident(&stack)?.saturating_sub(before);
+    assert!(grown < 1500, "{grown} kB");
+    stack.stop().await?;
+    assert_eq!(counts(&stack.api.output())?, [2200, 0, 2200]);
+    assert_eq!(counts(&stack.rpc.output())?, [550, 0, 550]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_collector_refuses_for_now_is_sent_again() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    stack.receiver.refuse([Refusal::Unavailable; 4]);
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    stack
+        .receiver
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+    stack.stop().await?;
+    assert_eq!(stack.receiver.spans().len(), 6);
+    assert_eq!(counts(&stack.api.output())?, [4, 4, 0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_by_http() -> Result<()> {
+    let receiver = Receiver::start().await?;
+    let endpoint = format!("http://{}", receiver.http);
+    let variables = [
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("*", "OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+    ];
+    let mut stack = Stack::start(&variables).await?;
+    receiver.refuse([Refusal::Unavailable; 4]);
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    stack.stop().await?;
+    assert_eq!(counts(&stack.api.output())?, [4, 4, 0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<()> {
+    let mut stack = Stack::start(&[
+        ("rpc", "OTEL_TRACES_EXPORTER", "none"),
+        ("mq", "OTEL_TRACES_EXPORTER", "none"),
+    ])
+    .await?;
+    stack.receiver.refuse([Refusal::Invalid]);
+    // The whole of this one: sent together with its last span.
+    let refused = stack.login("13800138009", &[]).await?;
+    stack.api.said(WARNING).await?;
+    let taken = stack.login("13800138009", &[]).await?;
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=NOT_FOUND
+    ";
+    stack.receiver.expect_tree(&taken.trace_id(), tree).await;
+    stack.stop().await?;
+    let [ended, exported, dropped] = counts(&stack.api.output())?;
+    assert_eq!((ended, exported + dropped), (4, 4));
+    assert_eq!(
+        dropped as usize,
+        2 - stack.receiver.trace(&refused.trace_id()).len()
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() -> Result<()> {
+    // It accepts connections, as far as the kernel goes, and never reads.
+    let black_hole = TcpListener::bind("127.0.0.1:0")?;
+    let endpoint = format!("http://{}", black_hole.local_addr()?);
+    let variables = [
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("*", "SHUTDOWN_TIMEOUT", "2s"),
+        ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4"),
+    ];
+    let mut stack = Stack::start(&variables).await?;
+    for _ in 0..100 {
+        assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    }
+    let start = Instant::now();
+    stack.stop().await?;
+    // Three services one after the other, each with 0.8 s for its spans.
+    assert!(
+        start.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(counts(&stack.api.output())?, [400, 0, 400]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_restarts_is_found_again() -> Result<()> {
+    let first = Receiver::start().await?;
+    let address = first.grpc;
+    let endpoint = format!("http://{address}");
+    let stack = Stack::start(&[("*", "OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    first.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    drop(first);
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let second = poll(Duration::from_secs(10), async || {
+        Receiver::start_at(address).await.ok()
+    })
+    .await;
+    second
+        .context("the address is still taken")?
+        .expect_tree(&answer.trace_id(), LOGIN_TREE)
+        .await;
+    Ok(())
+}
