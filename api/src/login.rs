@@ -7,7 +7,7 @@ use axum::{
 };
 use opentelemetry::trace::Tracer;
 use proto::usercenter::v1::GetUserByMobileRequest;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 use std::{sync::Arc, time::Duration};
 use tokio::time::timeout;
 
@@ -16,6 +16,10 @@ use tokio::time::timeout;
 #[derive(Deserialize)]
 pub struct LoginRequest {
     mobile: String,
+    /// Other members are allowed. That they are asked for makes an array no login: serde takes
+    /// `["13800138000"]` for a struct otherwise.
+    #[serde(flatten)]
+    _others: IgnoredAny,
 }
 
 /// The answer to a login. Times are in seconds since 1970.

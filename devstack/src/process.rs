@@ -80,7 +80,11 @@ impl Process {
     /// # Errors
     /// If the services can't be built.
     pub fn command(name: &'static str, variables: &[(&str, &str)]) -> Result<Command> {
-        let mut command = Command::new(binary(name)?);
+        Ok(Self::isolated(binary(name)?, variables))
+    }
+
+    fn isolated(binary: PathBuf, variables: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(binary);
         for (variable, _) in env::vars_os() {
             let variable = variable.to_string_lossy();
             if ["OTEL_", "RUST_LOG", "LOG_FORMAT", "AMQP_", "MQ_", "API_"]
@@ -96,7 +100,7 @@ impl Process {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        Ok(command)
+        command
     }
 
     /// Its process id.
@@ -199,11 +203,25 @@ fn address(line: &str) -> Option<SocketAddr> {
     rest.split([' ', '"', '\x1b']).next()?.parse().ok()
 }
 
-/// The path of a service's binary. The first call builds all three, with the profile of this program.
+/// The command of an example of the crate `telemetry`, its output piped.
+///
+/// # Errors
+/// If it can't be built.
+pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
+    let built = build(&["-p", "telemetry", "--example", name])?;
+    let binary = built
+        .get(name)
+        .cloned()
+        .with_context(|| format!("there is no example {name}"))?;
+    Ok(Process::isolated(binary, variables))
+}
+
+/// The path of a service's binary. The first call builds all three.
 fn binary(name: &str) -> Result<PathBuf> {
     static BINARIES: OnceLock<Result<HashMap<String, PathBuf>, String>> = OnceLock::new();
 
-    let binaries = BINARIES.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    let services = ["-p", "api", "-p", "rpc", "-p", "mq"];
+    let binaries = BINARIES.get_or_init(|| build(&services).map_err(|error| format!("{error:#}")));
     let binaries = binaries
         .as_ref()
         .map_err(|error| anyhow::anyhow!(error.clone()))?;
@@ -213,19 +231,13 @@ fn binary(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("there is no binary {name}"))
 }
 
-fn build() -> Result<HashMap<String, PathBuf>> {
+/// Builds, with the profile of this program; the binaries by name.
+fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = std::process::Command::new(cargo);
-    build.args([
-        "build",
-        "--message-format=json-render-diagnostics",
-        "-p",
-        "api",
-        "-p",
-        "rpc",
-        "-p",
-        "mq",
-    ]);
+    build
+        .args(["build", "--message-format=json-render-diagnostics"])
+        .args(what);
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }

@@ -80,6 +80,7 @@ async fn bad_bodies_are_refused_before_anything_is_asked() -> Result<()> {
         (&json, "\u{0}", 400, "not-json"),
         (&json, "{}", 422, "invalid-mobile"),
         (&json, "[]", 422, "invalid-mobile"),
+        (&json, r#"["13800138000"]"#, 422, "invalid-mobile"),
         (&json, "null", 422, "invalid-mobile"),
         (&json, r#"{"mobile":null}"#, 422, "invalid-mobile"),
         (&json, r#"{"mobile":13800138000}"#, 422, "invalid-mobile"),

@@ -196,6 +196,19 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn other_members_of_the_request_are_allowed() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let answer = stack
+        .post(
+            r#"{"password":"x","mobile":"13800138000","n":{"a":[1,null]}}"#,
+            &[],
+        )
+        .await?;
+    assert_eq!(answer.status, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_process_describes_itself() -> Result<()> {
     let attributes = "service.version=9,team=a%20b,deployment.environment.name=test";
     let stack = Stack::start(&[("mq", "OTEL_RESOURCE_ATTRIBUTES", attributes)]).await?;

@@ -1,0 +1,339 @@
+//! Peers that mean harm, or are broken: every one gets an answer or a closed connection, and harms
+//! nobody else.
+
+use anyhow::Result;
+use bytes::Bytes;
+use devstack::{
+    poll,
+    stack::{KNOWN_MOBILE, Stack},
+};
+use http::Request;
+use http_body_util::{BodyExt, Full};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use std::{net::SocketAddr, time::Duration};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// Sends bytes, and reads the answer: until the other side closes, or falls silent after some words.
+async fn raw(address: SocketAddr, bytes: &[u8]) -> Result<String> {
+    let mut connection = TcpStream::connect(address).await?;
+    // The other side may have closed already.
+    let _ = connection.write_all(bytes).await;
+    let mut answer = Vec::new();
+    let mut patience = Duration::from_secs(5);
+    while let Ok(Ok(1..)) = timeout(patience, connection.read_buf(&mut answer)).await {
+        patience = Duration::from_millis(200);
+    }
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+async fn assert_unharmed(stack: &Stack, after: &str) -> Result<()> {
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200, "after {after}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let login =
+        "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
+    let body = r#"{"mobile":"13800138000"}"#;
+    let many_headers: String = (0..1000).map(|i| format!("x-{i}: 1\r\n")).collect();
+    let long_header = format!("x-long: {}\r\n", "x".repeat(1_000_000));
+    for (name, request, statuses) in [
+        (
+            "garbage",
+            "\0\u{1}\u{2}garbage\r\n\r\n".to_owned(),
+            &["400"][..],
+        ),
+        ("no version", "GET /healthz\r\n\r\n".to_owned(), &["400"]),
+        (
+            "HTTP/2",
+            "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(),
+            &["", "400", "505"],
+        ),
+        ("TLS", "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0".to_owned(), &["400"]),
+        (
+            "a null in a header",
+            format!("{login}x: a\0b\r\n\r\n"),
+            &["400"],
+        ),
+        (
+            "a header without a name",
+            format!("{login}: x\r\n\r\n"),
+            &["400"],
+        ),
+        (
+            "a bare line feed in a header",
+            format!("{login}x: a\nb\r\n\r\n"),
+            &["400"],
+        ),
+        (
+            "two lengths",
+            format!("{login}content-length: 24\r\ncontent-length: 5\r\n\r\n{body}"),
+            &["400"],
+        ),
+        (
+            "a negative length",
+            format!("{login}content-length: -1\r\n\r\n{body}"),
+            &["400"],
+        ),
+        (
+            "an endless length",
+            format!("{login}content-length: 99999999999999999999\r\n\r\n{body}"),
+            &["400"],
+        ),
+        (
+            "length and chunks (smuggling)",
+            format!(
+                "{login}content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
+            ),
+            &["400"],
+        ),
+        (
+            "an unknown encoding",
+            format!("{login}transfer-encoding: xchunked\r\n\r\n{body}"),
+            &["400"],
+        ),
+        (
+            "broken chunks",
+            format!("{login}transfer-encoding: chunked\r\n\r\nzz\r\n{body}\r\n0\r\n\r\n"),
+            &["400"],
+        ),
+        (
+            "a chunk of gigabytes",
+            format!("{login}transfer-encoding: chunked\r\n\r\nffffffffffff\r\n{body}"),
+            &["400", "408", "413"],
+        ),
+        (
+            "many headers",
+            format!("{login}{many_headers}\r\n"),
+            &["431"],
+        ),
+        (
+            "a long header",
+            format!("{login}{long_header}\r\n"),
+            &["431"],
+        ),
+        (
+            "a long path",
+            format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(100_000)),
+            &["404", "414", "431"],
+        ),
+        (
+            "less body than promised",
+            format!("{login}content-length: 100\r\n\r\n{body}"),
+            &["", "400", "408"],
+        ),
+        (
+            "nested arrays",
+            {
+                let nested = "[".repeat(100_000);
+                format!("{login}content-length: {}\r\n\r\n{nested}", nested.len())
+            },
+            &["422"],
+        ),
+    ] {
+        let answer = raw(stack.api.address, request.as_bytes()).await?;
+        let status = answer.split(' ').nth(1).unwrap_or_default();
+        assert!(statuses.contains(&status), "{name}: {answer}");
+        // One answer at most: nothing was smuggled in.
+        assert!(answer.matches("HTTP/1.1 ").count() <= 1, "{name}: {answer}");
+        assert_unharmed(&stack, name).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_headers_reach_neither_the_log_nor_the_message() -> Result<()> {
+    let mut stack = Stack::start(&[
+        ("*", "LOG_FORMAT", "json"),
+        ("*", "BAGGAGE_SPAN_ATTRIBUTES", "k"),
+    ])
+    .await?;
+    let body = r#"{"mobile":"13800138000"}"#;
+    for headers in [
+        "traceparent: \x7f\x01\r\n",
+        "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01, 00-x\r\n",
+        "tracestate: a=\x08b\r\n",
+        "baggage: k=%0d%0aevil:%20yes;p=%0d%0a\r\n",
+        "baggage: k=%00%ff\r\n",
+        "baggage: ,,,=,;;;\r\n",
+        "user-agent: \x1b[31mred\x1b[0m\r\n",
+        "b3: \u{e9}\r\n",
+    ] {
+        let request = format!(
+            "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+             connection: close\r\ncontent-length: {}\r\n{headers}\r\n{body}",
+            body.len()
+        );
+        let answer = raw(stack.api.address, request.as_bytes()).await?;
+        let status = answer.split(' ').nth(1).unwrap_or_default();
+        // Refused as no HTTP at all, or processed.
+        assert!(["200", "400"].contains(&status), "{headers:?}: {answer}");
+        assert!(!answer.to_lowercase().contains("evil"), "{answer}");
+    }
+    assert_unharmed(&stack, "all").await?;
+    stack.stop().await?;
+    for service in [&stack.api, &stack.rpc, &stack.mq] {
+        for line in service.output().lines() {
+            serde_json::from_str::<serde_json::Value>(line)?;
+        }
+    }
+    // Every request that was processed was consumed, and every span has ended.
+    let count = |kind: &str| {
+        stack
+            .receiver
+            .spans()
+            .iter()
+            .filter(|span| span.kind == kind)
+            .count()
+    };
+    assert_eq!(
+        (count("CLIENT"), count("PRODUCER")),
+        (count("CONSUMER"), count("CONSUMER"))
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    for garbage in [
+        &b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"[..],
+        b"\0\0\0\0\0\0\0\0\0",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+    ] {
+        raw(stack.rpc.address, garbage).await?;
+        assert_unharmed(&stack, "garbage").await?;
+    }
+
+    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
+    let known = "usercenter.v1.Usercenter/GetUserByMobile";
+    let long_name = format!("a.B/{}", "x".repeat(5000));
+    // Method, a header, the body, the status expected, whether the method counts as known.
+    for (method, header, body, status) in [
+        (
+            known,
+            ("x", "1"),
+            &b"\0\0\0\0\x0d\x0a\x0b13800138000"[..],
+            "0",
+        ),
+        (known, ("x", "1"), b"", "13"),
+        (known, ("x", "1"), b"\0\0\0\0\x02\xff\xff", "13"),
+        (known, ("x", "1"), b"\x07\0\0\0\0", "13"),
+        (known, ("x", "1"), b"\0\xff\xff\xff\xff", "11"),
+        (known, ("x", "1"), b"\x01\0\0\0\0", "13"),
+        (known, ("grpc-encoding", "made-up"), b"\0\0\0\0\0", "12"),
+        (
+            known,
+            ("grpc-timeout", "yesterday"),
+            b"\0\0\0\0\x0d\x0a\x0b13800138000",
+            "0",
+        ),
+        (
+            known,
+            ("grpc-timeout", "0n"),
+            b"\0\0\0\0\x0d\x0a\x0b13800138000",
+            "1",
+        ),
+        (
+            known,
+            ("traceparent", "00-garbage"),
+            b"\0\0\0\0\x02\x0a\x00",
+            "3",
+        ),
+        (known, ("content-type", "text/html"), b"", "13"),
+        ("made.Up/Method", ("x", "1"), b"\0\0\0\0\0", "12"),
+        (
+            "usercenter.v1.Usercenter/MadeUp",
+            ("x", "1"),
+            b"\0\0\0\0\0",
+            "12",
+        ),
+        (&long_name, ("x", "1"), b"\0\0\0\0\0", "12"),
+        ("", ("x", "1"), b"\0\0\0\0\0", "12"),
+    ] {
+        let trace = uuid::Uuid::new_v4().simple().to_string();
+        let mut request = Request::post(format!("http://{}/{method}", stack.rpc.address))
+            .body(Full::new(Bytes::from_static(body)))?;
+        let headers = request.headers_mut();
+        headers.insert("content-type", "application/grpc".parse()?);
+        headers.insert("te", "trailers".parse()?);
+        headers.insert(
+            "traceparent",
+            format!("00-{trace}-00f067aa0ba902b7-01").parse()?,
+        );
+        headers.insert(http::HeaderName::from_static(header.0), header.1.parse()?);
+        let (parts, answer) = timeout(Duration::from_secs(10), client.request(request))
+            .await??
+            .into_parts();
+        let trailers = answer
+            .collect()
+            .await?
+            .trailers()
+            .cloned()
+            .unwrap_or_default();
+        let found = trailers
+            .get("grpc-status")
+            .or(parts.headers.get("grpc-status"));
+        let found = found
+            .and_then(|found| found.to_str().ok())
+            .unwrap_or_default();
+        assert_eq!(found, status, "{method} {header:?} {body:?}");
+
+        if header.0 != "traceparent" {
+            let name = if method == known { known } else { "_OTHER" };
+            let span = stack
+                .receiver
+                .expect_span(|span| span.trace_id == trace)
+                .await;
+            assert_eq!(
+                (span.service.as_str(), span.name.as_str()),
+                ("usercenter", name)
+            );
+            let original = span
+                .attributes
+                .get("rpc.method_original")
+                .map(String::as_str);
+            assert_eq!(
+                original,
+                (method != known).then_some(&method[..method.len().min(200)])
+            );
+        }
+        assert_unharmed(&stack, method).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_send_nothing_are_closed_and_harm_nobody() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut silent = Vec::new();
+    for _ in 0..500 {
+        silent.push(TcpStream::connect(stack.api.address).await?);
+    }
+    for connection in &mut silent[..250] {
+        connection.write_all(b"POST /usercenter").await?;
+    }
+    assert_unharmed(&stack, "silence").await?;
+    let closed = async {
+        for connection in &mut silent {
+            let mut answer = Vec::new();
+            let _ = connection.read_to_end(&mut answer).await;
+        }
+    };
+    timeout(Duration::from_secs(20), closed).await?;
+    let alive = poll(Duration::from_secs(1), async || {
+        stack.login(KNOWN_MOBILE, &[]).await.ok()
+    })
+    .await;
+    assert!(alive.is_some());
+    Ok(())
+}

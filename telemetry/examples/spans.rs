@@ -1,0 +1,88 @@
+//! Spans of your own, under those that the layers make. One request shows five ways:
+//!
+//! ```text
+//! GET /report/{id}            the layer
+//! ├─ local                    a function
+//! │  └─ instrumented          a function with #[tracing::instrument]
+//! │     └─ inner              a function again: the two kinds of span nest in each other
+//! ├─ asynchronous             an async block
+//! ├─ blocking                 tokio::task::spawn_blocking
+//! └─ background               tokio::spawn: goes on after the request
+//! ```
+//!
+//! Run it with `OTEL_TRACES_EXPORTER=console cargo run -p telemetry --example spans`. The test
+//! `devstack/tests/spans.rs` runs it, and looks at the tree.
+
+use axum::{Router, body::Body, extract::Path, routing::get};
+use http::Request;
+use opentelemetry::{
+    Context,
+    context::FutureExt,
+    global::{self, BoxedTracer},
+    trace::{TraceContextExt, Tracer},
+};
+use std::{sync::LazyLock, time::Duration};
+use telemetry::{Config, Telemetry, http::HttpServerLayer};
+use tokio::{sync::mpsc, task::spawn_blocking, time::sleep};
+use tower::ServiceExt;
+
+static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("spans"));
+
+async fn report(Path(id): Path<u64>, done: mpsc::Sender<()>) -> &'static str {
+    // A function: the span is current inside, and ends with it.
+    TRACER.in_span("local", |_| instrumented(id));
+
+    // An async block: a span must be current whenever the block is polled, and only then.
+    let cx = Context::current_with_span(TRACER.start("asynchronous"));
+    async {
+        sleep(Duration::from_millis(1)).await;
+        tracing::info!("a log line in the asynchronous span");
+    }
+    .with_context(cx.clone())
+    .await;
+    cx.span().end();
+
+    // Another thread: it knows nothing of the context here, so the context is brought along.
+    let cx = Context::current();
+    let work = spawn_blocking(move || {
+        let _attached = cx.attach();
+        TRACER.in_span("blocking", |_| std::thread::sleep(Duration::from_millis(1)));
+    });
+    work.await.expect("it does not panic");
+
+    // Another task that goes on after the answer: its span ends when it does.
+    let background = async move {
+        let cx = Context::current_with_span(TRACER.start("background"));
+        sleep(Duration::from_millis(5))
+            .with_context(cx.clone())
+            .await;
+        cx.span().end();
+        drop(done);
+    };
+    tokio::spawn(background.with_current_context());
+    "done\n"
+}
+
+#[tracing::instrument(skip_all, fields(report.id = id))]
+fn instrumented(id: u64) {
+    TRACER.in_span("inner", |_| {
+        tracing::info!(id, "a log line in the inner span")
+    });
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let telemetry = Telemetry::start(Config::from_env("spans", env!("CARGO_PKG_VERSION"))?);
+
+    let (done, mut all_done) = mpsc::channel(1);
+    let app: Router = Router::new()
+        .route("/report/{id}", get(move |path| report(path, done.clone())))
+        .layer(HttpServerLayer::new());
+    // A real service would listen; here the request comes from memory.
+    app.oneshot(Request::get("/report/7").body(Body::empty())?)
+        .await?;
+
+    all_done.recv().await;
+    telemetry.shut_down(Duration::from_secs(5)).await;
+    Ok(())
+}
