@@ -15,12 +15,7 @@ pub struct Config {
     pub command: Option<Command>,
 
     /// Where to listen for HTTP.
-    #[arg(
-        long,
-        env = "API_LISTEN",
-        default_value = "127.0.0.1:8888",
-        global = true
-    )]
+    #[arg(long, env = "API_LISTEN", default_value = "127.0.0.1:8888", global = true)]
     pub listen: SocketAddr,
 
     /// The gRPC service usercenter, as http://host:port.
@@ -69,9 +64,7 @@ impl Config {
         let config = Self::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
         if let Err(problem) = config.amqp_uri().and_then(|_| config.access_secret()) {
-            Self::command()
-                .error(ErrorKind::ValueValidation, problem)
-                .exit();
+            Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
     }

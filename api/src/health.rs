@@ -17,19 +17,11 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
     let check = usercenter.check(HealthCheckRequest::default());
     let answer = timeout(Duration::from_secs(1), check).await;
-    let usercenter =
-        matches!(answer, Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving);
+    let usercenter = matches!(answer, Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving);
     let broker = app.publisher.is_connected();
 
-    let status = if usercenter && broker {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
-    };
-    (
-        status,
-        Json(json!({ "usercenter": usercenter, "broker": broker })),
-    )
+    let status = if usercenter && broker { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({ "usercenter": usercenter, "broker": broker })))
 }
 
 /// Asks the service that listens on `listen` for its readiness; 0.0.0.0 is this machine.
@@ -37,9 +29,7 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
 /// # Errors
 /// If it does not answer within two seconds, or is not ready.
 pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
-    let answer = timeout(Duration::from_secs(2), get(listen, "/readyz"))
-        .await
-        .context("no answer")??;
+    let answer = timeout(Duration::from_secs(2), get(listen, "/readyz")).await.context("no answer")??;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     ensure!(head.starts_with("HTTP/1.1 200 "), "not ready: {body}");
     Ok(())
@@ -50,9 +40,6 @@ async fn get(address: SocketAddr, path: &str) -> anyhow::Result<String> {
     let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
     connection.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
-    connection
-        .take(64 * 1024)
-        .read_to_string(&mut answer)
-        .await?;
+    connection.take(64 * 1024).read_to_string(&mut answer).await?;
     Ok(answer)
 }

@@ -42,9 +42,7 @@ pub async fn login(
     // The server span is open already: a layer did that.
 
     // The client span, and the server span at the other end: layers, too.
-    let lookup = GetUserByMobileRequest {
-        mobile: request.mobile.clone(),
-    };
+    let lookup = GetUserByMobileRequest { mobile: request.mobile.clone() };
     let found = app.usercenter.clone().get_user_by_mobile(lookup).await?;
     let user = found.into_inner().user.ok_or(Problem::UsercenterFailed)?;
 
@@ -70,16 +68,10 @@ impl<S: Send + Sync> FromRequest<S> for LoginRequest {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let body = Json::<LoginRequest>::from_request(request, state);
-        let Json(login) = timeout(BODY_TIMEOUT, body)
-            .await
-            .map_err(|_| Problem::BodyTooSlow)??;
-        let is_mobile = (5..=15).contains(&login.mobile.len())
-            && login.mobile.bytes().all(|b| b.is_ascii_digit());
-        if is_mobile {
-            Ok(login)
-        } else {
-            Err(Problem::InvalidMobile)
-        }
+        let Json(login) = timeout(BODY_TIMEOUT, body).await.map_err(|_| Problem::BodyTooSlow)??;
+        let is_mobile =
+            (5..=15).contains(&login.mobile.len()) && login.mobile.bytes().all(|b| b.is_ascii_digit());
+        if is_mobile { Ok(login) } else { Err(Problem::InvalidMobile) }
     }
 }
 
@@ -90,9 +82,7 @@ impl From<JsonRejection> for Problem {
             JsonRejection::JsonSyntaxError(_) => Problem::NotJson,
             JsonRejection::JsonDataError(_) => Problem::InvalidMobile,
             JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
-            JsonRejection::BytesRejection(rejection) if rejection.status() == 413 => {
-                Problem::BodyTooLarge
-            }
+            JsonRejection::BytesRejection(rejection) if rejection.status() == 413 => Problem::BodyTooLarge,
             _ => Problem::UnreadableBody,
         }
     }

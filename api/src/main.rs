@@ -11,10 +11,7 @@ use tokio::{
 };
 
 #[tokio::main]
-#[expect(
-    clippy::print_stderr,
-    reason = "without a valid configuration there is no log yet"
-)]
+#[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 async fn main() -> ExitCode {
     let config = Config::load();
     if let Some(Command::Health) = config.command {
@@ -40,11 +37,7 @@ async fn main() -> ExitCode {
     }
     // After a failure, too: the last spans matter most.
     telemetry.shut_down(config.telemetry_timeout()).await;
-    if result.is_ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 async fn serve(config: &Config) -> anyhow::Result<()> {
@@ -54,9 +47,8 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
         select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         Instant::now() + config.drain_timeout()
     };
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("listening on {}", config.listen))?;
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
     tracing::info!(address = %listener.local_addr()?, "listening");
     api::run(config, listener, stop).await
 }

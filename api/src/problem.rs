@@ -46,21 +46,13 @@ impl Problem {
     fn parts(self) -> (StatusCode, &'static str, &'static str) {
         match self {
             Self::NotJson => (StatusCode::BAD_REQUEST, "not-json", "The body is not JSON"),
-            Self::UnreadableBody => (
-                StatusCode::BAD_REQUEST,
-                "unreadable-body",
-                "The body could not be read",
-            ),
-            Self::BodyTooSlow => (
-                StatusCode::REQUEST_TIMEOUT,
-                "body-too-slow",
-                "The body did not arrive in time",
-            ),
-            Self::BodyTooLarge => (
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "body-too-large",
-                "The body is too large",
-            ),
+            Self::UnreadableBody => {
+                (StatusCode::BAD_REQUEST, "unreadable-body", "The body could not be read")
+            }
+            Self::BodyTooSlow => {
+                (StatusCode::REQUEST_TIMEOUT, "body-too-slow", "The body did not arrive in time")
+            }
+            Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "The body is too large"),
             Self::UnsupportedMediaType => (
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "unsupported-media-type",
@@ -71,21 +63,13 @@ impl Problem {
                 "invalid-mobile",
                 "The member mobile must be a string of 5 to 15 digits",
             ),
-            Self::UnknownUser => (
-                StatusCode::UNAUTHORIZED,
-                "unknown-user",
-                "Nobody registered this mobile number",
-            ),
-            Self::NoSuchRoute => (
-                StatusCode::NOT_FOUND,
-                "no-such-route",
-                "There is nothing at this path",
-            ),
-            Self::MethodNotAllowed => (
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method-not-allowed",
-                "This path has another method",
-            ),
+            Self::UnknownUser => {
+                (StatusCode::UNAUTHORIZED, "unknown-user", "Nobody registered this mobile number")
+            }
+            Self::NoSuchRoute => (StatusCode::NOT_FOUND, "no-such-route", "There is nothing at this path"),
+            Self::MethodNotAllowed => {
+                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "This path has another method")
+            }
             Self::UsercenterUnavailable => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "usercenter-unavailable",
@@ -96,16 +80,12 @@ impl Problem {
                 "usercenter-timeout",
                 "The user directory did not answer in time",
             ),
-            Self::UsercenterFailed => (
-                StatusCode::BAD_GATEWAY,
-                "usercenter-failed",
-                "The user directory answered with an error",
-            ),
-            Self::PublishFailed => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                "publish-failed",
-                "The login could not be recorded",
-            ),
+            Self::UsercenterFailed => {
+                (StatusCode::BAD_GATEWAY, "usercenter-failed", "The user directory answered with an error")
+            }
+            Self::PublishFailed => {
+                (StatusCode::SERVICE_UNAVAILABLE, "publish-failed", "The login could not be recorded")
+            }
         }
     }
 }
@@ -115,9 +95,7 @@ impl IntoResponse for Problem {
         let (status, kind, title) = self.parts();
         let trace_id = Context::map_current(|cx| {
             let span = cx.span();
-            span.span_context()
-                .is_valid()
-                .then(|| span.span_context().trace_id().to_string())
+            span.span_context().is_valid().then(|| span.span_context().trace_id().to_string())
         });
         let body = json!({
             "type": format!("urn:throughline:problem:{kind}"),
@@ -127,10 +105,7 @@ impl IntoResponse for Problem {
         });
         let mut response = (status, Json(body)).into_response();
         let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/problem+json"),
-        );
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         match status {
             StatusCode::SERVICE_UNAVAILABLE => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));

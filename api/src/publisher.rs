@@ -94,12 +94,7 @@ impl Publisher {
         let (sender, session) = watch::channel(None);
         let broker = Broker::new(&uri, CLIENT_ID);
         tokio::spawn(keep_connected(uri, topology.clone(), sender));
-        Self {
-            session,
-            topology,
-            broker,
-            timeout,
-        }
+        Self { session, topology, broker, timeout }
     }
 
     /// Whether the broker can be published to now.
@@ -113,64 +108,35 @@ impl Publisher {
     /// If the broker did not confirm. It may have the message nevertheless.
     pub async fn publish(&self, mobile: String) -> Result<(), PublishError> {
         let message_id = Uuid::new_v4().to_string();
-        let Topology {
-            exchange,
-            routing_key,
-            ..
-        } = &self.topology;
+        let Topology { exchange, routing_key, .. } = &self.topology;
 
-        let mut span = TRACER
-            .span_builder("send_msg_mq")
-            .with_kind(SpanKind::Producer)
-            .start(&*TRACER);
+        let mut span = TRACER.span_builder("send_msg_mq").with_kind(SpanKind::Producer).start(&*TRACER);
         if span.is_recording() {
-            span.set_attributes(self.broker.producer_attributes(
-                exchange,
-                routing_key,
-                &message_id,
-            ));
+            span.set_attributes(self.broker.producer_attributes(exchange, routing_key, &message_id));
         }
         let cx = Context::current_with_span(span);
 
-        let sent = timeout(self.timeout, self.send(&cx, mobile, message_id))
-            .with_context(cx.clone())
-            .await;
+        let sent = timeout(self.timeout, self.send(&cx, mobile, message_id)).with_context(cx.clone()).await;
         let result = sent.unwrap_or(Err(PublishError::Timeout));
         if let Err(error) = &result {
-            cx.span()
-                .set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.error_type()));
+            cx.span().set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.error_type()));
             cx.span().set_status(Status::error(error.to_string()));
         }
         cx.span().end();
         result
     }
 
-    async fn send(
-        &self,
-        cx: &Context,
-        mobile: String,
-        message_id: String,
-    ) -> Result<(), PublishError> {
+    async fn send(&self, cx: &Context, mobile: String, message_id: String) -> Result<(), PublishError> {
         // The context travels twice: in the headers for everybody, in the body for the Go original.
         let mut headers = FieldTable::default();
         telemetry::inject(cx, &mut HeadersMut(&mut headers));
         let mut carrier = HeaderCarrier::default();
         telemetry::inject(cx, &mut carrier);
-        let body = LoginMessage {
-            carrier,
-            msg: mobile,
-        }
-        .to_json();
+        let body = LoginMessage { carrier, msg: mobile }.to_json();
 
-        let session = self
-            .session
-            .borrow()
-            .clone()
-            .ok_or(PublishError::NotConnected)?;
-        let confirmation = session
-            .publish(&self.topology, headers, message_id, &body)
-            .await
-            .map_err(|error| {
+        let session = self.session.borrow().clone().ok_or(PublishError::NotConnected)?;
+        let confirmation =
+            session.publish(&self.topology, headers, message_id, &body).await.map_err(|error| {
                 session.failed.notify_one();
                 PublishError::Broken(error)
             })?;
@@ -186,11 +152,7 @@ impl Publisher {
     pub async fn close(&self) {
         let session = self.session.borrow().clone();
         if let Some(Session { connection, .. }) = session {
-            let closed = timeout(
-                Duration::from_secs(1),
-                connection.close(200, "shutting down".into()),
-            )
-            .await;
+            let closed = timeout(Duration::from_secs(1), connection.close(200, "shutting down".into())).await;
             tracing::debug!(?closed, "closed the connection to the broker");
         }
     }
@@ -200,15 +162,9 @@ impl Session {
     async fn open(uri: &AMQPUri, topology: &Topology) -> lapin::Result<Self> {
         let connection = Arc::new(broker::connect(uri, CLIENT_ID).await?);
         let channel = connection.create_channel().await?;
-        channel
-            .confirm_select(ConfirmSelectOptions::default())
-            .await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
         topology.declare(&channel).await?;
-        Ok(Self {
-            connection,
-            channel,
-            failed: Arc::default(),
-        })
+        Ok(Self { connection, channel, failed: Arc::default() })
     }
 
     /// Waits until this session can't be used any more; tells why.
@@ -244,18 +200,9 @@ impl Session {
             .with_headers(headers);
         let (exchange, routing_key) = (topology.exchange.as_str(), topology.routing_key.as_str());
         // Without `mandatory` a message that no queue takes would vanish.
-        let options = BasicPublishOptions {
-            mandatory: true,
-            ..Default::default()
-        };
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         self.channel
-            .basic_publish(
-                exchange.into(),
-                routing_key.into(),
-                options,
-                body,
-                properties,
-            )
+            .basic_publish(exchange.into(), routing_key.into(), options, body, properties)
             .await?
             .await
     }

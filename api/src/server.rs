@@ -25,8 +25,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// that are not are cut off, and logged.
 pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = Instant>) {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     let connections = GracefulShutdown::new();
     let mut tasks = JoinSet::new();
 

@@ -34,37 +34,20 @@ impl TokenIssuer {
     /// Signs with `secret`, or with a key that nobody knows and that is gone with this process.
     pub fn new(secret: Option<&[u8]>, lifetime: Duration) -> Self {
         let random = [Uuid::new_v4().into_bytes(), Uuid::new_v4().into_bytes()].concat();
-        let key =
-            Hmac::new_from_slice(secret.unwrap_or(&random)).expect("HMAC takes keys of any length");
+        let key = Hmac::new_from_slice(secret.unwrap_or(&random)).expect("HMAC takes keys of any length");
         Self { key, lifetime }
     }
 
     /// A token that says who the user is; it holds no mobile number.
     pub fn issue(&self, user_id: u64) -> Token {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let expires = now + self.lifetime.as_secs();
-        let claims = Claims {
-            sub: user_id.to_string(),
-            iat: now,
-            exp: expires,
-        };
+        let claims = Claims { sub: user_id.to_string(), iat: now, exp: expires };
 
         let encode = |bytes: &[u8]| BASE64_URL_SAFE_NO_PAD.encode(bytes);
         let claims = serde_json::to_vec(&claims).expect("claims are plain strings and numbers");
-        let signed = format!(
-            "{}.{}",
-            encode(br#"{"alg":"HS256","typ":"JWT"}"#),
-            encode(&claims)
-        );
-        let signature = self
-            .key
-            .clone()
-            .chain_update(&signed)
-            .finalize()
-            .into_bytes();
+        let signed = format!("{}.{}", encode(br#"{"alg":"HS256","typ":"JWT"}"#), encode(&claims));
+        let signature = self.key.clone().chain_update(&signed).finalize().into_bytes();
         Token {
             access_token: format!("{signed}.{}", encode(&signature)),
             expires,
@@ -83,24 +66,10 @@ mod tests {
         let token = issuer.issue(42);
         let (signed, signature) = token.access_token.rsplit_once('.').unwrap();
         let signature = BASE64_URL_SAFE_NO_PAD.decode(signature).unwrap();
-        assert!(
-            issuer
-                .key
-                .clone()
-                .chain_update(signed)
-                .verify_slice(&signature)
-                .is_ok()
-        );
+        assert!(issuer.key.clone().chain_update(signed).verify_slice(&signature).is_ok());
 
         let other = TokenIssuer::new(None, Duration::from_secs(60));
-        assert!(
-            other
-                .key
-                .clone()
-                .chain_update(signed)
-                .verify_slice(&signature)
-                .is_err()
-        );
+        assert!(other.key.clone().chain_update(signed).verify_slice(&signature).is_err());
     }
 
     #[test]
@@ -111,10 +80,7 @@ mod tests {
             serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(claims).unwrap()).unwrap();
         assert_eq!(claims["sub"], "42");
         assert_eq!(claims["exp"], token.expires);
-        assert_eq!(
-            claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(),
-            60
-        );
+        assert_eq!(claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(), 60);
         assert!(token.refresh_after < token.expires);
     }
 }

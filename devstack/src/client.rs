@@ -58,40 +58,23 @@ impl Client {
             request = request.header(*name, *value);
         }
         let answer = async {
-            let (parts, body) = self
-                .0
-                .request(request.body(Full::new(body.into()))?)
-                .await?
-                .into_parts();
+            let (parts, body) = self.0.request(request.body(Full::new(body.into()))?).await?.into_parts();
             let body = body.collect().await?.to_bytes();
-            Ok(Answer {
-                status: parts.status,
-                headers: parts.headers,
-                body,
-            })
+            Ok(Answer { status: parts.status, headers: parts.headers, body })
         };
-        timeout(Duration::from_secs(30), answer)
-            .await
-            .with_context(|| format!("no answer from {url}"))?
+        timeout(Duration::from_secs(30), answer).await.with_context(|| format!("no answer from {url}"))?
     }
 }
 
 impl Answer {
     /// A header's value; empty if it is not there.
     pub fn header(&self, name: &str) -> &str {
-        self.headers
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default()
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
     }
 
     /// The trace id in the header `traceparent`.
     pub fn trace_id(&self) -> String {
-        self.header("traceparent")
-            .split('-')
-            .nth(1)
-            .unwrap_or_default()
-            .to_owned()
+        self.header("traceparent").split('-').nth(1).unwrap_or_default().to_owned()
     }
 
     /// The body as JSON; null if it is not.

@@ -43,15 +43,11 @@ impl Process {
     /// If it doesn't: then with what it said.
     pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
         let mut command = Self::command(name, variables)?;
-        command
-            .env("API_LISTEN", "127.0.0.1:0")
-            .env("USERCENTER_LISTEN", "127.0.0.1:0");
+        command.env("API_LISTEN", "127.0.0.1:0").env("USERCENTER_LISTEN", "127.0.0.1:0");
         command.env("MQ_LISTEN", "127.0.0.1:0");
         // What the caller gave wins.
         command.envs(variables.iter().copied());
-        let mut child = command
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
         let output = Output::default();
         output.follow(child.stdout.take());
         output.follow(child.stderr.take());
@@ -59,17 +55,10 @@ impl Process {
         let address = poll(PATIENCE, async || {
             let said = output.find("listening");
             let address = said.and_then(|line| address(&line));
-            address
-                .map(Ok)
-                .or_else(|| child.try_wait().transpose().map(Err))
+            address.map(Ok).or_else(|| child.try_wait().transpose().map(Err))
         });
         match address.await {
-            Some(Ok(address)) => Ok(Self {
-                name,
-                address,
-                child,
-                output,
-            }),
+            Some(Ok(address)) => Ok(Self { name, address, child, output }),
             Some(Err(exit)) => bail!("{name} ended with {exit:?}:\n{}", output.text()),
             None => bail!("{name} does not listen:\n{}", output.text()),
         }
@@ -127,11 +116,7 @@ impl Process {
     /// # Errors
     /// If the process is gone.
     pub async fn signal(&self, signal: &str) -> Result<()> {
-        let kill = Command::new("kill")
-            .arg(format!("-{signal}"))
-            .arg(self.id().to_string())
-            .status()
-            .await?;
+        let kill = Command::new("kill").arg(format!("-{signal}")).arg(self.id().to_string()).status().await?;
         ensure!(kill.success(), "kill -{signal} {}", self.name);
         Ok(())
     }
@@ -151,8 +136,7 @@ impl Process {
     /// If it does not end.
     pub async fn exit(&mut self) -> Result<ExitStatus> {
         let exit = timeout(PATIENCE, self.child.wait()).await;
-        let exit =
-            exit.with_context(|| format!("{} does not end:\n{}", self.name, self.output.text()))?;
+        let exit = exit.with_context(|| format!("{} does not end:\n{}", self.name, self.output.text()))?;
         Ok(exit?)
     }
 
@@ -174,10 +158,7 @@ impl Output {
         tokio::spawn(async move {
             let mut stream = BufReader::new(stream).lines();
             while let Ok(Some(line)) = stream.next_line().await {
-                lines
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push(line);
+                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
             }
         });
     }
@@ -188,18 +169,13 @@ impl Output {
     }
 
     fn text(&self) -> String {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .join("\n")
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
     }
 }
 
 /// The address in a line like `listening address=127.0.0.1:1234`, or the same as JSON.
 fn address(line: &str) -> Option<SocketAddr> {
-    let (_, rest) = line
-        .split_once("\"address\":\"")
-        .or_else(|| line.split_once("address="))?;
+    let (_, rest) = line.split_once("\"address\":\"").or_else(|| line.split_once("address="))?;
     rest.split([' ', '"', '\x1b']).next()?.parse().ok()
 }
 
@@ -209,10 +185,7 @@ fn address(line: &str) -> Option<SocketAddr> {
 /// If it can't be built.
 pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
     let built = build(&["-p", "telemetry", "--example", name])?;
-    let binary = built
-        .get(name)
-        .cloned()
-        .with_context(|| format!("there is no example {name}"))?;
+    let binary = built.get(name).cloned().with_context(|| format!("there is no example {name}"))?;
     Ok(Process::isolated(binary, variables))
 }
 
@@ -222,37 +195,24 @@ fn binary(name: &str) -> Result<PathBuf> {
 
     let services = ["-p", "api", "-p", "rpc", "-p", "mq"];
     let binaries = BINARIES.get_or_init(|| build(&services).map_err(|error| format!("{error:#}")));
-    let binaries = binaries
-        .as_ref()
-        .map_err(|error| anyhow::anyhow!(error.clone()))?;
-    binaries
-        .get(name)
-        .cloned()
-        .with_context(|| format!("there is no binary {name}"))
+    let binaries = binaries.as_ref().map_err(|error| anyhow::anyhow!(error.clone()))?;
+    binaries.get(name).cloned().with_context(|| format!("there is no binary {name}"))
 }
 
 /// Builds, with the profile of this program; the binaries by name.
 fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = std::process::Command::new(cargo);
-    build
-        .args(["build", "--message-format=json-render-diagnostics"])
-        .args(what);
+    build.args(["build", "--message-format=json-render-diagnostics"]).args(what);
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }
-    let output = build
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stderr(Stdio::inherit())
-        .output()?;
+    let output = build.current_dir(env!("CARGO_MANIFEST_DIR")).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "cargo build failed");
-    let artifacts = output
-        .stdout
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| {
-            let artifact: Value = serde_json::from_slice(line).ok()?;
-            let path = artifact["executable"].as_str()?;
-            Some((artifact["target"]["name"].as_str()?.to_owned(), path.into()))
-        });
+    let artifacts = output.stdout.split(|byte| *byte == b'\n').filter_map(|line| {
+        let artifact: Value = serde_json::from_slice(line).ok()?;
+        let path = artifact["executable"].as_str()?;
+        Some((artifact["target"]["name"].as_str()?.to_owned(), path.into()))
+    });
     Ok(artifacts.collect())
 }

@@ -30,9 +30,7 @@ use tokio::{
     net::TcpListener,
     runtime::{self, Runtime},
 };
-use tonic::{
-    Request, Response, Status, codec::CompressionEncoding, transport::server::TcpIncoming,
-};
+use tonic::{Request, Response, Status, codec::CompressionEncoding, transport::server::TcpIncoming};
 
 /// How long a test waits for spans, at most.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -85,10 +83,7 @@ impl Receiver {
     /// If the address is in use.
     pub async fn start_at(grpc: SocketAddr) -> Result<Self> {
         let store = Store::default();
-        let runtime = runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
+        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let inside = runtime.enter();
         let grpc = into_tokio(grpc)?;
         let http = into_tokio("127.0.0.1:0".parse()?)?;
@@ -107,12 +102,7 @@ impl Receiver {
             .with_state(store.clone());
         runtime.spawn(grpc);
         runtime.spawn(axum::serve(http, router).into_future());
-        Ok(Self {
-            grpc: addresses.0,
-            http: addresses.1,
-            store,
-            runtime: Some(runtime),
-        })
+        Ok(Self { grpc: addresses.0, http: addresses.1, store, runtime: Some(runtime) })
     }
 
     /// All spans received so far.
@@ -122,13 +112,7 @@ impl Receiver {
 
     /// The spans of a trace received so far.
     pub fn trace(&self, trace_id: &str) -> Vec<Span> {
-        self.store
-            .lock()
-            .spans
-            .iter()
-            .filter(|span| span.trace_id == trace_id)
-            .cloned()
-            .collect()
+        self.store.lock().spans.iter().filter(|span| span.trace_id == trace_id).cloned().collect()
     }
 
     /// Spans received as Zipkin JSON.
@@ -151,12 +135,7 @@ impl Receiver {
     ///
     /// # Panics
     /// If it doesn't come to look like that; then it shows what it looks like.
-    pub async fn expect_tree_below(
-        &self,
-        remote_parent: &str,
-        trace_id: &str,
-        expected: &str,
-    ) -> Vec<Span> {
+    pub async fn expect_tree_below(&self, remote_parent: &str, trace_id: &str, expected: &str) -> Vec<Span> {
         let expected = dedent(expected);
         let seen = poll(PATIENCE, async || {
             let spans = self.trace(trace_id);
@@ -181,9 +160,7 @@ impl Receiver {
     /// # Panics
     /// If none comes.
     pub async fn expect_span(&self, wanted: impl Fn(&Span) -> bool) -> Span {
-        let seen = poll(PATIENCE, async || {
-            self.spans().into_iter().find(|span| wanted(span))
-        });
+        let seen = poll(PATIENCE, async || self.spans().into_iter().find(|span| wanted(span)));
         match seen.await {
             Some(span) => span,
             None => panic!("no such span among:\n{}", trace::tree(&self.spans(), "")),
@@ -231,21 +208,13 @@ impl TraceService for Store {
     }
 }
 
-async fn otlp_http(
-    State(store): State<Store>,
-    headers: HeaderMap,
-    body: Bytes,
-) -> (StatusCode, Vec<u8>) {
-    let Some(request) =
-        unzip(&headers, &body).and_then(|b| ExportTraceServiceRequest::decode(&b[..]).ok())
+async fn otlp_http(State(store): State<Store>, headers: HeaderMap, body: Bytes) -> (StatusCode, Vec<u8>) {
+    let Some(request) = unzip(&headers, &body).and_then(|b| ExportTraceServiceRequest::decode(&b[..]).ok())
     else {
         return (StatusCode::BAD_REQUEST, Vec::new());
     };
     match store.take(headers, &request) {
-        Ok(()) => (
-            StatusCode::OK,
-            ExportTraceServiceResponse::default().encode_to_vec(),
-        ),
+        Ok(()) => (StatusCode::OK, ExportTraceServiceResponse::default().encode_to_vec()),
         Err(Refusal::Unavailable) => (StatusCode::SERVICE_UNAVAILABLE, Vec::new()),
         Err(Refusal::Invalid) => (StatusCode::BAD_REQUEST, Vec::new()),
     }
@@ -266,33 +235,17 @@ fn into_tokio(address: SocketAddr) -> Result<TcpListener> {
 }
 
 fn unzip(headers: &HeaderMap, body: &[u8]) -> Option<Vec<u8>> {
-    if headers
-        .get(header::CONTENT_ENCODING)
-        .is_none_or(|encoding| encoding != "gzip")
-    {
+    if headers.get(header::CONTENT_ENCODING).is_none_or(|encoding| encoding != "gzip") {
         return Some(body.to_vec());
     }
     let mut unzipped = Vec::new();
-    GzDecoder::new(body)
-        .take(64 * 1024 * 1024)
-        .read_to_end(&mut unzipped)
-        .ok()?;
+    GzDecoder::new(body).take(64 * 1024 * 1024).read_to_end(&mut unzipped).ok()?;
     Some(unzipped)
 }
 
 /// Removes the indentation that all lines share, and blank lines around.
 fn dedent(text: &str) -> String {
-    let lines: Vec<&str> = text
-        .lines()
-        .filter(|line| !line.trim().is_empty())
-        .collect();
-    let indent = lines
-        .iter()
-        .map(|line| line.len() - line.trim_start().len())
-        .min()
-        .unwrap_or(0);
-    lines
-        .iter()
-        .map(|line| format!("{}\n", line[indent..].trim_end()))
-        .collect()
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let indent = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
+    lines.iter().map(|line| format!("{}\n", line[indent..].trim_end())).collect()
 }

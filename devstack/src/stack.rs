@@ -61,19 +61,9 @@ impl Stack {
         let rpc = Process::start("rpc", &settings.of("rpc")).await?;
         settings.usercenter_url = format!("http://{}", rpc.address);
         let (for_api, for_mq) = (settings.of("api"), settings.of("mq"));
-        let (api, mq) = try_join!(
-            Process::start("api", &for_api),
-            Process::start("mq", &for_mq)
-        )?;
+        let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &for_mq))?;
         try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
-        Ok(Self {
-            api,
-            rpc,
-            mq,
-            receiver,
-            broker,
-            client: Client::new(),
-        })
+        Ok(Self { api, rpc, mq, receiver, broker, client: Client::new() })
     }
 
     /// The URL of the login.
@@ -96,9 +86,7 @@ impl Stack {
     /// If there is no answer.
     pub async fn post(&self, body: &str, headers: &[(&str, &str)]) -> Result<Answer> {
         let headers = [&[("content-type", "application/json")], headers].concat();
-        self.client
-            .send(Method::POST, &self.login_url(), &headers, body.to_owned())
-            .await
+        self.client.send(Method::POST, &self.login_url(), &headers, body.to_owned()).await
     }
 
     /// Stops the services, in the order in which a request passes them, so that all spans are sent.
@@ -108,12 +96,7 @@ impl Stack {
     pub async fn stop(&mut self) -> Result<()> {
         for service in [&mut self.api, &mut self.rpc, &mut self.mq] {
             let exit = service.stop().await?;
-            anyhow::ensure!(
-                exit.success(),
-                "{} ended with {exit}:\n{}",
-                service.name,
-                service.output()
-            );
+            anyhow::ensure!(exit.success(), "{} ended with {exit}:\n{}", service.name, service.output());
         }
         Ok(())
     }
@@ -147,10 +130,7 @@ impl<'a> Settings<'a> {
             ("OTEL_BSP_SCHEDULE_DELAY", "20"),
             ("USERCENTER_URL", &self.usercenter_url),
         ];
-        let changes = self
-            .variables
-            .iter()
-            .filter(|(of, ..)| *of == service || *of == "*");
+        let changes = self.variables.iter().filter(|(of, ..)| *of == service || *of == "*");
         variables.extend(changes.map(|(_, name, value)| (*name, *value)));
         variables
     }
@@ -185,13 +165,7 @@ impl TestBroker {
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
         let topology = Topology::with_prefix(&prefix);
         topology.declare(&channel).await?;
-        Ok(Self {
-            url,
-            prefix,
-            topology,
-            channel,
-            _connection: connection,
-        })
+        Ok(Self { url, prefix, topology, channel, _connection: connection })
     }
 }
 
@@ -202,20 +176,11 @@ impl Drop for TestBroker {
             // A connection of its own: the test may have broken the other one.
             let connection = proto::broker::connect(&uri, "test clean-up").await?;
             let channel = connection.create_channel().await?;
-            let Topology {
-                exchange,
-                queue,
-                dead_letter_queue,
-                ..
-            } = &self.topology;
+            let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;
             for queue in [queue, dead_letter_queue] {
-                channel
-                    .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())
-                    .await?;
+                channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
             }
-            channel
-                .exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default())
-                .await?;
+            channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await?;
             connection.close(200, "done".into()).await?;
             anyhow::Ok(())
         };

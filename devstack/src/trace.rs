@@ -47,19 +47,11 @@ pub struct Span {
 
 /// The spans of one part of an OTLP request.
 pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
-    let resource = resource_spans
-        .resource
-        .as_ref()
-        .map(|r| attributes(&r.attributes))
-        .unwrap_or_default();
+    let resource = resource_spans.resource.as_ref().map(|r| attributes(&r.attributes)).unwrap_or_default();
     let service = resource.get("service.name").cloned().unwrap_or_default();
     let mut spans = Vec::new();
     for scope_spans in &resource_spans.scope_spans {
-        let scope = scope_spans
-            .scope
-            .as_ref()
-            .map(|scope| scope.name.clone())
-            .unwrap_or_default();
+        let scope = scope_spans.scope.as_ref().map(|scope| scope.name.clone()).unwrap_or_default();
         spans.extend(scope_spans.spans.iter().map(|span| {
             let status = span.status.clone().unwrap_or_default();
             Span {
@@ -86,16 +78,8 @@ pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
                 end: span.end_time_unix_nano,
                 attributes: attributes(&span.attributes),
                 resource: resource.clone(),
-                events: span
-                    .events
-                    .iter()
-                    .map(|e| (e.name.clone(), attributes(&e.attributes)))
-                    .collect(),
-                links: span
-                    .links
-                    .iter()
-                    .map(|l| (hex(&l.trace_id), hex(&l.span_id)))
-                    .collect(),
+                events: span.events.iter().map(|e| (e.name.clone(), attributes(&e.attributes))).collect(),
+                links: span.links.iter().map(|l| (hex(&l.trace_id), hex(&l.span_id))).collect(),
                 flags: span.flags,
                 trace_state: span.trace_state.clone(),
                 scope: scope.clone(),
@@ -111,18 +95,8 @@ pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
 /// marked `(parent missing)` unless its parent is in another process's hands by `known_parent`.
 pub fn tree(spans: &[Span], known_parent: &str) -> String {
     fn draw(out: &mut String, spans: &[Span], span: &Span, depth: usize, orphan: bool) {
-        let Span {
-            service,
-            name,
-            kind,
-            ..
-        } = span;
-        let _ = write!(
-            out,
-            "{:indent$}{service} {name} {kind}",
-            "",
-            indent = depth * 2
-        );
+        let Span { service, name, kind, .. } = span;
+        let _ = write!(out, "{:indent$}{service} {name} {kind}", "", indent = depth * 2);
         if span.status == "ERROR" {
             let _ = write!(out, " ERROR");
         }
@@ -133,20 +107,14 @@ pub fn tree(spans: &[Span], known_parent: &str) -> String {
             let _ = write!(out, " (parent missing)");
         }
         out.push('\n');
-        let mut children: Vec<_> = spans
-            .iter()
-            .filter(|child| child.parent_span_id == span.span_id)
-            .collect();
+        let mut children: Vec<_> =
+            spans.iter().filter(|child| child.parent_span_id == span.span_id).collect();
         children.sort_by_key(|child| child.start);
         for child in children {
             draw(out, spans, child, depth + 1, false);
         }
     }
-    let is_root = |span: &&Span| {
-        !spans
-            .iter()
-            .any(|parent| parent.span_id == span.parent_span_id)
-    };
+    let is_root = |span: &&Span| !spans.iter().any(|parent| parent.span_id == span.parent_span_id);
     let mut roots: Vec<_> = spans.iter().filter(is_root).collect();
     roots.sort_by_key(|span| span.start);
     let mut out = String::new();
@@ -158,15 +126,7 @@ pub fn tree(spans: &[Span], known_parent: &str) -> String {
 }
 
 fn attributes(attributes: &[KeyValue]) -> BTreeMap<String, String> {
-    attributes
-        .iter()
-        .map(|kv| {
-            (
-                kv.key.clone(),
-                kv.value.as_ref().map(text).unwrap_or_default(),
-            )
-        })
-        .collect()
+    attributes.iter().map(|kv| (kv.key.clone(), kv.value.as_ref().map(text).unwrap_or_default())).collect()
 }
 
 fn text(value: &AnyValue) -> String {

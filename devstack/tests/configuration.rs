@@ -45,27 +45,17 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
             _ => &["api", "rpc", "mq"],
         };
         for service in services {
-            let mut variables = vec![
-                ("API_LISTEN", listen.as_str()),
-                ("USERCENTER_LISTEN", &listen),
-                ("MQ_LISTEN", &listen),
-            ];
+            let mut variables =
+                vec![("API_LISTEN", listen.as_str()), ("USERCENTER_LISTEN", &listen), ("MQ_LISTEN", &listen)];
             variables.push((variable, value));
             let output = Process::command(service, &variables)?.output().await?;
             let said = String::from_utf8_lossy(&output.stderr);
-            assert_eq!(
-                output.status.code(),
-                Some(2),
-                "{service} with {variable}={value}: {said}"
-            );
+            assert_eq!(output.status.code(), Some(2), "{service} with {variable}={value}: {said}");
             assert!(
                 said.contains(variable) || said.contains("--"),
                 "{service} with {variable}={value}: {said}"
             );
-            assert!(
-                variable == "API_LISTEN" || !said.contains("s3cr3t"),
-                "{said}"
-            );
+            assert!(variable == "API_LISTEN" || !said.contains("s3cr3t"), "{said}");
         }
     }
     Ok(())
@@ -74,20 +64,11 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
 #[tokio::test(flavor = "multi_thread")]
 async fn help_shows_no_secret() -> Result<()> {
     for service in ["api", "mq"] {
-        let variables = [
-            ("AMQP_URL", "amqp://user:s3cr3t@host"),
-            ("ACCESS_SECRET", "s3cr3t"),
-        ];
-        let output = Process::command(service, &variables)?
-            .arg("--help")
-            .output()
-            .await?;
+        let variables = [("AMQP_URL", "amqp://user:s3cr3t@host"), ("ACCESS_SECRET", "s3cr3t")];
+        let output = Process::command(service, &variables)?.arg("--help").output().await?;
         assert!(output.status.success());
         let help = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            help.contains("AMQP_URL") && !help.contains("s3cr3t"),
-            "{help}"
-        );
+        assert!(help.contains("AMQP_URL") && !help.contains("s3cr3t"), "{help}");
     }
     Ok(())
 }
@@ -95,20 +76,12 @@ async fn help_shows_no_secret() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disabled_sdk_makes_no_spans_and_passes_the_context_on() -> Result<()> {
     let mut stack = Stack::start(&[("*", "OTEL_SDK_DISABLED", "true")]).await?;
-    let answer = stack
-        .login(KNOWN_MOBILE, &[("traceparent", REMOTE_PARENT)])
-        .await?;
+    let answer = stack.login(KNOWN_MOBILE, &[("traceparent", REMOTE_PARENT)]).await?;
     assert_eq!(answer.status, 200);
     // The span is the caller's own: nobody opened another.
     assert_eq!(answer.header("traceparent"), REMOTE_PARENT);
-    stack
-        .mq
-        .said("trace_id=4bf92f3577b34da6a3ce929d0e0e4736")
-        .await?;
-    assert_eq!(
-        stack.login(KNOWN_MOBILE, &[]).await?.header("traceparent"),
-        ""
-    );
+    stack.mq.said("trace_id=4bf92f3577b34da6a3ce929d0e0e4736").await?;
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.header("traceparent"), "");
     stack.stop().await?;
     assert_eq!(stack.receiver.spans(), []);
     Ok(())
@@ -118,10 +91,7 @@ async fn a_disabled_sdk_makes_no_spans_and_passes_the_context_on() -> Result<()>
 async fn a_service_has_the_name_that_it_is_given() -> Result<()> {
     let stack = Stack::start(&[("api", "OTEL_SERVICE_NAME", "front")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), &LOGIN_TREE.replace("api ", "front "))
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), &LOGIN_TREE.replace("api ", "front ")).await;
     Ok(())
 }
 
@@ -140,27 +110,18 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
         ("parentbased_traceidratio", "0", [false, true, false]),
         ("parentbased_traceidratio", "1", [true, true, false]),
     ] {
-        let variables = [
-            ("*", "OTEL_TRACES_SAMPLER", sampler),
-            ("*", "OTEL_TRACES_SAMPLER_ARG", arg),
-        ];
+        let variables = [("*", "OTEL_TRACES_SAMPLER", sampler), ("*", "OTEL_TRACES_SAMPLER_ARG", arg)];
         let mut stack = Stack::start(&variables).await?;
         let without = stack.login(KNOWN_MOBILE, &[]).await?;
         let with_on = stack.login(KNOWN_MOBILE, &[("traceparent", on)]).await?;
         let other = off.replace("4bf9", "aaaa");
-        let with_off = stack
-            .login(KNOWN_MOBILE, &[("traceparent", &other)])
-            .await?;
+        let with_off = stack.login(KNOWN_MOBILE, &[("traceparent", &other)]).await?;
         stack.stop().await?;
         for (answer, expected) in [without, with_on, with_off].iter().zip(expected) {
             let count = stack.receiver.trace(&answer.trace_id()).len();
             // Also the flag that the caller sees.
             let flag = answer.header("traceparent").ends_with("-01");
-            assert_eq!(
-                (count, flag),
-                (if expected { 6 } else { 0 }, expected),
-                "{sampler} {arg}"
-            );
+            assert_eq!((count, flag), (if expected { 6 } else { 0 }, expected), "{sampler} {arg}");
         }
     }
     Ok(())
@@ -168,20 +129,12 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ratio_samples_about_so_many_traces_and_each_of_them_whole() -> Result<()> {
-    let variables = [
-        ("*", "OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
-        ("*", "OTEL_TRACES_SAMPLER_ARG", "0.5"),
-    ];
+    let variables =
+        [("*", "OTEL_TRACES_SAMPLER", "parentbased_traceidratio"), ("*", "OTEL_TRACES_SAMPLER_ARG", "0.5")];
     let mut stack = Stack::start(&variables).await?;
     let mut sampled = 0;
     for _ in 0..100 {
-        sampled += usize::from(
-            stack
-                .login(KNOWN_MOBILE, &[])
-                .await?
-                .header("traceparent")
-                .ends_with("-01"),
-        );
+        sampled += usize::from(stack.login(KNOWN_MOBILE, &[]).await?.header("traceparent").ends_with("-01"));
     }
     stack.stop().await?;
     // Outside of this with a chance of one in ten million.
@@ -195,28 +148,18 @@ async fn propagators_are_chosen_by_name() -> Result<()> {
     let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
     let b3 = format!("{trace}-{parent}-1");
     let jaeger = format!("{trace}:{parent}:0:1");
-    let multi = [
-        ("x-b3-traceid", trace),
-        ("x-b3-spanid", parent),
-        ("x-b3-sampled", "1"),
-    ];
+    let multi = [("x-b3-traceid", trace), ("x-b3-spanid", parent), ("x-b3-sampled", "1")];
     for (propagators, headers) in [
         ("b3", vec![("b3", b3.as_str())]),
         ("b3", multi.to_vec()),
         ("b3multi", multi.to_vec()),
         ("jaeger", vec![("uber-trace-id", jaeger.as_str())]),
-        (
-            "tracecontext,b3,jaeger",
-            vec![("uber-trace-id", jaeger.as_str())],
-        ),
+        ("tracecontext,b3,jaeger", vec![("uber-trace-id", jaeger.as_str())]),
     ] {
         let stack = Stack::start(&[("*", "OTEL_PROPAGATORS", propagators)]).await?;
         let answer = stack.login(KNOWN_MOBILE, &headers).await?;
         assert_eq!(answer.trace_id(), trace, "{propagators}");
-        stack
-            .receiver
-            .expect_tree_below(parent, trace, LOGIN_TREE)
-            .await;
+        stack.receiver.expect_tree_below(parent, trace, LOGIN_TREE).await;
     }
     Ok(())
 }
@@ -224,9 +167,7 @@ async fn propagators_are_chosen_by_name() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_propagators_every_process_starts_its_own_trace() -> Result<()> {
     let stack = Stack::start(&[("*", "OTEL_PROPAGATORS", "none")]).await?;
-    let answer = stack
-        .login(KNOWN_MOBILE, &[("traceparent", REMOTE_PARENT)])
-        .await?;
+    let answer = stack.login(KNOWN_MOBILE, &[("traceparent", REMOTE_PARENT)]).await?;
     assert_ne!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
     let tree = "
         api POST /usercenter/v1/user/login SERVER
@@ -236,10 +177,7 @@ async fn without_propagators_every_process_starts_its_own_trace() -> Result<()> 
     ";
     stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     for service in ["usercenter", "mq"] {
-        let span = stack
-            .receiver
-            .expect_span(|span| span.service == service)
-            .await;
+        let span = stack.receiver.expect_span(|span| span.service == service).await;
         assert_eq!(span.parent_span_id, "");
     }
     Ok(())
@@ -255,10 +193,7 @@ async fn several_exporters_send_at_once() -> Result<()> {
     ];
     let mut stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     stack.stop().await?;
 
     let mut received: Vec<_> = receiver
@@ -266,10 +201,7 @@ async fn several_exporters_send_at_once() -> Result<()> {
         .iter()
         .map(|span| {
             assert_eq!(span["traceId"], answer.trace_id());
-            format!(
-                "{} {} {}",
-                span["localEndpoint"]["serviceName"], span["kind"], span["name"]
-            )
+            format!("{} {} {}", span["localEndpoint"]["serviceName"], span["kind"], span["name"])
         })
         .collect();
     received.sort();
@@ -284,11 +216,7 @@ async fn several_exporters_send_at_once() -> Result<()> {
             r#""usercenter" "SERVER" "usercenter.v1.Usercenter/GetUserByMobile""#,
         ]
     );
-    assert!(
-        stack.mq.output().contains("mq_consumer_msg"),
-        "{}",
-        stack.mq.output()
-    );
+    assert!(stack.mq.output().contains("mq_consumer_msg"), "{}", stack.mq.output());
     Ok(())
 }
 
@@ -296,10 +224,7 @@ async fn several_exporters_send_at_once() -> Result<()> {
 async fn without_an_exporter_there_are_ids_but_no_export() -> Result<()> {
     let mut stack = Stack::start(&[("*", "OTEL_TRACES_EXPORTER", "none")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack
-        .mq
-        .said(&format!("trace_id={}", answer.trace_id()))
-        .await?;
+    stack.mq.said(&format!("trace_id={}", answer.trace_id())).await?;
     stack.stop().await?;
     assert_eq!(stack.receiver.spans(), []);
     Ok(())
@@ -334,10 +259,7 @@ async fn otlp_by_grpc_has_gzip_and_headers_too() -> Result<()> {
     ];
     let stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     for headers in stack.receiver.requests() {
         assert_eq!(headers["api-key"], "k");
         assert_eq!(headers["grpc-encoding"], "gzip");
@@ -347,40 +269,24 @@ async fn otlp_by_grpc_has_gzip_and_headers_too() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_hold_on_every_span() -> Result<()> {
-    let variables = [
-        ("*", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "3"),
-        ("*", "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "4"),
-    ];
+    let variables =
+        [("*", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "3"), ("*", "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "4")];
     let stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     for span in &spans {
         assert!(span.attributes.len() <= 3, "{span:#?}");
-        assert!(
-            span.attributes.values().all(|value| value.len() <= 4),
-            "{span:#?}"
-        );
+        assert!(span.attributes.values().all(|value| value.len() <= 4), "{span:#?}");
     }
-    assert_eq!(
-        spans
-            .iter()
-            .filter(|span| span.attributes.len() == 3)
-            .count(),
-        5
-    );
+    assert_eq!(spans.iter().filter(|span| span.attributes.len() == 3).count(), 5);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
     // Nothing is due for an hour, but a batch is full after two spans.
-    let variables = [
-        ("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"),
-        ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2"),
-    ];
+    let variables =
+        [("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"), ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")];
     let mut stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     // Four spans of api are two batches; one each of the others wait.
@@ -393,10 +299,7 @@ async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
     stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     assert_eq!(stack.receiver.requests().len(), 2);
     stack.stop().await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     assert_eq!(stack.receiver.requests().len(), 4);
     Ok(())
 }

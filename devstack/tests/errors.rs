@@ -31,14 +31,8 @@ fn assert_problem(answer: &Answer, status: u16, kind: &str) {
 
 /// The server span, whose status is an error only if the service is to blame.
 fn assert_server_span(spans: &[Span], status: u16) {
-    let span = spans
-        .iter()
-        .find(|span| span.kind == "SERVER" && span.service == "api")
-        .expect("server span");
-    assert_eq!(
-        span.attributes["http.response.status_code"],
-        status.to_string()
-    );
+    let span = spans.iter().find(|span| span.kind == "SERVER" && span.service == "api").expect("server span");
+    assert_eq!(span.attributes["http.response.status_code"], status.to_string());
     if status < 500 {
         assert_eq!(span.status, "UNSET");
         assert!(!span.attributes.contains_key("error.type"));
@@ -60,21 +54,21 @@ async fn an_unknown_user_gets_401_and_is_an_error_of_the_client_only() -> Result
     ";
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     assert_server_span(&spans, 401);
-    for span in spans
-        .iter()
-        .filter(|span| span.name.starts_with("usercenter"))
-    {
+    for span in spans.iter().filter(|span| span.name.starts_with("usercenter")) {
         assert_eq!(span.attributes["rpc.status_code"], "NOT_FOUND");
     }
     Ok(())
 }
+
+/// Headers, body, and the status and kind of the answer.
+type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, u16, &'a str);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_bodies_are_refused_before_anything_is_asked() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     let json = [("content-type", "application/json")];
     let long = format!(r#"{{"mobile":"{}"}}"#, "1".repeat(2 * 1024 * 1024));
-    let cases: &[(&[(&str, &str)], &str, u16, &str)] = &[
+    let cases: &[Case] = &[
         (&json, "", 400, "not-json"),
         (&json, "{", 400, "not-json"),
         (&json, "\u{0}", 400, "not-json"),
@@ -84,52 +78,19 @@ async fn bad_bodies_are_refused_before_anything_is_asked() -> Result<()> {
         (&json, "null", 422, "invalid-mobile"),
         (&json, r#"{"mobile":null}"#, 422, "invalid-mobile"),
         (&json, r#"{"mobile":13800138000}"#, 422, "invalid-mobile"),
-        (
-            &json,
-            r#"{"mobile":["13800138000"]}"#,
-            422,
-            "invalid-mobile",
-        ),
+        (&json, r#"{"mobile":["13800138000"]}"#, 422, "invalid-mobile"),
         (&json, r#"{"mobile":""}"#, 422, "invalid-mobile"),
         (&json, r#"{"mobile":"1380"}"#, 422, "invalid-mobile"),
-        (
-            &json,
-            r#"{"mobile":"+8613800138000"}"#,
-            422,
-            "invalid-mobile",
-        ),
-        (
-            &json,
-            r#"{"mobile":"1380013800\r\n0"}"#,
-            422,
-            "invalid-mobile",
-        ),
+        (&json, r#"{"mobile":"+8613800138000"}"#, 422, "invalid-mobile"),
+        (&json, r#"{"mobile":"1380013800\r\n0"}"#, 422, "invalid-mobile"),
         (&json, r#"{"mobile":"１３８００"}"#, 422, "invalid-mobile"),
-        (
-            &json,
-            r#"{"mobile":"13800138000","mobile":"13800138001"}"#,
-            422,
-            "invalid-mobile",
-        ),
+        (&json, r#"{"mobile":"13800138000","mobile":"13800138001"}"#, 422, "invalid-mobile"),
         (&json, &long, 413, "body-too-large"),
-        (
-            &[],
-            r#"{"mobile":"13800138000"}"#,
-            415,
-            "unsupported-media-type",
-        ),
-        (
-            &[("content-type", "text/plain")],
-            r#"{"mobile":"13800138000"}"#,
-            415,
-            "unsupported-media-type",
-        ),
+        (&[], r#"{"mobile":"13800138000"}"#, 415, "unsupported-media-type"),
+        (&[("content-type", "text/plain")], r#"{"mobile":"13800138000"}"#, 415, "unsupported-media-type"),
     ];
     for (headers, body, status, kind) in cases {
-        let answer = stack
-            .client
-            .send(Method::POST, &stack.login_url(), headers, body.to_string())
-            .await?;
+        let answer = stack.client.send(Method::POST, &stack.login_url(), headers, body.to_string()).await?;
         assert_problem(&answer, *status, kind);
         let tree = "api POST /usercenter/v1/user/login SERVER";
         let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
@@ -143,20 +104,8 @@ async fn unknown_paths_and_methods_are_problems_with_a_span_of_few_names() -> Re
     let stack = Stack::start(&[]).await?;
     let base = format!("http://{}", stack.api.address);
     for (method, path, status, kind, tree) in [
-        (
-            "GET",
-            "/nothing/here/42",
-            404,
-            "no-such-route",
-            "api GET SERVER",
-        ),
-        (
-            "INVENTED",
-            "/nothing",
-            404,
-            "no-such-route",
-            "api HTTP SERVER",
-        ),
+        ("GET", "/nothing/here/42", 404, "no-such-route", "api GET SERVER"),
+        ("INVENTED", "/nothing", 404, "no-such-route", "api HTTP SERVER"),
         (
             "GET",
             "/usercenter/v1/user/login",
@@ -172,17 +121,11 @@ async fn unknown_paths_and_methods_are_problems_with_a_span_of_few_names() -> Re
             "api HTTP /usercenter/v1/user/login SERVER",
         ),
     ] {
-        let answer = stack
-            .client
-            .send(method.parse()?, &format!("{base}{path}"), &[], "")
-            .await?;
+        let answer = stack.client.send(method.parse()?, &format!("{base}{path}"), &[], "").await?;
         assert_problem(&answer, status, kind);
         let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
         assert_server_span(&spans, status);
-        let original = spans[0]
-            .attributes
-            .get("http.request.method_original")
-            .map(String::as_str);
+        let original = spans[0].attributes.get("http.request.method_original").map(String::as_str);
         assert_eq!(original, (method == "INVENTED").then_some("INVENTED"));
         assert_eq!(spans[0].attributes["url.path"], path);
     }
@@ -206,17 +149,10 @@ async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
     assert_server_span(&spans, 503);
 
     let address = stack.rpc.address.to_string();
-    let again = [
-        ("USERCENTER_LISTEN", address.as_str()),
-        ("OTEL_TRACES_EXPORTER", "none"),
-    ];
+    let again = [("USERCENTER_LISTEN", address.as_str()), ("OTEL_TRACES_EXPORTER", "none")];
     let _rpc = devstack::process::Process::start("rpc", &again).await?;
     let back = devstack::poll(Duration::from_secs(10), async || {
-        stack
-            .login(KNOWN_MOBILE, &[])
-            .await
-            .ok()
-            .filter(|answer| answer.status == 200)
+        stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)
     });
     assert!(back.await.is_some(), "{}", stack.api.output());
     Ok(())
@@ -250,11 +186,8 @@ async fn stub(code: Option<Code>) -> Result<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
     let url = stub(None).await?;
-    let stack = Stack::start(&[
-        ("api", "USERCENTER_URL", &url),
-        ("api", "USERCENTER_TIMEOUT", "300ms"),
-    ])
-    .await?;
+    let stack =
+        Stack::start(&[("api", "USERCENTER_URL", &url), ("api", "USERCENTER_TIMEOUT", "300ms")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_problem(&answer, 504, "usercenter-timeout");
     let tree = "
@@ -263,10 +196,7 @@ async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
     ";
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     assert_server_span(&spans, 504);
-    let client = spans
-        .iter()
-        .find(|span| span.kind == "CLIENT")
-        .expect("client span");
+    let client = spans.iter().find(|span| span.kind == "CLIENT").expect("client span");
     let duration = Duration::from_nanos(client.end - client.start);
     assert!(duration >= Duration::from_millis(300), "{duration:?}");
     Ok(())
@@ -274,10 +204,7 @@ async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn usercenter_failing_is_502_whatever_the_code_and_tells_no_detail() -> Result<()> {
-    for (code, name) in [
-        (Code::Internal, "INTERNAL"),
-        (Code::PermissionDenied, "PERMISSION_DENIED"),
-    ] {
+    for (code, name) in [(Code::Internal, "INTERNAL"), (Code::PermissionDenied, "PERMISSION_DENIED")] {
         let url = stub(Some(code)).await?;
         let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -299,11 +226,7 @@ async fn usercenter_failing_is_502_whatever_the_code_and_tells_no_detail() -> Re
 async fn usercenter_answering_without_a_user_is_502() -> Result<()> {
     let url = stub(Some(Code::Ok)).await?;
     let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
-    assert_problem(
-        &stack.login(KNOWN_MOBILE, &[]).await?,
-        502,
-        "usercenter-failed",
-    );
+    assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 502, "usercenter-failed");
     Ok(())
 }
 
@@ -317,12 +240,7 @@ async fn a_message_without_a_queue_is_not_a_success() -> Result<()> {
     let channel = &stack.broker.channel;
     let arguments = FieldTable::default();
     channel
-        .queue_unbind(
-            queue.as_str().into(),
-            exchange.as_str().into(),
-            key.as_str().into(),
-            arguments,
-        )
+        .queue_unbind(queue.as_str().into(), exchange.as_str().into(), key.as_str().into(), arguments)
         .await?;
 
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -348,25 +266,15 @@ async fn a_caller_that_hangs_up_leaves_a_span_that_says_so() -> Result<()> {
                    content-length: 24\r\n\r\n{\"mobile\":\"13800138000\"}";
     connection.write_all(request.as_bytes()).await?;
     // The stub has the call, and never answers it.
-    tokio::time::timeout(Duration::from_millis(200), connection.read_u8())
-        .await
-        .unwrap_err();
+    tokio::time::timeout(Duration::from_millis(200), connection.read_u8()).await.unwrap_err();
     drop(connection);
     let tree = "
         api POST /usercenter/v1/user/login SERVER ERROR error.type=cancelled
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=CANCELLED
     ";
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
-    let spans = stack
-        .receiver
-        .expect_tree_below("00f067aa0ba902b7", trace, tree)
-        .await;
-    assert!(
-        spans
-            .iter()
-            .all(|span| span.end - span.start >= 200_000_000),
-        "{spans:#?}"
-    );
+    let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", trace, tree).await;
+    assert!(spans.iter().all(|span| span.end - span.start >= 200_000_000), "{spans:#?}");
     Ok(())
 }
 
@@ -380,14 +288,8 @@ async fn a_body_that_does_not_come_is_408() -> Result<()> {
     let mut answer = String::new();
     connection.read_to_string(&mut answer).await?;
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
-    assert!(
-        answer.contains("urn:throughline:problem:body-too-slow"),
-        "{answer}"
-    );
-    let span = stack
-        .receiver
-        .expect_span(|span| span.service == "api")
-        .await;
+    assert!(answer.contains("urn:throughline:problem:body-too-slow"), "{answer}");
+    let span = stack.receiver.expect_span(|span| span.service == "api").await;
     assert_eq!(span.attributes["http.response.status_code"], "408");
     Ok(())
 }

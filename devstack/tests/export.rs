@@ -16,26 +16,16 @@ const WARNING: &str = "spans can't be exported";
 
 /// The numbers in the last line of a service: spans ended, exported, dropped.
 fn counts(output: &str) -> Result<[u64; 3]> {
-    let line = output
-        .lines()
-        .rfind(|line| line.contains("ended="))
-        .context("no counts")?;
+    let line = output.lines().rfind(|line| line.contains("ended=")).context("no counts")?;
     let number = |key: &str| {
-        let digits = line
-            .split_once(key)
-            .context("number")?
-            .1
-            .split(' ')
-            .next()
-            .context("number")?;
+        let digits = line.split_once(key).context("number")?.1.split(' ').next().context("number")?;
         digits.parse::<u64>().context(line.to_owned())
     };
     Ok([number("ended=")?, number("exported=")?, number("dropped=")?])
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when_it_comes()
--> Result<()> {
+async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when_it_comes() -> Result<()> {
     // An address where nobody listens yet.
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
     let endpoint = format!("http://{address}");
@@ -51,21 +41,12 @@ async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when
 
     // What waited is sent, and what comes now is.
     let receiver = Receiver::start_at(address).await?;
-    for answer in [
-        &answers[0],
-        &answers[199],
-        &stack.login(KNOWN_MOBILE, &[]).await?,
-    ] {
+    for answer in [&answers[0], &answers[199], &stack.login(KNOWN_MOBILE, &[]).await?] {
         receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     }
     for service in [&stack.api, &stack.rpc, &stack.mq] {
         service.said("spans are exported again").await?;
-        assert_eq!(
-            service.output().matches(WARNING).count(),
-            1,
-            "{}",
-            service.output()
-        );
+        assert_eq!(service.output().matches(WARNING).count(), 1, "{}", service.output());
     }
     Ok(())
 }
@@ -81,10 +62,7 @@ async fn a_full_queue_drops_and_counts_and_memory_stays_bounded() -> Result<()> 
     let mut stack = Stack::start(&variables).await?;
     let resident = |stack: &Stack| -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", stack.api.id()))?;
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmRSS:"))
-            .context("VmRSS")?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
         Ok(line.split_whitespace().nth(1).context("kB")?.parse()?)
     };
     for _ in 0..50 {
@@ -92,9 +70,7 @@ async fn a_full_queue_drops_and_counts_and_memory_stays_bounded() -> Result<()> 
     }
     let before = resident(&stack)?;
     for _ in 0..500 {
-        stack
-            .login(KNOWN_MOBILE, &[("user-agent", &"x".repeat(4000))])
-            .await?;
+        stack.login(KNOWN_MOBILE, &[("user-agent", &"x".repeat(4000))]).await?;
     }
     // 500 kept spans of this size alone would be 2 MB, and the SDK's form of 2,000 spans more.
     let grown = resident(&stack)?.saturating_sub(before);
@@ -110,10 +86,7 @@ async fn what_the_collector_refuses_for_now_is_sent_again() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     stack.receiver.refuse([Refusal::Unavailable; 4]);
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     stack.stop().await?;
     assert_eq!(stack.receiver.spans().len(), 6);
     assert_eq!(counts(&stack.api.output())?, [4, 4, 0]);
@@ -139,11 +112,9 @@ async fn the_same_by_http() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<()> {
-    let mut stack = Stack::start(&[
-        ("rpc", "OTEL_TRACES_EXPORTER", "none"),
-        ("mq", "OTEL_TRACES_EXPORTER", "none"),
-    ])
-    .await?;
+    let mut stack =
+        Stack::start(&[("rpc", "OTEL_TRACES_EXPORTER", "none"), ("mq", "OTEL_TRACES_EXPORTER", "none")])
+            .await?;
     stack.receiver.refuse([Refusal::Invalid]);
     // The whole of this one: sent together with its last span.
     let refused = stack.login("13800138009", &[]).await?;
@@ -157,10 +128,7 @@ async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<
     stack.stop().await?;
     let [ended, exported, dropped] = counts(&stack.api.output())?;
     assert_eq!((ended, exported + dropped), (4, 4));
-    assert_eq!(
-        dropped as usize,
-        2 - stack.receiver.trace(&refused.trace_id()).len()
-    );
+    assert_eq!(dropped as usize, 2 - stack.receiver.trace(&refused.trace_id()).len());
     Ok(())
 }
 
@@ -181,11 +149,7 @@ async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() ->
     let start = Instant::now();
     stack.stop().await?;
     // Three services one after the other, each with 0.8 s for its spans.
-    assert!(
-        start.elapsed() < Duration::from_secs(6),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
     assert_eq!(counts(&stack.api.output())?, [400, 0, 400]);
     Ok(())
 }
@@ -200,13 +164,7 @@ async fn a_collector_that_restarts_is_found_again() -> Result<()> {
     first.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     drop(first);
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    let second = poll(Duration::from_secs(10), async || {
-        Receiver::start_at(address).await.ok()
-    })
-    .await;
-    second
-        .context("the address is still taken")?
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    let second = poll(Duration::from_secs(10), async || Receiver::start_at(address).await.ok()).await;
+    second.context("the address is still taken")?.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     Ok(())
 }

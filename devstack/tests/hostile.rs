@@ -39,54 +39,21 @@ async fn assert_unharmed(stack: &Stack, after: &str) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    let login =
-        "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
+    let login = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
     let body = r#"{"mobile":"13800138000"}"#;
     let many_headers: String = (0..1000).map(|i| format!("x-{i}: 1\r\n")).collect();
     let long_header = format!("x-long: {}\r\n", "x".repeat(1_000_000));
     for (name, request, statuses) in [
-        (
-            "garbage",
-            "\0\u{1}\u{2}garbage\r\n\r\n".to_owned(),
-            &["400"][..],
-        ),
+        ("garbage", "\0\u{1}\u{2}garbage\r\n\r\n".to_owned(), &["400"][..]),
         ("no version", "GET /healthz\r\n\r\n".to_owned(), &["400"]),
-        (
-            "HTTP/2",
-            "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(),
-            &["", "400", "505"],
-        ),
+        ("HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), &["", "400", "505"]),
         ("TLS", "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0".to_owned(), &["400"]),
-        (
-            "a null in a header",
-            format!("{login}x: a\0b\r\n\r\n"),
-            &["400"],
-        ),
-        (
-            "a header without a name",
-            format!("{login}: x\r\n\r\n"),
-            &["400"],
-        ),
-        (
-            "a bare line feed in a header",
-            format!("{login}x: a\nb\r\n\r\n"),
-            &["400"],
-        ),
-        (
-            "two lengths",
-            format!("{login}content-length: 24\r\ncontent-length: 5\r\n\r\n{body}"),
-            &["400"],
-        ),
-        (
-            "a negative length",
-            format!("{login}content-length: -1\r\n\r\n{body}"),
-            &["400"],
-        ),
-        (
-            "an endless length",
-            format!("{login}content-length: 99999999999999999999\r\n\r\n{body}"),
-            &["400"],
-        ),
+        ("a null in a header", format!("{login}x: a\0b\r\n\r\n"), &["400"]),
+        ("a header without a name", format!("{login}: x\r\n\r\n"), &["400"]),
+        ("a bare line feed in a header", format!("{login}x: a\nb\r\n\r\n"), &["400"]),
+        ("two lengths", format!("{login}content-length: 24\r\ncontent-length: 5\r\n\r\n{body}"), &["400"]),
+        ("a negative length", format!("{login}content-length: -1\r\n\r\n{body}"), &["400"]),
+        ("an endless length", format!("{login}content-length: 99999999999999999999\r\n\r\n{body}"), &["400"]),
         (
             "length and chunks (smuggling)",
             format!(
@@ -94,11 +61,7 @@ async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
             ),
             &["400"],
         ),
-        (
-            "an unknown encoding",
-            format!("{login}transfer-encoding: xchunked\r\n\r\n{body}"),
-            &["400"],
-        ),
+        ("an unknown encoding", format!("{login}transfer-encoding: xchunked\r\n\r\n{body}"), &["400"]),
         (
             "broken chunks",
             format!("{login}transfer-encoding: chunked\r\n\r\nzz\r\n{body}\r\n0\r\n\r\n"),
@@ -109,26 +72,14 @@ async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
             format!("{login}transfer-encoding: chunked\r\n\r\nffffffffffff\r\n{body}"),
             &["400", "408", "413"],
         ),
-        (
-            "many headers",
-            format!("{login}{many_headers}\r\n"),
-            &["431"],
-        ),
-        (
-            "a long header",
-            format!("{login}{long_header}\r\n"),
-            &["431"],
-        ),
+        ("many headers", format!("{login}{many_headers}\r\n"), &["431"]),
+        ("a long header", format!("{login}{long_header}\r\n"), &["431"]),
         (
             "a long path",
             format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(100_000)),
             &["404", "414", "431"],
         ),
-        (
-            "less body than promised",
-            format!("{login}content-length: 100\r\n\r\n{body}"),
-            &["", "400", "408"],
-        ),
+        ("less body than promised", format!("{login}content-length: 100\r\n\r\n{body}"), &["", "400", "408"]),
         (
             "nested arrays",
             {
@@ -150,11 +101,8 @@ async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_headers_reach_neither_the_log_nor_the_message() -> Result<()> {
-    let mut stack = Stack::start(&[
-        ("*", "LOG_FORMAT", "json"),
-        ("*", "BAGGAGE_SPAN_ATTRIBUTES", "k"),
-    ])
-    .await?;
+    let mut stack =
+        Stack::start(&[("*", "LOG_FORMAT", "json"), ("*", "BAGGAGE_SPAN_ATTRIBUTES", "k")]).await?;
     let body = r#"{"mobile":"13800138000"}"#;
     for headers in [
         "traceparent: \x7f\x01\r\n",
@@ -185,18 +133,8 @@ async fn hostile_headers_reach_neither_the_log_nor_the_message() -> Result<()> {
         }
     }
     // Every request that was processed was consumed, and every span has ended.
-    let count = |kind: &str| {
-        stack
-            .receiver
-            .spans()
-            .iter()
-            .filter(|span| span.kind == kind)
-            .count()
-    };
-    assert_eq!(
-        (count("CLIENT"), count("PRODUCER")),
-        (count("CONSUMER"), count("CONSUMER"))
-    );
+    let count = |kind: &str| stack.receiver.spans().iter().filter(|span| span.kind == kind).count();
+    assert_eq!((count("CLIENT"), count("PRODUCER")), (count("CONSUMER"), count("CONSUMER")));
     Ok(())
 }
 
@@ -212,51 +150,24 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
         assert_unharmed(&stack, "garbage").await?;
     }
 
-    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new())
-        .http2_only(true)
-        .build_http();
+    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
     let known = "usercenter.v1.Usercenter/GetUserByMobile";
     let long_name = format!("a.B/{}", "x".repeat(5000));
     // Method, a header, the body, the status expected, whether the method counts as known.
     for (method, header, body, status) in [
-        (
-            known,
-            ("x", "1"),
-            &b"\0\0\0\0\x0d\x0a\x0b13800138000"[..],
-            "0",
-        ),
+        (known, ("x", "1"), &b"\0\0\0\0\x0d\x0a\x0b13800138000"[..], "0"),
         (known, ("x", "1"), b"", "13"),
         (known, ("x", "1"), b"\0\0\0\0\x02\xff\xff", "13"),
         (known, ("x", "1"), b"\x07\0\0\0\0", "13"),
         (known, ("x", "1"), b"\0\xff\xff\xff\xff", "11"),
         (known, ("x", "1"), b"\x01\0\0\0\0", "13"),
         (known, ("grpc-encoding", "made-up"), b"\0\0\0\0\0", "12"),
-        (
-            known,
-            ("grpc-timeout", "yesterday"),
-            b"\0\0\0\0\x0d\x0a\x0b13800138000",
-            "0",
-        ),
-        (
-            known,
-            ("grpc-timeout", "0n"),
-            b"\0\0\0\0\x0d\x0a\x0b13800138000",
-            "1",
-        ),
-        (
-            known,
-            ("traceparent", "00-garbage"),
-            b"\0\0\0\0\x02\x0a\x00",
-            "3",
-        ),
+        (known, ("grpc-timeout", "yesterday"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "0"),
+        (known, ("grpc-timeout", "0n"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "1"),
+        (known, ("traceparent", "00-garbage"), b"\0\0\0\0\x02\x0a\x00", "3"),
         (known, ("content-type", "text/html"), b"", "13"),
         ("made.Up/Method", ("x", "1"), b"\0\0\0\0\0", "12"),
-        (
-            "usercenter.v1.Usercenter/MadeUp",
-            ("x", "1"),
-            b"\0\0\0\0\0",
-            "12",
-        ),
+        ("usercenter.v1.Usercenter/MadeUp", ("x", "1"), b"\0\0\0\0\0", "12"),
         (&long_name, ("x", "1"), b"\0\0\0\0\0", "12"),
         ("", ("x", "1"), b"\0\0\0\0\0", "12"),
     ] {
@@ -266,46 +177,20 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
         let headers = request.headers_mut();
         headers.insert("content-type", "application/grpc".parse()?);
         headers.insert("te", "trailers".parse()?);
-        headers.insert(
-            "traceparent",
-            format!("00-{trace}-00f067aa0ba902b7-01").parse()?,
-        );
+        headers.insert("traceparent", format!("00-{trace}-00f067aa0ba902b7-01").parse()?);
         headers.insert(http::HeaderName::from_static(header.0), header.1.parse()?);
-        let (parts, answer) = timeout(Duration::from_secs(10), client.request(request))
-            .await??
-            .into_parts();
-        let trailers = answer
-            .collect()
-            .await?
-            .trailers()
-            .cloned()
-            .unwrap_or_default();
-        let found = trailers
-            .get("grpc-status")
-            .or(parts.headers.get("grpc-status"));
-        let found = found
-            .and_then(|found| found.to_str().ok())
-            .unwrap_or_default();
+        let (parts, answer) = timeout(Duration::from_secs(10), client.request(request)).await??.into_parts();
+        let trailers = answer.collect().await?.trailers().cloned().unwrap_or_default();
+        let found = trailers.get("grpc-status").or(parts.headers.get("grpc-status"));
+        let found = found.and_then(|found| found.to_str().ok()).unwrap_or_default();
         assert_eq!(found, status, "{method} {header:?} {body:?}");
 
         if header.0 != "traceparent" {
             let name = if method == known { known } else { "_OTHER" };
-            let span = stack
-                .receiver
-                .expect_span(|span| span.trace_id == trace)
-                .await;
-            assert_eq!(
-                (span.service.as_str(), span.name.as_str()),
-                ("usercenter", name)
-            );
-            let original = span
-                .attributes
-                .get("rpc.method_original")
-                .map(String::as_str);
-            assert_eq!(
-                original,
-                (method != known).then_some(&method[..method.len().min(200)])
-            );
+            let span = stack.receiver.expect_span(|span| span.trace_id == trace).await;
+            assert_eq!((span.service.as_str(), span.name.as_str()), ("usercenter", name));
+            let original = span.attributes.get("rpc.method_original").map(String::as_str);
+            assert_eq!(original, (method != known).then_some(&method[..method.len().min(200)]));
         }
         assert_unharmed(&stack, method).await?;
     }
@@ -330,10 +215,7 @@ async fn connections_that_send_nothing_are_closed_and_harm_nobody() -> Result<()
         }
     };
     timeout(Duration::from_secs(20), closed).await?;
-    let alive = poll(Duration::from_secs(1), async || {
-        stack.login(KNOWN_MOBILE, &[]).await.ok()
-    })
-    .await;
+    let alive = poll(Duration::from_secs(1), async || stack.login(KNOWN_MOBILE, &[]).await.ok()).await;
     assert!(alive.is_some());
     Ok(())
 }

@@ -14,28 +14,20 @@ use std::collections::{BTreeMap, HashSet};
 const REMOTE_PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 fn span<'a>(spans: &'a [Span], service: &str, name: &str) -> &'a Span {
-    spans
-        .iter()
-        .find(|span| span.service == service && span.name == name)
-        .expect(name)
+    spans.iter().find(|span| span.service == service && span.name == name).expect(name)
 }
 
 /// The attributes, without those whose values differ from run to run; these must be there.
 fn stable(span: &Span, varying: &[&str]) -> BTreeMap<String, String> {
     let mut attributes = span.attributes.clone();
     for key in varying {
-        assert!(
-            attributes.remove(*key).is_some(),
-            "{key} is missing in {span:#?}"
-        );
+        assert!(attributes.remove(*key).is_some(), "{key} is missing in {span:#?}");
     }
     attributes
 }
 
 fn expected<const N: usize>(attributes: [(&str, &str); N]) -> BTreeMap<String, String> {
-    attributes
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .into()
+    attributes.map(|(key, value)| (key.to_owned(), value.to_owned())).into()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -49,20 +41,10 @@ async fn a_login_leaves_exactly_one_tree_of_six_spans() -> Result<()> {
 
     // Everything is sent before the services end: what is there now is all there is.
     stack.stop().await?;
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
-    assert_eq!(
-        stack.receiver.spans().len(),
-        6,
-        "{}",
-        trace::tree(&stack.receiver.spans(), "")
-    );
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    assert_eq!(stack.receiver.spans().len(), 6, "{}", trace::tree(&stack.receiver.spans(), ""));
     assert!(
-        answer
-            .header("traceparent")
-            .contains(&span(&spans, "api", "POST /usercenter/v1/user/login").span_id)
+        answer.header("traceparent").contains(&span(&spans, "api", "POST /usercenter/v1/user/login").span_id)
     );
     for span in &spans {
         assert!(span.start < span.end && span.status == "UNSET", "{span:#?}");
@@ -73,25 +55,14 @@ async fn a_login_leaves_exactly_one_tree_of_six_spans() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    let answer = stack
-        .login(KNOWN_MOBILE, &[("user-agent", "test/1.0")])
-        .await?;
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
-    let (api_port, rpc_port) = (
-        stack.api.address.port().to_string(),
-        stack.rpc.address.port().to_string(),
-    );
+    let answer = stack.login(KNOWN_MOBILE, &[("user-agent", "test/1.0")]).await?;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let (api_port, rpc_port) = (stack.api.address.port().to_string(), stack.rpc.address.port().to_string());
     let uri = proto::broker::parse_url(&stack.broker.url).unwrap();
     let (broker_host, broker_port) = (uri.authority.host, uri.authority.port.to_string());
 
     assert_eq!(
-        stable(
-            span(&spans, "api", "POST /usercenter/v1/user/login"),
-            &["network.peer.port"]
-        ),
+        stable(span(&spans, "api", "POST /usercenter/v1/user/login"), &["network.peer.port"]),
         expected([
             ("http.request.method", "POST"),
             ("http.route", "/usercenter/v1/user/login"),
@@ -120,10 +91,7 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
         ])
     );
     assert_eq!(
-        stable(
-            span(&spans, "usercenter", grpc),
-            &["network.peer.port", "client.port"]
-        ),
+        stable(span(&spans, "usercenter", grpc), &["network.peer.port", "client.port"]),
         expected([
             ("rpc.system.name", "grpc"),
             ("rpc.method", grpc),
@@ -140,22 +108,12 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
     let queue = stack.broker.topology.queue.clone();
     let producer = span(&spans, "api", "send_msg_mq");
     assert_eq!(
-        stable(
-            producer,
-            &[
-                "messaging.message.id",
-                "network.peer.address",
-                "network.peer.port"
-            ]
-        ),
+        stable(producer, &["messaging.message.id", "network.peer.address", "network.peer.port"]),
         expected([
             ("messaging.system", "rabbitmq"),
             ("messaging.operation.name", "send"),
             ("messaging.operation.type", "send"),
-            (
-                "messaging.destination.name",
-                &format!("{exchange}:user.login")
-            ),
+            ("messaging.destination.name", &format!("{exchange}:user.login")),
             ("messaging.rabbitmq.destination.routing_key", "user.login"),
             ("messaging.client.id", "api"),
             ("server.address", &broker_host),
@@ -164,22 +122,12 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
     );
     let consumer = span(&spans, "mq", "mq_consumer_msg");
     assert_eq!(
-        stable(
-            consumer,
-            &[
-                "messaging.message.id",
-                "network.peer.address",
-                "network.peer.port"
-            ]
-        ),
+        stable(consumer, &["messaging.message.id", "network.peer.address", "network.peer.port"]),
         expected([
             ("messaging.system", "rabbitmq"),
             ("messaging.operation.name", "process"),
             ("messaging.operation.type", "process"),
-            (
-                "messaging.destination.name",
-                &format!("{exchange}:user.login:{queue}")
-            ),
+            ("messaging.destination.name", &format!("{exchange}:user.login:{queue}")),
             ("messaging.rabbitmq.destination.routing_key", "user.login"),
             ("messaging.rabbitmq.message.delivery_tag", "1"),
             ("messaging.client.id", "mq"),
@@ -188,22 +136,14 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
             ("throughline.trace_context.source", "headers"),
         ])
     );
-    assert_eq!(
-        producer.attributes["messaging.message.id"],
-        consumer.attributes["messaging.message.id"]
-    );
+    assert_eq!(producer.attributes["messaging.message.id"], consumer.attributes["messaging.message.id"]);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn other_members_of_the_request_are_allowed() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    let answer = stack
-        .post(
-            r#"{"password":"x","mobile":"13800138000","n":{"a":[1,null]}}"#,
-            &[],
-        )
-        .await?;
+    let answer = stack.post(r#"{"password":"x","mobile":"13800138000","n":{"a":[1,null]}}"#, &[]).await?;
     assert_eq!(answer.status, 200);
     Ok(())
 }
@@ -213,52 +153,24 @@ async fn every_process_describes_itself() -> Result<()> {
     let attributes = "service.version=9,team=a%20b,deployment.environment.name=test";
     let stack = Stack::start(&[("mq", "OTEL_RESOURCE_ATTRIBUTES", attributes)]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
 
     let mut instances = HashSet::new();
     for span in &spans {
-        let of = |key: &str| {
-            span.resource
-                .get(key)
-                .map(String::as_str)
-                .unwrap_or_default()
-        };
+        let of = |key: &str| span.resource.get(key).map(String::as_str).unwrap_or_default();
         assert_eq!(of("service.namespace"), "throughline");
         assert_eq!(of("telemetry.sdk.language"), "rust");
         assert_eq!(
             of("process.executable.name"),
-            if span.service == "usercenter" {
-                "rpc"
-            } else {
-                &span.service
-            }
+            if span.service == "usercenter" { "rpc" } else { &span.service }
         );
-        for key in [
-            "host.name",
-            "host.arch",
-            "os.type",
-            "process.pid",
-            "process.runtime.name",
-        ] {
+        for key in ["host.name", "host.arch", "os.type", "process.pid", "process.runtime.name"] {
             assert!(!of(key).is_empty(), "{key}");
         }
         let is_mq = span.service == "mq";
-        assert_eq!(
-            of("service.version"),
-            if is_mq {
-                "9"
-            } else {
-                env!("CARGO_PKG_VERSION")
-            }
-        );
+        assert_eq!(of("service.version"), if is_mq { "9" } else { env!("CARGO_PKG_VERSION") });
         assert_eq!(of("team"), if is_mq { "a b" } else { "" });
-        assert_eq!(
-            of("deployment.environment.name"),
-            if is_mq { "test" } else { "development" }
-        );
+        assert_eq!(of("deployment.environment.name"), if is_mq { "test" } else { "development" });
         instances.insert(of("service.instance.id").to_owned());
     }
     assert_eq!(instances.len(), 3);
@@ -268,26 +180,15 @@ async fn every_process_describes_itself() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    let headers = [
-        ("traceparent", REMOTE_PARENT),
-        ("tracestate", "vendor=a"),
-        ("tracestate", "other=b"),
-    ];
+    let headers = [("traceparent", REMOTE_PARENT), ("tracestate", "vendor=a"), ("tracestate", "other=b")];
     let answer = stack.login(KNOWN_MOBILE, &headers).await?;
     assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
-    let spans = stack
-        .receiver
-        .expect_tree_below("00f067aa0ba902b7", &answer.trace_id(), LOGIN_TREE)
-        .await;
+    let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", &answer.trace_id(), LOGIN_TREE).await;
     for span in &spans {
         assert_eq!(span.trace_state, "vendor=a,other=b", "{span:#?}");
         // Sampled; whether the parent is remote is known, and it is for the first span of each process.
         let first = ["SERVER", "CONSUMER"].contains(&span.kind);
-        assert_eq!(
-            span.flags & 0x3ff,
-            if first { 0x301 } else { 0x101 },
-            "{span:#?}"
-        );
+        assert_eq!(span.flags & 0x3ff, if first { 0x301 } else { 0x101 }, "{span:#?}");
     }
     Ok(())
 }
@@ -296,9 +197,7 @@ async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
 async fn a_caller_that_does_not_sample_leaves_no_spans() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     let not_sampled = REMOTE_PARENT.replace("-01", "-00");
-    let answer = stack
-        .login(KNOWN_MOBILE, &[("traceparent", &not_sampled)])
-        .await?;
+    let answer = stack.login(KNOWN_MOBILE, &[("traceparent", &not_sampled)]).await?;
     assert_eq!(answer.status, 200);
     assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
     assert!(answer.header("traceparent").ends_with("-00"));
@@ -314,21 +213,12 @@ async fn the_consumer_span_may_be_linked_instead() -> Result<()> {
     let stack = Stack::start(&[("mq", "MQ_RELATION", "link")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let until_the_broker = LOGIN_TREE.replace("        mq mq_consumer_msg CONSUMER\n", "");
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), &until_the_broker)
-        .await;
-    let consumer = stack
-        .receiver
-        .expect_span(|span| span.service == "mq")
-        .await;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), &until_the_broker).await;
+    let consumer = stack.receiver.expect_span(|span| span.service == "mq").await;
     assert_ne!(consumer.trace_id, answer.trace_id());
     assert_eq!(consumer.parent_span_id, "");
     let producer = span(&spans, "api", "send_msg_mq");
-    assert_eq!(
-        consumer.links,
-        [(answer.trace_id(), producer.span_id.clone())]
-    );
+    assert_eq!(consumer.links, [(answer.trace_id(), producer.span_id.clone())]);
     Ok(())
 }
 
@@ -336,37 +226,21 @@ async fn the_consumer_span_may_be_linked_instead() -> Result<()> {
 async fn the_consumer_span_may_be_child_and_linked() -> Result<()> {
     let stack = Stack::start(&[("mq", "MQ_RELATION", "both")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     let producer = span(&spans, "api", "send_msg_mq");
     let consumer = span(&spans, "mq", "mq_consumer_msg");
-    assert_eq!(
-        consumer.links,
-        [(answer.trace_id(), producer.span_id.clone())]
-    );
+    assert_eq!(consumer.links, [(answer.trace_id(), producer.span_id.clone())]);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn baggage_of_the_caller_reaches_the_consumer() -> Result<()> {
     let stack = Stack::start(&[("*", "BAGGAGE_SPAN_ATTRIBUTES", "tenant")]).await?;
-    let headers = [
-        ("baggage", "tenant=blue%20sky,session=secret"),
-        ("baggage", "region=eu"),
-    ];
+    let headers = [("baggage", "tenant=blue%20sky,session=secret"), ("baggage", "region=eu")];
     let answer = stack.login(KNOWN_MOBILE, &headers).await?;
-    let spans = stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     for span in &spans {
-        assert_eq!(
-            span.attributes.get("tenant").map(String::as_str),
-            Some("blue sky"),
-            "{span:#?}"
-        );
+        assert_eq!(span.attributes.get("tenant").map(String::as_str), Some("blue sky"), "{span:#?}");
         assert!(!span.attributes.contains_key("session"), "{span:#?}");
     }
     Ok(())
@@ -378,44 +252,22 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
     // A second queue on the exchange sees what the consumer sees.
     let channel = &stack.broker.channel;
     let tap = format!("{}tap", stack.broker.prefix);
-    let options = QueueDeclareOptions {
-        durable: true,
-        exclusive: true,
-        auto_delete: true,
-        ..Default::default()
-    };
-    channel
-        .queue_declare(tap.as_str().into(), options, FieldTable::default())
-        .await?;
+    let options =
+        QueueDeclareOptions { durable: true, exclusive: true, auto_delete: true, ..Default::default() };
+    channel.queue_declare(tap.as_str().into(), options, FieldTable::default()).await?;
     let exchange = stack.broker.topology.exchange.as_str();
     let bind = QueueBindOptions::default();
     channel
-        .queue_bind(
-            tap.as_str().into(),
-            exchange.into(),
-            "user.login".into(),
-            bind,
-            FieldTable::default(),
-        )
+        .queue_bind(tap.as_str().into(), exchange.into(), "user.login".into(), bind, FieldTable::default())
         .await?;
 
-    let headers = [
-        ("traceparent", REMOTE_PARENT),
-        ("tracestate", "vendor=a"),
-        ("baggage", "tenant=blue"),
-    ];
+    let headers = [("traceparent", REMOTE_PARENT), ("tracestate", "vendor=a"), ("baggage", "tenant=blue")];
     let answer = stack.login(KNOWN_MOBILE, &headers).await?;
     let trace = answer.trace_id();
-    let spans = stack
-        .receiver
-        .expect_tree_below("00f067aa0ba902b7", &trace, LOGIN_TREE)
-        .await;
+    let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", &trace, LOGIN_TREE).await;
     let producer = span(&spans, "api", "send_msg_mq");
 
-    let message = channel
-        .basic_get(tap.as_str().into(), BasicGetOptions { no_ack: true })
-        .await?
-        .unwrap();
+    let message = channel.basic_get(tap.as_str().into(), BasicGetOptions { no_ack: true }).await?.unwrap();
     let traceparent = format!("00-{trace}-{}-01", producer.span_id);
     assert_eq!(
         String::from_utf8(message.data.clone())?,
@@ -424,21 +276,16 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
         )
     );
     let properties = &message.properties;
-    assert_eq!(
-        properties.content_type().as_ref().unwrap().as_str(),
-        "application/json"
-    );
+    assert_eq!(properties.content_type().as_ref().unwrap().as_str(), "application/json");
     assert_eq!(*properties.delivery_mode(), Some(2));
     assert_eq!(
         properties.message_id().as_ref().unwrap().as_str(),
         producer.attributes["messaging.message.id"]
     );
     let headers = properties.headers().as_ref().unwrap().inner();
-    for (name, value) in [
-        ("traceparent", traceparent.as_str()),
-        ("tracestate", "vendor=a"),
-        ("baggage", "tenant=blue"),
-    ] {
+    for (name, value) in
+        [("traceparent", traceparent.as_str()), ("tracestate", "vendor=a"), ("baggage", "tenant=blue")]
+    {
         assert_eq!(headers[name], AMQPValue::LongString(value.into()));
     }
     assert_eq!(headers.len(), 3);
@@ -447,61 +294,26 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
-    let loud = (
-        "*",
-        "RUST_LOG",
-        "info,api=trace,rpc=trace,mq=trace,telemetry=trace,proto=trace",
-    );
-    let secret = (
-        "api",
-        "ACCESS_SECRET",
-        "0123456789abcdef-this-is-a-secret-0123456789",
-    );
-    let otlp_headers = (
-        "*",
-        "OTEL_EXPORTER_OTLP_HEADERS",
-        "authorization=Bearer%20s3cr3t",
-    );
+    let loud = ("*", "RUST_LOG", "info,api=trace,rpc=trace,mq=trace,telemetry=trace,proto=trace");
+    let secret = ("api", "ACCESS_SECRET", "0123456789abcdef-this-is-a-secret-0123456789");
+    let otlp_headers = ("*", "OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20s3cr3t");
     let mut stack = Stack::start(&[loud, secret, otlp_headers]).await?;
-    let answer = stack
-        .login(
-            KNOWN_MOBILE,
-            &[("authorization", "Bearer s3cr3t"), ("cookie", "s3cr3t")],
-        )
-        .await?;
+    let answer =
+        stack.login(KNOWN_MOBILE, &[("authorization", "Bearer s3cr3t"), ("cookie", "s3cr3t")]).await?;
     assert_eq!(answer.status, 200);
     let token = answer.json()["accessToken"].as_str().unwrap().to_owned();
     // The same number where it does not belong.
-    let url = format!(
-        "http://{}/users/{KNOWN_MOBILE}?mobile={KNOWN_MOBILE}",
-        stack.api.address
-    );
-    stack
-        .client
-        .send(http::Method::GET, &url, &[("user-agent", KNOWN_MOBILE)], "")
-        .await?;
-    stack
-        .post(&format!(r#"{{"mobile":{KNOWN_MOBILE}}}"#), &[])
-        .await?;
+    let url = format!("http://{}/users/{KNOWN_MOBILE}?mobile={KNOWN_MOBILE}", stack.api.address);
+    stack.client.send(http::Method::GET, &url, &[("user-agent", KNOWN_MOBILE)], "").await?;
+    stack.post(&format!(r#"{{"mobile":{KNOWN_MOBILE}}}"#), &[]).await?;
     stack.login("13800138009", &[]).await?;
 
     stack.mq.said("login recorded").await?;
     stack.stop().await?;
     let spans = format!("{:?}", stack.receiver.spans());
-    let logs = [&stack.api, &stack.rpc, &stack.mq]
-        .map(|service| service.output())
-        .join("\n");
-    assert!(
-        spans.contains("REDACTED") && logs.contains("logged in"),
-        "something must be there to look at"
-    );
-    for private in [
-        KNOWN_MOBILE,
-        "13800138009",
-        "s3cr3t",
-        "this-is-a-secret",
-        &token,
-    ] {
+    let logs = [&stack.api, &stack.rpc, &stack.mq].map(|service| service.output()).join("\n");
+    assert!(spans.contains("REDACTED") && logs.contains("logged in"), "something must be there to look at");
+    for private in [KNOWN_MOBILE, "13800138009", "s3cr3t", "this-is-a-secret", &token] {
         assert!(!spans.contains(private), "{private} is in a span");
         assert!(!logs.contains(private), "{private} is in a log");
     }

@@ -18,17 +18,10 @@ use std::time::Duration;
 async fn publish(stack: &Stack, id: &str, headers: FieldTable, body: &[u8]) -> Result<()> {
     let topology = &stack.broker.topology;
     let (exchange, key) = (topology.exchange.as_str(), topology.routing_key.as_str());
-    let properties = BasicProperties::default()
-        .with_message_id(id.into())
-        .with_headers(headers)
-        .with_delivery_mode(2);
+    let properties =
+        BasicProperties::default().with_message_id(id.into()).with_headers(headers).with_delivery_mode(2);
     let options = BasicPublishOptions::default();
-    stack
-        .broker
-        .channel
-        .basic_publish(exchange.into(), key.into(), options, body, properties)
-        .await?
-        .await?;
+    stack.broker.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await?.await?;
     Ok(())
 }
 
@@ -36,26 +29,13 @@ async fn dead_letter(stack: &Stack) -> Result<BasicGetMessage> {
     let queue = stack.broker.topology.dead_letter_queue.as_str();
     let get = async || {
         let options = BasicGetOptions { no_ack: true };
-        stack
-            .broker
-            .channel
-            .basic_get(queue.into(), options)
-            .await
-            .ok()
-            .flatten()
+        stack.broker.channel.basic_get(queue.into(), options).await.ok().flatten()
     };
-    poll(Duration::from_secs(10), get)
-        .await
-        .context("no dead letter")
+    poll(Duration::from_secs(10), get).await.context("no dead letter")
 }
 
 fn reason(letter: &BasicGetMessage) -> String {
-    let headers = letter
-        .properties
-        .headers()
-        .as_ref()
-        .expect("headers")
-        .inner();
+    let headers = letter.properties.headers().as_ref().expect("headers").inner();
     match &headers["x-dead-letter-reason"] {
         AMQPValue::LongString(reason) => reason.to_string(),
         other => panic!("{other:?}"),
@@ -78,13 +58,7 @@ async fn every_vector_has_its_outcome() -> Result<()> {
                 AMQPValue::LongString(value.as_str().unwrap_or_default().into()),
             );
         }
-        publish(
-            &stack,
-            name,
-            headers,
-            case["body"].as_str().context("body")?.as_bytes(),
-        )
-        .await?;
+        publish(&stack, name, headers, case["body"].as_str().context("body")?.as_bytes()).await?;
 
         let is_dead = case["outcome"] == "dead-lettered";
         if case["context"]["sampled"] == false {
@@ -93,73 +67,34 @@ async fn every_vector_has_its_outcome() -> Result<()> {
         }
         let span = stack
             .receiver
-            .expect_span(|span| {
-                span.attributes
-                    .get("messaging.message.id")
-                    .is_some_and(|id| id == name)
-            })
+            .expect_span(|span| span.attributes.get("messaging.message.id").is_some_and(|id| id == name))
             .await;
         match case["context"].as_object() {
             None => {
                 assert_eq!(span.parent_span_id, "", "{name}");
-                assert_eq!(
-                    span.attributes["throughline.trace_context.source"], "none",
-                    "{name}"
-                );
+                assert_eq!(span.attributes["throughline.trace_context.source"], "none", "{name}");
             }
             Some(context) => {
                 assert_eq!(context["trace_id"], span.trace_id, "{name}");
                 assert_eq!(context["parent_span_id"], span.parent_span_id, "{name}");
-                let tracestate = context
-                    .get("tracestate")
-                    .and_then(Value::as_str)
-                    .unwrap_or_default();
+                let tracestate = context.get("tracestate").and_then(Value::as_str).unwrap_or_default();
                 assert_eq!(span.trace_state, tracestate, "{name}");
                 let tenant = context.get("baggage").map(|baggage| &baggage["tenant"]);
                 assert_eq!(
-                    span.attributes
-                        .get("tenant")
-                        .map(|v| Value::from(v.as_str()))
-                        .as_ref(),
+                    span.attributes.get("tenant").map(|v| Value::from(v.as_str())).as_ref(),
                     tenant,
                     "{name}"
                 );
-                let source = if name == "headers_win_over_body" {
-                    "headers"
-                } else {
-                    "body"
-                };
-                assert_eq!(
-                    span.attributes["throughline.trace_context.source"], source,
-                    "{name}"
-                );
+                let source = if name == "headers_win_over_body" { "headers" } else { "body" };
+                assert_eq!(span.attributes["throughline.trace_context.source"], source, "{name}");
             }
         }
-        assert_eq!(
-            span.status,
-            if is_dead { "ERROR" } else { "UNSET" },
-            "{name}"
-        );
-        assert_eq!(
-            span.attributes.contains_key("error.type"),
-            is_dead,
-            "{name}"
-        );
+        assert_eq!(span.status, if is_dead { "ERROR" } else { "UNSET" }, "{name}");
+        assert_eq!(span.attributes.contains_key("error.type"), is_dead, "{name}");
         if is_dead {
             let letter = dead_letter(&stack).await?;
-            assert_eq!(
-                letter
-                    .properties
-                    .message_id()
-                    .as_ref()
-                    .map(|id| id.as_str()),
-                Some(name)
-            );
-            assert_eq!(
-                letter.data,
-                case["body"].as_str().context("body")?.as_bytes(),
-                "{name}"
-            );
+            assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some(name));
+            assert_eq!(letter.data, case["body"].as_str().context("body")?.as_bytes(), "{name}");
             assert_eq!(reason(&letter), span.attributes["error.type"], "{name}");
         }
     }
@@ -173,12 +108,8 @@ async fn every_vector_has_its_outcome() -> Result<()> {
 async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     let mut array = FieldArray::default();
-    array.push(AMQPValue::LongString(
-        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into(),
-    ));
-    array.push(AMQPValue::LongString(
-        "00-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-00f067aa0ba902b7-01".into(),
-    ));
+    array.push(AMQPValue::LongString("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()));
+    array.push(AMQPValue::LongString("00-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-00f067aa0ba902b7-01".into()));
     for (i, value) in [
         AMQPValue::LongInt(7),
         AMQPValue::Void,
@@ -201,11 +132,7 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
             .receiver
             .expect_span(|span| span.attributes.get("messaging.message.id") == Some(&name))
             .await;
-        assert_eq!(
-            (span.status, span.parent_span_id.as_str()),
-            ("UNSET", ""),
-            "{value:?}"
-        );
+        assert_eq!((span.status, span.parent_span_id.as_str()), ("UNSET", ""), "{value:?}");
     }
     Ok(())
 }
@@ -215,10 +142,7 @@ async fn a_dead_letter_keeps_its_properties_and_its_trace() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     let mut headers = FieldTable::default();
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    headers.insert(
-        "traceparent".into(),
-        AMQPValue::LongString(traceparent.into()),
-    );
+    headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
     headers.insert("x-mine".into(), AMQPValue::LongInt(7));
     publish(&stack, "bad", headers, b"\xff\xfe\x00 not json").await?;
 
@@ -226,22 +150,11 @@ async fn a_dead_letter_keeps_its_properties_and_its_trace() -> Result<()> {
     assert_eq!(letter.data, b"\xff\xfe\x00 not json");
     assert_eq!(reason(&letter), "not_a_json_object");
     assert_eq!(*letter.properties.delivery_mode(), Some(2));
-    let headers = letter
-        .properties
-        .headers()
-        .as_ref()
-        .context("headers")?
-        .inner();
-    assert_eq!(
-        headers["traceparent"],
-        AMQPValue::LongString(traceparent.into())
-    );
+    let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+    assert_eq!(headers["traceparent"], AMQPValue::LongString(traceparent.into()));
     assert_eq!(headers["x-mine"], AMQPValue::LongInt(7));
     let tree = "mq mq_consumer_msg CONSUMER ERROR error.type=not_a_json_object";
-    stack
-        .receiver
-        .expect_tree_below("00f067aa0ba902b7", "4bf92f3577b34da6a3ce929d0e0e4736", tree)
-        .await;
+    stack.receiver.expect_tree_below("00f067aa0ba902b7", "4bf92f3577b34da6a3ce929d0e0e4736", tree).await;
 
     // And the next one is processed as if nothing had been.
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
@@ -259,20 +172,11 @@ async fn what_was_published_before_the_consumer_came_is_consumed() -> Result<()>
     let variables = [
         ("AMQP_URL", stack.broker.url.clone()),
         ("AMQP_PREFIX", stack.broker.prefix.clone()),
-        (
-            "OTEL_EXPORTER_OTLP_ENDPOINT",
-            format!("http://{}", stack.receiver.grpc),
-        ),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", stack.receiver.grpc)),
         ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
     ];
-    let variables: Vec<_> = variables
-        .iter()
-        .map(|(name, value)| (*name, value.as_str()))
-        .collect();
+    let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let _mq = devstack::process::Process::start("mq", &variables).await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), devstack::stack::LOGIN_TREE)
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), devstack::stack::LOGIN_TREE).await;
     Ok(())
 }

@@ -19,11 +19,7 @@ use tonic_reflection::pb::v1::{
 async fn probe(service: &Process) -> Result<bool> {
     let address = service.address.to_string();
     let mut probe = Process::command(service.name, &[])?;
-    Ok(probe
-        .args(["health", "--listen", &address])
-        .status()
-        .await?
-        .success())
+    Ok(probe.args(["health", "--listen", &address]).status().await?.success())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -31,10 +27,7 @@ async fn health_is_told_in_every_way_and_leaves_no_span() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     let url = format!("http://{}", stack.api.address);
     for _ in 0..3 {
-        assert_eq!(
-            stack.client.get(&format!("{url}/healthz")).await?.status,
-            200
-        );
+        assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
         let ready = stack.client.get(&format!("{url}/readyz")).await?;
         assert_eq!(
             (ready.status.as_u16(), ready.json()),
@@ -44,42 +37,19 @@ async fn health_is_told_in_every_way_and_leaves_no_span() -> Result<()> {
             assert!(probe(service).await?, "{}", service.name);
         }
     }
-    let channel = Endpoint::from_shared(format!("http://{}", stack.rpc.address))?
-        .connect()
-        .await?;
-    let request = HealthCheckRequest {
-        service: "usercenter.v1.Usercenter".to_owned(),
-    };
-    assert_eq!(
-        HealthClient::new(channel.clone())
-            .check(request)
-            .await?
-            .get_ref()
-            .status,
-        1
-    );
+    let channel = Endpoint::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
+    let request = HealthCheckRequest { service: "usercenter.v1.Usercenter".to_owned() };
+    assert_eq!(HealthClient::new(channel.clone()).check(request).await?.get_ref().status, 1);
 
     let list = MessageRequest::ListServices(String::new());
-    let requests = tokio_stream::iter([ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(list),
-    }]);
-    let mut answers = ServerReflectionClient::new(channel)
-        .server_reflection_info(requests)
-        .await?
-        .into_inner();
-    let answer = answers
-        .message()
-        .await?
-        .and_then(|answer| answer.message_response);
-    let Some(MessageResponse::ListServicesResponse(services)) = answer else {
-        panic!("{answer:?}")
-    };
+    let requests =
+        tokio_stream::iter([ServerReflectionRequest { host: String::new(), message_request: Some(list) }]);
+    let mut answers =
+        ServerReflectionClient::new(channel).server_reflection_info(requests).await?.into_inner();
+    let answer = answers.message().await?.and_then(|answer| answer.message_response);
+    let Some(MessageResponse::ListServicesResponse(services)) = answer else { panic!("{answer:?}") };
     assert!(
-        services
-            .service
-            .iter()
-            .any(|service| service.name == "usercenter.v1.Usercenter"),
+        services.service.iter().any(|service| service.name == "usercenter.v1.Usercenter"),
         "{services:?}"
     );
 
@@ -99,30 +69,15 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
     let ready = stack.client.get(&format!("{url}/readyz")).await?;
     assert_eq!(
         (ready.status.as_u16(), ready.json()),
-        (
-            503,
-            serde_json::json!({"usercenter": false, "broker": true})
-        )
+        (503, serde_json::json!({"usercenter": false, "broker": true}))
     );
     assert!(!probe(&stack.api).await?);
     // Alive it is.
-    assert_eq!(
-        stack.client.get(&format!("{url}/healthz")).await?.status,
-        200
-    );
+    assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
 
-    let away = [
-        ("AMQP_URL", "amqp://127.0.0.1:1"),
-        ("OTEL_TRACES_EXPORTER", "none"),
-    ];
-    let (api, mq) = (
-        Process::start("api", &away).await?,
-        Process::start("mq", &away).await?,
-    );
-    let ready = stack
-        .client
-        .get(&format!("http://{}/readyz", api.address))
-        .await?;
+    let away = [("AMQP_URL", "amqp://127.0.0.1:1"), ("OTEL_TRACES_EXPORTER", "none")];
+    let (api, mq) = (Process::start("api", &away).await?, Process::start("mq", &away).await?);
+    let ready = stack.client.get(&format!("http://{}/readyz", api.address)).await?;
     assert_eq!(ready.json()["broker"], false);
     assert!(!probe(&mq).await?);
     Ok(())
@@ -134,17 +89,10 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
         let debug = "info,rpc=debug";
         let stack = Stack::start(&[("*", "LOG_FORMAT", format), ("*", "RUST_LOG", debug)]).await?;
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-        let spans = stack
-            .receiver
-            .expect_tree(&answer.trace_id(), LOGIN_TREE)
-            .await;
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
         for (service, line, span) in [
             (&stack.api, "logged in", "POST /usercenter/v1/user/login"),
-            (
-                &stack.rpc,
-                "user found",
-                "usercenter.v1.Usercenter/GetUserByMobile",
-            ),
+            (&stack.rpc, "user found", "usercenter.v1.Usercenter/GetUserByMobile"),
             (&stack.mq, "login recorded", "mq_consumer_msg"),
         ] {
             let line = service.said(line).await?;
@@ -154,31 +102,13 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
                 let line: Value = serde_json::from_str(&line)?;
                 assert_eq!(line["trace_id"], span.trace_id);
                 assert_eq!(line["span_id"], span.span_id);
-                assert_eq!(
-                    line["level"],
-                    if service.name == "rpc" {
-                        "DEBUG"
-                    } else {
-                        "INFO"
-                    }
-                );
-                assert!(
-                    line["target"]
-                        .as_str()
-                        .is_some_and(|target| target.starts_with(service.name))
-                );
-                assert!(
-                    line["timestamp"]
-                        .as_str()
-                        .is_some_and(|timestamp| timestamp.ends_with('Z'))
-                );
+                assert_eq!(line["level"], if service.name == "rpc" { "DEBUG" } else { "INFO" });
+                assert!(line["target"].as_str().is_some_and(|target| target.starts_with(service.name)));
+                assert!(line["timestamp"].as_str().is_some_and(|timestamp| timestamp.ends_with('Z')));
                 assert!(line["fields"]["message"].is_string());
             } else {
                 assert!(
-                    line.ends_with(&format!(
-                        "trace_id={} span_id={}",
-                        span.trace_id, span.span_id
-                    )),
+                    line.ends_with(&format!("trace_id={} span_id={}", span.trace_id, span.span_id)),
                     "{line}"
                 );
                 assert!(!line.contains('\x1b'), "{line}");
@@ -204,22 +134,15 @@ async fn the_log_filter_filters_logs_and_never_spans() -> Result<()> {
     let quiet = "off,api=info,api::login=off,rpc=info,mq=info,mq::processing=off";
     let stack = Stack::start(&[("*", "RUST_LOG", quiet)]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack
-        .receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     assert!(!stack.api.output().contains("logged in"));
     assert!(!stack.mq.output().contains("login recorded"));
 
     let loud = Stack::start(&[("*", "RUST_LOG", "trace")]).await?;
     let answer = loud.login(KNOWN_MOBILE, &[]).await?;
-    loud.receiver
-        .expect_tree(&answer.trace_id(), LOGIN_TREE)
-        .await;
-    let noise = poll(Duration::from_secs(5), async || {
-        loud.rpc.output().contains("TRACE").then_some(())
-    })
-    .await;
+    loud.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let noise =
+        poll(Duration::from_secs(5), async || loud.rpc.output().contains("TRACE").then_some(())).await;
     assert!(noise.is_some());
     Ok(())
 }

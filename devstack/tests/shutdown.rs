@@ -57,19 +57,14 @@ impl Load {
 
 /// Under load, a second in, stops what `service` picks; then all answered logins must be whole.
 async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Process) -> Result<()> {
-    let mut stack =
-        Stack::start(&[("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn")]).await?;
+    let mut stack = Stack::start(&[("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn")]).await?;
     let load = Load::start(&stack.login_url());
     sleep(Duration::from_secs(1)).await;
     let stopped = service(&mut stack);
     stopped.signal(signal).await?;
     let exit = stopped.exit().await?;
     assert!(exit.success(), "{exit}: {}", stopped.output());
-    assert!(
-        !stopped.output().contains("cut off"),
-        "{}",
-        stopped.output()
-    );
+    assert!(!stopped.output().contains("cut off"), "{}", stopped.output());
     assert!(!stopped.output().contains("lost"), "{}", stopped.output());
     let name = stopped.name;
     let answered = load.finish().await;
@@ -79,21 +74,11 @@ async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Proc
     let variables = [
         ("AMQP_URL", stack.broker.url.clone()),
         ("AMQP_PREFIX", stack.broker.prefix.clone()),
-        (
-            "OTEL_EXPORTER_OTLP_ENDPOINT",
-            format!("http://{}", stack.receiver.grpc),
-        ),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", stack.receiver.grpc)),
         ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
     ];
-    let variables: Vec<_> = variables
-        .iter()
-        .map(|(name, value)| (*name, value.as_str()))
-        .collect();
-    let _mq = if name == "mq" {
-        Some(Process::start("mq", &variables).await?)
-    } else {
-        None
-    };
+    let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let _mq = if name == "mq" { Some(Process::start("mq", &variables).await?) } else { None };
     for trace in &answered {
         stack.receiver.expect_tree(trace, LOGIN_TREE).await;
     }
@@ -125,10 +110,7 @@ impl Usercenter for Slow {
         _: Request<GetUserByMobileRequest>,
     ) -> Result<Response<GetUserByMobileResponse>, Status> {
         sleep(self.0).await;
-        let user = User {
-            id: 1,
-            nickname: String::new(),
-        };
+        let user = User { id: 1, nickname: String::new() };
         Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))
     }
 }
@@ -136,8 +118,7 @@ impl Usercenter for Slow {
 async fn slow(delay: Duration) -> Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
-    let server =
-        tonic::transport::Server::builder().add_service(UsercenterServer::new(Slow(delay)));
+    let server = tonic::transport::Server::builder().add_service(UsercenterServer::new(Slow(delay)));
     tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
     Ok(url)
 }
@@ -149,25 +130,13 @@ async fn a_request_in_flight_is_answered_and_a_new_connection_refused() -> Resul
     let (login_url, client) = (stack.login_url(), Client::new());
     let in_flight = tokio::spawn(async move {
         let json = [("content-type", "application/json")];
-        client
-            .send(
-                http::Method::POST,
-                &login_url,
-                &json,
-                format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#),
-            )
-            .await
+        client.send(http::Method::POST, &login_url, &json, format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#)).await
     });
     // It is in flight once its message would be next: long before the stub answers.
     sleep(Duration::from_millis(300)).await;
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
-    assert!(
-        Client::new()
-            .get(&format!("http://{}/healthz", stack.api.address))
-            .await
-            .is_err()
-    );
+    assert!(Client::new().get(&format!("http://{}/healthz", stack.api.address)).await.is_err());
     assert_eq!(in_flight.await??.status, 200);
     assert!(stack.api.exit().await?.success());
     Ok(())
@@ -185,28 +154,14 @@ async fn a_request_that_takes_too_long_is_cut_off_and_its_span_says_so() -> Resu
     let (login_url, client) = (stack.login_url(), Client::new());
     let in_flight = tokio::spawn(async move {
         let json = [("content-type", "application/json")];
-        client
-            .send(
-                http::Method::POST,
-                &login_url,
-                &json,
-                format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#),
-            )
-            .await
+        client.send(http::Method::POST, &login_url, &json, format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#)).await
     });
     sleep(Duration::from_millis(300)).await;
     let start = Instant::now();
     let exit = stack.api.stop().await?;
-    assert!(
-        exit.success() && start.elapsed() < Duration::from_secs(3),
-        "{exit} after {:?}",
-        start.elapsed()
-    );
+    assert!(exit.success() && start.elapsed() < Duration::from_secs(3), "{exit} after {:?}", start.elapsed());
     assert!(in_flight.await?.is_err());
-    let span = stack
-        .receiver
-        .expect_span(|span| span.service == "api" && span.kind == "SERVER")
-        .await;
+    let span = stack.receiver.expect_span(|span| span.service == "api" && span.kind == "SERVER").await;
     assert_eq!(span.attributes["error.type"], "cancelled");
     Ok(())
 }
@@ -214,19 +169,12 @@ async fn a_request_that_takes_too_long_is_cut_off_and_its_span_says_so() -> Resu
 #[tokio::test(flavor = "multi_thread")]
 async fn services_that_wait_for_a_broker_end_at_once() -> Result<()> {
     for name in ["api", "mq"] {
-        let variables = [
-            ("AMQP_URL", "amqp://127.0.0.1:1"),
-            ("OTEL_TRACES_EXPORTER", "none"),
-        ];
+        let variables = [("AMQP_URL", "amqp://127.0.0.1:1"), ("OTEL_TRACES_EXPORTER", "none")];
         let mut service = Process::start(name, &variables).await?;
         service.said("can't connect to the broker").await?;
         let start = Instant::now();
         assert!(service.stop().await?.success());
-        assert!(
-            start.elapsed() < Duration::from_secs(2),
-            "{name}: {:?}",
-            start.elapsed()
-        );
+        assert!(start.elapsed() < Duration::from_secs(2), "{name}: {:?}", start.elapsed());
     }
     Ok(())
 }
@@ -242,16 +190,10 @@ async fn an_address_in_use_is_a_failure_that_says_so() -> Result<()> {
             ("MQ_LISTEN", &listen),
             ("OTEL_TRACES_EXPORTER", "none"),
         ];
-        let output = Process::command(name, &variables)?
-            .output()
-            .await
-            .context(name)?;
+        let output = Process::command(name, &variables)?.output().await.context(name)?;
         assert_eq!(output.status.code(), Some(1));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(
-            said.contains(&format!("listening on {listen}: Address already in use")),
-            "{said}"
-        );
+        assert!(said.contains(&format!("listening on {listen}: Address already in use")), "{said}");
     }
     Ok(())
 }

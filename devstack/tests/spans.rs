@@ -30,15 +30,9 @@ async fn spans_by_hand_and_by_tracing_nest_in_each_other_and_follow_tasks() -> R
     assert!(find("background").end > root.end);
     assert_eq!(find("instrumented").attributes["report.id"], "7");
     // Log lines have the ids of the innermost span.
-    for (line, span) in [
-        ("in the inner span", "inner"),
-        ("in the asynchronous span", "asynchronous"),
-    ] {
+    for (line, span) in [("in the inner span", "inner"), ("in the asynchronous span", "asynchronous")] {
         let line = log.lines().find(|log| log.contains(line)).expect(line);
-        assert!(
-            line.ends_with(&format!("span_id={}", find(span).span_id)),
-            "{line}"
-        );
+        assert!(line.ends_with(&format!("span_id={}", find(span).span_id)), "{line}");
     }
     Ok(())
 }

@@ -15,12 +15,7 @@ pub struct Config {
     pub command: Option<Command>,
 
     /// Where to listen for gRPC health checks.
-    #[arg(
-        long,
-        env = "MQ_LISTEN",
-        default_value = "127.0.0.1:50052",
-        global = true
-    )]
+    #[arg(long, env = "MQ_LISTEN", default_value = "127.0.0.1:50052", global = true)]
     pub listen: SocketAddr,
 
     /// The broker, as amqp://user:password@host:port/vhost.
@@ -58,9 +53,7 @@ impl Config {
         let config = Self::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.
         if let Err(problem) = config.amqp_uri() {
-            Self::command()
-                .error(ErrorKind::ValueValidation, problem)
-                .exit();
+            Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
     }

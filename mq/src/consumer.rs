@@ -7,8 +7,8 @@ use lapin::{
     Channel, Confirmation,
     message::Delivery,
     options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions,
-        BasicQosOptions, ConfirmSelectOptions,
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
+        ConfirmSelectOptions,
     },
     types::{AMQPValue, FieldTable},
     uri::AMQPUri,
@@ -63,15 +63,7 @@ impl Consumer {
         health: HealthReporter,
     ) -> Self {
         let broker = Broker::new(&uri, CLIENT_ID);
-        Self {
-            uri,
-            topology,
-            prefetch,
-            relation,
-            history,
-            health,
-            broker,
-        }
+        Self { uri, topology, prefetch, relation, history, health, broker }
     }
 
     /// Consumes until `stop` is ready and the deliveries that have come by then are finished. Connects
@@ -114,13 +106,9 @@ impl Consumer {
             () = stop.clone() => return (false, Ok(())),
         };
         tracing::info!(broker = %self.broker, queue = self.topology.queue, "consuming");
-        self.health
-            .set_service_status("", ServingStatus::Serving)
-            .await;
+        self.health.set_service_status("", ServingStatus::Serving).await;
         let ended = self.consume(&channel, deliveries, stop).await;
-        self.health
-            .set_service_status("", ServingStatus::NotServing)
-            .await;
+        self.health.set_service_status("", ServingStatus::NotServing).await;
         if ended.is_ok() {
             // What is not acknowledged goes back to the queue.
             let closed = connection.close(200, "shutting down".into()).await;
@@ -133,12 +121,8 @@ impl Consumer {
         let connection = broker::connect(&self.uri, CLIENT_ID).await?;
         let channel = connection.create_channel().await?;
         // Confirms are for the messages that this side publishes: dead letters.
-        channel
-            .confirm_select(ConfirmSelectOptions::default())
-            .await?;
-        channel
-            .basic_qos(self.prefetch, BasicQosOptions::default())
-            .await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         self.topology.declare(&channel).await?;
         let deliveries = channel
             .basic_consume(
@@ -167,9 +151,7 @@ impl Consumer {
             }
         }
         tracing::info!("stopping: finishing deliveries in hand");
-        channel
-            .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-            .await?;
+        channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default()).await?;
         while let Some(delivery) = deliveries.next().await {
             self.deliver(channel, delivery?).await?;
         }
@@ -184,11 +166,7 @@ impl Consumer {
         let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
         let mut span = TRACER.build_with_context(builder, &parent);
         if span.is_recording() {
-            span.set_attributes(self.broker.consumer_attributes(
-                &delivery,
-                &self.topology.queue,
-                source,
-            ));
+            span.set_attributes(self.broker.consumer_attributes(&delivery, &self.topology.queue, source));
         }
         let cx = parent.with_span(span);
 
@@ -225,24 +203,15 @@ impl Consumer {
         tracing::warn!(%error, queue = self.topology.dead_letter_queue, "dead letter");
 
         let mut headers = delivery.properties.headers().clone().unwrap_or_default();
-        headers.insert(
-            REASON_HEADER.into(),
-            AMQPValue::LongString(error.reason().into()),
-        );
+        headers.insert(REASON_HEADER.into(), AMQPValue::LongString(error.reason().into()));
         let queue = self.topology.dead_letter_queue.as_str();
-        let options = BasicPublishOptions {
-            mandatory: true,
-            ..Default::default()
-        };
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         let properties = delivery.properties.clone().with_headers(headers);
         let confirmation = channel
             .basic_publish("".into(), queue.into(), options, &delivery.data, properties)
             .await?
             .await?;
-        ensure!(
-            confirmation == Confirmation::Ack(None),
-            "the broker did not take a dead letter"
-        );
+        ensure!(confirmation == Confirmation::Ack(None), "the broker did not take a dead letter");
         Ok(())
     }
 }

@@ -32,12 +32,8 @@ pub async fn run(
     stop: impl Future<Output = Instant>,
 ) -> anyhow::Result<()> {
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    health_reporter
-        .set_service_status("", ServingStatus::NotServing)
-        .await;
-    let health = Server::builder()
-        .add_service(health)
-        .serve_with_incoming(TcpIncoming::from(listener));
+    health_reporter.set_service_status("", ServingStatus::NotServing).await;
+    let health = Server::builder().add_service(health).serve_with_incoming(TcpIncoming::from(listener));
     let consumer = Consumer::new(
         config.amqp_uri().map_err(anyhow::Error::msg)?,
         Topology::with_prefix(&config.amqp_prefix),

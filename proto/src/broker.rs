@@ -21,9 +21,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// Says what is expected and not what was given, which may hold a password.
 pub fn parse_url(url: &str) -> Result<AMQPUri, &'static str> {
-    let mut uri: AMQPUri = url
-        .parse()
-        .map_err(|_| "expected amqp://user:password@host:port/vhost")?;
+    let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp://user:password@host:port/vhost")?;
     if uri.scheme != AMQPScheme::AMQP {
         return Err("TLS (amqps) is not supported");
     }
@@ -39,12 +37,10 @@ pub fn parse_url(url: &str) -> Result<AMQPUri, &'static str> {
 pub async fn connect(uri: &AMQPUri, name: &'static str) -> lapin::Result<Connection> {
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let connecting = Connection::connect_uri(uri.clone(), properties);
-    timeout(CONNECT_TIMEOUT, connecting)
-        .await
-        .unwrap_or_else(|_| {
-            let error = io::Error::new(io::ErrorKind::TimedOut, "no answer from the broker");
-            Err(lapin::ErrorKind::IOError(error.into()).into())
-        })
+    timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| {
+        let error = io::Error::new(io::ErrorKind::TimedOut, "no answer from the broker");
+        Err(lapin::ErrorKind::IOError(error.into()).into())
+    })
 }
 
 /// The pause before the next attempt to connect: from a tenth of a second up to two, with jitter, so
@@ -83,12 +79,7 @@ mod tests {
 
     #[test]
     fn errors_do_not_show_the_url() {
-        for url in [
-            "",
-            "amqp//user:secret@host",
-            "http://user:secret@host",
-            "amqps://user:secret@host",
-        ] {
+        for url in ["", "amqp//user:secret@host", "http://user:secret@host", "amqps://user:secret@host"] {
             assert!(!parse_url(url).unwrap_err().contains("secret"), "{url}");
         }
     }
@@ -96,12 +87,6 @@ mod tests {
     #[test]
     fn a_heartbeat_is_asked_for_unless_the_url_has_one() {
         assert_eq!(parse_url(DEFAULT_URL).unwrap().query.heartbeat, Some(10));
-        assert_eq!(
-            parse_url("amqp://localhost/%2f?heartbeat=3")
-                .unwrap()
-                .query
-                .heartbeat,
-            Some(3)
-        );
+        assert_eq!(parse_url("amqp://localhost/%2f?heartbeat=3").unwrap().query.heartbeat, Some(3));
     }
 }

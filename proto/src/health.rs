@@ -17,12 +17,7 @@ pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
         .connect_timeout(Duration::from_secs(2))
         .timeout(Duration::from_secs(2));
     let channel = endpoint.connect().await.context("connecting")?;
-    let answer = HealthClient::new(channel)
-        .check(HealthCheckRequest::default())
-        .await?;
-    ensure!(
-        answer.get_ref().status() == ServingStatus::Serving,
-        "not serving"
-    );
+    let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await?;
+    ensure!(answer.get_ref().status() == ServingStatus::Serving, "not serving");
     Ok(())
 }

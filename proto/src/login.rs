@@ -25,9 +25,7 @@ pub struct LoginMessage {
 /// Shows that there is a message, not whose.
 impl fmt::Debug for LoginMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LoginMessage")
-            .field("carrier", &self.carrier)
-            .finish_non_exhaustive()
+        f.debug_struct("LoginMessage").field("carrier", &self.carrier).finish_non_exhaustive()
     }
 }
 
@@ -59,15 +57,9 @@ impl LoginMessageError {
 impl LoginMessage {
     /// The body to publish: `Carrier` is always an object, because a null crashes the Go side.
     pub fn to_json(&self) -> Vec<u8> {
-        let carrier: Map<String, Value> = self
-            .carrier
-            .0
-            .iter()
-            .map(|(key, values)| (key.clone(), json!(values)))
-            .collect();
-        json!({ "Carrier": carrier, "Msg": self.msg })
-            .to_string()
-            .into_bytes()
+        let carrier: Map<String, Value> =
+            self.carrier.0.iter().map(|(key, values)| (key.clone(), json!(values))).collect();
+        json!({ "Carrier": carrier, "Msg": self.msg }).to_string().into_bytes()
     }
 
     /// Reads a body as tolerantly as is safe.
@@ -78,19 +70,13 @@ impl LoginMessage {
     /// if the message is unreadable, so that the failure is seen in the right trace.
     pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<LoginMessage, LoginMessageError>) {
         let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
-            return (
-                HeaderCarrier::default(),
-                Err(LoginMessageError::NotAnObject),
-            );
+            return (HeaderCarrier::default(), Err(LoginMessageError::NotAnObject));
         };
         let member = |name: &str, lower: &str| members.get(name).or_else(|| members.get(lower));
 
         let carrier = HeaderCarrier::from_json(member("Carrier", "carrier"));
         let message = match member("Msg", "msg") {
-            Some(Value::String(msg)) => Ok(LoginMessage {
-                carrier: carrier.clone(),
-                msg: msg.clone(),
-            }),
+            Some(Value::String(msg)) => Ok(LoginMessage { carrier: carrier.clone(), msg: msg.clone() }),
             Some(Value::Null) | None => Err(LoginMessageError::NoMsg),
             Some(_) => Err(LoginMessageError::MsgNotAString),
         };
@@ -110,18 +96,10 @@ impl HeaderCarrier {
         };
         let values = |value: &Value| match value {
             Value::String(one) => vec![one.clone()],
-            Value::Array(many) => many
-                .iter()
-                .filter_map(|v| v.as_str().map(str::to_owned))
-                .collect(),
+            Value::Array(many) => many.iter().filter_map(|v| v.as_str().map(str::to_owned)).collect(),
             _ => Vec::new(),
         };
-        Self(
-            headers
-                .iter()
-                .map(|(name, value)| (name.clone(), values(value)))
-                .collect(),
-        )
+        Self(headers.iter().map(|(name, value)| (name.clone(), values(value))).collect())
     }
 }
 
@@ -142,14 +120,8 @@ impl Extractor for HeaderCarrier {
 
     /// Every value, across names that differ in case only: two of a kind must be seen as two.
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
-        let same_name = self
-            .0
-            .iter()
-            .filter(|(name, _)| name.eq_ignore_ascii_case(key));
-        let values: Vec<&str> = same_name
-            .flat_map(|(_, values)| values)
-            .map(String::as_str)
-            .collect();
+        let same_name = self.0.iter().filter(|(name, _)| name.eq_ignore_ascii_case(key));
+        let values: Vec<&str> = same_name.flat_map(|(_, values)| values).map(String::as_str).collect();
         (!values.is_empty()).then_some(values)
     }
 }
@@ -161,11 +133,7 @@ fn canonical_header_name(name: &str) -> String {
     let mut at_start = true;
     name.chars()
         .map(|c| {
-            let canonical = if at_start {
-                c.to_ascii_uppercase()
-            } else {
-                c.to_ascii_lowercase()
-            };
+            let canonical = if at_start { c.to_ascii_uppercase() } else { c.to_ascii_lowercase() };
             at_start = c == '-';
             canonical
         })
@@ -183,10 +151,7 @@ mod tests {
     fn body_has_the_shape_of_the_go_original() {
         let mut carrier = HeaderCarrier::default();
         carrier.set("traceparent", TRACEPARENT.to_owned());
-        let message = LoginMessage {
-            carrier,
-            msg: "13800138000".to_owned(),
-        };
+        let message = LoginMessage { carrier, msg: "13800138000".to_owned() };
         assert_eq!(
             String::from_utf8(message.to_json()).unwrap(),
             r#"{"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}"#
@@ -195,10 +160,7 @@ mod tests {
 
     #[test]
     fn empty_carrier_is_an_object_never_null() {
-        let message = LoginMessage {
-            carrier: HeaderCarrier::default(),
-            msg: String::new(),
-        };
+        let message = LoginMessage { carrier: HeaderCarrier::default(), msg: String::new() };
         assert_eq!(message.to_json(), br#"{"Carrier":{},"Msg":""}"#);
     }
 
@@ -217,14 +179,7 @@ mod tests {
 
     #[test]
     fn malformed_carrier_does_not_cost_the_message() {
-        for carrier in [
-            "7",
-            "null",
-            "[]",
-            "\"x\"",
-            r#"{"Traceparent":7}"#,
-            r#"{"Traceparent":[7,null]}"#,
-        ] {
+        for carrier in ["7", "null", "[]", "\"x\"", r#"{"Traceparent":7}"#, r#"{"Traceparent":[7,null]}"#] {
             let body = format!(r#"{{"Carrier":{carrier},"Msg":"m"}}"#);
             let (carrier, message) = LoginMessage::from_json(body.as_bytes());
             assert_eq!(carrier.get("traceparent"), None, "{body}");
@@ -234,10 +189,7 @@ mod tests {
 
     #[test]
     fn errors_and_debug_output_hold_nothing_of_the_body() {
-        let message = LoginMessage {
-            carrier: HeaderCarrier::default(),
-            msg: "13800138000".to_owned(),
-        };
+        let message = LoginMessage { carrier: HeaderCarrier::default(), msg: "13800138000".to_owned() };
         assert!(!format!("{message:?}").contains("138"));
     }
 

@@ -42,20 +42,13 @@ impl Topology {
             .exchange_declare(
                 exchange.into(),
                 ExchangeKind::Direct,
-                ExchangeDeclareOptions {
-                    durable: true,
-                    ..Default::default()
-                },
+                ExchangeDeclareOptions { durable: true, ..Default::default() },
                 FieldTable::default(),
             )
             .await?;
         for queue in [&self.queue, &self.dead_letter_queue] {
             channel
-                .queue_declare(
-                    queue.as_str().into(),
-                    QueueDeclareOptions::durable(),
-                    FieldTable::default(),
-                )
+                .queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), FieldTable::default())
                 .await?;
         }
         channel

@@ -10,15 +10,8 @@ fn generated_code_matches_the_proto() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let out = tempfile::tempdir().unwrap();
     let mut compiler = protox::Compiler::new([root]).unwrap();
-    compiler
-        .include_source_info(true)
-        .open_file("usercenter/v1/usercenter.proto")
-        .unwrap();
-    fs::write(
-        out.path().join("usercenter.v1.bin"),
-        compiler.encode_file_descriptor_set(),
-    )
-    .unwrap();
+    compiler.include_source_info(true).open_file("usercenter/v1/usercenter.proto").unwrap();
+    fs::write(out.path().join("usercenter.v1.bin"), compiler.encode_file_descriptor_set()).unwrap();
     tonic_prost_build::configure()
         .out_dir(out.path())
         // The request holds a mobile number: without Debug it can't end up in a log.

@@ -12,12 +12,7 @@ pub struct Config {
     pub command: Option<Command>,
 
     /// Where to listen for gRPC.
-    #[arg(
-        long,
-        env = "USERCENTER_LISTEN",
-        default_value = "127.0.0.1:50051",
-        global = true
-    )]
+    #[arg(long, env = "USERCENTER_LISTEN", default_value = "127.0.0.1:50051", global = true)]
     pub listen: SocketAddr,
 
     /// From the signal to stop until exit, at most: calls in flight, then spans.

@@ -30,9 +30,6 @@ impl Directory {
 
     /// The user who registered `mobile`, if anybody did.
     pub fn by_mobile(&self, mobile: &str) -> Option<&User> {
-        self.users
-            .iter()
-            .find(|(known, _)| *known == mobile)
-            .map(|(_, user)| user)
+        self.users.iter().find(|(known, _)| *known == mobile).map(|(_, user)| user)
     }
 }

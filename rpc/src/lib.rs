@@ -27,9 +27,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 /// If the server fails; calls that had to be cut off are logged, not an error.
 pub async fn run(listener: TcpListener, stop: impl Future<Output = Instant>) -> anyhow::Result<()> {
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    health_reporter
-        .set_serving::<UsercenterServer<Service>>()
-        .await;
+    health_reporter.set_serving::<UsercenterServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -46,12 +44,9 @@ pub async fn run(listener: TcpListener, stop: impl Future<Output = Instant>) -> 
         .add_service(UsercenterServer::new(Service::new(Directory::demo())))
         .add_service(health)
         .add_service(reflection)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            async {
-                let _ = draining.await;
-            },
-        );
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
+            let _ = draining.await;
+        });
     let mut server = Box::pin(server);
 
     let deadline = tokio::select! {
@@ -59,9 +54,7 @@ pub async fn run(listener: TcpListener, stop: impl Future<Output = Instant>) -> 
         deadline = stop => deadline,
     };
     tracing::info!("stopping: finishing calls in flight");
-    health_reporter
-        .set_not_serving::<UsercenterServer<Service>>()
-        .await;
+    health_reporter.set_not_serving::<UsercenterServer<Service>>().await;
     let _ = drain.send(());
     match timeout_at(deadline, server).await {
         Ok(served) => served.context("serving gRPC"),

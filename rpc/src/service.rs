@@ -47,15 +47,9 @@ impl Usercenter for Service {
         if !(5..=15).contains(&mobile.len()) || !mobile.bytes().all(|b| b.is_ascii_digit()) {
             return Err(LookupError::NotAMobileNumber.into());
         }
-        let user = self
-            .directory
-            .by_mobile(&mobile)
-            .ok_or(LookupError::UnknownUser)?;
+        let user = self.directory.by_mobile(&mobile).ok_or(LookupError::UnknownUser)?;
         tracing::debug!(user.id, "user found");
-        let user = User {
-            id: user.id,
-            nickname: user.nickname.to_owned(),
-        };
+        let user = User { id: user.id, nickname: user.nickname.to_owned() };
         Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))
     }
 }

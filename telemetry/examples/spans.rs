@@ -53,9 +53,7 @@ async fn report(Path(id): Path<u64>, done: mpsc::Sender<()>) -> &'static str {
     // Another task that goes on after the answer: its span ends when it does.
     let background = async move {
         let cx = Context::current_with_span(TRACER.start("background"));
-        sleep(Duration::from_millis(5))
-            .with_context(cx.clone())
-            .await;
+        sleep(Duration::from_millis(5)).with_context(cx.clone()).await;
         cx.span().end();
         drop(done);
     };
@@ -65,9 +63,7 @@ async fn report(Path(id): Path<u64>, done: mpsc::Sender<()>) -> &'static str {
 
 #[tracing::instrument(skip_all, fields(report.id = id))]
 fn instrumented(id: u64) {
-    TRACER.in_span("inner", |_| {
-        tracing::info!(id, "a log line in the inner span")
-    });
+    TRACER.in_span("inner", |_| tracing::info!(id, "a log line in the inner span"));
 }
 
 #[tokio::main]
@@ -78,9 +74,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let app: Router = Router::new()
         .route("/report/{id}", get(move |path| report(path, done.clone())))
         .layer(HttpServerLayer::new());
-    // A real service would listen; here the request comes from memory.
-    app.oneshot(Request::get("/report/7").body(Body::empty())?)
-        .await?;
+    // A real service would listen; here the request comes from memory. The body is read, because with it the
+    // server span ends: a caller who does not read it has hung up.
+    let response = app.oneshot(Request::get("/report/7").body(Body::empty())?).await?;
+    axum::body::to_bytes(response.into_body(), 1024).await?;
 
     all_done.recv().await;
     telemetry.shut_down(Duration::from_secs(5)).await;

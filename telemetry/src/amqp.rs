@@ -24,8 +24,7 @@ pub struct HeadersMut<'a>(pub &'a mut FieldTable);
 
 impl Injector for HeadersMut<'_> {
     fn set(&mut self, key: &str, value: String) {
-        self.0
-            .insert(key.into(), AMQPValue::LongString(value.into()));
+        self.0.insert(key.into(), AMQPValue::LongString(value.into()));
     }
 }
 
@@ -42,11 +41,7 @@ impl Extractor for Headers<'_> {
     }
 
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
-        let same_name = self
-            .0
-            .inner()
-            .iter()
-            .filter(|(name, _)| name.as_str().eq_ignore_ascii_case(key));
+        let same_name = self.0.inner().iter().filter(|(name, _)| name.as_str().eq_ignore_ascii_case(key));
         let values: Vec<&str> = same_name.flat_map(|(_, value)| strings(value)).collect();
         (!values.is_empty()).then_some(values)
     }
@@ -90,9 +85,7 @@ impl ContextSource {
 /// The context of the producer, from the headers or else from the body.
 pub fn extract(headers: Option<&FieldTable>, body: &dyn Extractor) -> (Context, ContextSource) {
     let continues_a_trace = |cx: &Context| cx.span().span_context().is_valid();
-    let from_headers = headers
-        .map(|headers| crate::extract(&Headers(headers)))
-        .unwrap_or_default();
+    let from_headers = headers.map(|headers| crate::extract(&Headers(headers))).unwrap_or_default();
     if continues_a_trace(&from_headers) {
         return (from_headers, ContextSource::Headers);
     }
@@ -154,9 +147,11 @@ impl Relation {
 /// The samplers take an invalid parent for one that is not sampled, so there must be none at all.
 fn with_baggage_only(cx: &Context) -> Context {
     let members = cx.baggage().iter();
-    Context::new().with_baggage(members.map(|(key, (value, metadata))| {
-        KeyValueMetadata::new(key.clone(), value.clone(), metadata.clone())
-    }))
+    Context::new().with_baggage(
+        members.map(|(key, (value, metadata))| {
+            KeyValueMetadata::new(key.clone(), value.clone(), metadata.clone())
+        }),
+    )
 }
 
 /// The broker, as spans name it.
@@ -170,29 +165,14 @@ pub struct Broker {
 impl Broker {
     /// `client_id` is the name that the connection has on the broker.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
-        Self {
-            address: uri.authority.host.clone(),
-            port: uri.authority.port.into(),
-            client_id,
-        }
+        Self { address: uri.authority.host.clone(), port: uri.authority.port.into(), client_id }
     }
 
     /// Attributes of a PRODUCER span.
-    pub fn producer_attributes(
-        &self,
-        exchange: &str,
-        routing_key: &str,
-        message_id: &str,
-    ) -> Vec<KeyValue> {
-        let mut attributes = self.attributes(
-            "send",
-            &destination_name(&[exchange, routing_key]),
-            routing_key,
-        );
-        attributes.push(KeyValue::new(
-            semconv::MESSAGING_MESSAGE_ID,
-            message_id.to_owned(),
-        ));
+    pub fn producer_attributes(&self, exchange: &str, routing_key: &str, message_id: &str) -> Vec<KeyValue> {
+        let mut attributes =
+            self.attributes("send", &destination_name(&[exchange, routing_key]), routing_key);
+        attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, message_id.to_owned()));
         attributes
     }
 
@@ -207,26 +187,15 @@ impl Broker {
         let destination = destination_name(&[exchange, routing_key, queue]);
         let mut attributes = self.attributes("process", &destination, routing_key);
         let delivery_tag = delivery.delivery_tag.cast_signed();
-        attributes.push(KeyValue::new(
-            semconv::MESSAGING_RABBITMQ_DELIVERY_TAG,
-            delivery_tag,
-        ));
-        attributes.push(KeyValue::new(
-            semconv::TRACE_CONTEXT_SOURCE,
-            source.as_str(),
-        ));
+        attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_DELIVERY_TAG, delivery_tag));
+        attributes.push(KeyValue::new(semconv::TRACE_CONTEXT_SOURCE, source.as_str()));
         if let Some(id) = delivery.properties.message_id() {
             attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, id.to_string()));
         }
         attributes
     }
 
-    fn attributes(
-        &self,
-        operation: &'static str,
-        destination: &str,
-        routing_key: &str,
-    ) -> Vec<KeyValue> {
+    fn attributes(&self, operation: &'static str, destination: &str, routing_key: &str) -> Vec<KeyValue> {
         let mut attributes = Vec::with_capacity(12);
         attributes.extend([
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
@@ -238,17 +207,11 @@ impl Broker {
             KeyValue::new(semconv::SERVER_PORT, self.port),
         ]);
         if !routing_key.is_empty() {
-            attributes.push(KeyValue::new(
-                semconv::MESSAGING_RABBITMQ_ROUTING_KEY,
-                routing_key.to_owned(),
-            ));
+            attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_ROUTING_KEY, routing_key.to_owned()));
         }
         // With an address there is no resolver and no choice: it is the peer.
         if self.address.parse::<IpAddr>().is_ok() {
-            attributes.push(KeyValue::new(
-                semconv::NETWORK_PEER_ADDRESS,
-                self.address.clone(),
-            ));
+            attributes.push(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, self.address.clone()));
             attributes.push(KeyValue::new(semconv::NETWORK_PEER_PORT, self.port));
         }
         attributes
@@ -264,11 +227,7 @@ fn destination_name(parts: &[&str]) -> String {
             kept.push(part);
         }
     }
-    if kept.is_empty() {
-        "amq.default".to_owned()
-    } else {
-        kept.join(":")
-    }
+    if kept.is_empty() { "amq.default".to_owned() } else { kept.join(":") }
 }
 
 impl fmt::Display for Broker {

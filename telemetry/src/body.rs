@@ -59,10 +59,7 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
         // Spans and logs of a streaming handler belong to this request, too.
-        let attached = this
-            .span
-            .as_ref()
-            .map(|span| span.context().clone().attach());
+        let attached = this.span.as_ref().map(|span| span.context().clone().attach());
         let frame = ready!(this.body.as_mut().poll_frame(task));
         drop(attached);
 

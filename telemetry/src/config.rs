@@ -51,17 +51,8 @@ pub(crate) struct OtlpConfig {
 
 impl std::fmt::Debug for OtlpConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self {
-            protocol,
-            endpoint,
-            headers: _,
-            timeout,
-            gzip,
-        } = self;
-        write!(
-            f,
-            "OtlpConfig({protocol:?} to {endpoint}, timeout {timeout:?}, gzip {gzip})"
-        )
+        let Self { protocol, endpoint, headers: _, timeout, gzip } = self;
+        write!(f, "OtlpConfig({protocol:?} to {endpoint}, timeout {timeout:?}, gzip {gzip})")
     }
 }
 
@@ -96,10 +87,7 @@ pub struct ConfigError {
 
 impl ConfigError {
     fn new(variable: &str, problem: impl Into<String>) -> Self {
-        Self {
-            variable: variable.to_owned(),
-            problem: problem.into(),
-        }
+        Self { variable: variable.to_owned(), problem: problem.into() }
     }
 }
 
@@ -111,27 +99,13 @@ impl Config {
     ///
     /// # Errors
     /// If a variable has a value that is unknown, malformed, or contradicts another.
-    pub fn from_env(
-        service_name: &'static str,
-        service_version: &'static str,
-    ) -> Result<Self, ConfigError> {
-        Self::read(
-            service_name,
-            service_version,
-            &Environment(&|name| env::var_os(name)),
-        )
+    pub fn from_env(service_name: &'static str, service_version: &'static str) -> Result<Self, ConfigError> {
+        Self::read(service_name, service_version, &Environment(&|name| env::var_os(name)))
     }
 
-    fn read(
-        name: &'static str,
-        version: &'static str,
-        env: &Environment,
-    ) -> Result<Self, ConfigError> {
+    fn read(name: &'static str, version: &'static str, env: &Environment) -> Result<Self, ConfigError> {
         if env.get("OTEL_CONFIG_FILE")?.is_some() {
-            return Err(ConfigError::new(
-                "OTEL_CONFIG_FILE",
-                "declarative configuration is not supported",
-            ));
+            return Err(ConfigError::new("OTEL_CONFIG_FILE", "declarative configuration is not supported"));
         }
         Ok(Self {
             resource: resource(name, version, env)?,
@@ -158,26 +132,15 @@ impl Config {
 }
 
 /// What describes this process in every span (semantic conventions 1.45, resources).
-fn resource(
-    name: &'static str,
-    version: &'static str,
-    env: &Environment,
-) -> Result<Resource, ConfigError> {
+fn resource(name: &'static str, version: &'static str, env: &Environment) -> Result<Resource, ConfigError> {
     const VARIABLE: &str = "OTEL_RESOURCE_ATTRIBUTES";
 
     let mut attributes = crate::resource::detect(name, version);
     if let Some(list) = env.get(VARIABLE)? {
-        for pair in list
-            .split(',')
-            .map(str::trim)
-            .filter(|pair| !pair.is_empty())
-        {
-            let malformed =
-                || ConfigError::new(VARIABLE, format!("expected key=value, found {pair:?}"));
+        for pair in list.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            let malformed = || ConfigError::new(VARIABLE, format!("expected key=value, found {pair:?}"));
             let (key, value) = pair.split_once('=').ok_or_else(malformed)?;
-            let value = percent_decode_str(value.trim())
-                .decode_utf8()
-                .map_err(|_| malformed())?;
+            let value = percent_decode_str(value.trim()).decode_utf8().map_err(|_| malformed())?;
             if key.trim().is_empty() {
                 return Err(malformed());
             }
@@ -189,9 +152,7 @@ fn resource(
     }
     // Of several values for a key the last one stays.
     Ok(Resource::builder_empty()
-        .with_detector(Box::new(
-            opentelemetry_sdk::resource::TelemetryResourceDetector,
-        ))
+        .with_detector(Box::new(opentelemetry_sdk::resource::TelemetryResourceDetector))
         .with_attributes(attributes)
         .build())
 }
@@ -201,53 +162,31 @@ fn exporters(env: &Environment) -> Result<Vec<Exporter>, ConfigError> {
 
     let names = env.list(VARIABLE, "otlp")?;
     if names.iter().any(|name| name == "none") && names.len() > 1 {
-        return Err(ConfigError::new(
-            VARIABLE,
-            "none contradicts the other exporters",
-        ));
+        return Err(ConfigError::new(VARIABLE, "none contradicts the other exporters"));
     }
     let exporter = |name: &String| match name.as_str() {
         "none" => Ok(None),
         "otlp" => Ok(Some(Exporter::Otlp(otlp(env)?))),
         "zipkin" => Ok(Some(Exporter::Zipkin {
-            endpoint: env
-                .endpoint(&["OTEL_EXPORTER_ZIPKIN_ENDPOINT"])?
-                .map_or_else(
-                    || Uri::from_static("http://127.0.0.1:9411/api/v2/spans"),
-                    |(_, endpoint)| endpoint,
-                ),
+            endpoint: env.endpoint(&["OTEL_EXPORTER_ZIPKIN_ENDPOINT"])?.map_or_else(
+                || Uri::from_static("http://127.0.0.1:9411/api/v2/spans"),
+                |(_, endpoint)| endpoint,
+            ),
             timeout: env.timeout(&["OTEL_EXPORTER_ZIPKIN_TIMEOUT"], 10_000)?,
         })),
         "console" => Ok(Some(Exporter::Console)),
         other => Err(unknown(VARIABLE, other, "otlp, zipkin, console, none")),
     };
-    names
-        .iter()
-        .filter_map(|name| exporter(name).transpose())
-        .collect()
+    names.iter().filter_map(|name| exporter(name).transpose()).collect()
 }
 
 fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
-    const PROTOCOL: [&str; 2] = [
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
-        "OTEL_EXPORTER_OTLP_PROTOCOL",
-    ];
-    const ENDPOINT: [&str; 2] = [
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-        "OTEL_EXPORTER_OTLP_ENDPOINT",
-    ];
-    const HEADERS: [&str; 2] = [
-        "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
-        "OTEL_EXPORTER_OTLP_HEADERS",
-    ];
-    const TIMEOUT: [&str; 2] = [
-        "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
-        "OTEL_EXPORTER_OTLP_TIMEOUT",
-    ];
-    const COMPRESSION: [&str; 2] = [
-        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
-        "OTEL_EXPORTER_OTLP_COMPRESSION",
-    ];
+    const PROTOCOL: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"];
+    const ENDPOINT: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+    const HEADERS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"];
+    const TIMEOUT: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"];
+    const COMPRESSION: [&str; 2] =
+        ["OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"];
 
     let protocol = match env.first(&PROTOCOL)? {
         None => OtlpProtocol::Grpc,
@@ -264,9 +203,8 @@ fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
         // The general endpoint is a base to which the signal's path is added; the traces endpoint is not.
         (OtlpProtocol::HttpProtobuf, Some((variable, base))) if variable == ENDPOINT[1] => {
             let url = format!("{}/v1/traces", base.to_string().trim_end_matches('/'));
-            url.parse().map_err(|_| {
-                ConfigError::new(variable, format!("expected a base URL, found {base}"))
-            })?
+            url.parse()
+                .map_err(|_| ConfigError::new(variable, format!("expected a base URL, found {base}")))?
         }
         (OtlpProtocol::HttpProtobuf, Some((_, endpoint))) => endpoint,
     };
@@ -295,16 +233,11 @@ fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
 }
 
 /// `key=value,key=value`, the values percent-encoded. Errors tell the position, not the content.
-fn otlp_headers(
-    setting: Option<(&str, String)>,
-) -> Result<Vec<(HeaderName, HeaderValue)>, ConfigError> {
+fn otlp_headers(setting: Option<(&str, String)>) -> Result<Vec<(HeaderName, HeaderValue)>, ConfigError> {
     let Some((variable, list)) = setting else {
         return Ok(Vec::new());
     };
-    let pairs = list
-        .split(',')
-        .map(str::trim)
-        .filter(|pair| !pair.is_empty());
+    let pairs = list.split(',').map(str::trim).filter(|pair| !pair.is_empty());
     let header = |pair: &str| {
         let (name, value) = pair.split_once('=')?;
         let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
@@ -313,8 +246,7 @@ fn otlp_headers(
         Some((HeaderName::from_bytes(name.trim().as_bytes()).ok()?, value))
     };
     let numbered = pairs.enumerate().map(|(i, pair)| {
-        header(pair)
-            .ok_or_else(|| ConfigError::new(variable, format!("header {} is not key=value", i + 1)))
+        header(pair).ok_or_else(|| ConfigError::new(variable, format!("header {} is not key=value", i + 1)))
     });
     numbered.collect()
 }
@@ -330,10 +262,7 @@ fn sampler(env: &Environment) -> Result<Sampler, ConfigError> {
         return Err(ConfigError::new(ARG, "expected a number from 0 to 1"));
     }
     if arg.is_some() && !name.ends_with("traceidratio") {
-        return Err(ConfigError::new(
-            ARG,
-            format!("the sampler {name} takes no argument"),
-        ));
+        return Err(ConfigError::new(ARG, format!("the sampler {name} takes no argument")));
     }
     let ratio = Sampler::TraceIdRatioBased(arg.unwrap_or(1.0));
     let parent_based = |root| Sampler::ParentBased(Box::new(root));
@@ -361,15 +290,8 @@ fn propagators(env: &Environment) -> Result<Vec<Propagator>, ConfigError> {
     }
     let propagator = |name: &String| match Propagator::from_name(name) {
         Some(propagator) => Ok(propagator),
-        None if name == "none" => Err(ConfigError::new(
-            VARIABLE,
-            "none contradicts the other propagators",
-        )),
-        None => Err(unknown(
-            VARIABLE,
-            name,
-            "tracecontext, baggage, b3, b3multi, jaeger, none",
-        )),
+        None if name == "none" => Err(ConfigError::new(VARIABLE, "none contradicts the other propagators")),
+        None => Err(unknown(VARIABLE, name, "tracecontext, baggage, b3, b3multi, jaeger, none")),
     };
     names.iter().map(propagator).collect()
 }
@@ -378,8 +300,7 @@ fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {
     let count = |variables: &[&'static str]| env.number(variables, 128);
     let default_attributes = env.number(&["OTEL_ATTRIBUTE_COUNT_LIMIT"], 128)?;
     Ok(SpanLimits {
-        max_attributes_per_span: env
-            .number(&["OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"], default_attributes)?,
+        max_attributes_per_span: env.number(&["OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"], default_attributes)?,
         max_events_per_span: count(&["OTEL_SPAN_EVENT_COUNT_LIMIT"])?,
         max_links_per_span: count(&["OTEL_SPAN_LINK_COUNT_LIMIT"])?,
         max_attributes_per_event: count(&["OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT"])?,
@@ -390,10 +311,8 @@ fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {
 fn batch(env: &Environment) -> Result<BatchConfig, ConfigError> {
     const QUEUE: &str = "OTEL_BSP_MAX_QUEUE_SIZE";
     const BATCH: &str = "OTEL_BSP_MAX_EXPORT_BATCH_SIZE";
-    const VALUE_LENGTH: [&str; 2] = [
-        "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT",
-        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT",
-    ];
+    const VALUE_LENGTH: [&str; 2] =
+        ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"];
 
     let max_queue_size = env.number(&[QUEUE], 16_384)?;
     // The default follows a small queue; a value that was given must fit.
@@ -430,9 +349,7 @@ impl Environment<'_> {
         let Some(value) = (self.0)(variable) else {
             return Ok(None);
         };
-        let value = value
-            .into_string()
-            .map_err(|_| ConfigError::new(variable, "is not UTF-8"))?;
+        let value = value.into_string().map_err(|_| ConfigError::new(variable, "is not UTF-8"))?;
         Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
     }
 
@@ -447,9 +364,7 @@ impl Environment<'_> {
     }
 
     fn parse<T: FromStr>(&self, variable: &str, expected: &str) -> Result<Option<T>, ConfigError> {
-        self.get(variable)?
-            .map(|value| parse(variable, &value, expected))
-            .transpose()
+        self.get(variable)?.map(|value| parse(variable, &value, expected)).transpose()
     }
 
     fn number<T: FromStr>(&self, variables: &[&str], default: T) -> Result<T, ConfigError> {
@@ -468,11 +383,7 @@ impl Environment<'_> {
     }
 
     fn boolean(&self, variable: &str) -> Result<bool, ConfigError> {
-        match self
-            .get(variable)?
-            .map(|value| value.to_ascii_lowercase())
-            .as_deref()
-        {
+        match self.get(variable)?.map(|value| value.to_ascii_lowercase()).as_deref() {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
             Some(other) => Err(unknown(variable, other, "true, false")),
@@ -505,25 +416,20 @@ impl Environment<'_> {
                 malformed("credentials belong into OTEL_EXPORTER_OTLP_HEADERS, not into the URL")
             }
             (Some(scheme), Some(_)) if *scheme == Scheme::HTTP => Ok(Some((variable, endpoint))),
-            (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => malformed(
-                "https is not supported: send to a collector nearby, and let it speak TLS",
-            ),
+            (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => {
+                malformed("https is not supported: send to a collector nearby, and let it speak TLS")
+            }
             _ => malformed("expected a URL with its scheme, like http://127.0.0.1:4317"),
         }
     }
 }
 
 fn parse<T: FromStr>(variable: &str, value: &str, expected: &str) -> Result<T, ConfigError> {
-    value
-        .parse()
-        .map_err(|_| ConfigError::new(variable, format!("expected {expected}, found {value:?}")))
+    value.parse().map_err(|_| ConfigError::new(variable, format!("expected {expected}, found {value:?}")))
 }
 
 fn unknown(variable: &str, value: &str, known: &str) -> ConfigError {
-    ConfigError::new(
-        variable,
-        format!("unknown value {value:?}; known are {known}"),
-    )
+    ConfigError::new(variable, format!("unknown value {value:?}; known are {known}"))
 }
 
 #[cfg(test)]
@@ -546,21 +452,14 @@ mod tests {
     }
 
     fn attribute(config: &Config, key: &'static str) -> String {
-        config
-            .resource
-            .get(&key.into())
-            .map(|value| value.to_string())
-            .unwrap_or_default()
+        config.resource.get(&key.into()).map(|value| value.to_string()).unwrap_or_default()
     }
 
     #[test]
     fn defaults_are_those_of_the_specification() {
         let config = read(&[]).unwrap();
         assert_eq!(format!("{:?}", config.sampler), "ParentBased(AlwaysOn)");
-        assert_eq!(
-            config.propagators,
-            [Propagator::TraceContext, Propagator::Baggage]
-        );
+        assert_eq!(config.propagators, [Propagator::TraceContext, Propagator::Baggage]);
         assert_eq!(config.limits.max_attributes_per_span, 128);
         assert_eq!(config.batch.schedule_delay, Duration::from_secs(5));
         assert_eq!(config.batch.max_export_batch_size, 512);
@@ -570,13 +469,8 @@ mod tests {
 
     #[test]
     fn an_empty_value_is_an_unset_one() {
-        let empty = [
-            "OTEL_SDK_DISABLED",
-            "OTEL_TRACES_EXPORTER",
-            "OTEL_TRACES_SAMPLER",
-            "RUST_LOG",
-        ]
-        .map(|v| (v, " "));
+        let empty = ["OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER", "OTEL_TRACES_SAMPLER", "RUST_LOG"]
+            .map(|v| (v, " "));
         assert!(read(&empty).is_ok());
     }
 
@@ -596,10 +490,7 @@ mod tests {
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://localhost"),
-            (
-                "OTEL_EXPORTER_OTLP_ENDPOINT",
-                "http://user:secret@collector",
-            ),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector"),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
             ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "not a url"),
             ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),
@@ -630,10 +521,7 @@ mod tests {
     #[test]
     fn a_ratio_outside_of_0_to_1_is_an_error() {
         for ratio in ["1.1", "-0.1", "NaN", "half"] {
-            let variables = [
-                ("OTEL_TRACES_SAMPLER", "traceidratio"),
-                ("OTEL_TRACES_SAMPLER_ARG", ratio),
-            ];
+            let variables = [("OTEL_TRACES_SAMPLER", "traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", ratio)];
             assert!(read(&variables).is_err(), "{ratio}");
         }
     }
@@ -646,27 +534,12 @@ mod tests {
             ("traceidratio", "TraceIdRatioBased(1.0)"),
             ("parentbased_always_on", "ParentBased(AlwaysOn)"),
             ("parentbased_always_off", "ParentBased(AlwaysOff)"),
-            (
-                "parentbased_traceidratio",
-                "ParentBased(TraceIdRatioBased(1.0))",
-            ),
+            ("parentbased_traceidratio", "ParentBased(TraceIdRatioBased(1.0))"),
         ] {
-            assert_eq!(
-                format!(
-                    "{:?}",
-                    read(&[("OTEL_TRACES_SAMPLER", name)]).unwrap().sampler
-                ),
-                sampler
-            );
+            assert_eq!(format!("{:?}", read(&[("OTEL_TRACES_SAMPLER", name)]).unwrap().sampler), sampler);
         }
-        let variables = [
-            ("OTEL_TRACES_SAMPLER", "traceidratio"),
-            ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
-        ];
-        assert_eq!(
-            format!("{:?}", read(&variables).unwrap().sampler),
-            "TraceIdRatioBased(0.25)"
-        );
+        let variables = [("OTEL_TRACES_SAMPLER", "traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", "0.25")];
+        assert_eq!(format!("{:?}", read(&variables).unwrap().sampler), "TraceIdRatioBased(0.25)");
     }
 
     #[test]
@@ -674,18 +547,9 @@ mod tests {
         let config = read(&[("OTEL_TRACES_EXPORTER", "otlp, console,otlp,zipkin")]).unwrap();
         assert!(matches!(
             config.exporters[..],
-            [
-                Exporter::Otlp(_),
-                Exporter::Console,
-                Exporter::Zipkin { .. }
-            ]
+            [Exporter::Otlp(_), Exporter::Console, Exporter::Zipkin { .. }]
         ));
-        assert!(
-            read(&[("OTEL_TRACES_EXPORTER", "none")])
-                .unwrap()
-                .exporters
-                .is_empty()
-        );
+        assert!(read(&[("OTEL_TRACES_EXPORTER", "none")]).unwrap().exporters.is_empty());
     }
 
     #[test]
@@ -726,19 +590,13 @@ mod tests {
     #[test]
     fn the_service_name_has_three_sources_in_order() {
         assert_eq!(attribute(&read(&[]).unwrap(), "service.name"), "api");
-        let by_resource = (
-            "OTEL_RESOURCE_ATTRIBUTES",
-            "service.name=r,team=a%2Cb,service.version=9",
-        );
+        let by_resource = ("OTEL_RESOURCE_ATTRIBUTES", "service.name=r,team=a%2Cb,service.version=9");
         let config = read(&[by_resource]).unwrap();
         assert_eq!(attribute(&config, "service.name"), "r");
         assert_eq!(attribute(&config, "team"), "a,b");
         assert_eq!(attribute(&config, "service.version"), "9");
         assert_eq!(
-            attribute(
-                &read(&[by_resource, ("OTEL_SERVICE_NAME", "s")]).unwrap(),
-                "service.name"
-            ),
+            attribute(&read(&[by_resource, ("OTEL_SERVICE_NAME", "s")]).unwrap(), "service.name"),
             "s"
         );
     }
@@ -758,12 +616,6 @@ mod tests {
 
     #[test]
     fn a_small_queue_has_small_batches() {
-        assert_eq!(
-            read(&[("OTEL_BSP_MAX_QUEUE_SIZE", "100")])
-                .unwrap()
-                .batch
-                .max_export_batch_size,
-            100
-        );
+        assert_eq!(read(&[("OTEL_BSP_MAX_QUEUE_SIZE", "100")]).unwrap().batch.max_export_batch_size, 100);
     }
 }

@@ -60,21 +60,10 @@ struct Server {
 impl GrpcClientLayer {
     /// For a channel to `endpoint`. Make it after [`crate::Telemetry::start`].
     pub fn new(endpoint: &Uri) -> Self {
-        let address = endpoint
-            .host()
-            .unwrap_or_default()
-            .trim_matches(['[', ']'])
-            .into();
-        let default_port = if endpoint.scheme_str() == Some("https") {
-            443
-        } else {
-            80
-        };
+        let address = endpoint.host().unwrap_or_default().trim_matches(['[', ']']).into();
+        let default_port = if endpoint.scheme_str() == Some("https") { 443 } else { 80 };
         let port = Some(endpoint.port_u16().unwrap_or(default_port));
-        Self {
-            tracer: Arc::new(crate::tracer()),
-            server: Server { address, port },
-        }
+        Self { tracer: Arc::new(crate::tracer()), server: Server { address, port } }
     }
 }
 
@@ -82,10 +71,7 @@ impl<S> Layer<S> for GrpcClientLayer {
     type Service = GrpcClient<S>;
 
     fn layer(&self, inner: S) -> GrpcClient<S> {
-        GrpcClient {
-            inner,
-            layer: self.clone(),
-        }
+        GrpcClient { inner, layer: self.clone() }
     }
 }
 
@@ -109,9 +95,7 @@ where
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
-        self.inner
-            .poll_ready(cx)
-            .map_err(|error| transport_status(error.into()))
+        self.inner.poll_ready(cx).map_err(|error| transport_status(error.into()))
     }
 
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
@@ -123,18 +107,12 @@ where
         if span.is_recording() {
             span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
             span.set_attribute(KeyValue::new(semconv::RPC_METHOD, method));
-            span.set_attribute(KeyValue::new(
-                semconv::SERVER_ADDRESS,
-                server.address.clone(),
-            ));
+            span.set_attribute(KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()));
             if let Some(port) = server.port {
                 span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
                 // With an address there is no resolver and no choice: it is the peer.
                 if server.address.parse::<IpAddr>().is_ok() {
-                    span.set_attribute(KeyValue::new(
-                        semconv::NETWORK_PEER_ADDRESS,
-                        server.address.clone(),
-                    ));
+                    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, server.address.clone()));
                     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(port)));
                 }
             }
@@ -191,27 +169,17 @@ impl GrpcServerLayer {
     ///
     /// Make it after [`crate::Telemetry::start`].
     pub fn new(descriptors: &[u8]) -> Self {
-        let files = prost_types::FileDescriptorSet::decode(descriptors)
-            .unwrap_or_default()
-            .file;
+        let files = prost_types::FileDescriptorSet::decode(descriptors).unwrap_or_default().file;
         let mut methods = HashSet::new();
         for file in &files {
             for service in &file.service {
                 for method in &service.method {
                     let dot = if file.package().is_empty() { "" } else { "." };
-                    methods.insert(format!(
-                        "{}{dot}{}/{}",
-                        file.package(),
-                        service.name(),
-                        method.name()
-                    ));
+                    methods.insert(format!("{}{dot}{}/{}", file.package(), service.name(), method.name()));
                 }
             }
         }
-        Self {
-            tracer: Arc::new(crate::tracer()),
-            methods: Arc::new(methods),
-        }
+        Self { tracer: Arc::new(crate::tracer()), methods: Arc::new(methods) }
     }
 }
 
@@ -219,10 +187,7 @@ impl<S> Layer<S> for GrpcServerLayer {
     type Service = GrpcServer<S>;
 
     fn layer(&self, inner: S) -> GrpcServer<S> {
-        GrpcServer {
-            inner,
-            layer: self.clone(),
-        }
+        GrpcServer { inner, layer: self.clone() }
     }
 }
 
@@ -314,22 +279,14 @@ pub struct GrpcSpan {
 
 impl GrpcSpan {
     fn new(cx: Context, kind: SpanKind, request: &HeaderMap) -> Self {
-        let timeout = request
-            .get("grpc-timeout")
-            .and_then(|value| parse_timeout(value.to_str().ok()?));
+        let timeout = request.get("grpc-timeout").and_then(|value| parse_timeout(value.to_str().ok()?));
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        Self {
-            cx,
-            ended: false,
-            kind,
-            deadline,
-        }
+        Self { cx, ended: false, kind, deadline }
     }
 
     fn respond<B: Body>(self, response: Response<B>) -> Response<TracedBody<B, Self>> {
         // Without a message the status is in the headers; so it is if this isn't gRPC at all.
-        let only_headers =
-            response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
+        let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
             self.end(status_code(response.headers()));
             None
@@ -376,23 +333,15 @@ impl AwaitsBody for GrpcSpan {
 
 impl Drop for GrpcSpan {
     fn drop(&mut self) {
-        let expired = self
-            .deadline
-            .is_some_and(|deadline| deadline <= Instant::now());
-        self.end_once(if expired {
-            Code::DeadlineExceeded
-        } else {
-            Code::Cancelled
-        });
+        let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        self.end_once(if expired { Code::DeadlineExceeded } else { Code::Cancelled });
     }
 }
 
 const GRPC_STATUS: &str = "grpc-status";
 
 fn status_code(headers: &HeaderMap) -> Code {
-    headers
-        .get(GRPC_STATUS)
-        .map_or(Code::Unknown, |status| Code::from_bytes(status.as_bytes()))
+    headers.get(GRPC_STATUS).map_or(Code::Unknown, |status| Code::from_bytes(status.as_bytes()))
 }
 
 /// For a client every status but OK is an error; for a server those that are its own fault.
@@ -458,23 +407,9 @@ mod tests {
     #[test]
     fn timeouts_are_read_as_the_specification_writes_them() {
         assert_eq!(parse_timeout("1H"), Some(Duration::from_secs(3600)));
-        assert_eq!(
-            parse_timeout("99999999S"),
-            Some(Duration::from_secs(99_999_999))
-        );
+        assert_eq!(parse_timeout("99999999S"), Some(Duration::from_secs(99_999_999)));
         assert_eq!(parse_timeout("250m"), Some(Duration::from_millis(250)));
-        for malformed in [
-            "",
-            "S",
-            "1",
-            "1s",
-            "-1S",
-            "+1S",
-            "999999999S",
-            "1é",
-            "é",
-            "1 S",
-        ] {
+        for malformed in ["", "S", "1", "1s", "-1S", "+1S", "999999999S", "1é", "é", "1 S"] {
             assert_eq!(parse_timeout(malformed), None, "{malformed:?}");
         }
     }
@@ -483,10 +418,7 @@ mod tests {
     fn a_server_is_to_blame_for_some_codes_a_client_sees_all_as_errors() {
         let server_errors = [2, 4, 12, 13, 14, 15];
         for code in 0..=16 {
-            assert_eq!(
-                is_error(Code::from(code), &SpanKind::Server),
-                server_errors.contains(&code)
-            );
+            assert_eq!(is_error(Code::from(code), &SpanKind::Server), server_errors.contains(&code));
             assert_eq!(is_error(Code::from(code), &SpanKind::Client), code != 0);
         }
     }

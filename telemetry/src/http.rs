@@ -19,9 +19,7 @@ use crate::{
     semconv::{self, CANCELLED, OTHER, PANIC},
 };
 use axum::extract::{ConnectInfo, MatchedPath};
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header,
-};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body::Body;
 use opentelemetry::{
     Context, KeyValue, StringValue,
@@ -51,14 +49,9 @@ pub struct HttpServerLayer {
 
 impl HttpServerLayer {
     /// A layer that uses the tracer provider in force now.
-    #[expect(
-        clippy::new_without_default,
-        reason = "it reads global state, which a default should not"
-    )]
+    #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
     pub fn new() -> Self {
-        Self {
-            tracer: Arc::new(crate::tracer()),
-        }
+        Self { tracer: Arc::new(crate::tracer()) }
     }
 }
 
@@ -66,10 +59,7 @@ impl<S> Layer<S> for HttpServerLayer {
     type Service = HttpServer<S>;
 
     fn layer(&self, inner: S) -> HttpServer<S> {
-        HttpServer {
-            inner,
-            tracer: self.tracer.clone(),
-        }
+        HttpServer { inner, tracer: self.tracer.clone() }
     }
 }
 
@@ -97,11 +87,7 @@ where
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let parent = crate::extract(&Headers(request.headers()));
         let cx = parent.with_span(start_span(&self.tracer, &request, &parent));
-        let span = HttpServerSpan {
-            cx: cx.clone(),
-            ended: false,
-            is_head: request.method() == Method::HEAD,
-        };
+        let span = HttpServerSpan { cx: cx.clone(), ended: false, is_head: request.method() == Method::HEAD };
 
         let response = {
             let _attached = cx.clone().attach();
@@ -121,10 +107,7 @@ where
 
 fn start_span<B>(tracer: &BoxedTracer, request: &Request<B>, parent: &Context) -> BoxedSpan {
     let method = known_method(request.method());
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map(MatchedPath::as_str);
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     let name = match (method, route) {
         (Some(method), Some(route)) => format!("{method} {route}").into(),
         (None, Some(route)) => format!("HTTP {route}").into(),
@@ -145,56 +128,30 @@ fn request_attributes<B>(
     method: Option<&'static str>,
     route: Option<&str>,
 ) {
-    let mut set =
-        |key: &'static str, value: StringValue| span.set_attribute(KeyValue::new(key, value));
+    let mut set = |key: &'static str, value: StringValue| span.set_attribute(KeyValue::new(key, value));
 
     set(semconv::HTTP_REQUEST_METHOD, method.unwrap_or(OTHER).into());
     if method.is_none() {
-        set(
-            semconv::HTTP_REQUEST_METHOD_ORIGINAL,
-            request.method().to_string().into(),
-        );
+        set(semconv::HTTP_REQUEST_METHOD_ORIGINAL, request.method().to_string().into());
     }
     if let Some(route) = route {
         set(semconv::HTTP_ROUTE, route.to_owned().into());
     }
     // The query is left out: it is where personal data and secrets are sent by mistake.
-    set(
-        semconv::URL_PATH,
-        without_long_numbers(request.uri().path()).into(),
-    );
+    set(semconv::URL_PATH, without_long_numbers(request.uri().path()).into());
     set(
         semconv::URL_SCHEME,
-        request
-            .uri()
-            .scheme_str()
-            .map_or("http".into(), |scheme| scheme.to_owned().into()),
+        request.uri().scheme_str().map_or("http".into(), |scheme| scheme.to_owned().into()),
     );
-    if let Some(agent) = request
-        .headers()
-        .get(header::USER_AGENT)
-        .and_then(|agent| agent.to_str().ok())
-    {
-        set(
-            semconv::USER_AGENT_ORIGINAL,
-            without_long_numbers(agent).into(),
-        );
+    if let Some(agent) = request.headers().get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
+        set(semconv::USER_AGENT_ORIGINAL, without_long_numbers(agent).into());
     }
     if let Some(version) = protocol_version(request.version()) {
         set(semconv::NETWORK_PROTOCOL_VERSION, version.into());
     }
-    let host = request
-        .headers()
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok());
-    let authority = request
-        .uri()
-        .authority()
-        .map(|authority| authority.as_str())
-        .or(host);
-    if let Some(authority) =
-        authority.and_then(|authority| authority.parse::<http::uri::Authority>().ok())
-    {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let authority = request.uri().authority().map(|authority| authority.as_str()).or(host);
+    if let Some(authority) = authority.and_then(|authority| authority.parse::<http::uri::Authority>().ok()) {
         set(semconv::SERVER_ADDRESS, authority.host().to_owned().into());
         if let Some(port) = authority.port_u16() {
             span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
@@ -211,10 +168,7 @@ pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
     let address = StringValue::from(peer.ip().to_string());
     span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address));
-    span.set_attribute(KeyValue::new(
-        semconv::NETWORK_PEER_PORT,
-        i64::from(peer.port()),
-    ));
+    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
 }
 
 /// A server span that ends with the response's body; dropped earlier, it says so.
@@ -238,22 +192,15 @@ impl HttpServerSpan {
         let status = response.status();
         let span = self.cx.span();
         if span.is_recording() {
-            span.set_attribute(KeyValue::new(
-                semconv::HTTP_RESPONSE_STATUS_CODE,
-                i64::from(status.as_u16()),
-            ));
+            span.set_attribute(KeyValue::new(semconv::HTTP_RESPONSE_STATUS_CODE, i64::from(status.as_u16())));
             // 4xx is the caller's fault: the span status stays unset (HTTP spans, "Status").
             if status.is_server_error() {
-                span.set_attribute(KeyValue::new(
-                    semconv::ERROR_TYPE,
-                    status.as_str().to_owned(),
-                ));
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, status.as_str().to_owned()));
                 span.set_status(Status::error(""));
             }
         }
         if span.span_context().is_valid()
-            && let Ok(value) =
-                HeaderValue::try_from(crate::propagation::traceparent(span.span_context()))
+            && let Ok(value) = HeaderValue::try_from(crate::propagation::traceparent(span.span_context()))
         {
             response.headers_mut().insert(TRACEPARENT.clone(), value);
         }
@@ -304,11 +251,7 @@ impl AwaitsBody for HttpServerSpan {
 /// The caller hung up, or the handler panicked.
 impl Drop for HttpServerSpan {
     fn drop(&mut self) {
-        self.end_once(Outcome::Error(if thread::panicking() {
-            PANIC
-        } else {
-            CANCELLED
-        }));
+        self.end_once(Outcome::Error(if thread::panicking() { PANIC } else { CANCELLED }));
     }
 }
 
@@ -345,15 +288,9 @@ fn without_long_numbers(text: &str) -> String {
     let mut rest = text;
     while let Some(start) = rest.find(|c: char| c.is_ascii_digit()) {
         let (before, number) = rest.split_at(start);
-        let end = number
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(number.len());
+        let end = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
         kept.push_str(before);
-        kept.push_str(if end < SHORTEST {
-            &number[..end]
-        } else {
-            "REDACTED"
-        });
+        kept.push_str(if end < SHORTEST { &number[..end] } else { "REDACTED" });
         rest = &number[end..];
     }
     kept.push_str(rest);
@@ -373,9 +310,7 @@ impl Extractor for Headers<'_> {
     }
 
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
-        self.0
-            .contains_key(key)
-            .then(|| self.0.get_all(key).iter().map(text).collect())
+        self.0.contains_key(key).then(|| self.0.get_all(key).iter().map(text).collect())
     }
 }
 
@@ -406,10 +341,7 @@ mod tests {
             ("", ""),
             ("/users/13800138000/x", "/users/REDACTED/x"),
             ("/v1/123456/1234567", "/v1/123456/REDACTED"),
-            (
-                "Chrome/126.0.6478.127 é 12345678é",
-                "Chrome/126.0.6478.127 é REDACTEDé",
-            ),
+            ("Chrome/126.0.6478.127 é 12345678é", "Chrome/126.0.6478.127 é REDACTEDé"),
         ] {
             assert_eq!(without_long_numbers(text), kept);
         }
@@ -419,10 +351,7 @@ mod tests {
     fn a_header_that_is_not_text_is_present_and_malformed() {
         let mut headers = HeaderMap::new();
         headers.append("traceparent", HeaderValue::from_bytes(b"\xff").unwrap());
-        assert_eq!(
-            Headers(&headers).get_all("traceparent"),
-            Some(vec!["\u{fffd}"])
-        );
+        assert_eq!(Headers(&headers).get_all("traceparent"), Some(vec!["\u{fffd}"]));
         assert_eq!(Headers(&headers).get_all("tracestate"), None);
     }
 

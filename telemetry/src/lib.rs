@@ -52,9 +52,7 @@ pub(crate) fn tracer() -> BoxedTracer {
 
 /// The context that came with a request, by the propagators in force.
 pub fn extract(carrier: &dyn Extractor) -> Context {
-    global::get_text_map_propagator(|propagator| {
-        propagator.extract_with_context(&Context::new(), carrier)
-    })
+    global::get_text_map_propagator(|propagator| propagator.extract_with_context(&Context::new(), carrier))
 }
 
 /// Writes `cx` into what is sent, by the propagators in force.

@@ -47,25 +47,15 @@ pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::S
     let lines = tracing_subscriber::fmt::layer()
         .event_format(config.format)
         .fmt_fields(DefaultFields::new())
-        .with_ansi(
-            io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
-        )
+        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_writer(io::stderr)
         .with_filter(config.filter.unwrap_or_else(|| EnvFilter::new("info")));
     let spans = tracer.map(|tracer| {
-        let recorded = Targets::new()
-            .with_default(LevelFilter::INFO)
-            .with_target("lapin", LevelFilter::OFF);
-        tracing_opentelemetry::layer()
-            .with_tracer(tracer)
-            .with_threads(false)
-            .with_filter(recorded)
+        let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
+        tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_filter(recorded)
     });
     // Fails if there is a subscriber already, as in a test: then that one stays.
-    let _ = tracing_subscriber::registry()
-        .with(spans)
-        .with(lines)
-        .try_init();
+    let _ = tracing_subscriber::registry().with(spans).with(lines).try_init();
 }
 
 impl<S, N> FormatEvent<S, N> for Format
@@ -73,12 +63,7 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(
-        &self,
-        cx: &FmtContext<'_, S, N>,
-        out: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
+    fn format_event(&self, cx: &FmtContext<'_, S, N>, out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         Context::map_current(|current| {
             let span = current.span();
             let ids = Some(span.span_context()).filter(|span_context| span_context.is_valid());
@@ -100,28 +85,14 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    let (dim, reset) = if out.has_ansi_escapes() {
-        ("\x1b[2m", "\x1b[0m")
-    } else {
-        ("", "")
-    };
+    let (dim, reset) = if out.has_ansi_escapes() { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
     write!(out, "{dim}")?;
     SystemTime.format_time(&mut out)?;
     let metadata = event.metadata();
-    write!(
-        out,
-        "{reset} {:>5} {dim}{}:{reset} ",
-        metadata.level(),
-        metadata.target()
-    )?;
+    write!(out, "{reset} {:>5} {dim}{}:{reset} ", metadata.level(), metadata.target())?;
     cx.field_format().format_fields(out.by_ref(), event)?;
     if let Some(ids) = ids {
-        write!(
-            out,
-            " {dim}trace_id={} span_id={}{reset}",
-            ids.trace_id(),
-            ids.span_id()
-        )?;
+        write!(out, " {dim}trace_id={} span_id={}{reset}", ids.trace_id(), ids.span_id())?;
     }
     writeln!(out)
 }
@@ -150,8 +121,7 @@ struct Fields(Map<String, Value>);
 
 impl tracing::field::Visit for Fields {
     fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
-        self.0
-            .insert(field.name().to_owned(), json!(format!("{value:?}")));
+        self.0.insert(field.name().to_owned(), json!(format!("{value:?}")));
     }
 
     fn record_str(&mut self, field: &tracing::field::Field, value: &str) {

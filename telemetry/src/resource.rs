@@ -15,20 +15,14 @@ pub(crate) fn detect(service_name: &'static str, service_version: &'static str) 
         KeyValue::new("service.version", service_version),
         KeyValue::new("service.instance.id", Uuid::new_v4().to_string()),
         KeyValue::new("deployment.environment.name", "development"),
-        KeyValue::new(
-            "host.name",
-            gethostname::gethostname().to_string_lossy().into_owned(),
-        ),
+        KeyValue::new("host.name", gethostname::gethostname().to_string_lossy().into_owned()),
         KeyValue::new("host.arch", arch()),
         KeyValue::new("os.type", env::consts::OS),
         KeyValue::new("process.pid", i64::from(process::id())),
         KeyValue::new("process.runtime.name", "rustc"),
     ];
     if let Some(name) = file_name {
-        attributes.push(KeyValue::new(
-            "process.executable.name",
-            name.to_string_lossy().into_owned(),
-        ));
+        attributes.push(KeyValue::new("process.executable.name", name.to_string_lossy().into_owned()));
     }
     attributes
 }
@@ -51,11 +45,7 @@ mod tests {
     fn two_processes_differ_in_their_instance_id() {
         let id = || {
             let attributes = detect("api", "1");
-            attributes
-                .into_iter()
-                .find(|kv| kv.key.as_str() == "service.instance.id")
-                .unwrap()
-                .value
+            attributes.into_iter().find(|kv| kv.key.as_str() == "service.instance.id").unwrap().value
         };
         assert_ne!(id(), id());
     }

@@ -39,10 +39,7 @@ impl Telemetry {
         global::set_text_map_propagator(propagation::composite(&config.propagators));
         if config.sdk_disabled {
             log::install(config.log, None);
-            return Self {
-                provider: None,
-                exports: Vec::new(),
-            };
+            return Self { provider: None, exports: Vec::new() };
         }
 
         let mut exports = Vec::new();
@@ -60,23 +57,18 @@ impl Telemetry {
                     (Format::Zipkin, Transport::zipkin(endpoint, timeout))
                 }
                 Exporter::Console => {
-                    builder =
-                        builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default());
+                    builder = builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default());
                     continue;
                 }
             };
-            let (processor, export) =
-                batch::start(format, transport, config.resource.clone(), config.batch);
+            let (processor, export) = batch::start(format, transport, config.resource.clone(), config.batch);
             builder = builder.with_span_processor(processor);
             exports.push(export);
         }
         let provider = builder.build();
         log::install(config.log, Some(provider.tracer("tracing")));
         global::set_tracer_provider(provider.clone());
-        Self {
-            provider: Some(provider),
-            exports,
-        }
+        Self { provider: Some(provider), exports }
     }
 
     /// What became of the spans that ended so far, for each exporter that sends them in batches.
@@ -91,11 +83,7 @@ impl Telemetry {
     pub async fn shut_down(self, limit: Duration) {
         let deadline = Instant::now() + limit;
         for export in self.exports {
-            let SpanCounts {
-                ended,
-                exported,
-                dropped,
-            } = export.shut_down(deadline).await;
+            let SpanCounts { ended, exported, dropped } = export.shut_down(deadline).await;
             if dropped > 0 {
                 tracing::warn!(ended, exported, dropped, "spans were lost");
             } else {

@@ -97,24 +97,9 @@ pub(crate) fn start(
     });
     let (flush, flushes) = mpsc::unbounded_channel();
     let (closing, closed) = watch::channel(false);
-    let worker = Worker {
-        queue: queue.clone(),
-        transport,
-        closed,
-        outage: None,
-    };
+    let worker = Worker { queue: queue.clone(), transport, closed, outage: None };
     let worker = tokio::spawn(worker.run(flushes));
-    (
-        BatchProcessor {
-            queue: queue.clone(),
-            flush,
-        },
-        BatchExport {
-            queue,
-            closing,
-            worker,
-        },
-    )
+    (BatchProcessor { queue: queue.clone(), flush }, BatchExport { queue, closing, worker })
 }
 
 impl SpanProcessor for BatchProcessor {
@@ -130,12 +115,8 @@ impl SpanProcessor for BatchProcessor {
     fn force_flush(&self) -> OTelSdkResult {
         let (done, flushed) = blocking::channel();
         let limit = self.queue.config.export_timeout;
-        self.flush
-            .send(done)
-            .map_err(|_| OTelSdkError::AlreadyShutdown)?;
-        flushed
-            .recv_timeout(limit)
-            .map_err(|_| OTelSdkError::Timeout(limit))
+        self.flush.send(done).map_err(|_| OTelSdkError::AlreadyShutdown)?;
+        flushed.recv_timeout(limit).map_err(|_| OTelSdkError::Timeout(limit))
     }
 
     /// [`BatchExport::shut_down`] has done the work before the SDK calls this.
@@ -151,14 +132,8 @@ impl BatchExport {
         if timeout_at(deadline, &mut self.worker).await.is_err() {
             self.worker.abort();
         }
-        let SpanCounts {
-            ended, exported, ..
-        } = self.queue.counts();
-        SpanCounts {
-            ended,
-            exported,
-            dropped: ended.saturating_sub(exported),
-        }
+        let SpanCounts { ended, exported, .. } = self.queue.counts();
+        SpanCounts { ended, exported, dropped: ended.saturating_sub(exported) }
     }
 
     pub fn counts(&self) -> SpanCounts {
@@ -216,9 +191,7 @@ impl Queue {
     fn push_encoded(&self, scope: &InstrumentationScope, encoded: &[u8]) {
         self.ended.fetch_add(1, Relaxed);
         let mut spans = self.lock();
-        if spans.count >= self.config.max_queue_size
-            || spans.bytes + encoded.len() > MAX_QUEUE_BYTES
-        {
+        if spans.count >= self.config.max_queue_size || spans.bytes + encoded.len() > MAX_QUEUE_BYTES {
             self.dropped.fetch_add(1, Relaxed);
             return;
         }
@@ -248,11 +221,7 @@ impl Queue {
     fn counts(&self) -> SpanCounts {
         // `ended` last: it is never seen smaller than the sum of the others.
         let (exported, dropped) = (self.exported.load(Relaxed), self.dropped.load(Relaxed));
-        SpanCounts {
-            ended: self.ended.load(Relaxed),
-            exported,
-            dropped,
-        }
+        SpanCounts { ended: self.ended.load(Relaxed), exported, dropped }
     }
 
     fn lock(&self) -> MutexGuard<'_, Spans> {
@@ -287,11 +256,7 @@ struct Outage {
 
 impl Worker {
     async fn run(mut self, mut flushes: mpsc::UnboundedReceiver<blocking::Sender<()>>) {
-        let delay = self
-            .queue
-            .config
-            .schedule_delay
-            .max(Duration::from_millis(1));
+        let delay = self.queue.config.schedule_delay.max(Duration::from_millis(1));
         let mut due = Instant::now() + delay;
         loop {
             let queue = self.queue.clone();
@@ -323,9 +288,7 @@ impl Worker {
         let count = batch.count as u64;
         let body = match self.queue.format {
             Format::Otlp => otlp::encode_request(&self.queue.resource, &batch.groups),
-            Format::Zipkin => {
-                zipkin::encode_request(batch.groups.iter().map(|(_, spans)| spans.as_slice()))
-            }
+            Format::Zipkin => zipkin::encode_request(batch.groups.iter().map(|(_, spans)| spans.as_slice())),
         };
         drop(batch);
         let limit = self.queue.config.export_timeout;
@@ -381,10 +344,7 @@ impl Worker {
 
     fn warn(&mut self, reason: &str) {
         let outage = self.outage.get_or_insert_default();
-        if outage
-            .warned
-            .is_none_or(|warned| warned.elapsed() >= WARN_EVERY)
-        {
+        if outage.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY) {
             outage.warned = Some(Instant::now());
             let dropped = outage.dropped;
             tracing::warn!(

@@ -39,11 +39,7 @@ pub(crate) fn encode_span(buf: &mut Vec<u8>, span: &SpanData, max_chars: Option<
                 bytes(buf, 3, link.span_context.trace_state().header().as_bytes());
                 attributes(buf, 4, &link.attributes, max_chars);
                 uint(buf, 5, link.dropped_attributes_count.into());
-                fixed32(
-                    buf,
-                    6,
-                    flags(&link.span_context, link.span_context.is_remote()),
-                );
+                fixed32(buf, 6, flags(&link.span_context, link.span_context.is_remote()));
             });
         }
         uint(buf, 14, span.links.dropped_count.into());
@@ -61,17 +57,8 @@ pub(crate) fn encode_span(buf: &mut Vec<u8>, span: &SpanData, max_chars: Option<
 
 /// An `ExportTraceServiceRequest` of one resource. Each group holds the spans of one scope, as
 /// [`encode_span`] left them.
-pub(crate) fn encode_request(
-    resource: &Resource,
-    groups: &[(InstrumentationScope, Vec<u8>)],
-) -> Vec<u8> {
-    let mut buf = Vec::with_capacity(
-        groups
-            .iter()
-            .map(|(_, spans)| spans.len() + 256)
-            .sum::<usize>()
-            + 1024,
-    );
+pub(crate) fn encode_request(resource: &Resource, groups: &[(InstrumentationScope, Vec<u8>)]) -> Vec<u8> {
+    let mut buf = Vec::with_capacity(groups.iter().map(|(_, spans)| spans.len() + 256).sum::<usize>() + 1024);
     message(&mut buf, 1, |buf| {
         message(buf, 1, |buf| {
             for (key, value) in resource {
@@ -112,11 +99,7 @@ fn flags(context: &SpanContext, is_remote: bool) -> u32 {
     const HAS_IS_REMOTE: u32 = 0x100;
     const IS_REMOTE: u32 = 0x200;
 
-    let remote = if is_remote {
-        HAS_IS_REMOTE | IS_REMOTE
-    } else {
-        HAS_IS_REMOTE
-    };
+    let remote = if is_remote { HAS_IS_REMOTE | IS_REMOTE } else { HAS_IS_REMOTE };
     u32::from(context.trace_flags().to_u8()) | remote
 }
 
@@ -145,23 +128,14 @@ fn any_value(buf: &mut Vec<u8>, value: &Value, max_chars: Option<usize>) {
         Value::F64(v) => double_value(buf, *v),
         Value::String(v) => string_value(buf, v.as_str(), max_chars),
         Value::Array(array) => message(buf, 5, |buf| match array {
-            Array::Bool(all) => all
-                .iter()
-                .for_each(|v| message(buf, 1, |buf| bool_value(buf, *v))),
-            Array::I64(all) => all
-                .iter()
-                .for_each(|v| message(buf, 1, |buf| int_value(buf, *v))),
-            Array::F64(all) => all
-                .iter()
-                .for_each(|v| message(buf, 1, |buf| double_value(buf, *v))),
+            Array::Bool(all) => all.iter().for_each(|v| message(buf, 1, |buf| bool_value(buf, *v))),
+            Array::I64(all) => all.iter().for_each(|v| message(buf, 1, |buf| int_value(buf, *v))),
+            Array::F64(all) => all.iter().for_each(|v| message(buf, 1, |buf| double_value(buf, *v))),
             Array::String(all) => {
-                all.iter()
-                    .for_each(|v| message(buf, 1, |buf| string_value(buf, v.as_str(), max_chars)));
+                all.iter().for_each(|v| message(buf, 1, |buf| string_value(buf, v.as_str(), max_chars)));
             }
             // The enum may grow; a kind not known here is shown as text rather than lost.
-            other => message(buf, 1, |buf| {
-                string_value(buf, &other.to_string(), max_chars)
-            }),
+            other => message(buf, 1, |buf| string_value(buf, &other.to_string(), max_chars)),
         }),
         other => string_value(buf, &other.to_string(), max_chars),
     }
@@ -170,9 +144,7 @@ fn any_value(buf: &mut Vec<u8>, value: &Value, max_chars: Option<usize>) {
 // The members of AnyValue's `oneof` are written even when they are zero: which one is set is the type.
 
 fn string_value(buf: &mut Vec<u8>, value: &str, max_chars: Option<usize>) {
-    let cut = max_chars
-        .and_then(|max| value.char_indices().nth(max))
-        .map_or(value.len(), |(end, _)| end);
+    let cut = max_chars.and_then(|max| value.char_indices().nth(max)).map_or(value.len(), |(end, _)| end);
     length_delimited(buf, 1, &value.as_bytes()[..cut]);
 }
 
@@ -273,8 +245,7 @@ mod tests {
     use opentelemetry_proto::{
         tonic::{collector::trace::v1::ExportTraceServiceRequest, trace::v1::Span},
         transform::{
-            common::tonic::ResourceAttributesWithSchema,
-            trace::tonic::group_spans_by_resource_and_scope,
+            common::tonic::ResourceAttributesWithSchema, trace::tonic::group_spans_by_resource_and_scope,
         },
     };
     use opentelemetry_sdk::trace::{SpanEvents, SpanLinks};
@@ -284,25 +255,13 @@ mod tests {
 
     fn span(name: String, attributes: Vec<KeyValue>) -> SpanData {
         let trace_state = TraceState::from_key_value([("vendor", "a")]).unwrap();
-        let context = SpanContext::new(
-            TraceId::from(1),
-            SpanId::from(2),
-            TraceFlags::SAMPLED,
-            false,
-            trace_state,
-        );
+        let context =
+            SpanContext::new(TraceId::from(1), SpanId::from(2), TraceFlags::SAMPLED, false, trace_state);
         let mut events = SpanEvents::default();
-        events.events.push(Event::new(
-            "event",
-            UNIX_EPOCH + Duration::from_nanos(7),
-            attributes.clone(),
-            3,
-        ));
+        events.events.push(Event::new("event", UNIX_EPOCH + Duration::from_nanos(7), attributes.clone(), 3));
         events.dropped_count = 4;
         let mut links = SpanLinks::default();
-        links
-            .links
-            .push(Link::new(context.clone(), attributes.clone(), 5));
+        links.links.push(Link::new(context.clone(), attributes.clone(), 5));
         links.dropped_count = 6;
         SpanData {
             span_context: context,
@@ -334,14 +293,8 @@ mod tests {
             KeyValue::new("zero", 0),
             KeyValue::new("negative", -1),
             KeyValue::new("double", 0.5),
-            KeyValue::new(
-                "strings",
-                Value::Array(Array::String(vec!["a".into(), "".into()])),
-            ),
-            KeyValue::new(
-                "ints",
-                Value::Array(Array::I64(vec![0, i64::MIN, i64::MAX])),
-            ),
+            KeyValue::new("strings", Value::Array(Array::String(vec!["a".into(), "".into()]))),
+            KeyValue::new("ints", Value::Array(Array::I64(vec![0, i64::MIN, i64::MAX]))),
             KeyValue::new("bools", Value::Array(Array::Bool(vec![true, false]))),
             KeyValue::new("doubles", Value::Array(Array::F64(vec![0.0, -1.5]))),
             KeyValue::new("none", Value::Array(Array::I64(vec![]))),
@@ -349,22 +302,16 @@ mod tests {
     }
 
     fn encoded(spans: &[SpanData]) -> ExportTraceServiceRequest {
-        let resource = Resource::builder_empty()
-            .with_attribute(KeyValue::new("service.name", "s"))
-            .build();
+        let resource = Resource::builder_empty().with_attribute(KeyValue::new("service.name", "s")).build();
         let mut buf = Vec::new();
-        spans
-            .iter()
-            .for_each(|span| encode_span(&mut buf, span, None));
+        spans.iter().for_each(|span| encode_span(&mut buf, span, None));
         let request = encode_request(&resource, &[(spans[0].instrumentation_scope.clone(), buf)]);
         ExportTraceServiceRequest::decode(request.as_slice()).unwrap()
     }
 
     /// The same by the conversion of the OpenTelemetry project.
     fn reference(spans: &[SpanData]) -> ExportTraceServiceRequest {
-        let resource = Resource::builder_empty()
-            .with_attribute(KeyValue::new("service.name", "s"))
-            .build();
+        let resource = Resource::builder_empty().with_attribute(KeyValue::new("service.name", "s")).build();
         let resource = ResourceAttributesWithSchema::from(&resource);
         ExportTraceServiceRequest {
             resource_spans: group_spans_by_resource_and_scope(spans.to_vec(), &resource),
@@ -387,29 +334,20 @@ mod tests {
     #[test]
     fn lengths_around_a_byte_are_right() {
         for length in [0, 1, 100, 126, 127, 128, 129, 16_383, 16_384, 3_000_000] {
-            let spans = [span(
-                "n".repeat(length),
-                vec![KeyValue::new("k", "v".repeat(length))],
-            )];
+            let spans = [span("n".repeat(length), vec![KeyValue::new("k", "v".repeat(length))])];
             assert_eq!(encoded(&spans), reference(&spans), "{length}");
         }
     }
 
     #[test]
     fn long_strings_are_cut_between_characters() {
-        let long = span(
-            "ééé".into(),
-            vec![KeyValue::new("k", "ééé"), KeyValue::new("short", "é")],
-        );
+        let long = span("ééé".into(), vec![KeyValue::new("k", "ééé"), KeyValue::new("short", "é")]);
         let mut buf = Vec::new();
         encode_span(&mut buf, &long, Some(2));
         // Behind the tag and the length of two bytes is the span itself.
         let decoded = Span::decode(&buf[3..]).unwrap();
         let text = |i: usize| format!("{:?}", decoded.attributes[i].value);
-        assert!(
-            text(0).contains("\"éé\"") && text(1).contains("\"é\""),
-            "{decoded:?}"
-        );
+        assert!(text(0).contains("\"éé\"") && text(1).contains("\"é\""), "{decoded:?}");
         assert_eq!(decoded.name, "ééé");
     }
 

@@ -63,13 +63,7 @@ pub(crate) enum Retry {
 
 impl Transport {
     pub fn otlp(config: OtlpConfig) -> Self {
-        let OtlpConfig {
-            protocol,
-            endpoint,
-            headers,
-            timeout,
-            gzip,
-        } = config;
+        let OtlpConfig { protocol, endpoint, headers, timeout, gzip } = config;
         let mut headers: HeaderMap = headers.into_iter().collect();
         match protocol {
             OtlpProtocol::Grpc => Self::Grpc {
@@ -81,20 +75,14 @@ impl Transport {
                 timeout,
             },
             OtlpProtocol::HttpProtobuf => {
-                headers.insert(
-                    header::CONTENT_TYPE,
-                    HeaderValue::from_static("application/x-protobuf"),
-                );
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf"));
                 Self::http(endpoint, headers, timeout, gzip)
             }
         }
     }
 
     pub fn zipkin(endpoint: Uri, timeout: Duration) -> Self {
-        let json = (
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
+        let json = (header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Self::http(endpoint, HeaderMap::from_iter([json]), timeout, false)
     }
 
@@ -105,16 +93,8 @@ impl Transport {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(timeout.min(CONNECT_TIMEOUT)));
         connector.set_nodelay(true);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .build(connector);
-        Self::Http {
-            client: Box::new(client),
-            endpoint,
-            headers,
-            gzip,
-            timeout,
-        }
+        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
+        Self::Http { client: Box::new(client), endpoint, headers, gzip, timeout }
     }
 
     /// Sends a request once.
@@ -124,21 +104,13 @@ impl Transport {
         };
         match timeout(limit, self.attempt(body)).await {
             Ok(result) => result,
-            Err(_) => Err(SendError {
-                reason: format!("no answer within {limit:?}"),
-                retry: Retry::Later,
-            }),
+            Err(_) => Err(SendError { reason: format!("no answer within {limit:?}"), retry: Retry::Later }),
         }
     }
 
     async fn attempt(&self, body: Bytes) -> Result<Answer, SendError> {
         match self {
-            Self::Grpc {
-                channel,
-                metadata,
-                gzip,
-                ..
-            } => {
+            Self::Grpc { channel, metadata, gzip, .. } => {
                 let mut client = tonic::client::Grpc::new(channel.clone());
                 if *gzip {
                     client = client.send_compressed(CompressionEncoding::Gzip);
@@ -148,36 +120,21 @@ impl Transport {
                 let path = http::uri::PathAndQuery::from_static(
                     "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
                 );
-                client
-                    .ready()
-                    .await
-                    .map_err(|error| grpc_error(&Status::from_error(error.into())))?;
+                client.ready().await.map_err(|error| grpc_error(&Status::from_error(error.into())))?;
                 match client.unary(request, path, EncodedRequest).await {
                     Ok(response) => Ok(response.into_inner()),
                     Err(status) => Err(grpc_error(&status)),
                 }
             }
-            Self::Http {
-                client,
-                endpoint,
-                headers,
-                gzip,
-                ..
-            } => {
+            Self::Http { client, endpoint, headers, gzip, .. } => {
                 let body = if *gzip { compress(body).await? } else { body };
                 let mut request = Request::new(Full::new(body));
                 *request.method_mut() = Method::POST;
                 *request.uri_mut() = endpoint.clone();
                 *request.headers_mut() = headers.clone();
 
-                let broken = |reason: String| SendError {
-                    reason,
-                    retry: Retry::Later,
-                };
-                let response = client
-                    .request(request)
-                    .await
-                    .map_err(|error| broken(chain(&error)))?;
+                let broken = |reason: String| SendError { reason, retry: Retry::Later };
+                let response = client.request(request).await.map_err(|error| broken(chain(&error)))?;
                 let (parts, body) = response.into_parts();
                 if parts.status.is_success() {
                     // The batch has arrived; an answer that can't be read doesn't change that.
@@ -201,10 +158,7 @@ async fn compress(body: Bytes) -> Result<Bytes, SendError> {
     });
     match compressed.await {
         Ok(Ok(bytes)) => Ok(bytes.into()),
-        failed => Err(SendError {
-            reason: format!("gzip: {failed:?}"),
-            retry: Retry::Never,
-        }),
+        failed => Err(SendError { reason: format!("gzip: {failed:?}"), retry: Retry::Never }),
     }
 }
 
@@ -223,47 +177,27 @@ fn grpc_error(status: &Status) -> SendError {
         Code::Unknown if std::error::Error::source(status).is_some() => Retry::Later,
         _ => Retry::Never,
     };
-    SendError {
-        reason: format!("{:?}: {}", status.code(), short(status.message())),
-        retry,
-    }
+    SendError { reason: format!("{:?}: {}", status.code(), short(status.message())), retry }
 }
 
 fn http_error(status: StatusCode, headers: &HeaderMap) -> SendError {
-    let retry_after = || {
-        headers
-            .get(header::RETRY_AFTER)?
-            .to_str()
-            .ok()?
-            .parse()
-            .ok()
-            .map(Duration::from_secs)
-    };
+    let retry_after =
+        || headers.get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok().map(Duration::from_secs);
     let retry = match status.as_u16() {
         429 | 502 | 503 | 504 => retry_after().map_or(Retry::Later, Retry::After),
         _ => Retry::Never,
     };
-    SendError {
-        reason: format!("HTTP status {status}"),
-        retry,
-    }
+    SendError { reason: format!("HTTP status {status}"), retry }
 }
 
 /// What a peer wrote goes into a log line: bounded, and without control characters.
 fn short(message: &str) -> String {
-    message
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(200)
-        .collect()
+    message.chars().filter(|c| !c.is_control()).take(200).collect()
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
     let sources = std::iter::successors(Some(error), |error| error.source());
-    sources
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
+    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// `ExportTraceServiceResponse`
@@ -283,17 +217,9 @@ struct PartialSuccess {
 }
 
 fn answer(body: impl Buf) -> Answer {
-    let partial = ExportResponse::decode(body)
-        .ok()
-        .and_then(|response| response.partial_success);
-    let PartialSuccess {
-        rejected_spans,
-        error_message,
-    } = partial.unwrap_or_default();
-    Answer {
-        rejected: rejected_spans.try_into().unwrap_or(0),
-        message: short(&error_message),
-    }
+    let partial = ExportResponse::decode(body).ok().and_then(|response| response.partial_success);
+    let PartialSuccess { rejected_spans, error_message } = partial.unwrap_or_default();
+    Answer { rejected: rejected_spans.try_into().unwrap_or(0), message: short(&error_message) }
 }
 
 /// The gRPC codec of a request that is encoded already.
@@ -352,26 +278,13 @@ mod tests {
                     | Code::Unavailable
                     | Code::DataLoss
             );
-            assert_eq!(
-                grpc_error(&Status::new(code, "")).retry == Retry::Later,
-                retryable,
-                "{code:?}"
-            );
+            assert_eq!(grpc_error(&Status::new(code, "")).retry == Retry::Later, retryable, "{code:?}");
         }
-        for (status, retryable) in [
-            (400, false),
-            (401, false),
-            (404, false),
-            (429, true),
-            (500, false),
-            (503, true),
-        ] {
+        for (status, retryable) in
+            [(400, false), (401, false), (404, false), (429, true), (500, false), (503, true)]
+        {
             let status = StatusCode::from_u16(status).unwrap();
-            assert_eq!(
-                http_error(status, &HeaderMap::new()).retry == Retry::Later,
-                retryable,
-                "{status}"
-            );
+            assert_eq!(http_error(status, &HeaderMap::new()).retry == Retry::Later, retryable, "{status}");
         }
         let headers = HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from_static("7"))]);
         assert_eq!(
@@ -382,21 +295,9 @@ mod tests {
 
     #[test]
     fn partial_success_is_read_and_garbage_ignored() {
-        let partial_success = PartialSuccess {
-            rejected_spans: 3,
-            error_message: "too\nold".into(),
-        };
-        let body = ExportResponse {
-            partial_success: Some(partial_success),
-        }
-        .encode_to_vec();
-        assert_eq!(
-            answer(&body[..]),
-            Answer {
-                rejected: 3,
-                message: "tooold".into()
-            }
-        );
+        let partial_success = PartialSuccess { rejected_spans: 3, error_message: "too\nold".into() };
+        let body = ExportResponse { partial_success: Some(partial_success) }.encode_to_vec();
+        assert_eq!(answer(&body[..]), Answer { rejected: 3, message: "tooold".into() });
         assert_eq!(answer(&b""[..]), Answer::default());
         assert_eq!(answer(&b"\xff\xff\xff"[..]), Answer::default());
     }

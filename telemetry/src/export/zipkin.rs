@@ -9,12 +9,7 @@ use serde_json::{Map, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Appends a span as a JSON object and a comma. Strings are cut to `max_chars` characters.
-pub(crate) fn encode_span(
-    buf: &mut Vec<u8>,
-    resource: &Resource,
-    span: &SpanData,
-    max_chars: Option<usize>,
-) {
+pub(crate) fn encode_span(buf: &mut Vec<u8>, resource: &Resource, span: &SpanData, max_chars: Option<usize>) {
     let mut tags = Map::new();
     for (key, value) in resource {
         tags.insert(key.to_string(), json!(value.as_str()));
@@ -22,10 +17,7 @@ pub(crate) fn encode_span(
     for kv in &span.attributes {
         tags.insert(kv.key.to_string(), json!(text(&kv.value, max_chars)));
     }
-    tags.insert(
-        "otel.scope.name".to_owned(),
-        json!(span.instrumentation_scope.name()),
-    );
+    tags.insert("otel.scope.name".to_owned(), json!(span.instrumentation_scope.name()));
     match &span.status {
         Status::Unset => {}
         Status::Ok => drop(tags.insert("otel.status_code".to_owned(), json!("OK"))),
@@ -46,13 +38,8 @@ pub(crate) fn encode_span(
         };
         json!({ "timestamp": microseconds(event.timestamp), "value": value })
     });
-    let duration = span
-        .end_time
-        .duration_since(span.start_time)
-        .unwrap_or_default();
-    let service_name = resource
-        .get(&"service.name".into())
-        .map(|name| name.to_string());
+    let duration = span.end_time.duration_since(span.start_time).unwrap_or_default();
+    let service_name = resource.get(&"service.name".into()).map(|name| name.to_string());
     let mut object = json!({
         "traceId": span.span_context.trace_id().to_string(),
         "id": span.span_context.span_id().to_string(),
@@ -100,9 +87,7 @@ fn kind(kind: &SpanKind) -> Option<&'static str> {
 
 fn remote_endpoint(attributes: &[KeyValue]) -> Option<String> {
     let find = |key: &str| attributes.iter().find(|kv| kv.key.as_str() == key);
-    find("peer.service")
-        .or_else(|| find("server.address"))
-        .map(|kv| kv.value.to_string())
+    find("peer.service").or_else(|| find("server.address")).map(|kv| kv.value.to_string())
 }
 
 fn text(value: &Value, max_chars: Option<usize>) -> String {
@@ -111,9 +96,7 @@ fn text(value: &Value, max_chars: Option<usize>) -> String {
 }
 
 fn microseconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_micros() as u64
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64
 }
 
 #[cfg(test)]
@@ -128,17 +111,10 @@ mod tests {
     use std::time::Duration;
 
     fn encode(change: impl Fn(&mut SpanData)) -> Json {
-        let resource = Resource::builder_empty()
-            .with_attribute(KeyValue::new("service.name", "api"))
-            .build();
+        let resource = Resource::builder_empty().with_attribute(KeyValue::new("service.name", "api")).build();
         let start = UNIX_EPOCH + Duration::from_micros(1_472_470_996_199_000);
-        let context = SpanContext::new(
-            TraceId::from(1),
-            SpanId::from(2),
-            TraceFlags::SAMPLED,
-            false,
-            TraceState::NONE,
-        );
+        let context =
+            SpanContext::new(TraceId::from(1), SpanId::from(2), TraceFlags::SAMPLED, false, TraceState::NONE);
         let mut span = SpanData {
             span_context: context,
             parent_span_id: SpanId::INVALID,
@@ -182,10 +158,7 @@ mod tests {
 
     #[test]
     fn an_internal_span_has_no_kind() {
-        assert_eq!(
-            encode(|span| span.span_kind = SpanKind::Internal)["kind"],
-            Json::Null
-        );
+        assert_eq!(encode(|span| span.span_kind = SpanKind::Internal)["kind"], Json::Null);
     }
 
     #[test]
@@ -194,17 +167,12 @@ mod tests {
             span.parent_span_id = SpanId::from(3);
             span.status = Status::error("because");
             let attributes = vec![KeyValue::new("k", "longer than ten")];
-            span.events
-                .events
-                .push(Event::new("retry", span.start_time, attributes, 0));
+            span.events.events.push(Event::new("retry", span.start_time, attributes, 0));
         });
         assert_eq!(span["parentId"], "0000000000000003");
         assert_eq!(span["tags"]["error"], "because");
         assert_eq!(span["tags"]["otel.status_code"], "ERROR");
-        assert_eq!(
-            span["annotations"][0]["value"],
-            "\"retry\": {\"k\":\"longer tha\"}"
-        );
+        assert_eq!(span["annotations"][0]["value"], "\"retry\": {\"k\":\"longer tha\"}");
     }
 
     #[test]

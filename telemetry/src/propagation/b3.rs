@@ -52,16 +52,8 @@ impl TextMapPropagator for B3Propagator {
     fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
         let remote = parse_single(extractor.get(SINGLE)).or_else(|| {
             let is_debug = extractor.get(FLAGS).map(str::trim) == Some("1");
-            let state = if is_debug {
-                "d"
-            } else {
-                extractor.get(SAMPLED).unwrap_or_default().trim()
-            };
-            span_context(
-                extractor.get(TRACE_ID)?.trim(),
-                extractor.get(SPAN_ID)?.trim(),
-                state,
-            )
+            let state = if is_debug { "d" } else { extractor.get(SAMPLED).unwrap_or_default().trim() };
+            span_context(extractor.get(TRACE_ID)?.trim(), extractor.get(SPAN_ID)?.trim(), state)
         });
         match remote {
             Some(remote) => cx.with_remote_span_context(remote),
@@ -71,8 +63,7 @@ impl TextMapPropagator for B3Propagator {
 
     fn fields(&self) -> FieldIter<'_> {
         static ONE: LazyLock<[String; 1]> = LazyLock::new(|| [SINGLE.into()]);
-        static MANY: LazyLock<[String; 3]> =
-            LazyLock::new(|| [TRACE_ID, SPAN_ID, SAMPLED].map(String::from));
+        static MANY: LazyLock<[String; 3]> = LazyLock::new(|| [TRACE_ID, SPAN_ID, SAMPLED].map(String::from));
         match self.0 {
             B3Encoding::Single => FieldIter::new(ONE.as_slice()),
             B3Encoding::Multi => FieldIter::new(MANY.as_slice()),
@@ -88,10 +79,7 @@ fn parse_single(value: Option<&str>) -> Option<SpanContext> {
     if let Some(parent) = fields.next() {
         padded_hex::<8>(parent)?;
     }
-    fields
-        .next()
-        .is_none()
-        .then(|| span_context(trace_id, span_id, state))?
+    fields.next().is_none().then(|| span_context(trace_id, span_id, state))?
 }
 
 fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<SpanContext> {
@@ -121,30 +109,22 @@ mod tests {
     const SPAN: &str = "e457b5a2e4d86bd1";
 
     fn extract(headers: &[(&str, &str)]) -> Option<SpanContext> {
-        let cx =
-            B3Propagator(B3Encoding::Single).extract_with_context(&Context::new(), &Lines(headers));
+        let cx = B3Propagator(B3Encoding::Single).extract_with_context(&Context::new(), &Lines(headers));
         Some(cx.span().span_context().clone()).filter(SpanContext::is_valid)
     }
 
     fn injected(encoding: B3Encoding) -> HashMap<String, String> {
         let remote = extract(&[("b3", &format!("{TRACE}-{SPAN}-1"))]).unwrap();
         let mut headers = HashMap::new();
-        B3Propagator(encoding).inject_context(
-            &Context::new().with_remote_span_context(remote),
-            &mut headers,
-        );
+        B3Propagator(encoding).inject_context(&Context::new().with_remote_span_context(remote), &mut headers);
         headers
     }
 
     #[test]
     fn single_header_is_read() {
-        for (state, sampled) in [
-            ("", false),
-            ("-0", false),
-            ("-1", true),
-            ("-d", true),
-            ("-1-05e3ac9a4f6e3b90", true),
-        ] {
+        for (state, sampled) in
+            [("", false), ("-0", false), ("-1", true), ("-d", true), ("-1-05e3ac9a4f6e3b90", true)]
+        {
             let remote = extract(&[("b3", &format!("{TRACE}-{SPAN}{state}"))]).unwrap();
             assert_eq!(remote.trace_id().to_string(), TRACE);
             assert_eq!(remote.span_id().to_string(), SPAN);
@@ -156,25 +136,14 @@ mod tests {
     fn multi_headers_are_read() {
         let ids = [("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN)];
         assert!(!extract(&ids).unwrap().is_sampled());
-        assert!(
-            extract(&[ids[0], ids[1], ("x-b3-sampled", "1")])
-                .unwrap()
-                .is_sampled()
-        );
-        assert!(
-            extract(&[ids[0], ids[1], ("x-b3-flags", "1")])
-                .unwrap()
-                .is_sampled()
-        );
+        assert!(extract(&[ids[0], ids[1], ("x-b3-sampled", "1")]).unwrap().is_sampled());
+        assert!(extract(&[ids[0], ids[1], ("x-b3-flags", "1")]).unwrap().is_sampled());
     }
 
     #[test]
     fn short_trace_id_is_padded() {
         let remote = extract(&[("b3", &format!("64fe8b2a57d3eff7-{SPAN}-1"))]).unwrap();
-        assert_eq!(
-            remote.trace_id().to_string(),
-            "000000000000000064fe8b2a57d3eff7"
-        );
+        assert_eq!(remote.trace_id().to_string(), "000000000000000064fe8b2a57d3eff7");
     }
 
     #[test]
@@ -200,27 +169,14 @@ mod tests {
             assert_eq!(extract(&[("b3", malformed)]), None, "{malformed:?}");
         }
         assert_eq!(extract(&[("x-b3-traceid", TRACE)]), None);
-        assert_eq!(
-            extract(&[("x-b3-traceid", TRACE), ("x-b3-spanid", "7")]),
-            None
-        );
+        assert_eq!(extract(&[("x-b3-traceid", TRACE), ("x-b3-spanid", "7")]), None);
     }
 
     #[test]
     fn each_encoding_writes_its_own_headers() {
-        assert_eq!(
-            injected(B3Encoding::Single),
-            [("b3".into(), format!("{TRACE}-{SPAN}-1"))].into()
-        );
-        let multi = [
-            ("x-b3-traceid", TRACE),
-            ("x-b3-spanid", SPAN),
-            ("x-b3-sampled", "1"),
-        ];
-        assert_eq!(
-            injected(B3Encoding::Multi),
-            multi.map(|(k, v)| (k.into(), v.into())).into()
-        );
+        assert_eq!(injected(B3Encoding::Single), [("b3".into(), format!("{TRACE}-{SPAN}-1"))].into());
+        let multi = [("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN), ("x-b3-sampled", "1")];
+        assert_eq!(injected(B3Encoding::Multi), multi.map(|(k, v)| (k.into(), v.into())).into());
     }
 
     proptest! {

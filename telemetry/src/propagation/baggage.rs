@@ -18,11 +18,7 @@ const MAX_BYTES: usize = 8192;
 const MAX_MEMBERS: usize = 64;
 
 /// Everything but letters, digits and `-._~` is percent-encoded in a value.
-const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
-    .remove(b'-')
-    .remove(b'.')
-    .remove(b'_')
-    .remove(b'~');
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Reads and writes `baggage`. Malformed members are skipped, the others kept.
 #[derive(Debug, Clone, Copy)]
@@ -33,11 +29,7 @@ impl TextMapPropagator for BaggagePropagator {
         let mut header = String::new();
         for (key, (value, metadata)) in cx.baggage() {
             let encoded = utf8_percent_encode(value.as_str(), ENCODED);
-            let properties = if metadata.as_str().is_empty() {
-                ""
-            } else {
-                ";"
-            };
+            let properties = if metadata.as_str().is_empty() { "" } else { ";" };
             let member = format!("{key}={encoded}{properties}{}", metadata.as_str());
             if header.len() + member.len() < MAX_BYTES {
                 if !header.is_empty() {
@@ -61,11 +53,7 @@ impl TextMapPropagator for BaggagePropagator {
         for (key, value, properties) in members.filter_map(parse_member).take(MAX_MEMBERS) {
             baggage.insert_with_metadata(key.to_owned(), value, properties);
         }
-        if baggage.is_empty() {
-            cx.clone()
-        } else {
-            cx.with_baggage(baggage)
-        }
+        if baggage.is_empty() { cx.clone() } else { cx.with_baggage(baggage) }
     }
 
     fn fields(&self) -> FieldIter<'_> {
@@ -106,10 +94,7 @@ mod tests {
     }
 
     fn members(cx: &Context) -> BTreeMap<String, String> {
-        cx.baggage()
-            .iter()
-            .map(|(k, (v, _))| (k.to_string(), v.to_string()))
-            .collect()
+        cx.baggage().iter().map(|(k, (v, _))| (k.to_string(), v.to_string())).collect()
     }
 
     fn injected(cx: &Context) -> String {
@@ -122,34 +107,18 @@ mod tests {
     fn members_of_all_lines_are_read() {
         let cx = extract(&["tenant=blue , user = a%20b", "region=eu;ttl=5; p"]);
         let expected = [("region", "eu"), ("tenant", "blue"), ("user", "a b")];
-        assert_eq!(
-            members(&cx),
-            expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into()
-        );
+        assert_eq!(members(&cx), expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
         let (_, metadata) = cx.baggage().get_with_metadata("region").unwrap();
         assert_eq!(metadata.as_str(), "ttl=5; p");
     }
 
     #[test]
     fn malformed_members_are_skipped() {
-        for malformed in [
-            "",
-            "x",
-            "=v",
-            "a b=v",
-            "k=v v",
-            "k=\"v\"",
-            "k=a\\b",
-            "k=é",
-            "k(=v",
-            "k=v;p\r\nx: y",
-        ] {
+        for malformed in
+            ["", "x", "=v", "a b=v", "k=v v", "k=\"v\"", "k=a\\b", "k=é", "k(=v", "k=v;p\r\nx: y"]
+        {
             let cx = extract(&[malformed, "ok=1"]);
-            assert_eq!(
-                members(&cx),
-                [("ok".to_owned(), "1".to_owned())].into(),
-                "{malformed:?}"
-            );
+            assert_eq!(members(&cx), [("ok".to_owned(), "1".to_owned())].into(), "{malformed:?}");
         }
     }
 
@@ -168,16 +137,10 @@ mod tests {
     fn limits_hold_in_both_directions() {
         let too_long = format!("k={}", "v".repeat(MAX_BYTES));
         assert!(members(&extract(&[&too_long])).is_empty());
-        let too_many = (0..100)
-            .map(|i| format!("k{i}=v"))
-            .collect::<Vec<_>>()
-            .join(",");
+        let too_many = (0..100).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
         // Three times as long once encoded again: what doesn't fit is left out.
-        let grows = (0..64)
-            .map(|i| format!("k{i}={}", "!".repeat(100)))
-            .collect::<Vec<_>>()
-            .join(",");
+        let grows = (0..64).map(|i| format!("k{i}={}", "!".repeat(100))).collect::<Vec<_>>().join(",");
         assert!(injected(&extract(&[&grows])).len() <= MAX_BYTES);
     }
 

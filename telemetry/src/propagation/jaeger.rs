@@ -67,26 +67,13 @@ mod tests {
     #[test]
     fn header_is_read() {
         for (header, sampled) in [
-            (
-                "4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:1",
-                true,
-            ),
-            (
-                "4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:0",
-                false,
-            ),
+            ("4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:1", true),
+            ("4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:0", false),
             ("4BF92F3577B34DA6A3CE929D0E0E4736:f067aa0ba902b7::2", true),
-            (
-                "4bf92f3577b34da6a3ce929d0e0e4736%3A00f067aa0ba902b7%3A0%3a01",
-                true,
-            ),
+            ("4bf92f3577b34da6a3ce929d0e0e4736%3A00f067aa0ba902b7%3A0%3a01", true),
         ] {
             let remote = parse(header).unwrap();
-            assert_eq!(
-                remote.trace_id().to_string(),
-                "4bf92f3577b34da6a3ce929d0e0e4736",
-                "{header}"
-            );
+            assert_eq!(remote.trace_id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736", "{header}");
             assert_eq!(remote.span_id().to_string(), "00f067aa0ba902b7", "{header}");
             assert_eq!(remote.is_sampled(), sampled, "{header}");
         }
@@ -117,14 +104,8 @@ mod tests {
     fn header_is_written() {
         let remote = parse("4bf92f3577b34da6a3ce929d0e0e4736:f067aa0ba902b7:7:3").unwrap();
         let mut headers = HashMap::new();
-        JaegerPropagator.inject_context(
-            &Context::new().with_remote_span_context(remote),
-            &mut headers,
-        );
-        assert_eq!(
-            headers["uber-trace-id"],
-            "4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:1"
-        );
+        JaegerPropagator.inject_context(&Context::new().with_remote_span_context(remote), &mut headers);
+        assert_eq!(headers["uber-trace-id"], "4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:1");
     }
 
     proptest! {

@@ -105,12 +105,7 @@ mod testing {
         }
 
         fn get_all(&self, key: &str) -> Option<Vec<&str>> {
-            let lines: Vec<_> = self
-                .0
-                .iter()
-                .filter(|(name, _)| *name == key)
-                .map(|(_, v)| *v)
-                .collect();
+            let lines: Vec<_> = self.0.iter().filter(|(name, _)| *name == key).map(|(_, v)| *v).collect();
             (!lines.is_empty()).then_some(lines)
         }
     }

@@ -34,9 +34,7 @@ impl TextMapPropagator for TraceContextPropagator {
         injector.set(TRACEPARENT, traceparent(span_context));
 
         let tracestate = match cx.get::<LongVendorTraceState>() {
-            Some(verbatim) if verbatim.trace_id == span_context.trace_id() => {
-                verbatim.header.clone()
-            }
+            Some(verbatim) if verbatim.trace_id == span_context.trace_id() => verbatim.header.clone(),
             _ => span_context.trace_state().header(),
         };
         // An empty `tracestate` is legal to receive, but "SHOULD NOT" be sent (section 3.3.1.1).
@@ -58,25 +56,19 @@ impl TextMapPropagator for TraceContextPropagator {
         let lines = extractor.get_all(TRACESTATE).unwrap_or_default();
         let members = parse_tracestate(&lines).unwrap_or_default();
         let trace_state = TraceState::from_key_value(members.iter().copied());
-        let remote = |state| {
-            cx.with_remote_span_context(SpanContext::new(trace_id, span_id, flags, true, state))
-        };
+        let remote =
+            |state| cx.with_remote_span_context(SpanContext::new(trace_id, span_id, flags, true, state));
         match trace_state {
             Ok(trace_state) => remote(trace_state),
             Err(_) => {
-                let header = members
-                    .iter()
-                    .map(|(k, v)| format!("{k}={v}"))
-                    .collect::<Vec<_>>()
-                    .join(",");
+                let header = members.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(",");
                 remote(TraceState::NONE).with_value(LongVendorTraceState { trace_id, header })
             }
         }
     }
 
     fn fields(&self) -> FieldIter<'_> {
-        static FIELDS: LazyLock<[String; 2]> =
-            LazyLock::new(|| [TRACEPARENT.into(), TRACESTATE.into()]);
+        static FIELDS: LazyLock<[String; 2]> = LazyLock::new(|| [TRACEPARENT.into(), TRACESTATE.into()]);
         FieldIter::new(FIELDS.as_slice())
     }
 }
@@ -118,13 +110,7 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let known_flags = match version {
         0x00 if value.len() == VERSION_00_LENGTH => KNOWN_FLAGS,
         // A later version may have more fields, each after a dash; of its flags only the first is known.
-        0x01..=0xfe
-            if value
-                .get(VERSION_00_LENGTH)
-                .is_none_or(|&next| next == b'-') =>
-        {
-            0b1
-        }
+        0x01..=0xfe if value.get(VERSION_00_LENGTH).is_none_or(|&next| next == b'-') => 0b1,
         _ => return None,
     };
     let trace_id = TraceId::from_bytes(lower_hex(&value[3..35])?);
@@ -157,8 +143,7 @@ fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
 /// conformance cases; what level 2 allows beyond that, nobody sends.
 fn is_key(key: &str) -> bool {
     fn is_part(part: &str, max_length: usize) -> bool {
-        let first_is_legal =
-            part.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+        let first_is_legal = part.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
         let is_legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-*/".contains(&b);
         first_is_legal && part.len() <= max_length && part.bytes().all(is_legal)
     }
@@ -171,9 +156,7 @@ fn is_key(key: &str) -> bool {
 /// Printable ASCII without `,` and `=`; the end has no space, as it was trimmed.
 fn is_value(value: &str) -> bool {
     (1..=256).contains(&value.len())
-        && value
-            .bytes()
-            .all(|b| matches!(b, 0x20..=0x7e) && b != b',' && b != b'=')
+        && value.bytes().all(|b| matches!(b, 0x20..=0x7e) && b != b',' && b != b'=')
 }
 
 /// Optional white space of RFC 9110 section 5.6.3: spaces and tabs, nothing else.
@@ -195,10 +178,7 @@ mod tests {
     }
 
     fn joins_the_trace(traceparent: &str) -> bool {
-        extract(&[("traceparent", traceparent)])
-            .span()
-            .span_context()
-            .is_valid()
+        extract(&[("traceparent", traceparent)]).span().span_context().is_valid()
     }
 
     /// What a service that received these headers sends on.
@@ -220,9 +200,7 @@ mod tests {
         headers.extend(lines.iter().map(|line| ("tracestate", *line)));
         let sent = resent(&headers);
         assert_eq!(sent[0].1, VALID, "tracestate must never harm traceparent");
-        sent.get(1)
-            .map(|(_, value)| value.clone())
-            .unwrap_or_default()
+        sent.get(1).map(|(_, value)| value.clone()).unwrap_or_default()
     }
 
     #[test]
@@ -230,20 +208,13 @@ mod tests {
         let cx = extract(&[("traceparent", VALID)]);
         let span = cx.span();
         assert_eq!(span.span_context().trace_id().to_string(), TRACE_ID);
-        assert_eq!(
-            span.span_context().span_id().to_string(),
-            "1234567890123456"
-        );
+        assert_eq!(span.span_context().span_id().to_string(), "1234567890123456");
         assert!(span.span_context().is_sampled() && span.span_context().is_remote());
     }
 
     #[test]
     fn surrounding_white_space_is_ignored() {
-        for padded in [
-            format!(" {VALID}"),
-            format!("\t{VALID}"),
-            format!("{VALID} \t"),
-        ] {
+        for padded in [format!(" {VALID}"), format!("\t{VALID}"), format!("{VALID} \t")] {
             assert!(joins_the_trace(&padded), "{padded:?}");
         }
         assert!(!joins_the_trace(&format!("{VALID}\n")));
@@ -260,10 +231,7 @@ mod tests {
     #[test]
     fn similar_header_names_are_not_traceparent() {
         for name in ["trace-parent", "trace.parent", "traceparents"] {
-            assert!(
-                !extract(&[(name, VALID)]).span().span_context().is_valid(),
-                "{name}"
-            );
+            assert!(!extract(&[(name, VALID)]).span().span_context().is_valid(), "{name}");
         }
     }
 
@@ -328,19 +296,9 @@ mod tests {
 
     #[test]
     fn only_known_flags_are_sent_on() {
-        let with_flags =
-            |flags| format!("00-12345678901234567890123456789012-1234567890123456-{flags}");
-        for (received, sent) in [
-            ("00", "00"),
-            ("02", "02"),
-            ("03", "03"),
-            ("ff", "03"),
-            ("08", "00"),
-        ] {
-            assert_eq!(
-                resent(&[("traceparent", &with_flags(received))])[0].1,
-                with_flags(sent)
-            );
+        let with_flags = |flags| format!("00-12345678901234567890123456789012-1234567890123456-{flags}");
+        for (received, sent) in [("00", "00"), ("02", "02"), ("03", "03"), ("ff", "03"), ("08", "00")] {
+            assert_eq!(resent(&[("traceparent", &with_flags(received))])[0].1, with_flags(sent));
         }
     }
 
@@ -389,14 +347,8 @@ mod tests {
 
     #[test]
     fn all_legal_characters_of_tracestate_are_kept() {
-        let value: String = (0x20..=0x7eu8)
-            .filter(|b| !b",=".contains(b))
-            .map(char::from)
-            .collect();
-        for key in [
-            "abcdefghijklmnopqrstuvwxyz0123456789_-*/",
-            "0a-z0-9_-*/@a-z0-9_-*/",
-        ] {
+        let value: String = (0x20..=0x7eu8).filter(|b| !b",=".contains(b)).map(char::from).collect();
+        for key in ["abcdefghijklmnopqrstuvwxyz0123456789_-*/", "0a-z0-9_-*/@a-z0-9_-*/"] {
             let member = format!("{key}={value}");
             assert_eq!(tracestate_of(&[&member]), member);
         }
@@ -404,12 +356,7 @@ mod tests {
 
     #[test]
     fn limits_of_tracestate_are_kept_to_the_character() {
-        let members = |n: usize| {
-            (1..=n)
-                .map(|i| format!("k{i}={i}"))
-                .collect::<Vec<_>>()
-                .join(",")
-        };
+        let members = |n: usize| (1..=n).map(|i| format!("k{i}={i}")).collect::<Vec<_>>().join(",");
         assert_eq!(tracestate_of(&[&members(32)]), members(32));
         assert_eq!(tracestate_of(&[&members(33)]), "");
 
@@ -417,8 +364,7 @@ mod tests {
         assert_eq!(tracestate_of(&[&key(256)]), key(256));
         assert_eq!(tracestate_of(&[&key(257)]), "");
 
-        let vendor_key =
-            |tenant, vendor| format!("{}@{}=1", "t".repeat(tenant), "v".repeat(vendor));
+        let vendor_key = |tenant, vendor| format!("{}@{}=1", "t".repeat(tenant), "v".repeat(vendor));
         assert_eq!(tracestate_of(&[&vendor_key(241, 14)]), vendor_key(241, 14));
         assert_eq!(tracestate_of(&[&vendor_key(242, 1)]), "");
         assert_eq!(tracestate_of(&[&vendor_key(1, 15)]), "");

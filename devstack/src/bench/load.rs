@@ -1,0 +1,171 @@
+//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are
+//! answered. It writes and reads HTTP by hand, so that it costs little beside what it measures.
+
+use anyhow::{Result, ensure};
+use std::{net::SocketAddr, time::Duration};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+const BODY: &str = r#"{"mobile":"13800138000"}"#;
+const WARM_UP: u64 = 2;
+
+/// A load on the service.
+pub struct Load {
+    /// Logins a second over all connections; `None` for as many as are answered.
+    pub rate: Option<u32>,
+    /// Connections at the same time.
+    pub connections: usize,
+    /// How long to measure.
+    pub seconds: u64,
+}
+
+/// What was answered.
+pub struct Report {
+    /// Logins answered with 200.
+    pub logins: u64,
+    /// Logins answered otherwise.
+    pub failed: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// How long each took.
+    pub latencies: Latencies,
+}
+
+/// Latencies in buckets of a microsecond up to 100 ms, and one for all that is longer.
+pub struct Latencies {
+    buckets: Vec<u32>,
+}
+
+impl Load {
+    /// The same load, unmeasured, for two seconds.
+    ///
+    /// # Errors
+    /// If a connection breaks.
+    pub async fn warm_up(&self, address: SocketAddr) -> Result<Report> {
+        self.drive(address, WARM_UP).await
+    }
+
+    /// The load, measured.
+    ///
+    /// # Errors
+    /// If a connection breaks.
+    pub async fn run(&self, address: SocketAddr) -> Result<Report> {
+        self.drive(address, self.seconds).await
+    }
+
+    async fn drive(&self, address: SocketAddr, seconds: u64) -> Result<Report> {
+        let start = Instant::now() + Duration::from_millis(50);
+        let end = start + Duration::from_secs(seconds);
+        let mut connections = JoinSet::new();
+        for i in 0..self.connections {
+            // Each connection has its own beat, shifted against the others.
+            let beat =
+                self.rate.map(|rate| Duration::from_secs_f64(self.connections as f64 / f64::from(rate)));
+            let first = start + beat.unwrap_or_default().mul_f64(i as f64 / self.connections as f64);
+            connections.spawn(connection(address, beat, first, end));
+        }
+        let mut report = Report { logins: 0, failed: 0, seconds: 0.0, latencies: Latencies::new() };
+        while let Some(connection) = connections.join_next().await {
+            let one = connection??;
+            report.logins += one.logins;
+            report.failed += one.failed;
+            report.latencies.add(&one.latencies);
+        }
+        report.seconds = start.elapsed().as_secs_f64();
+        Ok(report)
+    }
+}
+
+async fn connection(
+    address: SocketAddr,
+    beat: Option<Duration>,
+    first: Instant,
+    end: Instant,
+) -> Result<Report> {
+    let mut connection = TcpStream::connect(address).await?;
+    connection.set_nodelay(true)?;
+    let request = format!(
+        "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n{BODY}",
+        BODY.len()
+    );
+    let mut report = Report { logins: 0, failed: 0, seconds: 0.0, latencies: Latencies::new() };
+    let mut buffer = Vec::with_capacity(4096);
+    let mut due = first;
+    loop {
+        // A login that is late because the one before it took long has been waiting since it was due.
+        let mut start = Instant::now();
+        if start < due {
+            sleep_until(due).await;
+            start = Instant::now();
+        } else if beat.is_some() {
+            start = due;
+        }
+        if start >= end {
+            return Ok(report);
+        }
+        connection.write_all(request.as_bytes()).await?;
+        if read_answer(&mut connection, &mut buffer).await? {
+            report.logins += 1;
+        } else {
+            report.failed += 1;
+        }
+        report.latencies.record(start.elapsed());
+        due = beat.map_or(due, |beat| due + beat);
+    }
+}
+
+/// Reads an answer with a `content-length`; whether its status is 200.
+async fn read_answer(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<bool> {
+    buffer.clear();
+    loop {
+        ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
+        let Some(head) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else {
+            continue;
+        };
+        let text = std::str::from_utf8(&buffer[..head])?;
+        let length = text.lines().find_map(|line| line.strip_prefix("content-length: "));
+        let length: usize = length.unwrap_or("0").parse()?;
+        let is_ok = text.starts_with("HTTP/1.1 200 ");
+        while buffer.len() < head + 4 + length {
+            ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
+        }
+        return Ok(is_ok);
+    }
+}
+
+impl Latencies {
+    const BUCKETS: usize = 100_000;
+
+    fn new() -> Self {
+        Self { buckets: vec![0; Self::BUCKETS] }
+    }
+
+    fn record(&mut self, latency: Duration) {
+        let bucket = usize::try_from(latency.as_micros()).unwrap_or(usize::MAX);
+        self.buckets[bucket.min(Self::BUCKETS - 1)] += 1;
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (mine, others) in self.buckets.iter_mut().zip(&other.buckets) {
+            *mine += others;
+        }
+    }
+
+    /// The latency that this fraction of logins did not exceed.
+    pub fn at(&self, quantile: f64) -> Duration {
+        let total: u64 = self.buckets.iter().copied().map(u64::from).sum();
+        let mut rest = (total as f64 * quantile) as u64;
+        for (microseconds, count) in self.buckets.iter().enumerate() {
+            match rest.checked_sub(u64::from(*count)) {
+                Some(less) => rest = less,
+                None => return Duration::from_micros(microseconds as u64),
+            }
+        }
+        Duration::from_micros(Self::BUCKETS as u64)
+    }
+}
