@@ -10,7 +10,8 @@ use tokio::{
     time::Instant,
 };
 
-#[tokio::main]
+// One thread: see docs/decisions/0004-one-thread.md.
+#[tokio::main(flavor = "current_thread")]
 #[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 async fn main() -> ExitCode {
     let config = Config::load();

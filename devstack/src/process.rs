@@ -15,6 +15,7 @@ use std::{
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
+    task::JoinSet,
     time::timeout,
 };
 
@@ -29,6 +30,7 @@ pub struct Process {
     pub address: SocketAddr,
     child: Child,
     output: Output,
+    readers: JoinSet<()>,
 }
 
 /// Lines of standard output and standard error, as they come.
@@ -49,8 +51,9 @@ impl Process {
         command.envs(variables.iter().copied());
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
         let output = Output::default();
-        output.follow(child.stdout.take());
-        output.follow(child.stderr.take());
+        let mut readers = JoinSet::new();
+        readers.spawn(output.clone().follow(child.stdout.take()));
+        readers.spawn(output.clone().follow(child.stderr.take()));
 
         let address = poll(PATIENCE, async || {
             let said = output.find("listening");
@@ -58,7 +61,7 @@ impl Process {
             address.map(Ok).or_else(|| child.try_wait().transpose().map(Err))
         });
         match address.await {
-            Some(Ok(address)) => Ok(Self { name, address, child, output }),
+            Some(Ok(address)) => Ok(Self { name, address, child, output, readers }),
             Some(Err(exit)) => bail!("{name} ended with {exit:?}:\n{}", output.text()),
             None => bail!("{name} does not listen:\n{}", output.text()),
         }
@@ -130,13 +133,14 @@ impl Process {
         self.exit().await
     }
 
-    /// Waits for the end.
+    /// Waits for the end, and until everything it said is read.
     ///
     /// # Errors
     /// If it does not end.
     pub async fn exit(&mut self) -> Result<ExitStatus> {
         let exit = timeout(PATIENCE, self.child.wait()).await;
         let exit = exit.with_context(|| format!("{} does not end:\n{}", self.name, self.output.text()))?;
+        while self.readers.join_next().await.is_some() {}
         Ok(exit?)
     }
 
@@ -150,17 +154,14 @@ impl Process {
 }
 
 impl Output {
-    fn follow(&self, stream: Option<impl AsyncRead + Unpin + Send + 'static>) {
+    async fn follow(self, stream: Option<impl AsyncRead + Unpin>) {
         let Some(stream) = stream else {
             return;
         };
-        let lines = self.0.clone();
-        tokio::spawn(async move {
-            let mut stream = BufReader::new(stream).lines();
-            while let Ok(Some(line)) = stream.next_line().await {
-                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-            }
-        });
+        let mut stream = BufReader::new(stream).lines();
+        while let Ok(Some(line)) = stream.next_line().await {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        }
     }
 
     fn find(&self, text: &str) -> Option<String> {

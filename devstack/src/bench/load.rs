@@ -99,14 +99,14 @@ async fn connection(
     loop {
         // A login that is late because the one before it took long has been waiting since it was due.
         let mut start = Instant::now();
+        if due.max(start) >= end {
+            return Ok(report);
+        }
         if start < due {
             sleep_until(due).await;
             start = Instant::now();
         } else if beat.is_some() {
             start = due;
-        }
-        if start >= end {
-            return Ok(report);
         }
         connection.write_all(request.as_bytes()).await?;
         if read_answer(&mut connection, &mut buffer).await? {
