@@ -10,11 +10,13 @@
 //! We write exactly this and read more: see [`LoginMessage::from_json`].
 
 use opentelemetry::propagation::{Extractor, Injector};
-use serde_json::{Map, Value, json};
-use std::fmt;
+use serde::Serialize;
+use serde_json::Value;
+use std::{collections::BTreeMap, fmt};
 
 /// A login that happened, with the trace context of its producer span.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "PascalCase")]
 pub struct LoginMessage {
     /// Where the trace context travels inside the body.
     pub carrier: HeaderCarrier,
@@ -57,9 +59,7 @@ impl LoginMessageError {
 impl LoginMessage {
     /// The body to publish: `Carrier` is always an object, because a null crashes the Go side.
     pub fn to_json(&self) -> Vec<u8> {
-        let carrier: Map<String, Value> =
-            self.carrier.0.iter().map(|(key, values)| (key.clone(), json!(values))).collect();
-        json!({ "Carrier": carrier, "Msg": self.msg }).to_string().into_bytes()
+        serde_json::to_vec(self).expect("strings are always JSON")
     }
 
     /// Reads a body as tolerantly as is safe.
@@ -85,9 +85,9 @@ impl LoginMessage {
 }
 
 /// Go's `propagation.HeaderCarrier`, that is `http.Header`: canonical header names, each with a list
-/// of values.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct HeaderCarrier(Vec<(String, Vec<String>)>);
+/// of values. Written in the order of names, as Go does.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct HeaderCarrier(BTreeMap<String, Vec<String>>);
 
 impl HeaderCarrier {
     fn from_json(carrier: Option<&Value>) -> Self {
@@ -105,7 +105,7 @@ impl HeaderCarrier {
 
 impl Injector for HeaderCarrier {
     fn set(&mut self, key: &str, value: String) {
-        self.0.push((canonical_header_name(key), vec![value]));
+        self.0.insert(canonical_header_name(key), vec![value]);
     }
 }
 
@@ -115,7 +115,7 @@ impl Extractor for HeaderCarrier {
     }
 
     fn keys(&self) -> Vec<&str> {
-        self.0.iter().map(|(name, _)| name.as_str()).collect()
+        self.0.keys().map(String::as_str).collect()
     }
 
     /// Every value, across names that differ in case only: two of a kind must be seen as two.

@@ -117,7 +117,7 @@ where
                 }
             }
         }
-        let cx = parent.with_span(span);
+        let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers());
 
@@ -218,7 +218,7 @@ where
             return Box::pin(async { Ok(response.await?.map(|body| TracedBody::new(body, None))) });
         }
         let parent = crate::extract(&Headers(request.headers()));
-        let cx = parent.with_span(self.layer.start_span(&request, &parent));
+        let cx = crate::with_span(&parent, self.layer.start_span(&request, &parent));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Server, request.headers());
 
         let response = {

@@ -86,7 +86,7 @@ where
 
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let parent = crate::extract(&Headers(request.headers()));
-        let cx = parent.with_span(start_span(&self.tracer, &request, &parent));
+        let cx = crate::with_span(&parent, start_span(&self.tracer, &request, &parent));
         let span = HttpServerSpan { cx: cx.clone(), ended: false, is_head: request.method() == Method::HEAD };
 
         let response = {
@@ -187,8 +187,6 @@ enum Outcome {
 
 impl HttpServerSpan {
     fn respond<B: Body>(self, mut response: Response<B>) -> Response<TracedBody<B, Self>> {
-        static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-
         let status = response.status();
         let span = self.cx.span();
         if span.is_recording() {
@@ -297,6 +295,8 @@ fn without_long_numbers(text: &str) -> String {
     kept
 }
 
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
 /// HTTP headers, which gRPC calls metadata, as the carrier of a context to read.
 pub struct Headers<'a>(pub &'a HeaderMap);
 
@@ -310,7 +310,8 @@ impl Extractor for Headers<'_> {
     }
 
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
-        self.0.contains_key(key).then(|| self.0.get_all(key).iter().map(text).collect())
+        let lines: Vec<&str> = self.0.get_all(key).iter().map(text).collect();
+        (!lines.is_empty()).then_some(lines)
     }
 }
 
@@ -324,8 +325,14 @@ pub struct HeadersMut<'a>(pub &'a mut HeaderMap);
 
 impl Injector for HeadersMut<'_> {
     fn set(&mut self, key: &str, value: String) {
+        let name = match key {
+            "traceparent" => Ok(TRACEPARENT.clone()),
+            other => HeaderName::try_from(other),
+        };
         // A value with a line break would not be a header; it is left out.
-        if let (Ok(name), Ok(value)) = (HeaderName::try_from(key), HeaderValue::try_from(value)) {
+        if let (Ok(name), Ok(mut value)) = (name, HeaderValue::try_from(value)) {
+            // No two are the same: kept in HTTP/2's table they would only displace what is worth it.
+            value.set_sensitive(true);
             self.0.insert(name, value);
         }
     }

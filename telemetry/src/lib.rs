@@ -35,10 +35,28 @@ pub use config::{Config, ConfigError};
 pub use export::SpanCounts;
 pub use telemetry::Telemetry;
 
+/// For the benchmark of this crate only.
+#[doc(hidden)]
+pub mod bench {
+    /// Encodes spans one by one, as the exporter does.
+    #[derive(Default)]
+    pub struct SpanEncoder(Vec<u8>);
+
+    impl SpanEncoder {
+        /// The encoded span.
+        pub fn encode(&mut self, span: &opentelemetry_sdk::trace::SpanData) -> &[u8] {
+            self.0.clear();
+            crate::export::otlp::encode_span(&mut self.0, span, None);
+            &self.0
+        }
+    }
+}
+
 use opentelemetry::{
     Context, InstrumentationScope,
-    global::{self, BoxedTracer},
+    global::{self, BoxedSpan, BoxedTracer},
     propagation::{Extractor, Injector},
+    trace::{Span, TraceContextExt},
 };
 
 /// The tracer of the edge spans.
@@ -48,6 +66,15 @@ pub(crate) fn tracer() -> BoxedTracer {
         .with_schema_url(semconv::SCHEMA_URL)
         .build();
     global::tracer_with_scope(scope)
+}
+
+/// The context inside of a span. One that isn't recorded is only carried on, which costs less.
+pub(crate) fn with_span(parent: &Context, span: BoxedSpan) -> Context {
+    if span.is_recording() {
+        parent.with_span(span)
+    } else {
+        parent.with_remote_span_context(span.span_context().clone())
+    }
 }
 
 /// The context that came with a request, by the propagators in force.
