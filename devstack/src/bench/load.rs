@@ -31,13 +31,8 @@ pub struct Report {
     pub failed: u64,
     /// How long it took.
     pub seconds: f64,
-    /// How long each took.
-    pub latencies: Latencies,
-}
-
-/// Latencies in buckets of a microsecond up to 100 ms, and one for all that is longer.
-pub struct Latencies {
-    buckets: Vec<u32>,
+    /// How long each took, by the second in which it was due.
+    pub latencies: Vec<Vec<Duration>>,
 }
 
 impl Load {
@@ -59,21 +54,22 @@ impl Load {
 
     async fn drive(&self, address: SocketAddr, seconds: u64) -> Result<Report> {
         let start = Instant::now() + Duration::from_millis(50);
-        let end = start + Duration::from_secs(seconds);
         let mut connections = JoinSet::new();
         for i in 0..self.connections {
             // Each connection has its own beat, shifted against the others.
             let beat =
                 self.rate.map(|rate| Duration::from_secs_f64(self.connections as f64 / f64::from(rate)));
             let first = start + beat.unwrap_or_default().mul_f64(i as f64 / self.connections as f64);
-            connections.spawn(connection(address, beat, first, end));
+            connections.spawn(connection(address, beat, first, start, seconds));
         }
-        let mut report = Report { logins: 0, failed: 0, seconds: 0.0, latencies: Latencies::new() };
+        let mut report = Report::new(seconds);
         while let Some(connection) = connections.join_next().await {
             let one = connection??;
             report.logins += one.logins;
             report.failed += one.failed;
-            report.latencies.add(&one.latencies);
+            for (all, one) in report.latencies.iter_mut().zip(&one.latencies) {
+                all.extend(one);
+            }
         }
         report.seconds = start.elapsed().as_secs_f64();
         Ok(report)
@@ -84,8 +80,10 @@ async fn connection(
     address: SocketAddr,
     beat: Option<Duration>,
     first: Instant,
-    end: Instant,
+    begin: Instant,
+    seconds: u64,
 ) -> Result<Report> {
+    let end = begin + Duration::from_secs(seconds);
     let mut connection = TcpStream::connect(address).await?;
     connection.set_nodelay(true)?;
     let request = format!(
@@ -93,7 +91,7 @@ async fn connection(
          content-length: {}\r\n\r\n{BODY}",
         BODY.len()
     );
-    let mut report = Report { logins: 0, failed: 0, seconds: 0.0, latencies: Latencies::new() };
+    let mut report = Report::new(seconds);
     let mut buffer = Vec::with_capacity(4096);
     let mut due = first;
     loop {
@@ -114,7 +112,9 @@ async fn connection(
         } else {
             report.failed += 1;
         }
-        report.latencies.record(start.elapsed());
+        let second = usize::try_from(start.saturating_duration_since(begin).as_secs())?;
+        let last = report.latencies.len() - 1;
+        report.latencies[second.min(last)].push(start.elapsed());
         due = beat.map_or(due, |beat| due + beat);
     }
 }
@@ -138,34 +138,8 @@ async fn read_answer(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result
     }
 }
 
-impl Latencies {
-    const BUCKETS: usize = 100_000;
-
-    fn new() -> Self {
-        Self { buckets: vec![0; Self::BUCKETS] }
-    }
-
-    fn record(&mut self, latency: Duration) {
-        let bucket = usize::try_from(latency.as_micros()).unwrap_or(usize::MAX);
-        self.buckets[bucket.min(Self::BUCKETS - 1)] += 1;
-    }
-
-    fn add(&mut self, other: &Self) {
-        for (mine, others) in self.buckets.iter_mut().zip(&other.buckets) {
-            *mine += others;
-        }
-    }
-
-    /// The latency that this fraction of logins did not exceed.
-    pub fn at(&self, quantile: f64) -> Duration {
-        let total: u64 = self.buckets.iter().copied().map(u64::from).sum();
-        let mut rest = (total as f64 * quantile) as u64;
-        for (microseconds, count) in self.buckets.iter().enumerate() {
-            match rest.checked_sub(u64::from(*count)) {
-                Some(less) => rest = less,
-                None => return Duration::from_micros(microseconds as u64),
-            }
-        }
-        Duration::from_micros(Self::BUCKETS as u64)
+impl Report {
+    fn new(seconds: u64) -> Self {
+        Self { logins: 0, failed: 0, seconds: 0.0, latencies: (0..seconds).map(|_| Vec::new()).collect() }
     }
 }
