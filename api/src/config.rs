@@ -82,7 +82,8 @@ impl Config {
     /// # Errors
     /// If it is too short; [`Config::load`] has seen to that.
     pub fn access_secret(&self) -> Result<Option<&[u8]>, String> {
-        match self.access_secret.as_deref() {
+        // Unset and empty are the same, as compose files need it.
+        match self.access_secret.as_deref().filter(|secret| !secret.is_empty()) {
             Some(secret) if secret.len() < 32 => {
                 Err("ACCESS_SECRET: at least 32 bytes are needed".to_owned())
             }

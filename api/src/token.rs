@@ -41,7 +41,7 @@ impl TokenIssuer {
     /// A token that says who the user is; it holds no mobile number.
     pub fn issue(&self, user_id: u64) -> Token {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let expires = now + self.lifetime.as_secs();
+        let expires = now.saturating_add(self.lifetime.as_secs());
         let claims = Claims { sub: user_id.to_string(), iat: now, exp: expires };
 
         let encode = |bytes: &[u8]| BASE64_URL_SAFE_NO_PAD.encode(bytes);
@@ -51,7 +51,7 @@ impl TokenIssuer {
         Token {
             access_token: format!("{signed}.{}", encode(&signature)),
             expires,
-            refresh_after: now + self.lifetime.as_secs() / 2,
+            refresh_after: now.saturating_add(self.lifetime.as_secs() / 2),
         }
     }
 }

@@ -155,6 +155,36 @@ async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_never_answers_is_given_up_after_the_timeout_that_is_set() -> Result<()> {
+    let black_hole = TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("http://{}", black_hole.local_addr()?);
+    for variables in [
+        vec![("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()), ("OTEL_EXPORTER_OTLP_TIMEOUT", "100")],
+        vec![
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &url),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "100"),
+        ],
+        vec![
+            ("OTEL_TRACES_EXPORTER", "zipkin"),
+            ("OTEL_EXPORTER_ZIPKIN_ENDPOINT", &url),
+            ("OTEL_EXPORTER_ZIPKIN_TIMEOUT", "100"),
+        ],
+        vec![("OTEL_EXPORTER_OTLP_ENDPOINT", &url), ("OTEL_BSP_EXPORT_TIMEOUT", "100")],
+    ] {
+        let variables: Vec<_> =
+            variables.into_iter().map(|(variable, value)| ("*", variable, value)).collect();
+        let stack = Stack::start(&variables).await?;
+        let start = Instant::now();
+        stack.login(KNOWN_MOBILE, &[]).await?;
+        stack.api.said(WARNING).await?;
+        // The defaults are 10 and 30 seconds.
+        assert!(start.elapsed() < Duration::from_secs(8), "{variables:?}: {:?}", start.elapsed());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_restarts_is_found_again() -> Result<()> {
     let first = Receiver::start().await?;
     let address = first.grpc;

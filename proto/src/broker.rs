@@ -60,11 +60,6 @@ impl Backoff {
         Self { next: Self::FIRST }
     }
 
-    /// After a success: the next pause is the shortest again.
-    pub fn reset(&mut self) {
-        self.next = Self::FIRST;
-    }
-
     /// Waits, and makes the next pause twice as long.
     pub async fn pause(&mut self) {
         let pause = self.next.mul_f64(0.5 + 0.5 * fastrand::f64());

@@ -603,15 +603,29 @@ mod tests {
 
     #[test]
     fn limits_fall_back_to_the_general_ones() {
-        let config = read(&[
-            ("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"),
-            ("OTEL_SPAN_EVENT_COUNT_LIMIT", "3"),
-            ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100"),
-        ])
-        .unwrap();
+        let config =
+            read(&[("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"), ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100")])
+                .unwrap();
         assert_eq!(config.limits.max_attributes_per_span, 7);
-        assert_eq!(config.limits.max_events_per_span, 3);
         assert_eq!(config.batch.value_length_limit, Some(100));
+    }
+
+    #[test]
+    fn every_limit_has_its_variable() {
+        let config = read(&[
+            ("OTEL_ATTRIBUTE_COUNT_LIMIT", "99"),
+            ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "1"),
+            ("OTEL_SPAN_EVENT_COUNT_LIMIT", "2"),
+            ("OTEL_SPAN_LINK_COUNT_LIMIT", "3"),
+            ("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "4"),
+            ("OTEL_LINK_ATTRIBUTE_COUNT_LIMIT", "5"),
+        ]);
+        let limits = config.unwrap().limits;
+        assert_eq!(limits.max_attributes_per_span, 1);
+        assert_eq!(limits.max_events_per_span, 2);
+        assert_eq!(limits.max_links_per_span, 3);
+        assert_eq!(limits.max_attributes_per_event, 4);
+        assert_eq!(limits.max_attributes_per_link, 5);
     }
 
     #[test]

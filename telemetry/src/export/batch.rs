@@ -298,7 +298,10 @@ impl Worker {
                 self.queue.exported.fetch_add(count - rejected, Relaxed);
                 self.queue.dropped.fetch_add(rejected, Relaxed);
             }
-            Ok(None) | Err(_) => {
+            given_up => {
+                if given_up.is_err() {
+                    self.warn("no success within OTEL_BSP_EXPORT_TIMEOUT");
+                }
                 self.queue.dropped.fetch_add(count, Relaxed);
                 if let Some(outage) = &mut self.outage {
                     outage.dropped += count;

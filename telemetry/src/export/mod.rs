@@ -1,8 +1,8 @@
 //! From an ended span to the wire.
 //!
 //! A span is encoded the moment it ends, into the batch that will be sent: what waits in memory is the
-//! message itself. Compared with queueing the SDK's structures and converting them later, this is
-//! a fifth of the memory and half of the work (docs/decisions/0002-exporter.md).
+//! message itself. To queue the SDK's structures and convert them later costs six times as much
+//! (docs/decisions/0002-exporter.md).
 //!
 //! - [`otlp`], [`zipkin`]: how a span looks on the wire
 //! - [`batch`]: the queue and the task that empties it

@@ -1,0 +1,93 @@
+//! What the documents name exists: files, tests, variables.
+
+use anyhow::{Context, Result};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/configuration.md"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn documents() -> Result<Vec<(PathBuf, String)>> {
+    let mut paths: Vec<_> = DOCUMENTS.iter().map(|name| root().join(name)).collect();
+    for entry in fs::read_dir(root().join("docs/decisions"))? {
+        paths.push(entry?.path());
+    }
+    paths.into_iter().map(|path| Ok((path.clone(), fs::read_to_string(path)?))).collect()
+}
+
+/// The parts of `text` between `open` and the next `close`.
+fn between<'a>(text: &'a str, open: &'a str, close: char) -> impl Iterator<Item = &'a str> {
+    text.split(open).skip(1).filter_map(move |rest| rest.split_once(close).map(|(part, _)| part))
+}
+
+#[test]
+fn links_lead_to_files() -> Result<()> {
+    let mut links = 0;
+    for (path, text) in documents()? {
+        for link in between(&text, "](", ')').filter(|link| !link.contains("://")) {
+            let file = link.split('#').next().unwrap_or_default();
+            let target = path.parent().context("a folder")?.join(file);
+            assert!(file.is_empty() || target.exists(), "{}: {link}", path.display());
+            links += 1;
+        }
+    }
+    assert!(links > 10, "{links}");
+    Ok(())
+}
+
+#[test]
+fn files_in_backticks_exist() -> Result<()> {
+    for (path, text) in documents()? {
+        let is_file = |code: &&str| {
+            let code = code.trim_end_matches('/');
+            !code.contains([' ', '{', '*', '…'])
+                && (code.ends_with(".rs") || code.ends_with(".md") || code.ends_with(".proto"))
+                && code.contains('/')
+        };
+        for file in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(is_file) {
+            assert!(root().join(file).exists(), "{}: {file}", path.display());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
+    let text = fs::read_to_string(root().join("docs/configuration.md"))?;
+    for file in ["telemetry", "api", "rpc", "mq"] {
+        let source = fs::read_to_string(root().join(file).join("src/config.rs"))?;
+        // As the tests' own text would be found, too, only what is before them counts.
+        let source = source.split("#[cfg(test)]").next().unwrap_or_default();
+        for variable in between(source, "\"", '"').filter(|name| is_variable(name)) {
+            let specific = variable.replace("OTEL_EXPORTER_OTLP_TRACES", "…_TRACES");
+            let found = text.contains(&format!("`{variable}`")) || text.contains(&format!("`{specific}`"));
+            assert!(found, "{variable} of {file} is not in docs/configuration.md");
+        }
+    }
+
+    let mut tests = 0;
+    for (file, test) in text.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")) {
+        let source = match file {
+            "telemetry" => root().join("telemetry/src/config.rs"),
+            file => root().join(format!("devstack/tests/{file}.rs")),
+        };
+        let source = fs::read_to_string(&source).with_context(|| source.display().to_string())?;
+        assert!(source.contains(&format!("fn {test}()")), "there is no {file}::{test}");
+        tests += 1;
+    }
+    assert!(tests > 20, "{tests}");
+    Ok(())
+}
+
+fn is_variable(name: &str) -> bool {
+    name.len() > 4
+        && name.contains('_')
+        && !name.ends_with('_')
+        && name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
+        && !["CLIENT_KEY", "CLIENT_CERTIFICATE"].contains(&name)
+}
