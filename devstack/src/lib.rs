@@ -5,7 +5,7 @@
 //! - [`process`]: the services as real processes
 //! - [`stack`]: all of them together, as the end-to-end tests use them
 //! - [`client`]: a small HTTP client
-//! - [`bench`]: what tracing costs
+//! - [`mod@bench`]: what tracing costs
 
 pub mod bench;
 pub mod client;
