@@ -1,0 +1,104 @@
+//! Every way in which a request can end, ends its span. A process of its own, because tracers are global.
+
+use axum::{Router, body::Body, routing::get};
+use http::Request;
+use opentelemetry::{Context, Value, global, trace::SpanKind};
+use opentelemetry_sdk::{
+    error::OTelSdkResult,
+    trace::{SdkTracerProvider, Span, SpanData, SpanProcessor},
+};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use telemetry::http::HttpServerLayer;
+use tokio::task;
+use tower::ServiceExt;
+
+/// Keeps the spans that ended.
+#[derive(Debug, Default, Clone)]
+struct Ended(Arc<Mutex<Vec<SpanData>>>);
+
+impl SpanProcessor for Ended {
+    fn on_start(&self, _: &mut Span, _: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        self.0.lock().unwrap().push(span);
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+impl Ended {
+    /// The only span that ended since the last call: its name, and its `error.type` if it has one.
+    fn one(&self) -> (String, Option<String>) {
+        let spans: Vec<_> = self.0.lock().unwrap().drain(..).collect();
+        let [span] = &spans[..] else { panic!("{spans:#?}") };
+        assert_eq!(span.span_kind, SpanKind::Server);
+        let error = span.attributes.iter().find(|attribute| attribute.key.as_str() == "error.type");
+        let error = error.map(|attribute| match &attribute.value {
+            Value::String(value) => value.to_string(),
+            other => panic!("{other:?}"),
+        });
+        (span.name.to_string(), error)
+    }
+
+    fn none(&self) {
+        assert!(self.0.lock().unwrap().is_empty());
+    }
+}
+
+fn request(path: &str) -> Request<Body> {
+    Request::get(path).body(Body::empty()).unwrap()
+}
+
+#[tokio::test]
+async fn every_end_of_a_request_ends_its_span_once() {
+    let ended = Ended::default();
+    global::set_tracer_provider(SdkTracerProvider::builder().with_span_processor(ended.clone()).build());
+    let app: Router = Router::new()
+        .route("/answer", get(async || "answer"))
+        .route("/fail", get(async || http::StatusCode::INTERNAL_SERVER_ERROR))
+        .route("/panic", get(async || -> &'static str { panic!("on purpose") }))
+        .route("/hang", get(async || std::future::pending::<&'static str>().await))
+        .layer(HttpServerLayer::new());
+
+    // With the last byte of the body, not with the return of the handler.
+    let response = app.clone().oneshot(request("/answer")).await.unwrap();
+    ended.none();
+    axum::body::to_bytes(response.into_body(), 100).await.unwrap();
+    assert_eq!(ended.one(), ("GET /answer".to_owned(), None));
+
+    // A body that nobody reads to its end.
+    drop(app.clone().oneshot(request("/answer")).await.unwrap());
+    assert_eq!(ended.one(), ("GET /answer".to_owned(), Some("cancelled".to_owned())));
+
+    // An answer without a body.
+    let response = app.clone().oneshot(request("/fail")).await.unwrap();
+    assert_eq!(ended.one(), ("GET /fail".to_owned(), Some("500".to_owned())));
+    drop(response);
+    ended.none();
+
+    // A handler that panics: the panic passes on.
+    let panicking = task::spawn(app.clone().oneshot(request("/panic")));
+    assert!(panicking.await.unwrap_err().is_panic());
+    assert_eq!(ended.one(), ("GET /panic".to_owned(), Some("panic".to_owned())));
+
+    // A caller that hangs up before there is an answer.
+    let hanging = task::spawn(app.clone().oneshot(request("/hang")));
+    task::yield_now().await;
+    ended.none();
+    hanging.abort();
+    assert!(hanging.await.unwrap_err().is_cancelled());
+    assert_eq!(ended.one(), ("GET /hang".to_owned(), Some("cancelled".to_owned())));
+
+    // A path that nobody knows.
+    drop(app.oneshot(request("/13800138000")).await.unwrap());
+    assert_eq!(ended.one(), ("GET".to_owned(), None));
+}
