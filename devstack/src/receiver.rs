@@ -2,6 +2,7 @@
 //! what was meant. It takes Zipkin's JSON as well.
 
 use crate::{
+    backend::{Rejected, ingest, ingest::Sink},
     poll,
     trace::{self, Span},
 };
@@ -10,27 +11,18 @@ use axum::{
     Router,
     body::Bytes,
     extract::State,
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, StatusCode},
     routing::post,
 };
-use flate2::read::GzDecoder;
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse,
-    trace_service_server::{TraceService, TraceServiceServer},
-};
-use prost::Message;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use serde_json::Value;
 use std::{
-    io::Read,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{
-    net::TcpListener,
-    runtime::{self, Runtime},
-};
-use tonic::{Request, Response, Status, codec::CompressionEncoding, transport::server::TcpIncoming};
+use tokio::runtime::{self, Runtime};
+use tonic::Status;
 
 /// How long a test waits for spans, at most.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -85,22 +77,14 @@ impl Receiver {
         let store = Store::default();
         let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let inside = runtime.enter();
-        let grpc = into_tokio(grpc)?;
-        let http = into_tokio("127.0.0.1:0".parse()?)?;
+        let grpc = ingest::listen(grpc)?;
+        let http = ingest::listen("127.0.0.1:0".parse()?)?;
         drop(inside);
         let addresses = (grpc.local_addr()?, http.local_addr()?);
 
-        let service = TraceServiceServer::new(store.clone())
-            .accept_compressed(CompressionEncoding::Gzip)
-            .max_decoding_message_size(64 * 1024 * 1024);
-        let grpc = tonic::transport::Server::builder()
-            .add_service(service)
-            .serve_with_incoming(TcpIncoming::from(grpc));
-        let router = Router::new()
-            .route("/v1/traces", post(otlp_http))
-            .route("/api/v2/spans", post(zipkin))
-            .with_state(store.clone());
-        runtime.spawn(grpc);
+        let router = ingest::http_routes(store.clone())
+            .merge(Router::new().route("/api/v2/spans", post(zipkin)).with_state(store.clone()));
+        runtime.spawn(ingest::serve_grpc(grpc, store.clone()));
         runtime.spawn(axum::serve(http, router).into_future());
         Ok(Self { grpc: addresses.0, http: addresses.1, store, runtime: Some(runtime) })
     }
@@ -180,43 +164,20 @@ impl Store {
     fn lock(&self) -> MutexGuard<'_, Received> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn take(&self, headers: HeaderMap, request: &ExportTraceServiceRequest) -> Result<(), Refusal> {
+impl Sink for Store {
+    fn take(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         let mut received = self.lock();
         received.requests.push(headers);
         if !received.refusals.is_empty() {
-            return Err(received.refusals.remove(0));
+            return Err(match received.refusals.remove(0) {
+                Refusal::Unavailable => Status::unavailable("refused"),
+                Refusal::Invalid => Status::invalid_argument("refused"),
+            });
         }
-        let spans = request.resource_spans.iter().flat_map(trace::spans);
-        received.spans.extend(spans);
-        Ok(())
-    }
-}
-
-#[tonic::async_trait]
-impl TraceService for Store {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let headers = request.metadata().clone().into_headers();
-        match self.take(headers, request.get_ref()) {
-            Ok(()) => Ok(Response::new(ExportTraceServiceResponse::default())),
-            Err(Refusal::Unavailable) => Err(Status::unavailable("refused")),
-            Err(Refusal::Invalid) => Err(Status::invalid_argument("refused")),
-        }
-    }
-}
-
-async fn otlp_http(State(store): State<Store>, headers: HeaderMap, body: Bytes) -> (StatusCode, Vec<u8>) {
-    let Some(request) = unzip(&headers, &body).and_then(|b| ExportTraceServiceRequest::decode(&b[..]).ok())
-    else {
-        return (StatusCode::BAD_REQUEST, Vec::new());
-    };
-    match store.take(headers, &request) {
-        Ok(()) => (StatusCode::OK, ExportTraceServiceResponse::default().encode_to_vec()),
-        Err(Refusal::Unavailable) => (StatusCode::SERVICE_UNAVAILABLE, Vec::new()),
-        Err(Refusal::Invalid) => (StatusCode::BAD_REQUEST, Vec::new()),
+        received.spans.extend(request.resource_spans.iter().flat_map(trace::spans));
+        Ok(Rejected::default())
     }
 }
 
@@ -226,21 +187,6 @@ async fn zipkin(State(store): State<Store>, body: Bytes) -> StatusCode {
     };
     store.lock().zipkin.extend(spans);
     StatusCode::ACCEPTED
-}
-
-fn into_tokio(address: SocketAddr) -> Result<TcpListener> {
-    let listener = std::net::TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    Ok(TcpListener::from_std(listener)?)
-}
-
-fn unzip(headers: &HeaderMap, body: &[u8]) -> Option<Vec<u8>> {
-    if headers.get(header::CONTENT_ENCODING).is_none_or(|encoding| encoding != "gzip") {
-        return Some(body.to_vec());
-    }
-    let mut unzipped = Vec::new();
-    GzDecoder::new(body).take(64 * 1024 * 1024).read_to_end(&mut unzipped).ok()?;
-    Some(unzipped)
 }
 
 /// Removes the indentation that all lines share, and blank lines around.
