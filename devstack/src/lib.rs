@@ -9,6 +9,7 @@
 //! - [`mod@bench`]: what tracing costs
 
 pub mod backend;
+mod background;
 pub mod bench;
 pub mod client;
 pub mod process;

@@ -3,6 +3,7 @@
 
 use crate::{
     backend::{Rejected, ingest, ingest::Sink},
+    background::Background,
     poll,
     trace::{self, Span},
 };
@@ -21,7 +22,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::runtime::{self, Runtime};
 use tonic::Status;
 
 /// How long a test waits for spans, at most.
@@ -34,8 +34,7 @@ pub struct Receiver {
     /// Where it listens for OTLP/HTTP (`/v1/traces`) and Zipkin (`/api/v2/spans`).
     pub http: SocketAddr,
     store: Store,
-    /// Its own, so that with the receiver its connections end, too.
-    runtime: Option<Runtime>,
+    _runtime: Background,
 }
 
 #[derive(Clone, Default)]
@@ -75,7 +74,7 @@ impl Receiver {
     /// If the address is in use.
     pub async fn start_at(grpc: SocketAddr) -> Result<Self> {
         let store = Store::default();
-        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let runtime = Background::start(1, 1)?;
         let inside = runtime.enter();
         let grpc = ingest::listen(grpc)?;
         let http = ingest::listen("127.0.0.1:0".parse()?)?;
@@ -86,7 +85,7 @@ impl Receiver {
             .merge(Router::new().route("/api/v2/spans", post(zipkin)).with_state(store.clone()));
         runtime.spawn(ingest::serve_grpc(grpc, store.clone()));
         runtime.spawn(axum::serve(http, router).into_future());
-        Ok(Self { grpc: addresses.0, http: addresses.1, store, runtime: Some(runtime) })
+        Ok(Self { grpc: addresses.0, http: addresses.1, store, _runtime: runtime })
     }
 
     /// All spans received so far.
@@ -120,7 +119,7 @@ impl Receiver {
     /// # Panics
     /// If it doesn't come to look like that; then it shows what it looks like.
     pub async fn expect_tree_below(&self, remote_parent: &str, trace_id: &str, expected: &str) -> Vec<Span> {
-        let expected = dedent(expected);
+        let expected = trace::dedent(expected);
         let seen = poll(PATIENCE, async || {
             let spans = self.trace(trace_id);
             (trace::tree(&spans, remote_parent) == expected).then_some(spans)
@@ -152,14 +151,6 @@ impl Receiver {
     }
 }
 
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
 impl Store {
     fn lock(&self) -> MutexGuard<'_, Received> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -187,11 +178,4 @@ async fn zipkin(State(store): State<Store>, body: Bytes) -> StatusCode {
     };
     store.lock().zipkin.extend(spans);
     StatusCode::ACCEPTED
-}
-
-/// Removes the indentation that all lines share, and blank lines around.
-fn dedent(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let indent = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
-    lines.iter().map(|line| format!("{}\n", line[indent..].trim_end())).collect()
 }

@@ -131,6 +131,13 @@ pub fn tree(spans: &[Span], known_parent: &str) -> String {
     out
 }
 
+/// A tree as a test's source code has it: without the indentation that all lines share, and blank lines.
+pub fn dedent(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let indent = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
+    lines.iter().map(|line| format!("{}\n", line[indent..].trim_end())).collect()
+}
+
 fn attributes(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     attributes.iter().map(|kv| (kv.key.clone(), kv.value.as_ref().map(text).unwrap_or_default())).collect()
 }

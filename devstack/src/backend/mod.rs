@@ -24,26 +24,21 @@ mod tags;
 pub(crate) use store::Rejected;
 pub use store::{Limits, Statistics};
 
-use crate::trace::Span;
+use crate::{background::Background, trace::Span};
 use anyhow::{Context, Result};
 use http::HeaderMap;
 use ingest::Sink;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use std::{net::SocketAddr, sync::Arc};
 use store::Store;
-use tokio::{
-    net::TcpListener,
-    runtime::{self, Runtime},
-    sync::broadcast,
-};
+use tokio::{net::TcpListener, sync::broadcast};
 use tonic::Status;
 
 /// Stops when dropped, and its connections end.
 pub struct Backend {
     addresses: Addresses,
     store: Arc<Store>,
-    /// Its own, so that with the backend its connections end, too. `None` in `drop` only.
-    runtime: Option<Runtime>,
+    _runtime: Background,
 }
 
 /// Where a backend listens.
@@ -88,13 +83,8 @@ impl Backend {
     /// If one of the addresses is in use: then it says which.
     pub async fn start_with(addresses: Addresses, limits: Limits) -> Result<Self> {
         let store = Arc::new(Store::new(limits));
-        let runtime = runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            // Queries run on these. More at a time would take longer each, and more memory.
-            .max_blocking_threads(2)
-            .thread_name("backend")
-            .enable_all()
-            .build()?;
+        // Queries block. More than two at a time would take longer each, and more memory.
+        let runtime = Background::start(2, 2)?;
         let inside = runtime.enter();
         let otlp_grpc = listen("OTLP/gRPC", addresses.otlp_grpc)?;
         let otlp_http = listen("OTLP/HTTP", addresses.otlp_http)?;
@@ -109,7 +99,7 @@ impl Backend {
         runtime.spawn(ingest::serve_grpc(otlp_grpc, Arc::clone(&store)));
         runtime.spawn(axum::serve(otlp_http, ingest).into_future());
         runtime.spawn(axum::serve(query, query::router(Arc::clone(&store))).into_future());
-        Ok(Self { addresses, store, runtime: Some(runtime) })
+        Ok(Self { addresses, store, _runtime: runtime })
     }
 
     /// Where it listens.
@@ -135,14 +125,6 @@ impl Backend {
     /// What is stored, and what became of the rest.
     pub fn statistics(&self) -> Statistics {
         self.store.statistics()
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
     }
 }
 
