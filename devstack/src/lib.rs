@@ -1,5 +1,7 @@
 //! For development only; no service depends on it.
 //!
+//! - [`dev`]: `cargo dev`, the whole system on this machine
+//! - [`verify`]: checks a running system against the contract, with [`jaeger`]
 //! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
 //! - [`backend`]: a trace backend in memory, with Jaeger's query API
 //! - [`trace`]: spans as they were received, drawn as a tree
@@ -11,11 +13,15 @@
 pub mod backend;
 mod background;
 pub mod bench;
+pub mod broker;
 pub mod client;
+pub mod dev;
+pub mod jaeger;
 pub mod process;
 pub mod receiver;
 pub mod stack;
 pub mod trace;
+pub mod verify;
 
 use std::time::Duration;
 use tokio::time::{Instant, sleep};

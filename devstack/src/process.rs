@@ -4,12 +4,12 @@ use crate::poll;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     env,
     net::SocketAddr,
     path::PathBuf,
     process::{ExitStatus, Stdio},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 use tokio::{
@@ -30,12 +30,24 @@ pub struct Process {
     pub address: SocketAddr,
     child: Child,
     output: Output,
+    /// Lines that [`Process::new_lines`] has given so far.
+    told: usize,
     readers: JoinSet<()>,
 }
 
+/// Lines kept of what a service says; older ones are forgotten.
+const MAX_LINES: usize = 20_000;
+
 /// Lines of standard output and standard error, as they come.
 #[derive(Clone, Default)]
-struct Output(Arc<Mutex<Vec<String>>>);
+struct Output(Arc<Mutex<Lines>>);
+
+#[derive(Default)]
+struct Lines {
+    kept: VecDeque<String>,
+    /// How many there were in all.
+    count: usize,
+}
 
 impl Process {
     /// Starts a service on a free port, with these variables and nothing else from `OTEL_*` and the
@@ -49,22 +61,39 @@ impl Process {
         command.env("MQ_LISTEN", "127.0.0.1:0");
         // What the caller gave wins.
         command.envs(variables.iter().copied());
+        let mut process = Self::spawn(name, ([127, 0, 0, 1], 0).into(), command)?;
+        let output = process.output.clone();
+        let address = poll(PATIENCE, async || {
+            let said = output.find("listening");
+            let address = said.and_then(|line| address(&line));
+            address.map(Ok).or_else(|| process.exited().map(Err))
+        });
+        match address.await {
+            Some(Ok(address)) => Ok(Self { address, ..process }),
+            Some(Err(exit)) => bail!("{name} ended ({exit}):\n{}", output.text()),
+            None => bail!("{name} does not listen:\n{}", output.text()),
+        }
+    }
+
+    /// Starts a service that will listen on `address`, with this process's environment and these
+    /// variables. Signals that a terminal sends to this process don't reach it.
+    ///
+    /// # Errors
+    /// If it can't be started.
+    pub fn start_beside(name: &'static str, address: SocketAddr, variables: &[(&str, &str)]) -> Result<Self> {
+        let mut command = Command::new(binary(name)?);
+        command.envs(variables.iter().copied()).process_group(0);
+        Self::spawn(name, address, command)
+    }
+
+    fn spawn(name: &'static str, address: SocketAddr, mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
         let output = Output::default();
         let mut readers = JoinSet::new();
         readers.spawn(output.clone().follow(child.stdout.take()));
         readers.spawn(output.clone().follow(child.stderr.take()));
-
-        let address = poll(PATIENCE, async || {
-            let said = output.find("listening");
-            let address = said.and_then(|line| address(&line));
-            address.map(Ok).or_else(|| child.try_wait().transpose().map(Err))
-        });
-        match address.await {
-            Some(Ok(address)) => Ok(Self { name, address, child, output, readers }),
-            Some(Err(exit)) => bail!("{name} ended with {exit:?}:\n{}", output.text()),
-            None => bail!("{name} does not listen:\n{}", output.text()),
-        }
+        Ok(Self { name, address, child, output, told: 0, readers })
     }
 
     /// The command of a service, its output piped.
@@ -103,6 +132,27 @@ impl Process {
     /// Everything it said so far.
     pub fn output(&self) -> String {
         self.output.text()
+    }
+
+    /// What it said since the last call.
+    pub fn new_lines(&mut self) -> Vec<String> {
+        let lines = self.output.lock();
+        let new = lines.kept.iter().skip(lines.kept.len() - (lines.count - self.told).min(lines.kept.len()));
+        let new = new.cloned().collect();
+        self.told = lines.count;
+        new
+    }
+
+    /// The last so many lines that it said.
+    pub fn last_lines(&self, count: usize) -> String {
+        let lines = self.output.lock();
+        let last: Vec<_> = lines.kept.iter().skip(lines.kept.len().saturating_sub(count)).cloned().collect();
+        last.join("\n")
+    }
+
+    /// How it ended, if it has.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
     }
 
     /// Waits until it says `text`; returns the line.
@@ -160,17 +210,25 @@ impl Output {
         };
         let mut stream = BufReader::new(stream).lines();
         while let Ok(Some(line)) = stream.next_line().await {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            let mut lines = self.lock();
+            lines.count += 1;
+            lines.kept.push_back(line);
+            if lines.kept.len() > MAX_LINES {
+                lines.kept.pop_front();
+            }
         }
     }
 
     fn find(&self, text: &str) -> Option<String> {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().find(|line| line.contains(text)).cloned()
+        self.lock().kept.iter().find(|line| line.contains(text)).cloned()
     }
 
     fn text(&self) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+        self.lock().kept.make_contiguous().join("\n")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lines> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -191,7 +249,7 @@ pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
 }
 
 /// The path of a service's binary. The first call builds all three.
-fn binary(name: &str) -> Result<PathBuf> {
+pub(crate) fn binary(name: &str) -> Result<PathBuf> {
     static BINARIES: OnceLock<Result<HashMap<String, PathBuf>, String>> = OnceLock::new();
 
     let services = ["-p", "api", "-p", "rpc", "-p", "mq"];

@@ -8,7 +8,7 @@ use opentelemetry_proto::tonic::{
 use std::{collections::BTreeMap, fmt::Write};
 
 /// A span, with what its resource and scope say.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Span {
     /// 32 hex digits.
     pub trace_id: String,

@@ -1,0 +1,97 @@
+//! `cargo dev`: the three services as processes, with a broker and a trace backend, and each trace drawn in
+//! the terminal as it arrives.
+//!
+//! - `parts`: what runs, its start and its end
+//! - `view`: when a trace is drawn
+//! - `terminal`: how it is drawn
+
+mod parts;
+mod terminal;
+mod view;
+
+use anyhow::Result;
+use clap::Args;
+use parts::Parts;
+use std::{
+    env,
+    io::{self, IsTerminal, Write},
+    process::ExitCode,
+    time::Duration,
+};
+use terminal::Terminal;
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+    time::interval,
+};
+use view::View;
+
+/// How to run.
+#[derive(Args)]
+pub struct Options {
+    /// Use any free ports instead of the usual ones.
+    #[arg(long)]
+    free_ports: bool,
+    /// Show every log line of the services, not only warnings and errors.
+    #[arg(long)]
+    logs: bool,
+}
+
+/// How often the terminal is brought up to date.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Runs until a signal, or until no service is left.
+///
+/// # Errors
+/// If a part can't be started; says which, and what helps.
+pub async fn run(options: Options) -> Result<ExitCode> {
+    // First of all: from here on Ctrl-C leaves nothing behind.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stopped = async || select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} };
+
+    let mut parts = select! {
+        parts = Parts::start(&options) => parts?,
+        () = stopped() => return Ok(ExitCode::SUCCESS),
+    };
+    say(&parts.summary());
+
+    let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let terminal = Terminal { colour: io::stdout().is_terminal() && !no_color };
+    let mut view = parts.backend.as_ref().map(|backend| View::new(backend, terminal));
+    let mut tick = interval(TICK);
+    let exit = loop {
+        select! {
+            () = stopped() => break ExitCode::SUCCESS,
+            _ = tick.tick() => {}
+        }
+        for line in parts.new_log_lines(options.logs) {
+            say(&line);
+        }
+        for death in parts.deaths() {
+            say(&death);
+        }
+        if parts.services.is_empty() {
+            break ExitCode::FAILURE;
+        }
+        if let (Some(view), Some(backend)) = (&mut view, &parts.backend) {
+            for trace in view.due(backend) {
+                say(&trace);
+            }
+        }
+    };
+
+    say("stopping");
+    select! {
+        () = parts.stop() => {}
+        // Asked twice: at once, then.
+        () = stopped() => {}
+    }
+    Ok(exit)
+}
+
+/// Prints a line. That nobody reads it any more must not end the services.
+fn say(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
