@@ -2,12 +2,14 @@
 //!
 //! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
 //! - [`trace`]: spans as they were received, drawn as a tree
+//! - [`broker`]: an AMQP 0-9-1 broker
 //! - [`process`]: the services as real processes
 //! - [`stack`]: all of them together, as the end-to-end tests use them
 //! - [`client`]: a small HTTP client
 //! - [`mod@bench`]: what tracing costs
 
 pub mod bench;
+pub mod broker;
 pub mod client;
 pub mod process;
 pub mod receiver;
