@@ -5,6 +5,7 @@
 //! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
 //! - [`backend`]: a trace backend in memory, with Jaeger's query API
 //! - [`trace`]: spans as they were received, drawn as a tree
+//! - [`broker`]: an AMQP 0-9-1 broker
 //! - [`process`]: the services as real processes
 //! - [`stack`]: all of them together, as the end-to-end tests use them
 //! - [`client`]: a small HTTP client

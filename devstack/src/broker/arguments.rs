@@ -1,0 +1,169 @@
+//! The arguments of a queue's declaration.
+
+use super::exception::{Exception, Outcome};
+use amq_protocol::types::{AMQPValue, FieldTable, ShortString};
+use std::time::Duration;
+
+/// What is done when a queue is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overflow {
+    /// The oldest message goes.
+    DropHead,
+    /// The new message is not taken: a publisher that wants confirms gets a nack.
+    RejectPublish,
+    /// The same, and the new message is dead-lettered.
+    RejectPublishDlx,
+}
+
+/// The arguments that mean something here. A second declaration must have the same; of others neither
+/// RabbitMQ nor this broker takes notice.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Arguments {
+    /// `x-message-ttl`: the longest that a message may wait.
+    pub message_ttl: Option<Duration>,
+    /// `x-expires`: the longest that the queue may be unused.
+    pub expires: Option<Duration>,
+    /// `x-dead-letter-exchange`.
+    pub dead_letter_exchange: Option<ShortString>,
+    /// `x-dead-letter-routing-key`; without it, the message's own.
+    pub dead_letter_routing_key: Option<ShortString>,
+    /// `x-max-length`: messages that wait.
+    pub max_length: Option<usize>,
+    /// `x-max-length-bytes`: bytes of bodies that wait.
+    pub max_length_bytes: Option<usize>,
+    /// `x-overflow`.
+    pub overflow: Option<Overflow>,
+}
+
+impl Arguments {
+    /// Reads the arguments of a declaration of `queue`.
+    pub fn parse(queue: &str, table: &FieldTable) -> Outcome<Self> {
+        let invalid = |name: &str| {
+            Exception::precondition_failed(format!("invalid arg '{name}' for queue '{queue}' in vhost '/'"))
+        };
+        let number = |name: &str| match table.inner().get(name) {
+            None => Ok(None),
+            // The timers of RabbitMQ take no more than 32 bits.
+            Some(value) => {
+                integer(value).and_then(|n| u32::try_from(n).ok()).map(Some).ok_or_else(|| invalid(name))
+            }
+        };
+        let milliseconds = |name: &str| Ok(number(name)?.map(|n| Duration::from_millis(n.into())));
+        let string = |name: &str| match table.inner().get(name) {
+            None => Ok(None),
+            Some(value) => string(value).map(Some).ok_or_else(|| invalid(name)),
+        };
+
+        match string("x-queue-type")? {
+            Some(kind) if kind.as_str() != "classic" => {
+                return Err(Exception::not_implemented(format!("queues of type '{kind}'")));
+            }
+            _ => {}
+        }
+        if table.contains_key("x-max-priority") {
+            return Err(Exception::not_implemented("priorities"));
+        }
+        if table.inner().get("x-single-active-consumer") == Some(&AMQPValue::Boolean(true)) {
+            return Err(Exception::not_implemented("single active consumers"));
+        }
+        let overflow = match string("x-overflow")?.as_ref().map(ShortString::as_str) {
+            None => None,
+            Some("drop-head") => Some(Overflow::DropHead),
+            Some("reject-publish") => Some(Overflow::RejectPublish),
+            Some("reject-publish-dlx") => Some(Overflow::RejectPublishDlx),
+            Some(_) => return Err(invalid("x-overflow")),
+        };
+        let arguments = Self {
+            message_ttl: milliseconds("x-message-ttl")?,
+            expires: milliseconds("x-expires")?,
+            dead_letter_exchange: string("x-dead-letter-exchange")?,
+            dead_letter_routing_key: string("x-dead-letter-routing-key")?,
+            max_length: number("x-max-length")?.map(|n| n as usize),
+            max_length_bytes: number("x-max-length-bytes")?.map(|n| n as usize),
+            overflow,
+        };
+        if arguments.expires == Some(Duration::ZERO) {
+            return Err(invalid("x-expires"));
+        }
+        if arguments.dead_letter_routing_key.is_some() && arguments.dead_letter_exchange.is_none() {
+            return Err(invalid("x-dead-letter-routing-key"));
+        }
+        Ok(arguments)
+    }
+
+    /// The name of the first argument that is not the same in both.
+    pub fn difference(&self, other: &Self) -> Option<&'static str> {
+        [
+            ("x-message-ttl", self.message_ttl == other.message_ttl),
+            ("x-expires", self.expires == other.expires),
+            ("x-dead-letter-exchange", self.dead_letter_exchange == other.dead_letter_exchange),
+            ("x-dead-letter-routing-key", self.dead_letter_routing_key == other.dead_letter_routing_key),
+            ("x-max-length", self.max_length == other.max_length),
+            ("x-max-length-bytes", self.max_length_bytes == other.max_length_bytes),
+            ("x-overflow", self.overflow == other.overflow),
+        ]
+        .into_iter()
+        .find_map(|(name, is_same)| (!is_same).then_some(name))
+    }
+}
+
+fn integer(value: &AMQPValue) -> Option<i64> {
+    match *value {
+        AMQPValue::ShortShortInt(n) => Some(n.into()),
+        AMQPValue::ShortShortUInt(n) => Some(n.into()),
+        AMQPValue::ShortInt(n) => Some(n.into()),
+        AMQPValue::ShortUInt(n) => Some(n.into()),
+        AMQPValue::LongInt(n) => Some(n.into()),
+        AMQPValue::LongUInt(n) => Some(n.into()),
+        AMQPValue::LongLongInt(n) => Some(n),
+        _ => None,
+    }
+}
+
+fn string(value: &AMQPValue) -> Option<ShortString> {
+    match value {
+        AMQPValue::LongString(text) => ShortString::try_new(std::str::from_utf8(text.as_bytes()).ok()?).ok(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(name: &str, value: AMQPValue) -> Outcome<Arguments> {
+        let mut table = FieldTable::default();
+        table.insert(name.into(), value);
+        Arguments::parse("q", &table)
+    }
+
+    #[test]
+    fn what_can_not_be_is_refused_and_what_is_not_known_ignored() {
+        for (name, value, code) in [
+            ("x-message-ttl", AMQPValue::LongInt(-1), 406),
+            ("x-message-ttl", AMQPValue::LongString("1000".into()), 406),
+            ("x-message-ttl", AMQPValue::LongLongInt(i64::MAX), 406),
+            ("x-expires", AMQPValue::LongInt(0), 406),
+            ("x-dead-letter-exchange", AMQPValue::LongString("x".repeat(256).into()), 406),
+            ("x-dead-letter-exchange", AMQPValue::LongString(b"\xff"[..].into()), 406),
+            ("x-dead-letter-routing-key", AMQPValue::LongString("without exchange".into()), 406),
+            ("x-overflow", AMQPValue::LongString("spill".into()), 406),
+            ("x-queue-type", AMQPValue::LongString("quorum".into()), 540),
+            ("x-max-priority", AMQPValue::LongInt(10), 540),
+            ("x-single-active-consumer", AMQPValue::Boolean(true), 540),
+        ] {
+            let refused = parse(name, value.clone()).expect_err(name);
+            assert_eq!(refused.code(), code, "{name} {value:?}");
+        }
+        assert_eq!(parse("x-else", AMQPValue::Void), Ok(Arguments::default()));
+        assert_eq!(parse("x-queue-type", AMQPValue::LongString("classic".into())), Ok(Arguments::default()));
+    }
+
+    #[test]
+    fn an_integer_of_any_width_is_the_same_argument() {
+        let short = parse("x-message-ttl", AMQPValue::ShortShortInt(100)).expect("short");
+        let long = parse("x-message-ttl", AMQPValue::LongLongInt(100)).expect("long");
+        assert_eq!(short.difference(&long), None);
+        assert_eq!(short.difference(&Arguments::default()), Some("x-message-ttl"));
+    }
+}

@@ -1,0 +1,244 @@
+//! Messages on their way out: to consumers that have room for them, and back if they are not acknowledged.
+
+use super::{
+    channel::Unacked,
+    definitions::count,
+    exception::{Exception, Outcome},
+    message::Reason,
+    queue::Consumer,
+    virtual_host::{ChannelId, QueueId, VirtualHost},
+};
+use amq_protocol::{
+    protocol::{AMQPClass, basic},
+    types::ShortString,
+};
+use std::collections::BTreeSet;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// What becomes of a message that was delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It was processed.
+    Acked,
+    /// It goes back to where it was in its queue.
+    Requeued,
+    /// It goes to the dead-letter exchange, if there is one.
+    Rejected,
+}
+
+impl VirtualHost {
+    pub(super) fn consume(&mut self, at: ChannelId, consume: basic::Consume) -> Outcome {
+        if consume.queue.as_str() == "amq.rabbitmq.reply-to" {
+            return Err(Exception::not_implemented("direct reply-to"));
+        }
+        if consume.arguments.contains_key("x-priority") {
+            return Err(Exception::not_implemented("consumer priorities"));
+        }
+        let id = self.named_queue(at, consume.queue.as_str())?;
+        let held = self.hold_definition()?;
+        let Some(channel) = self.channel(at) else {
+            return Ok(());
+        };
+        let tag = match consume.consumer_tag {
+            tag if tag.as_str().is_empty() => {
+                ShortString::from(format!("amq.ctag-{}", Uuid::new_v4().simple()))
+            }
+            tag => tag,
+        };
+        if channel.consumes(tag.as_str()) {
+            return Err(Exception::not_allowed(format!("attempt to reuse consumer tag '{tag}'")));
+        }
+        let prefetch = channel.prefetch;
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return Ok(());
+        };
+        if queue.has_exclusive_consumer() || (consume.exclusive && !queue.consumers.is_empty()) {
+            let name = &queue.name;
+            return Err(Exception::access_refused(format!("queue '{name}' in vhost '/' in exclusive use")));
+        }
+        queue.consumers.push_back(Consumer {
+            channel: at,
+            tag: tag.clone(),
+            no_ack: consume.no_ack,
+            exclusive: consume.exclusive,
+            prefetch,
+            unacked: 0,
+            _held: held,
+        });
+        if let Some(channel) = self.channel(at) {
+            channel.remember_consumer(tag.clone(), id);
+        }
+        if !consume.nowait {
+            self.reply(
+                at,
+                AMQPClass::Basic(basic::AMQPMethod::ConsumeOk(basic::ConsumeOk { consumer_tag: tag })),
+            );
+        }
+        self.push(id);
+        Ok(())
+    }
+
+    pub(super) fn cancel(&mut self, at: ChannelId, tag: &str) {
+        if let Some(id) = self.channel(at).and_then(|channel| channel.forget_consumer(tag)) {
+            self.remove_consumer(at, id, tag);
+        }
+    }
+
+    fn remove_consumer(&mut self, at: ChannelId, id: QueueId, tag: &str) {
+        let Some(queue) = self.queues.get_mut(&id) else { return };
+        queue.consumers.retain(|consumer| consumer.channel != at || consumer.tag.as_str() != tag);
+        queue.last_used = Instant::now();
+        if queue.auto_delete && queue.consumers.is_empty() {
+            self.delete_queues(&[id].into());
+        } else {
+            self.schedule(id);
+        }
+    }
+
+    pub(super) fn get(&mut self, at: ChannelId, get: &basic::Get) -> Outcome {
+        let id = self.named_queue(at, get.queue.as_str())?;
+        let now = Instant::now();
+        self.expire(id, now);
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return Ok(());
+        };
+        queue.last_used = now;
+        let Some(entry) = queue.take() else {
+            self.reply(at, AMQPClass::Basic(basic::AMQPMethod::GetEmpty(basic::GetEmpty {})));
+            return Ok(());
+        };
+        let message_count = count(queue.len());
+        if let Some(peer) = self.peers.get_mut(&at.connection)
+            && let Some(channel) = peer.channels.get_mut(&at.number)
+        {
+            let get_ok = basic::GetOk {
+                delivery_tag: channel.next_delivery_tag(),
+                redelivered: entry.redelivered,
+                exchange: entry.message.exchange.clone(),
+                routing_key: entry.message.routing_key.clone(),
+                message_count,
+            };
+            let delivery_tag = get_ok.delivery_tag;
+            let get_ok = AMQPClass::Basic(basic::AMQPMethod::GetOk(get_ok));
+            peer.output.content(at.number, get_ok, &entry.message);
+            if !get.no_ack {
+                channel.unacked.insert(delivery_tag, Unacked { queue: id, consumer: None, entry });
+            }
+        }
+        self.schedule(id);
+        Ok(())
+    }
+
+    /// Hands messages to consumers, one to each in turn, as long as they have room.
+    pub(super) fn deliver(&mut self, id: QueueId, now: Instant) {
+        let mut without_room = 0;
+        loop {
+            self.expire(id, now);
+            let Self { queues, peers, .. } = self;
+            let Some(queue) = queues.get_mut(&id) else { return };
+            if queue.len() == 0 || without_room == queue.consumers.len() {
+                return;
+            }
+            let consumer = &mut queue.consumers[0];
+            let peer = peers.get_mut(&consumer.channel.connection);
+            let number = consumer.channel.number;
+            let room = peer.and_then(|peer| {
+                let channel = peer.channels.get_mut(&number)?;
+                let has_room = channel.has_room_for(consumer) && peer.output.has_room();
+                has_room.then_some((channel, &mut peer.output))
+            });
+            let Some((channel, output)) = room else {
+                without_room += 1;
+                queue.consumers.rotate_left(1);
+                continue;
+            };
+            without_room = 0;
+            let (tag, no_ack) = (consumer.tag.clone(), consumer.no_ack);
+            consumer.unacked += usize::from(!no_ack);
+            queue.consumers.rotate_left(1);
+            let Some(entry) = queue.take() else { return };
+            let deliver = basic::Deliver {
+                consumer_tag: tag.clone(),
+                delivery_tag: channel.next_delivery_tag(),
+                redelivered: entry.redelivered,
+                exchange: entry.message.exchange.clone(),
+                routing_key: entry.message.routing_key.clone(),
+            };
+            let delivery_tag = deliver.delivery_tag;
+            output.content(number, AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)), &entry.message);
+            if !no_ack {
+                channel.unacked_of_consumers += 1;
+                channel.unacked.insert(delivery_tag, Unacked { queue: id, consumer: Some(tag), entry });
+            }
+        }
+    }
+
+    /// Settles deliveries: one, or all up to it, or (tag 0) all.
+    pub(super) fn settle(&mut self, at: ChannelId, tag: u64, multiple: bool, fate: Fate) -> Outcome {
+        let Some(channel) = self.channel(at) else {
+            return Ok(());
+        };
+        let settled = channel.take_unacked(tag, multiple)?;
+        let queues = self.settle_all(at, settled, fate);
+        for id in queues {
+            self.push(id);
+        }
+        Ok(())
+    }
+
+    /// Settles these; which queues may have something to do now.
+    fn settle_all(&mut self, at: ChannelId, settled: Vec<Unacked>, fate: Fate) -> BTreeSet<QueueId> {
+        let mut queues = BTreeSet::new();
+        let mut of_consumers = 0;
+        for Unacked { queue: id, consumer, entry } in settled {
+            of_consumers += usize::from(consumer.is_some());
+            // If the queue has been deleted, its messages are gone, too.
+            let Some(queue) = self.queues.get_mut(&id) else { continue };
+            if let Some(consumer) = consumer.and_then(|tag| queue.consumer(at, tag.as_str())) {
+                consumer.unacked = consumer.unacked.saturating_sub(1);
+            }
+            queues.insert(id);
+            match fate {
+                Fate::Acked => {}
+                Fate::Requeued => queue.requeue(entry),
+                Fate::Rejected => self.dead_letter(id, entry, Reason::Rejected),
+            }
+        }
+        if let Some(channel) = self.channel(at) {
+            channel.unacked_of_consumers = channel.unacked_of_consumers.saturating_sub(of_consumers);
+            if channel.global_prefetch > 0 {
+                // Its other consumers may go on as well.
+                queues.extend(channel.consumed_queues());
+            }
+        }
+        queues
+    }
+
+    /// Requeues all that a channel has not acknowledged.
+    pub(super) fn recover(&mut self, at: ChannelId) -> BTreeSet<QueueId> {
+        let Some(channel) = self.channel(at) else {
+            return BTreeSet::new();
+        };
+        let unacked = std::mem::take(&mut channel.unacked).into_values().collect();
+        self.settle_all(at, unacked, Fate::Requeued)
+    }
+
+    /// Forgets a channel: its consumers go, what it has not acknowledged is requeued.
+    pub(super) fn close_channel(&mut self, at: ChannelId) {
+        let Some(peer) = self.peers.get_mut(&at.connection) else { return };
+        let Some(channel) = peer.channels.remove(&at.number) else { return };
+        peer.assembling -= channel.assembling();
+        peer.confirming.remove(&at.number);
+        let consumers = channel.consumers;
+        // First requeued, then removed: a queue that goes with its last consumer is not asked for them.
+        let unacked = channel.unacked.into_values().collect();
+        let queues = self.settle_all(at, unacked, Fate::Requeued);
+        for (tag, id) in consumers {
+            self.remove_consumer(at, id, tag.as_str());
+        }
+        for id in queues {
+            self.push(id);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! How a connection begins: who speaks what, who is there, and how large frames may be (specification,
+//! section 2.2.4).
+
+use super::{
+    PASSWORD, USER,
+    channel::CHANNEL_MAX,
+    exception::{Exception, Outcome},
+    frames::{FRAME_MAX, Frame, put_method},
+};
+use amq_protocol::{
+    protocol::{AMQPClass, connection},
+    types::{AMQPValue, FieldTable},
+};
+use std::time::Duration;
+
+/// What is suggested to clients; they choose.
+const HEARTBEAT: u16 = 60;
+
+/// The least that a client may ask for (specification, section 4.2.3: every peer must take as much).
+const FRAME_MIN: u32 = 4096;
+
+/// How far a client has got. Each step takes what the client says and says what comes next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Handshake {
+    /// `start` was sent.
+    Started,
+    /// `tune` was sent.
+    Tuning(Capabilities),
+    /// `tune-ok` has come.
+    Tuned(Agreement),
+    /// `open-ok` was sent.
+    Open(Agreement),
+}
+
+/// What a client says that it can do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Capabilities {
+    /// To be told when a queue that it consumes is deleted.
+    pub takes_cancel: bool,
+}
+
+/// What both sides keep to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Agreement {
+    /// What the client can do.
+    pub capabilities: Capabilities,
+    /// The largest frame, in bytes.
+    pub frame_max: usize,
+    /// The interval in which each side gives a sign of life, unless they do without.
+    pub heartbeat: Option<Duration>,
+}
+
+impl Handshake {
+    /// Begins.
+    pub fn start(output: &mut Vec<u8>) -> Self {
+        let mut capabilities = FieldTable::default();
+        for name in [
+            "authentication_failure_close",
+            "basic.nack",
+            "consumer_cancel_notify",
+            "per_consumer_qos",
+            "publisher_confirms",
+        ] {
+            capabilities.insert(name.into(), AMQPValue::Boolean(true));
+        }
+        let mut properties = FieldTable::default();
+        properties.insert("product".into(), AMQPValue::LongString("devstack broker".into()));
+        properties.insert("version".into(), AMQPValue::LongString(env!("CARGO_PKG_VERSION").into()));
+        properties.insert("capabilities".into(), AMQPValue::FieldTable(capabilities));
+        put(
+            output,
+            connection::AMQPMethod::Start(connection::Start {
+                version_major: 0,
+                version_minor: 9,
+                server_properties: properties,
+                mechanisms: "PLAIN".into(),
+                locales: "en_US".into(),
+            }),
+        );
+        Self::Started
+    }
+
+    /// Takes a frame.
+    pub fn step(self, frame: &Frame, output: &mut Vec<u8>) -> Outcome<Self> {
+        use connection::AMQPMethod as Method;
+
+        let method = match frame {
+            Frame::Heartbeat => return Ok(self),
+            Frame::Method(0, AMQPClass::Connection(method)) => method,
+            _ => return Err(Exception::channel_error("the connection is not open yet")),
+        };
+        match (self, method) {
+            (Self::Started, Method::StartOk(start_ok)) => {
+                let capabilities = authenticate(start_ok)?;
+                // The compiler knows the largest frame to fit.
+                let frame_max = FRAME_MAX as u32;
+                let tune = connection::Tune { channel_max: CHANNEL_MAX, frame_max, heartbeat: HEARTBEAT };
+                put(output, Method::Tune(tune));
+                Ok(Self::Tuning(capabilities))
+            }
+            (Self::Tuning(capabilities), Method::TuneOk(tune_ok)) => {
+                agree(capabilities, tune_ok).map(Self::Tuned)
+            }
+            (Self::Tuned(agreement), Method::Open(open)) => {
+                if open.virtual_host.as_str() != "/" {
+                    return Err(Exception::not_allowed(format!("vhost {} not found", open.virtual_host)));
+                }
+                put(output, Method::OpenOk(connection::OpenOk {}));
+                Ok(Self::Open(agreement))
+            }
+            _ => Err(Exception::command_invalid("not what is due in a handshake")),
+        }
+    }
+}
+
+fn authenticate(start_ok: &connection::StartOk) -> Outcome<Capabilities> {
+    if start_ok.mechanism.as_str() != "PLAIN" {
+        let text = format!("unknown authentication mechanism '{}'", start_ok.mechanism);
+        return Err(Exception::command_invalid(text));
+    }
+    if start_ok.response.as_bytes() != format!("\0{USER}\0{PASSWORD}").as_bytes() {
+        return Err(Exception::access_refused("Login was refused using authentication mechanism PLAIN."));
+    }
+    let takes_cancel = match start_ok.client_properties.inner().get("capabilities") {
+        Some(AMQPValue::FieldTable(capabilities)) => {
+            capabilities.inner().get("consumer_cancel_notify") == Some(&AMQPValue::Boolean(true))
+        }
+        _ => false,
+    };
+    Ok(Capabilities { takes_cancel })
+}
+
+/// 0 means "no limit": more than this side takes, and refused as RabbitMQ does.
+fn agree(capabilities: Capabilities, tune_ok: &connection::TuneOk) -> Outcome<Agreement> {
+    let &connection::TuneOk { channel_max, frame_max, heartbeat } = tune_ok;
+    if !(1..=CHANNEL_MAX).contains(&channel_max) {
+        let text = format!("negotiated channel_max = {channel_max} is not from 1 to {CHANNEL_MAX}");
+        return Err(Exception::not_allowed(text));
+    }
+    let largest = FRAME_MAX as u32;
+    if !(FRAME_MIN..=largest).contains(&frame_max) {
+        let text = format!("negotiated frame_max = {frame_max} is not from {FRAME_MIN} to {largest}");
+        return Err(Exception::not_allowed(text));
+    }
+    let heartbeat = (heartbeat > 0).then(|| Duration::from_secs(heartbeat.into()));
+    Ok(Agreement { capabilities, frame_max: frame_max as usize, heartbeat })
+}
+
+fn put(output: &mut Vec<u8>, method: connection::AMQPMethod) {
+    put_method(output, 0, AMQPClass::Connection(method));
+}

@@ -1,0 +1,218 @@
+//! A message, and what becomes of it when it is dead-lettered.
+
+use super::exception::{Exception, Outcome};
+use amq_protocol::{
+    frame::WriteContext,
+    protocol::{BasicProperties, basic::gen_properties, basic::parse_properties},
+    types::{AMQPValue, FieldArray, FieldTable, ShortString},
+};
+use bytes::Bytes;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const X_DEATH: &str = "x-death";
+
+/// A message as it was published.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// The exchange that it was published to.
+    pub exchange: ShortString,
+    /// The routing key that it was published with.
+    pub routing_key: ShortString,
+    /// The properties as they came, flags first: what is not looked into is handed on unchanged.
+    pub properties: Vec<u8>,
+    /// The body.
+    pub body: Bytes,
+    /// How long it may wait in a queue, by its property `expiration`.
+    pub expiration: Option<Duration>,
+}
+
+/// Why a message is dead-lettered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// A consumer refused it, and did not want it requeued.
+    Rejected,
+    /// It waited for too long.
+    Expired,
+    /// The queue was too long.
+    MaxLen,
+}
+
+impl Reason {
+    /// As `x-death` has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rejected => "rejected",
+            Self::Expired => "expired",
+            Self::MaxLen => "maxlen",
+        }
+    }
+}
+
+impl Message {
+    /// Bytes that it takes in a queue.
+    pub fn size(&self) -> usize {
+        const OF_ITSELF: usize = 256;
+        OF_ITSELF + self.properties.len() + self.body.len()
+    }
+
+    /// The message as its queue hands it to the dead-letter exchange: `x-death` tells of this death, and
+    /// `expiration` is gone, or it would die again in the next queue. `None` if its properties can't be
+    /// sent any more.
+    pub fn after_death(
+        &self,
+        reason: Reason,
+        queue: &str,
+        to: &ShortString,
+        key: Option<&ShortString>,
+    ) -> Option<Self> {
+        /// Leaves room for the frame around.
+        const LONGEST: usize = super::frames::FRAME_MAX - 64;
+
+        let (_, properties) = parse_properties(&self.properties[..]).ok()?;
+        let headers = self.headers_after_death(reason, queue, &properties)?;
+        let properties = without_expiration(&properties).with_headers(headers);
+        let (properties, _) = gen_properties(&properties)(WriteContext::from(Vec::new())).ok()?.into_inner();
+        (properties.len() <= LONGEST).then(|| Self {
+            exchange: to.clone(),
+            routing_key: key.unwrap_or(&self.routing_key).clone(),
+            properties,
+            body: self.body.clone(),
+            expiration: None,
+        })
+    }
+
+    /// Whether this dead letter has been in `queue` before and came there again with nobody rejecting it:
+    /// it would go round for ever.
+    pub fn goes_round(&self, queue: &str) -> bool {
+        let Ok((_, properties)) = parse_properties(&self.properties[..]) else {
+            return false;
+        };
+        let deaths = properties.headers().as_ref().map(deaths).unwrap_or_default();
+        let Some(before) = deaths.iter().position(|death| text(death, "queue") == Some(queue.as_bytes()))
+        else {
+            return false;
+        };
+        deaths[..=before]
+            .iter()
+            .all(|death| text(death, "reason") != Some(Reason::Rejected.as_str().as_bytes()))
+    }
+
+    /// One entry for each queue and reason, the latest first; RabbitMQ 4 writes the same for AMQP 0-9-1,
+    /// and besides `x-last-death-*`.
+    fn headers_after_death(
+        &self,
+        reason: Reason,
+        queue: &str,
+        properties: &BasicProperties,
+    ) -> Option<FieldTable> {
+        let mut headers = properties.headers().clone().unwrap_or_default();
+        let mut deaths = deaths(&headers);
+        let same = |death: &FieldTable| {
+            text(death, "queue") == Some(queue.as_bytes())
+                && text(death, "reason") == Some(reason.as_str().as_bytes())
+        };
+        let death = match deaths.iter().position(same) {
+            Some(before) => {
+                let mut death = deaths.remove(before);
+                let count = match death.inner().get("count") {
+                    Some(AMQPValue::LongLongInt(count)) => count.saturating_add(1),
+                    _ => 1,
+                };
+                death.insert("count".into(), AMQPValue::LongLongInt(count));
+                death
+            }
+            None => self.death(reason, queue, properties)?,
+        };
+        if !headers.contains_key(X_DEATH) {
+            headers.insert("x-first-death-reason".into(), string(reason.as_str()));
+            headers.insert("x-first-death-queue".into(), string(queue));
+            headers.insert("x-first-death-exchange".into(), string(self.exchange.as_str()));
+        }
+        deaths.insert(0, death);
+        let deaths: Vec<_> = deaths.into_iter().map(AMQPValue::FieldTable).collect();
+        headers.insert(X_DEATH.into(), AMQPValue::FieldArray(deaths.into()));
+        Some(headers)
+    }
+
+    fn death(&self, reason: Reason, queue: &str, properties: &BasicProperties) -> Option<FieldTable> {
+        let mut routing_keys = FieldArray::default();
+        routing_keys.push(string(self.routing_key.as_str()));
+        let mut death = FieldTable::default();
+        death.insert("count".into(), AMQPValue::LongLongInt(1));
+        death.insert("reason".into(), string(reason.as_str()));
+        death.insert("queue".into(), string(queue));
+        death.insert("exchange".into(), string(self.exchange.as_str()));
+        death.insert("routing-keys".into(), AMQPValue::FieldArray(routing_keys));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+        death.insert("time".into(), AMQPValue::Timestamp(now));
+        if let Some(expiration) = properties.expiration() {
+            death.insert("original-expiration".into(), string(expiration.as_str()));
+        }
+        Some(death)
+    }
+}
+
+/// The property `expiration`: milliseconds in decimal digits.
+pub fn expiration(properties: &BasicProperties) -> Outcome<Option<Duration>> {
+    let Some(text) = properties.expiration() else {
+        return Ok(None);
+    };
+    // No sign, and no more than the timers of RabbitMQ take.
+    let is_number = text.as_str().bytes().all(|byte| byte.is_ascii_digit());
+    match text.as_str().parse::<u32>() {
+        Ok(milliseconds) if is_number => Ok(Some(Duration::from_millis(milliseconds.into()))),
+        _ => Err(Exception::precondition_failed(format!("invalid expiration '{text}'"))),
+    }
+}
+
+fn deaths(headers: &FieldTable) -> Vec<FieldTable> {
+    let Some(AMQPValue::FieldArray(deaths)) = headers.inner().get(X_DEATH) else {
+        return Vec::new();
+    };
+    let tables = deaths.as_slice().iter().filter_map(|death| match death {
+        AMQPValue::FieldTable(death) => Some(death.clone()),
+        _ => None,
+    });
+    tables.collect()
+}
+
+fn text<'a>(death: &'a FieldTable, name: &str) -> Option<&'a [u8]> {
+    match death.inner().get(name) {
+        Some(AMQPValue::LongString(text)) => Some(text.as_bytes()),
+        _ => None,
+    }
+}
+
+fn string(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}
+
+/// `BasicProperties` can't be rid of one that is set, so the others are set on new ones.
+fn without_expiration(properties: &BasicProperties) -> BasicProperties {
+    let mut kept = BasicProperties::default();
+    for (value, set) in [
+        (properties.content_type(), BasicProperties::with_content_type as fn(_, _) -> _),
+        (properties.content_encoding(), BasicProperties::with_content_encoding),
+        (properties.correlation_id(), BasicProperties::with_correlation_id),
+        (properties.reply_to(), BasicProperties::with_reply_to),
+        (properties.message_id(), BasicProperties::with_message_id),
+        (properties.kind(), BasicProperties::with_type),
+        (properties.user_id(), BasicProperties::with_user_id),
+        (properties.app_id(), BasicProperties::with_app_id),
+        (properties.cluster_id(), BasicProperties::with_cluster_id),
+    ] {
+        if let Some(value) = value {
+            kept = set(kept, value.clone());
+        }
+    }
+    if let Some(mode) = *properties.delivery_mode() {
+        kept = kept.with_delivery_mode(mode);
+    }
+    if let Some(priority) = *properties.priority() {
+        kept = kept.with_priority(priority);
+    }
+    if let Some(timestamp) = *properties.timestamp() {
+        kept = kept.with_timestamp(timestamp);
+    }
+    kept
+}

@@ -1,0 +1,149 @@
+//! An AMQP 0-9-1 broker inside of this process: for a machine without RabbitMQ, and for tests that want a
+//! broker of their own. It is for development only: no message survives the process.
+//!
+//! It does what the services here, and ordinary clients, ask of RabbitMQ, in RabbitMQ's way; the same
+//! conformance checks run on both (`tests/broker_conformance.rs`). Whatever it does not do is answered
+//! with 540 NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate
+//! exchanges, the headers CC and BCC, priorities of messages and of consumers, single active consumers,
+//! direct reply-to, and queues that are not classic ones. There is one virtual host, `/`, and one user.
+//!
+//! Its memory is bounded. A client that does not read gets no further deliveries; while queues hold more
+//! than 256 MiB, connections that publish are not read, acknowledgements on them included, as in RabbitMQ.
+//!
+//! - [`frames`](self): bytes to frames and back; `exception`: what ends a channel or a connection
+//! - `connection`: the socket; `handshake`: how it begins; `output`: what will be written
+//! - `virtual_host`: the state, behind one lock; `channel`: what clients ask for, method by method
+//! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
+//! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
+
+mod arguments;
+mod channel;
+mod connection;
+mod definitions;
+mod delivery;
+mod exception;
+mod exchange;
+mod frames;
+mod handshake;
+mod memory;
+mod message;
+mod output;
+mod publishing;
+mod queue;
+mod virtual_host;
+
+use anyhow::{Context, Result};
+use connection::{Shared, serve};
+use memory::Memory;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    runtime::{self, Runtime},
+    sync::Semaphore,
+    time::{Instant, sleep, sleep_until},
+};
+
+const USER: &str = "guest";
+const PASSWORD: &str = "guest";
+
+/// What queues may hold before publishers have to wait, in bytes.
+const MEMORY: usize = 256 * 1024 * 1024;
+
+/// Connections at the same time; others are closed at once.
+const MAX_CONNECTIONS: usize = 1000;
+
+/// A broker. It stops when it is dropped, and its connections end.
+pub struct Broker {
+    address: SocketAddr,
+    /// Its own: it is nobody's business that the runtime of a test is busy, or at its end.
+    runtime: Option<Runtime>,
+}
+
+impl Broker {
+    /// Listens on a free port of 127.0.0.1.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub async fn start() -> Result<Self> {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0))).await
+    }
+
+    /// Listens at this address.
+    ///
+    /// # Errors
+    /// If it is in use.
+    pub async fn start_at(address: SocketAddr) -> Result<Self> {
+        Self::start_with(address, MEMORY)
+    }
+
+    fn start_with(address: SocketAddr, memory: usize) -> Result<Self> {
+        let listener =
+            std::net::TcpListener::bind(address).with_context(|| format!("listening at {address}"))?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let runtime = runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("broker")
+            .enable_all()
+            .build()?;
+        let shared = Shared::new(Memory::new(memory));
+        runtime.spawn(run_clock(shared.clone()));
+        let inside = runtime.enter();
+        runtime.spawn(accept(TcpListener::from_std(listener)?, shared));
+        drop(inside);
+        Ok(Self { address, runtime: Some(runtime) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where it listens, and as whom to log in, as `AMQP_URL` has it.
+    pub fn url(&self) -> String {
+        format!("amqp://{USER}:{PASSWORD}@{}/%2f", self.address)
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Shared) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Most likely there are too many open files.
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        if let Ok(place) = Arc::clone(&room).try_acquire_owned() {
+            let shared = shared.clone();
+            tokio::spawn(async move {
+                // How it ended is between the two of them: the peer was told, or is gone.
+                let _ = serve(stream, shared).await;
+                drop(place);
+            });
+        }
+    }
+}
+
+/// Ends what has had its time: messages and queues.
+async fn run_clock(shared: Shared) {
+    let earlier = shared.lock().clock();
+    loop {
+        let due = shared.lock().tick(Instant::now());
+        match due {
+            Some(due) if due <= Instant::now() => tokio::task::yield_now().await,
+            Some(due) => tokio::select! {
+                () = sleep_until(due) => {}
+                () = earlier.notified() => {}
+            },
+            None => earlier.notified().await,
+        }
+    }
+}

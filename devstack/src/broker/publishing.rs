@@ -1,0 +1,189 @@
+//! Messages on their way in: from a publisher or from a queue that gave them up, by an exchange, into
+//! queues.
+
+use super::{
+    arguments::Overflow,
+    channel::Content,
+    definitions::no_exchange,
+    exception::{Exception, Outcome},
+    message::{self, Message, Reason},
+    queue::Entry,
+    virtual_host::{ChannelId, QueueId, VirtualHost},
+};
+use amq_protocol::{
+    protocol::{AMQPClass, AMQPSoftError, basic},
+    types::ShortString,
+};
+use std::sync::Arc;
+use tokio::time::Instant;
+
+/// A message that its queue gave up, on its way to the queue's dead-letter exchange.
+#[derive(Debug)]
+pub struct DeadLetter {
+    entry: Entry,
+    queue: ShortString,
+    reason: Reason,
+    exchange: ShortString,
+    routing_key: Option<ShortString>,
+}
+
+impl VirtualHost {
+    /// Takes a message that is complete. It is confirmed, too: whatever can be done for it is done.
+    pub(super) fn publish(&mut self, at: ChannelId, content: Content) -> Outcome {
+        let Content { publish, properties, raw_properties, body, .. } = content;
+        if properties
+            .headers()
+            .as_ref()
+            .is_some_and(|headers| headers.contains_key("CC") || headers.contains_key("BCC"))
+        {
+            return Err(Exception::not_implemented("the headers CC and BCC"));
+        }
+        if let Some(user) = properties.user_id().as_ref().filter(|user| user.as_str() != super::USER) {
+            let text =
+                format!("user_id property set to '{user}' but authenticated user was '{}'", super::USER);
+            return Err(Exception::precondition_failed(text));
+        }
+        let message = Arc::new(Message {
+            expiration: message::expiration(&properties)?,
+            exchange: publish.exchange,
+            routing_key: publish.routing_key,
+            properties: raw_properties,
+            body: body.into(),
+        });
+        let name = message.exchange.as_str();
+        if self.exchanges.get(name).is_some_and(|exchange| exchange.internal) {
+            let text = format!("cannot publish to internal exchange '{name}' in vhost '/'");
+            return Err(Exception::access_refused(text));
+        }
+        let queues = self.route(name, message.routing_key.as_str()).ok_or_else(|| no_exchange(name))?;
+        if queues.is_empty() && publish.mandatory {
+            self.return_unroutable(at, &message);
+        }
+        let mut is_taken = true;
+        for queue in queues {
+            is_taken &= self.enqueue(queue, &message);
+        }
+        if let Some(peer) = self.peers.get_mut(&at.connection)
+            && let Some(channel) = peer.channels.get_mut(&at.number)
+            && channel.confirm(is_taken)
+        {
+            peer.confirming.insert(at.number);
+        }
+        Ok(())
+    }
+
+    fn return_unroutable(&mut self, at: ChannelId, message: &Message) {
+        let returned = basic::Return {
+            reply_code: AMQPSoftError::NOROUTE.get_id(),
+            reply_text: "NO_ROUTE".into(),
+            exchange: message.exchange.clone(),
+            routing_key: message.routing_key.clone(),
+        };
+        if let Some(peer) = self.peers.get_mut(&at.connection) {
+            let returned = AMQPClass::Basic(basic::AMQPMethod::Return(returned));
+            peer.output.content(at.number, returned, message);
+        }
+    }
+
+    /// The queues that a message goes to; `None` without such an exchange.
+    fn route(&self, exchange: &str, routing_key: &str) -> Option<Vec<QueueId>> {
+        if exchange.is_empty() {
+            // The default exchange: every queue is bound to it by its name.
+            return Some(self.queue_ids.get(routing_key).copied().into_iter().collect());
+        }
+        self.exchanges.get(exchange).map(|exchange| exchange.route(routing_key))
+    }
+
+    /// Appends a message to a queue, or hands it to a consumer at once; whether the queue took it.
+    fn enqueue(&mut self, id: QueueId, message: &Arc<Message>) -> bool {
+        let held = self.memory.hold(message.size());
+        let now = Instant::now();
+        self.expire(id, now);
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return true;
+        };
+        let appended = queue.append(Arc::clone(message), held);
+        let is_taken = appended.is_ok();
+        match appended {
+            // Only after the delivery may the new message expire: with a time to live of 0 it still reaches
+            // a consumer that waits for it.
+            Ok(()) => {
+                self.deliver(id, now);
+                self.expire(id, Instant::now());
+                self.drop_excess(id);
+            }
+            Err(refused) if queue.arguments.overflow == Some(Overflow::RejectPublishDlx) => {
+                self.dead_letter(id, refused, Reason::MaxLen);
+            }
+            Err(_) => {}
+        }
+        self.schedule(id);
+        is_taken
+    }
+
+    /// Gives a queue's consumers what they can take, and up what is too old or too much.
+    pub(super) fn push(&mut self, id: QueueId) {
+        let now = Instant::now();
+        self.expire(id, now);
+        self.deliver(id, now);
+        self.drop_excess(id);
+        self.schedule(id);
+    }
+
+    pub(super) fn expire(&mut self, id: QueueId, now: Instant) {
+        while let Some(entry) = self.queues.get_mut(&id).and_then(|queue| queue.take_expired(now)) {
+            self.dead_letter(id, entry, Reason::Expired);
+        }
+    }
+
+    fn drop_excess(&mut self, id: QueueId) {
+        while let Some(entry) = self.queues.get_mut(&id).and_then(|queue| queue.take_excess()) {
+            self.dead_letter(id, entry, Reason::MaxLen);
+        }
+    }
+
+    /// Hands a message that a queue gives up to the dead-letter exchange, if it has one.
+    pub(super) fn dead_letter(&mut self, id: QueueId, entry: Entry, reason: Reason) {
+        let Some(queue) = self.queues.get(&id) else { return };
+        let Some(exchange) = queue.arguments.dead_letter_exchange.clone() else {
+            return;
+        };
+        let routing_key = queue.arguments.dead_letter_routing_key.clone();
+        let queue = queue.name.clone();
+        self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key });
+    }
+
+    /// Publishes dead letters, up to a number: their queues may give them up at once, into more queues each
+    /// time. The clock goes on with the rest, and others get their turn between.
+    pub(super) fn settle_dead_letters(&mut self) {
+        const AT_ONCE: usize = 1000;
+
+        for _ in 0..AT_ONCE {
+            let Some(letter) = self.dead_letters.pop_front() else {
+                return;
+            };
+            let DeadLetter { entry, queue, reason, exchange, routing_key } = letter;
+            let Some(message) =
+                entry.message.after_death(reason, queue.as_str(), &exchange, routing_key.as_ref())
+            else {
+                continue;
+            };
+            if self.memory.is_exhausted() {
+                continue;
+            }
+            let message = Arc::new(message);
+            // Without that exchange the message is lost, as in RabbitMQ.
+            let queues = self.route(exchange.as_str(), message.routing_key.as_str()).unwrap_or_default();
+            for id in queues {
+                let name = self.queues.get(&id).map(|queue| queue.name.as_str());
+                // Somebody rejected it: somebody may stop doing so.
+                let goes_round =
+                    reason != Reason::Rejected && name.is_some_and(|name| message.goes_round(name));
+                if !goes_round {
+                    self.enqueue(id, &message);
+                }
+            }
+        }
+        self.wake_clock();
+    }
+}

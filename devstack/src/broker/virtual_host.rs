@@ -1,0 +1,207 @@
+//! The state that all connections share: who is connected, what exchanges and queues there are, and when
+//! something in them is over. It knows no sockets: what a peer gets is appended to its output.
+//!
+//! Its other methods are in `channel` (what a client asks for), `definitions` (exchanges and queues),
+//! `publishing` (messages on their way in) and `delivery` (on their way out).
+
+use super::{
+    channel::Channel,
+    exchange::{Exchange, Kind},
+    memory::Memory,
+    output::Output,
+    publishing::DeadLetter,
+    queue::Queue,
+};
+use amq_protocol::types::ShortString;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+};
+use tokio::{sync::Notify, time::Instant};
+
+/// A connection, by a number that is never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ConnectionId(u64);
+
+/// A queue, by a number that is never used again: its name may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueueId(u64);
+
+/// A channel of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ChannelId {
+    /// The connection.
+    pub connection: ConnectionId,
+    /// Its number on that connection.
+    pub number: u16,
+}
+
+/// The one virtual host, `/`.
+#[derive(Debug)]
+pub struct VirtualHost {
+    pub(super) peers: HashMap<ConnectionId, Peer>,
+    pub(super) exchanges: HashMap<ShortString, Exchange>,
+    pub(super) queues: HashMap<QueueId, Queue>,
+    pub(super) queue_ids: HashMap<ShortString, QueueId>,
+    pub(super) dead_letters: VecDeque<DeadLetter>,
+    pub(super) memory: Arc<Memory>,
+    due: BTreeSet<(Instant, QueueId)>,
+    clock: Arc<Notify>,
+    next_id: u64,
+}
+
+/// What is known of a connection.
+#[derive(Debug)]
+pub struct Peer {
+    /// What it will get.
+    pub output: Output,
+    /// Whether it publishes: such a connection is not read while the memory is full.
+    pub publishes: bool,
+    /// Whether it wants to know when a queue that it consumes is deleted.
+    pub takes_cancel: bool,
+    /// Bytes of messages of which parts have come.
+    pub assembling: usize,
+    pub(super) channels: BTreeMap<u16, Channel>,
+    /// Channels with confirms that were not sent yet.
+    pub(super) confirming: BTreeSet<u16>,
+}
+
+impl VirtualHost {
+    /// One with nothing in it but the predeclared exchanges.
+    pub fn new(memory: Arc<Memory>) -> Self {
+        let predeclared = |kind: Kind| {
+            let exchange = Exchange {
+                kind,
+                durable: true,
+                auto_delete: false,
+                internal: false,
+                bindings: Vec::new(),
+                held: memory.hold(0),
+            };
+            (format!("amq.{}", kind.as_str()).into(), exchange)
+        };
+        Self {
+            peers: HashMap::new(),
+            exchanges: [Kind::Direct, Kind::Fanout, Kind::Topic].map(predeclared).into(),
+            queues: HashMap::new(),
+            queue_ids: HashMap::new(),
+            dead_letters: VecDeque::new(),
+            memory,
+            due: BTreeSet::new(),
+            clock: Arc::default(),
+            next_id: 0,
+        }
+    }
+
+    /// Takes a connection in.
+    pub fn connect(&mut self, output: Output, takes_cancel: bool) -> ConnectionId {
+        let id = ConnectionId(self.next_id());
+        let peer = Peer {
+            output,
+            publishes: false,
+            takes_cancel,
+            assembling: 0,
+            channels: BTreeMap::new(),
+            confirming: BTreeSet::new(),
+        };
+        self.peers.insert(id, peer);
+        id
+    }
+
+    /// Forgets a connection: what it has not acknowledged is requeued, its exclusive queues go. What is
+    /// left is its output.
+    pub fn disconnect(&mut self, connection: ConnectionId) -> Option<Output> {
+        let numbers: Vec<u16> =
+            self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.keys().copied()).collect();
+        for number in numbers {
+            self.close_channel(ChannelId { connection, number });
+        }
+        let peer = self.peers.remove(&connection);
+        let owned = self.queues.iter().filter(|(_, queue)| queue.owner == Some(connection));
+        let owned = owned.map(|(id, _)| *id).collect();
+        self.delete_queues(&owned);
+        self.settle_dead_letters();
+        peer.map(|peer| peer.output)
+    }
+
+    /// Gives the consumers of a connection what waits for them: there is room in its output again.
+    pub fn resume(&mut self, connection: ConnectionId) {
+        let channels = self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.values());
+        let queues: BTreeSet<QueueId> = channels.flat_map(Channel::consumed_queues).collect();
+        for queue in queues {
+            self.push(queue);
+        }
+        self.settle_dead_letters();
+    }
+
+    /// What was published becomes so many confirms.
+    pub fn flush_confirms(&mut self, connection: ConnectionId) {
+        if let Some(peer) = self.peers.get_mut(&connection) {
+            for number in std::mem::take(&mut peer.confirming) {
+                if let Some(channel) = peer.channels.get_mut(&number) {
+                    channel.flush_confirms(number, &mut peer.output);
+                }
+            }
+        }
+    }
+
+    /// Ends whatever is over by `now`; when to come again. Comes again at once if that was a lot.
+    pub fn tick(&mut self, now: Instant) -> Option<Instant> {
+        while let Some(&(due, id)) = self.due.first().filter(|(due, _)| *due <= now) {
+            self.due.remove(&(due, id));
+            let Some(queue) = self.queues.get_mut(&id) else { continue };
+            queue.due = None;
+            if queue.is_expired(now) {
+                self.delete_queues(&[id].into());
+            } else {
+                self.push(id);
+            }
+        }
+        self.settle_dead_letters();
+        if !self.dead_letters.is_empty() {
+            return Some(now);
+        }
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    /// Notified when [`VirtualHost::tick`] is due earlier than it said.
+    pub fn clock(&self) -> Arc<Notify> {
+        Arc::clone(&self.clock)
+    }
+
+    /// Has the clock look at this queue when something in it may be over.
+    pub(super) fn schedule(&mut self, id: QueueId) {
+        let Some(queue) = self.queues.get_mut(&id) else { return };
+        let Some(next) = queue.next_due() else { return };
+        // One that is due too early costs one look; most messages never get as far as to be due.
+        if queue.due.is_some_and(|due| due <= next) {
+            return;
+        }
+        if let Some(due) = queue.due.replace(next) {
+            self.due.remove(&(due, id));
+        }
+        self.due.insert((next, id));
+        if self.due.first() == Some(&(next, id)) {
+            self.clock.notify_one();
+        }
+    }
+
+    pub(super) fn unschedule(&mut self, id: QueueId, queue: &Queue) {
+        if let Some(due) = queue.due {
+            self.due.remove(&(due, id));
+        }
+    }
+
+    pub(super) fn wake_clock(&self) {
+        self.clock.notify_one();
+    }
+
+    pub(super) fn next_queue_id(&mut self) -> QueueId {
+        QueueId(self.next_id())
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+}
