@@ -1,6 +1,6 @@
 // What one span says, all of it and as it is.
 
-import { element, tracePath } from "./dom.js";
+import { breakable, element, tracePath } from "./dom.js";
 import { clock, count, duration, percent } from "./format.js";
 import { colour } from "./services.js";
 import { criticalTime } from "./timing.js";
@@ -22,12 +22,9 @@ export function showDetails(side, trace, span, { go, close }) {
 function header(span, close) {
   const button = element("button", { type: "button", "aria-label": "Close the details", title: "Close (Esc)" }, "×");
   button.addEventListener("click", close);
-  return element(
-    "header",
-    { class: colour(span.service) },
-    element("h2", {}, element("span", { class: "service" }, span.service || "(no service)"), " ", element("span", { class: "operation" }, span.name || "(no name)")),
-    button,
-  );
+  const service = element("span", { class: "service" }, span.service || "(no service)");
+  const operation = element("span", { class: "operation" }, ...breakable(span.name || "(no name)"));
+  return element("header", { class: colour(span.service) }, element("h2", {}, service, " ", operation), button);
 }
 
 function facts(trace, span, go) {
@@ -35,14 +32,18 @@ function facts(trace, span, go) {
   const rows = [
     ["Kind", span.kind || "not said"],
     ["Status", span.error ? element("span", { class: "failed" }, `error ${span.errorDescription}`) : "no error"],
-    ["Start", `${duration(span.start - trace.start)} after the trace's, at ${clock(span.start)}`],
-    ["Duration", `${duration(span.duration)}, ${percent(span.duration, trace.duration)} of the trace`],
-    ["Self time", `${duration(span.selfTime)}, without the time of its children`],
-    ["Critical path", critical ? `${duration(critical)}, ${percent(critical, trace.root.duration)} of it` : "not on it"],
+    ["Start", said(`+${duration(span.start - trace.start)}`, clock(span.start))],
+    ["Duration", said(duration(span.duration), `${percent(span.duration, trace.duration)} of the trace`)],
+    ["Self time", said(duration(span.selfTime), "without its children")],
+    ["Critical path", critical ? said(duration(critical), `${percent(critical, trace.root.duration)} of it`) : "not on it"],
     ["Span id", link(trace.traceID, span.id)],
     ["Parent", parent(span, go)],
   ];
   return element("dl", {}, ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+}
+
+function said(value, remark) {
+  return element("span", {}, value, " ", element("span", { class: "quiet" }, remark));
 }
 
 function parent(span, go) {
@@ -58,7 +59,7 @@ function section(title, content) {
 
 function table(attributes) {
   const rows = attributes.map(({ key, value }) =>
-    element("tr", {}, element("th", { scope: "row" }, key), element("td", {}, value)),
+    element("tr", {}, element("th", { scope: "row" }, ...breakable(key)), element("td", {}, value)),
   );
   return element("table", {}, element("tbody", {}, ...rows));
 }

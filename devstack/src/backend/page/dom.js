@@ -31,6 +31,11 @@ export function setText(node, text) {
 /** The element with this id: they are in the HTML file, so it exists. */
 export const byId = (id) => document.getElementById(id);
 
+/** Text that goes over to the next line after a dot, a slash or an underscore rather than anywhere. */
+export function breakable(text) {
+  return text.split(/(?<=[./_])/).flatMap((part) => [part, element("wbr")]);
+}
+
 /** Where a trace, and a span of it, is shown; null unless the ids are hex digits. */
 export function tracePath(traceID, spanID = "") {
   if (!/^[0-9a-f]{1,32}$/i.test(traceID) || !/^[0-9a-f]{0,16}$/i.test(spanID)) return null;

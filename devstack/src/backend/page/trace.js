@@ -37,7 +37,6 @@ const refresh = coalesced(async () => {
 }, 250);
 
 function show(next) {
-  const first = trace === null;
   trace = next;
   byId("trace").hidden = false;
   showSummary();
@@ -46,7 +45,6 @@ function show(next) {
   const span = spanByKey(selected || spanInURL());
   if (span && !selected) waterfall.reveal(span);
   select(span, { keepURL: true });
-  if (first) waterfall.focus();
 }
 
 function showSummary() {
@@ -117,10 +115,12 @@ addEventListener("hashchange", () => {
 onKeys({
   "/": () => byId("find-text").select(),
   e: () => trace && nextError(),
+  ArrowDown: () => waterfall.focus(),
+  ArrowUp: () => waterfall.focus(),
   Escape: escape,
 });
 setText(byId("missing-id"), short(traceID, 64));
 follow({
-  changed: (changed) => changed.toLowerCase() === traceID && refresh(),
+  changed: (changed) => (trace === null || changed === traceID) && refresh(),
   connected: refresh,
 });
