@@ -1,12 +1,15 @@
 //! For development only; no service depends on it.
 //!
 //! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
+//! - [`backend`]: a trace backend in memory, with Jaeger's query API
 //! - [`trace`]: spans as they were received, drawn as a tree
 //! - [`process`]: the services as real processes
 //! - [`stack`]: all of them together, as the end-to-end tests use them
 //! - [`client`]: a small HTTP client
 //! - [`mod@bench`]: what tracing costs
 
+pub mod backend;
+mod background;
 pub mod bench;
 pub mod client;
 pub mod process;

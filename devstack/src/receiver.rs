@@ -2,6 +2,8 @@
 //! what was meant. It takes Zipkin's JSON as well.
 
 use crate::{
+    backend::{Rejected, ingest, ingest::Sink},
+    background::Background,
     poll,
     trace::{self, Span},
 };
@@ -10,27 +12,17 @@ use axum::{
     Router,
     body::Bytes,
     extract::State,
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, StatusCode},
     routing::post,
 };
-use flate2::read::GzDecoder;
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse,
-    trace_service_server::{TraceService, TraceServiceServer},
-};
-use prost::Message;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use serde_json::Value;
 use std::{
-    io::Read,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{
-    net::TcpListener,
-    runtime::{self, Runtime},
-};
-use tonic::{Request, Response, Status, codec::CompressionEncoding, transport::server::TcpIncoming};
+use tonic::Status;
 
 /// How long a test waits for spans, at most.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -42,8 +34,7 @@ pub struct Receiver {
     /// Where it listens for OTLP/HTTP (`/v1/traces`) and Zipkin (`/api/v2/spans`).
     pub http: SocketAddr,
     store: Store,
-    /// Its own, so that with the receiver its connections end, too.
-    runtime: Option<Runtime>,
+    _runtime: Background,
 }
 
 #[derive(Clone, Default)]
@@ -83,26 +74,18 @@ impl Receiver {
     /// If the address is in use.
     pub async fn start_at(grpc: SocketAddr) -> Result<Self> {
         let store = Store::default();
-        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let runtime = Background::start(1, 1)?;
         let inside = runtime.enter();
-        let grpc = into_tokio(grpc)?;
-        let http = into_tokio("127.0.0.1:0".parse()?)?;
+        let grpc = ingest::listen(grpc)?;
+        let http = ingest::listen("127.0.0.1:0".parse()?)?;
         drop(inside);
         let addresses = (grpc.local_addr()?, http.local_addr()?);
 
-        let service = TraceServiceServer::new(store.clone())
-            .accept_compressed(CompressionEncoding::Gzip)
-            .max_decoding_message_size(64 * 1024 * 1024);
-        let grpc = tonic::transport::Server::builder()
-            .add_service(service)
-            .serve_with_incoming(TcpIncoming::from(grpc));
-        let router = Router::new()
-            .route("/v1/traces", post(otlp_http))
-            .route("/api/v2/spans", post(zipkin))
-            .with_state(store.clone());
-        runtime.spawn(grpc);
+        let router = ingest::http_routes(store.clone())
+            .merge(Router::new().route("/api/v2/spans", post(zipkin)).with_state(store.clone()));
+        runtime.spawn(ingest::serve_grpc(grpc, store.clone()));
         runtime.spawn(axum::serve(http, router).into_future());
-        Ok(Self { grpc: addresses.0, http: addresses.1, store, runtime: Some(runtime) })
+        Ok(Self { grpc: addresses.0, http: addresses.1, store, _runtime: runtime })
     }
 
     /// All spans received so far.
@@ -136,7 +119,7 @@ impl Receiver {
     /// # Panics
     /// If it doesn't come to look like that; then it shows what it looks like.
     pub async fn expect_tree_below(&self, remote_parent: &str, trace_id: &str, expected: &str) -> Vec<Span> {
-        let expected = dedent(expected);
+        let expected = trace::dedent(expected);
         let seen = poll(PATIENCE, async || {
             let spans = self.trace(trace_id);
             (trace::tree(&spans, remote_parent) == expected).then_some(spans)
@@ -168,55 +151,24 @@ impl Receiver {
     }
 }
 
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
 impl Store {
     fn lock(&self) -> MutexGuard<'_, Received> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn take(&self, headers: HeaderMap, request: &ExportTraceServiceRequest) -> Result<(), Refusal> {
+impl Sink for Store {
+    fn take(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         let mut received = self.lock();
         received.requests.push(headers);
         if !received.refusals.is_empty() {
-            return Err(received.refusals.remove(0));
+            return Err(match received.refusals.remove(0) {
+                Refusal::Unavailable => Status::unavailable("refused"),
+                Refusal::Invalid => Status::invalid_argument("refused"),
+            });
         }
-        let spans = request.resource_spans.iter().flat_map(trace::spans);
-        received.spans.extend(spans);
-        Ok(())
-    }
-}
-
-#[tonic::async_trait]
-impl TraceService for Store {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let headers = request.metadata().clone().into_headers();
-        match self.take(headers, request.get_ref()) {
-            Ok(()) => Ok(Response::new(ExportTraceServiceResponse::default())),
-            Err(Refusal::Unavailable) => Err(Status::unavailable("refused")),
-            Err(Refusal::Invalid) => Err(Status::invalid_argument("refused")),
-        }
-    }
-}
-
-async fn otlp_http(State(store): State<Store>, headers: HeaderMap, body: Bytes) -> (StatusCode, Vec<u8>) {
-    let Some(request) = unzip(&headers, &body).and_then(|b| ExportTraceServiceRequest::decode(&b[..]).ok())
-    else {
-        return (StatusCode::BAD_REQUEST, Vec::new());
-    };
-    match store.take(headers, &request) {
-        Ok(()) => (StatusCode::OK, ExportTraceServiceResponse::default().encode_to_vec()),
-        Err(Refusal::Unavailable) => (StatusCode::SERVICE_UNAVAILABLE, Vec::new()),
-        Err(Refusal::Invalid) => (StatusCode::BAD_REQUEST, Vec::new()),
+        received.spans.extend(request.resource_spans.iter().flat_map(trace::spans));
+        Ok(Rejected::default())
     }
 }
 
@@ -226,26 +178,4 @@ async fn zipkin(State(store): State<Store>, body: Bytes) -> StatusCode {
     };
     store.lock().zipkin.extend(spans);
     StatusCode::ACCEPTED
-}
-
-fn into_tokio(address: SocketAddr) -> Result<TcpListener> {
-    let listener = std::net::TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    Ok(TcpListener::from_std(listener)?)
-}
-
-fn unzip(headers: &HeaderMap, body: &[u8]) -> Option<Vec<u8>> {
-    if headers.get(header::CONTENT_ENCODING).is_none_or(|encoding| encoding != "gzip") {
-        return Some(body.to_vec());
-    }
-    let mut unzipped = Vec::new();
-    GzDecoder::new(body).take(64 * 1024 * 1024).read_to_end(&mut unzipped).ok()?;
-    Some(unzipped)
-}
-
-/// Removes the indentation that all lines share, and blank lines around.
-fn dedent(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let indent = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
-    lines.iter().map(|line| format!("{}\n", line[indent..].trim_end())).collect()
 }

@@ -1,8 +1,9 @@
 //! Spans as they were received, and a trace drawn as a small indented text.
 
 use opentelemetry_proto::tonic::{
-    common::v1::{AnyValue, KeyValue, any_value::Value},
-    trace::v1::{ResourceSpans, span::SpanKind, status::StatusCode},
+    common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
+    resource::v1::Resource,
+    trace::v1::{self as otlp, ResourceSpans, span::SpanKind, status::StatusCode},
 };
 use std::{collections::BTreeMap, fmt::Write};
 
@@ -45,46 +46,51 @@ pub struct Span {
     pub scope: String,
 }
 
+impl Span {
+    /// From OTLP, with the resource and the scope that it came with.
+    pub fn new(span: &otlp::Span, resource: &Resource, scope: &InstrumentationScope) -> Self {
+        let resource = attributes(&resource.attributes);
+        let status = span.status.clone().unwrap_or_default();
+        Self {
+            trace_id: hex(&span.trace_id),
+            span_id: hex(&span.span_id),
+            parent_span_id: hex(&span.parent_span_id),
+            service: resource.get("service.name").cloned().unwrap_or_default(),
+            name: span.name.clone(),
+            kind: match span.kind() {
+                SpanKind::Unspecified => "UNSPECIFIED",
+                SpanKind::Internal => "INTERNAL",
+                SpanKind::Server => "SERVER",
+                SpanKind::Client => "CLIENT",
+                SpanKind::Producer => "PRODUCER",
+                SpanKind::Consumer => "CONSUMER",
+            },
+            status: match status.code() {
+                StatusCode::Unset => "UNSET",
+                StatusCode::Ok => "OK",
+                StatusCode::Error => "ERROR",
+            },
+            status_message: status.message,
+            start: span.start_time_unix_nano,
+            end: span.end_time_unix_nano,
+            attributes: attributes(&span.attributes),
+            resource,
+            events: span.events.iter().map(|e| (e.name.clone(), attributes(&e.attributes))).collect(),
+            links: span.links.iter().map(|l| (hex(&l.trace_id), hex(&l.span_id))).collect(),
+            flags: span.flags,
+            trace_state: span.trace_state.clone(),
+            scope: scope.name.clone(),
+        }
+    }
+}
+
 /// The spans of one part of an OTLP request.
 pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
-    let resource = resource_spans.resource.as_ref().map(|r| attributes(&r.attributes)).unwrap_or_default();
-    let service = resource.get("service.name").cloned().unwrap_or_default();
+    let resource = resource_spans.resource.clone().unwrap_or_default();
     let mut spans = Vec::new();
     for scope_spans in &resource_spans.scope_spans {
-        let scope = scope_spans.scope.as_ref().map(|scope| scope.name.clone()).unwrap_or_default();
-        spans.extend(scope_spans.spans.iter().map(|span| {
-            let status = span.status.clone().unwrap_or_default();
-            Span {
-                trace_id: hex(&span.trace_id),
-                span_id: hex(&span.span_id),
-                parent_span_id: hex(&span.parent_span_id),
-                service: service.clone(),
-                name: span.name.clone(),
-                kind: match span.kind() {
-                    SpanKind::Unspecified => "UNSPECIFIED",
-                    SpanKind::Internal => "INTERNAL",
-                    SpanKind::Server => "SERVER",
-                    SpanKind::Client => "CLIENT",
-                    SpanKind::Producer => "PRODUCER",
-                    SpanKind::Consumer => "CONSUMER",
-                },
-                status: match status.code() {
-                    StatusCode::Unset => "UNSET",
-                    StatusCode::Ok => "OK",
-                    StatusCode::Error => "ERROR",
-                },
-                status_message: status.message,
-                start: span.start_time_unix_nano,
-                end: span.end_time_unix_nano,
-                attributes: attributes(&span.attributes),
-                resource: resource.clone(),
-                events: span.events.iter().map(|e| (e.name.clone(), attributes(&e.attributes))).collect(),
-                links: span.links.iter().map(|l| (hex(&l.trace_id), hex(&l.span_id))).collect(),
-                flags: span.flags,
-                trace_state: span.trace_state.clone(),
-                scope: scope.clone(),
-            }
-        }));
+        let scope = scope_spans.scope.clone().unwrap_or_default();
+        spans.extend(scope_spans.spans.iter().map(|span| Span::new(span, &resource, &scope)));
     }
     spans
 }
@@ -123,6 +129,13 @@ pub fn tree(spans: &[Span], known_parent: &str) -> String {
         draw(&mut out, spans, root, 0, orphan);
     }
     out
+}
+
+/// A tree as a test's source code has it: without the indentation that all lines share, and blank lines.
+pub fn dedent(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let indent = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
+    lines.iter().map(|line| format!("{}\n", line[indent..].trim_end())).collect()
 }
 
 fn attributes(attributes: &[KeyValue]) -> BTreeMap<String, String> {

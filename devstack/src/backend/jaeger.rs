@@ -1,0 +1,338 @@
+//! Jaeger's first query API, `/api/…`: what its page and Grafana call.
+
+use super::{
+    ids::{SpanId, TraceId},
+    parameters::{self, Parameters, Refusal},
+    query::{blocking, json},
+    search::Filter,
+    store::{Store, StoredSpan, Trace},
+    tags::{self, Tag},
+};
+use axum::{
+    Router,
+    extract::{Path, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{any, get, post},
+};
+use prost::Message;
+use serde::Serialize;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+/// As many as Jaeger answers with if nobody says how many.
+const DEFAULT_LIMIT: usize = 100;
+
+/// As far back as Jaeger looks for dependencies: a day, in nanoseconds.
+const DEFAULT_DEPENDENCIES_LOOKBACK: u64 = 24 * 3600 * 1_000_000_000;
+
+pub(super) fn routes() -> Router<Arc<Store>> {
+    Router::new()
+        .route("/api/services", get(services))
+        .route("/api/services/{service}/operations", get(operation_names))
+        .route("/api/operations", get(operations))
+        .route("/api/traces", get(search))
+        .route("/api/traces/{id}", get(trace))
+        .route("/api/dependencies", get(dependencies))
+        // What Jaeger refuses, too, when it has no storage for metrics and no archive.
+        .route("/api/metrics/{name}", get(async || not_implemented("metrics querying is currently disabled")))
+        .route("/api/archive/{id}", post(async || not_implemented("archive span storage was not configured")))
+        .route(
+            "/api/{*rest}",
+            any(async || Refusal(StatusCode::NOT_FOUND, "there is no such API".to_owned())),
+        )
+}
+
+/// What every answer is wrapped in.
+#[derive(Serialize)]
+pub(super) struct Envelope<T> {
+    data: T,
+    total: usize,
+    limit: usize,
+    offset: usize,
+    errors: Option<Vec<Error>>,
+}
+
+#[derive(Serialize)]
+struct Error {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<u16>,
+    msg: String,
+    #[serde(rename = "traceID", skip_serializing_if = "Option::is_none")]
+    trace_id: Option<String>,
+}
+
+/// An operation of a service.
+#[derive(Serialize, PartialEq, Eq, PartialOrd, Ord)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Operation {
+    name: String,
+    span_kind: &'static str,
+}
+
+#[derive(Serialize)]
+struct JaegerTrace<'a> {
+    #[serde(rename = "traceID")]
+    trace_id: String,
+    spans: Vec<JaegerSpan<'a>>,
+    processes: BTreeMap<String, Process<'a>>,
+    warnings: Option<Vec<String>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct JaegerSpan<'a> {
+    #[serde(rename = "traceID")]
+    trace_id: String,
+    #[serde(rename = "spanID")]
+    span_id: String,
+    operation_name: &'a str,
+    references: Vec<Reference>,
+    /// Microseconds since 1970.
+    start_time: u64,
+    /// Microseconds.
+    duration: u64,
+    tags: Vec<Tag<'a>>,
+    logs: Vec<Log<'a>>,
+    #[serde(rename = "processID")]
+    process_id: String,
+    warnings: Option<Vec<String>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Reference {
+    ref_type: &'static str,
+    #[serde(rename = "traceID")]
+    trace_id: String,
+    #[serde(rename = "spanID")]
+    span_id: String,
+}
+
+#[derive(Serialize)]
+struct Log<'a> {
+    /// Microseconds since 1970.
+    timestamp: u64,
+    fields: Vec<Tag<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Process<'a> {
+    service_name: &'a str,
+    tags: Vec<Tag<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Dependency {
+    parent: String,
+    child: String,
+    call_count: u64,
+}
+
+async fn services(State(store): State<Arc<Store>>) -> Response {
+    blocking(move || Ok(json(&Envelope::new(service_names(&store))))).await
+}
+
+async fn operation_names(State(store): State<Arc<Store>>, Path(service): Path<String>) -> Response {
+    blocking(move || {
+        let names: BTreeSet<_> = operations_of(&store, &service, None).into_iter().map(|o| o.name).collect();
+        Ok(json(&Envelope::new(names.into_iter().collect())))
+    })
+    .await
+}
+
+async fn operations(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
+    blocking(move || {
+        let Some(service) = parameters.first("service") else {
+            return Err(Refusal::malformed("parameter 'service' is required"));
+        };
+        Ok(json(&Envelope::new(operations_of(&store, service, parameters.first("spanKind")))))
+    })
+    .await
+}
+
+async fn trace(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Response {
+    blocking(move || {
+        let id = parameters::trace_id(&id).map_err(|error| Refusal::malformed(&error))?;
+        let Some(trace) = store.trace(id) else {
+            return Err(Refusal(StatusCode::NOT_FOUND, "trace not found".to_owned()));
+        };
+        Ok(json(&Envelope::new(vec![JaegerTrace::new(&trace)])))
+    })
+    .await
+}
+
+/// `/api/traces`: those named by `traceID`, or those that the other parameters describe.
+async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
+    blocking(move || {
+        let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
+        let filter = Filter::from_parameters(&parameters)?;
+        let ids: BTreeSet<TraceId> = parameters
+            .all("traceID")
+            .map(parameters::trace_id)
+            .collect::<Result<_, _>>()
+            .map_err(|error| Refusal::malformed(&format!("cannot parse traceID param: {error}")))?;
+        let mut errors = Vec::new();
+        let traces = if !ids.is_empty() {
+            let (found, missing): (Vec<_>, Vec<_>) =
+                ids.into_iter().map(|id| (id, store.trace(id))).partition(|(_, trace)| trace.is_some());
+            errors.extend(missing.into_iter().map(|(id, _)| Error {
+                code: None,
+                msg: "trace not found".to_owned(),
+                trace_id: Some(id.to_string()),
+            }));
+            found.into_iter().filter_map(|(_, trace)| trace).collect()
+        } else if filter.service.is_none() {
+            return Err(Refusal::malformed("parameter 'service' is required"));
+        } else {
+            filter.find(&store, limit)
+        };
+        let mut envelope = Envelope::new(traces.iter().map(|trace| JaegerTrace::new(trace)).collect());
+        envelope.errors = (!errors.is_empty()).then_some(errors);
+        Ok(json(&envelope))
+    })
+    .await
+}
+
+/// Which service calls which, counted in the traces of the time that is asked for: a call is a span
+/// whose parent is another service's.
+async fn dependencies(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
+    blocking(move || {
+        let end = parameters.parsed("endTs", parameters::milliseconds)?.unwrap_or_else(parameters::now);
+        let lookback = parameters.parsed("lookback", parameters::milliseconds)?;
+        let from = end.saturating_sub(lookback.unwrap_or(DEFAULT_DEPENDENCIES_LOOKBACK));
+        let mut calls: BTreeMap<(String, String), u64> = BTreeMap::new();
+        for trace in store.traces().iter().filter(|trace| (from..=end).contains(&trace.start)) {
+            for span in trace.spans() {
+                let Some(parent) = span.parent.and_then(|parent| trace.span(parent)) else {
+                    continue;
+                };
+                if parent.service() != span.service() {
+                    *calls.entry((parent.service().to_owned(), span.service().to_owned())).or_default() += 1;
+                }
+            }
+        }
+        let calls = calls.into_iter();
+        let calls = calls.map(|((parent, child), call_count)| Dependency { parent, child, call_count });
+        Ok(json(&Envelope::new(calls.collect())))
+    })
+    .await
+}
+
+fn not_implemented(why: &str) -> Refusal {
+    Refusal(StatusCode::NOT_IMPLEMENTED, why.to_owned())
+}
+
+/// The services that spans came from, in alphabetical order.
+pub(super) fn service_names(store: &Store) -> Vec<String> {
+    let traces = store.traces();
+    let names: BTreeSet<&str> =
+        traces.iter().flat_map(|trace| trace.spans()).map(StoredSpan::service).collect();
+    names.into_iter().map(str::to_owned).collect()
+}
+
+/// The operations of a service, of one kind or of all.
+pub(super) fn operations_of(store: &Store, service: &str, kind: Option<&str>) -> Vec<Operation> {
+    let traces = store.traces();
+    let spans = traces.iter().flat_map(|trace| trace.spans()).filter(|span| span.service() == service);
+    let operations: BTreeSet<(&str, &'static str)> = spans
+        .map(|span| (span.span.name.as_str(), tags::kind(&span.span).unwrap_or("internal")))
+        .filter(|(_, of)| kind.is_none_or(|kind| kind == *of))
+        .collect();
+    operations.into_iter().map(|(name, span_kind)| Operation { name: name.to_owned(), span_kind }).collect()
+}
+
+impl<T> Envelope<Vec<T>> {
+    pub fn new(data: Vec<T>) -> Self {
+        Self { total: data.len(), data, limit: 0, offset: 0, errors: None }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let Self(status, msg) = self;
+        let errors = Some(vec![Error { code: Some(status.as_u16()), msg, trace_id: None }]);
+        let envelope = Envelope { data: (), total: 0, limit: 0, offset: 0, errors };
+        (status, json(&envelope)).into_response()
+    }
+}
+
+impl<'a> JaegerTrace<'a> {
+    fn new(trace: &'a Trace) -> Self {
+        let mut processes = Processes::default();
+        let spans = trace.spans_in_order();
+        let spans =
+            spans.into_iter().map(|span| JaegerSpan::new(trace.id, span, processes.id(span))).collect();
+        Self { trace_id: trace.id.to_string(), spans, processes: processes.processes, warnings: None }
+    }
+}
+
+impl<'a> JaegerSpan<'a> {
+    fn new(trace_id: TraceId, stored: &'a StoredSpan, process_id: String) -> Self {
+        let span = &stored.span;
+        let logs = span
+            .events
+            .iter()
+            .map(|event| Log { timestamp: event.time_unix_nano / 1000, fields: tags::of_event(event) });
+        Self {
+            trace_id: trace_id.to_string(),
+            span_id: stored.id.to_string(),
+            operation_name: &span.name,
+            references: references(trace_id, stored),
+            start_time: span.start_time_unix_nano / 1000,
+            duration: stored.duration() / 1000,
+            tags: tags::of_span(stored),
+            logs: logs.collect(),
+            process_id,
+            warnings: None,
+        }
+    }
+}
+
+/// The parent, then the links.
+fn references(trace_id: TraceId, stored: &StoredSpan) -> Vec<Reference> {
+    let parent = stored.parent.map(|parent| Reference {
+        ref_type: "CHILD_OF",
+        trace_id: trace_id.to_string(),
+        span_id: parent.to_string(),
+    });
+    // OTLP allows a link to nowhere, with attributes only. A reference needs a target.
+    let links = stored.span.links.iter().filter_map(|link| {
+        Some(Reference {
+            ref_type: "FOLLOWS_FROM",
+            trace_id: TraceId::from_bytes(&link.trace_id)?.to_string(),
+            span_id: SpanId::from_bytes(&link.span_id)?.to_string(),
+        })
+    });
+    parent.into_iter().chain(links).collect()
+}
+
+/// The processes of a trace, each once, though its resource comes with every batch of spans.
+#[derive(Default)]
+struct Processes<'a> {
+    processes: BTreeMap<String, Process<'a>>,
+    /// By the encoded resource.
+    ids: HashMap<Vec<u8>, String>,
+    /// By the address of the resource, which saves encoding it for every span.
+    known: HashMap<usize, String>,
+}
+
+impl<'a> Processes<'a> {
+    fn id(&mut self, span: &'a StoredSpan) -> String {
+        let address = Arc::as_ptr(&span.resource).addr();
+        if let Some(id) = self.known.get(&address) {
+            return id.clone();
+        }
+        let next = format!("p{}", self.processes.len() + 1);
+        let id = self.ids.entry(span.resource.resource.encode_to_vec()).or_insert(next).clone();
+        self.known.insert(address, id.clone());
+        self.processes
+            .entry(id.clone())
+            .or_insert_with(|| Process { service_name: span.service(), tags: tags::of_process(span) });
+        id
+    }
+}

@@ -1,0 +1,139 @@
+//! The embedded trace backend: takes OTLP, keeps the latest traces in memory, answers as Jaeger does.
+//!
+//! - `ingest`: OTLP over gRPC and HTTP; serves the tests' receiver as well
+//! - `store`: the bounded store, of what `size` says that a span takes
+//! - `query`: the router of all below
+//! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
+//! - `recent`: what the page needs beside them: the latest traces, and word when one changes
+//! - `search`, `parameters`, `ids`: what a query asks for
+//! - `page`: what a browser sees
+
+mod ids;
+pub(crate) mod ingest;
+mod jaeger;
+mod jaeger_v3;
+mod page;
+mod parameters;
+mod query;
+mod recent;
+mod search;
+mod size;
+mod store;
+mod tags;
+
+pub(crate) use store::Rejected;
+pub use store::{Limits, Statistics};
+
+use crate::{background::Background, trace::Span};
+use anyhow::{Context, Result};
+use http::HeaderMap;
+use ingest::Sink;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use std::{net::SocketAddr, sync::Arc};
+use store::Store;
+use tokio::{net::TcpListener, sync::broadcast};
+use tonic::Status;
+
+/// Stops when dropped, and its connections end.
+pub struct Backend {
+    addresses: Addresses,
+    store: Arc<Store>,
+    _runtime: Background,
+}
+
+/// Where a backend listens.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    /// OTLP/gRPC; usually port 4317.
+    pub otlp_grpc: SocketAddr,
+    /// OTLP/HTTP; usually port 4318.
+    pub otlp_http: SocketAddr,
+    /// The page and the query APIs; usually port 16686.
+    pub query: SocketAddr,
+}
+
+impl Addresses {
+    /// Free ports on 127.0.0.1, chosen when the backend starts.
+    pub const FREE: Self = {
+        let free = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+        Self { otlp_grpc: free, otlp_http: free, query: free }
+    };
+}
+
+impl Backend {
+    /// Listens on free ports of 127.0.0.1.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub async fn start() -> Result<Self> {
+        Self::start_at(Addresses::FREE).await
+    }
+
+    /// Listens at these addresses.
+    ///
+    /// # Errors
+    /// If one of them is in use: then it says which.
+    pub async fn start_at(addresses: Addresses) -> Result<Self> {
+        Self::start_with(addresses, Limits::default()).await
+    }
+
+    /// Listens at these addresses, and keeps as much as these limits allow.
+    ///
+    /// # Errors
+    /// If one of the addresses is in use: then it says which.
+    pub async fn start_with(addresses: Addresses, limits: Limits) -> Result<Self> {
+        let store = Arc::new(Store::new(limits));
+        // Queries block. More than two at a time would take longer each, and more memory.
+        let runtime = Background::start(2, 2)?;
+        let inside = runtime.enter();
+        let otlp_grpc = listen("OTLP/gRPC", addresses.otlp_grpc)?;
+        let otlp_http = listen("OTLP/HTTP", addresses.otlp_http)?;
+        let query = listen("queries", addresses.query)?;
+        drop(inside);
+        let addresses = Addresses {
+            otlp_grpc: otlp_grpc.local_addr()?,
+            otlp_http: otlp_http.local_addr()?,
+            query: query.local_addr()?,
+        };
+        let ingest = ingest::http_routes(Arc::clone(&store));
+        runtime.spawn(ingest::serve_grpc(otlp_grpc, Arc::clone(&store)));
+        runtime.spawn(axum::serve(otlp_http, ingest).into_future());
+        runtime.spawn(axum::serve(query, query::router(Arc::clone(&store))).into_future());
+        Ok(Self { addresses, store, _runtime: runtime })
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The spans of a trace, by their start; none if the id is not one.
+    pub fn trace(&self, trace_id: &str) -> Vec<Span> {
+        let trace = trace_id.parse().ok().and_then(|id| self.store.trace(id));
+        let Some(trace) = trace else {
+            return Vec::new();
+        };
+        let spans = trace.spans_in_order().into_iter();
+        spans.map(|stored| Span::new(&stored.span, &stored.resource.resource, &stored.scope.scope)).collect()
+    }
+
+    /// Ids of traces that get spans from now on. A receiver that does not keep up misses some.
+    pub fn changes(&self) -> broadcast::Receiver<String> {
+        self.store.changes()
+    }
+
+    /// What is stored, and what became of the rest.
+    pub fn statistics(&self) -> Statistics {
+        self.store.statistics()
+    }
+}
+
+impl Sink for Arc<Store> {
+    fn take(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
+        Ok(self.insert(request))
+    }
+}
+
+fn listen(purpose: &str, address: SocketAddr) -> Result<TcpListener> {
+    ingest::listen(address).with_context(|| format!("{address}, for {purpose}"))
+}

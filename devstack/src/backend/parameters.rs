@@ -1,0 +1,224 @@
+//! The parameters of a query, in the forms that Jaeger's clients write them in.
+
+use super::ids::TraceId;
+use axum::{
+    extract::FromRequestParts,
+    http::{StatusCode, request::Parts},
+};
+use std::{
+    convert::Infallible,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// The most traces that one answer has: as many as Jaeger's page asks for at most.
+const MAX_TRACES: usize = 1500;
+
+/// What stands behind the `?` of the URL.
+pub(super) struct Parameters(Vec<(String, String)>);
+
+/// A query that is not answered: a status, and why.
+#[derive(Debug, PartialEq)]
+pub(super) struct Refusal(pub StatusCode, pub String);
+
+impl<S: Sync> FromRequestParts<S> for Parameters {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Self::parse(parts.uri.query().unwrap_or_default()))
+    }
+}
+
+impl Parameters {
+    pub fn parse(query: &str) -> Self {
+        Self(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
+    }
+
+    /// The parameter's first value; an empty one counts as none.
+    pub fn first(&self, name: &str) -> Option<&str> {
+        self.all(name).find(|value| !value.is_empty())
+    }
+
+    /// All its values.
+    pub fn all(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The parameter's first value, in the form that `parse` reads.
+    pub fn parsed<T>(
+        &self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, Refusal> {
+        let value = self.first(name).map(parse).transpose();
+        value.map_err(|error| Refusal::malformed(&format!("unable to parse param '{name}': {error}")))
+    }
+
+    /// How many traces are asked for.
+    pub fn limit(&self, name: &str, default: usize) -> Result<usize, Refusal> {
+        let limit = self.parsed(name, |value| match value.parse::<u32>() {
+            Ok(1..) => value.parse::<usize>().map_err(|error| error.to_string()),
+            _ => Err("a number above zero is wanted".to_owned()),
+        })?;
+        Ok(limit.unwrap_or(default).min(MAX_TRACES))
+    }
+}
+
+impl Refusal {
+    pub fn malformed(why: &str) -> Self {
+        Self(StatusCode::BAD_REQUEST, why.to_owned())
+    }
+}
+
+/// 1 to 32 hexadecimal digits.
+pub(super) fn trace_id(digits: &str) -> Result<TraceId, String> {
+    digits.parse()
+}
+
+/// Nanoseconds since 1970, from microseconds.
+pub(super) fn microseconds(value: &str) -> Result<u64, String> {
+    whole(value, 1000)
+}
+
+/// Nanoseconds, from milliseconds.
+pub(super) fn milliseconds(value: &str) -> Result<u64, String> {
+    whole(value, 1_000_000)
+}
+
+fn whole(value: &str, unit: u64) -> Result<u64, String> {
+    let number: u64 = value.parse().map_err(|_| format!("'{value}' is not a number"))?;
+    // What lies beyond the year 2554 is as good as the end of time.
+    Ok(number.saturating_mul(unit))
+}
+
+/// Nanoseconds, from a duration as Go writes it: `1.5s`, `1h30m`, `250us`; also with days, as Jaeger's
+/// page has them in `lookback`.
+pub(super) fn duration(value: &str) -> Result<u64, String> {
+    let malformed = || format!("'{value}' is not a duration such as 1.5s or 100ms");
+    let mut rest = value;
+    let mut sum = 0.0;
+    if rest.is_empty() {
+        return Err(malformed());
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let (number, unit_and_rest) = rest.split_at(digits);
+        let letters = unit_and_rest.find(|c: char| c.is_ascii_digit() || c == '.');
+        let (unit, after) = unit_and_rest.split_at(letters.unwrap_or(unit_and_rest.len()));
+        let unit = match unit {
+            "ns" => 1.0,
+            // The second has U+00B5, the micro sign, the third U+03BC, the Greek letter.
+            "us" | "µs" | "μs" => 1e3,
+            "ms" => 1e6,
+            "s" => 1e9,
+            "m" => 60e9,
+            "h" => 3600e9,
+            "d" => 86400e9,
+            _ => return Err(malformed()),
+        };
+        sum += number.parse::<f64>().map_err(|_| malformed())? * unit;
+        rest = after;
+    }
+    // Saturates: an endless duration is longer than all.
+    Ok(sum.round() as u64)
+}
+
+/// Nanoseconds since 1970, from a date and time as RFC 3339 has them, of years from 1970 on.
+pub(super) fn rfc3339(value: &str) -> Result<u64, String> {
+    let malformed = || format!("'{value}' is not a time such as 2026-01-31T12:00:00.5Z");
+    // `humantime` reads times in UTC only: the offset is ours to subtract.
+    let (local, offset) = match value.as_bytes() {
+        [.., b'+' | b'-', _, _, b':', _, _] if value.is_char_boundary(value.len() - 6) => {
+            let (local, offset) = value.split_at(value.len() - 6);
+            (format!("{local}Z"), offset)
+        }
+        _ => (value.to_owned(), "+00:00"),
+    };
+    let time = humantime::parse_rfc3339(&local).map_err(|_| malformed())?;
+    let (hours, minutes) = offset[1..].split_once(':').ok_or_else(malformed)?;
+    let seconds = match (hours.parse::<u64>(), minutes.parse::<u64>()) {
+        (Ok(hours @ 0..24), Ok(minutes @ 0..60)) => hours * 3600 + minutes * 60,
+        _ => return Err(malformed()),
+    };
+    let local = nanoseconds(time);
+    let offset_nanoseconds = seconds * 1_000_000_000;
+    Ok(if offset.starts_with('+') {
+        local.saturating_sub(offset_nanoseconds)
+    } else {
+        local.saturating_add(offset_nanoseconds)
+    })
+}
+
+/// Nanoseconds since 1970, at this moment.
+pub(super) fn now() -> u64 {
+    nanoseconds(SystemTime::now())
+}
+
+fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn durations_are_read_as_go_writes_them() {
+        for (text, nanoseconds) in [
+            ("1ns", 1),
+            ("1.2ms", 1_200_000),
+            ("100us", 100_000),
+            ("7µs", 7_000),
+            ("7μs", 7_000),
+            ("1h30m", 5_400_000_000_000),
+            ("2d", 172_800_000_000_000),
+            (".5s", 500_000_000),
+            ("99999999999999999999h", u64::MAX),
+        ] {
+            assert_eq!(duration(text), Ok(nanoseconds), "{text}");
+        }
+        for text in ["", "1", "ms", "1 ms", "-1s", "1.2.3s", "1x", "1s2", "custom", ".s", "1é"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_read_in_utc_and_with_an_offset() {
+        let expected = Ok(1_769_860_800_500_000_000);
+        for text in
+            ["2026-01-31T12:00:00.5Z", "2026-01-31T14:00:00.5+02:00", "2026-01-31T08:30:00.500000000-03:30"]
+        {
+            assert_eq!(rfc3339(text), expected, "{text}");
+        }
+        for text in ["", "Z", "2026-01-31", "+02:00", "2026-01-31T14:00:00+02:60", "2026-01-31T14:00:00+é:00"]
+        {
+            assert!(rfc3339(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_parameter_may_come_more_than_once_and_percent_encoded() {
+        let parameters = Parameters::parse("tag=a%3Ab&tag=c:d+e&empty=&tags=%7B%7D&x");
+        assert_eq!(parameters.all("tag").collect::<Vec<_>>(), ["a:b", "c:d e"]);
+        assert_eq!(parameters.first("empty"), None);
+        assert_eq!(parameters.first("tags"), Some("{}"));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_is_asked_panics(text in any::<String>(), number in any::<f64>()) {
+            let _ = (duration(&text), rfc3339(&text), microseconds(&text), milliseconds(&text), trace_id(&text));
+            let _ = (duration(&format!("{number}s")), rfc3339(&format!("2026-01-31T14:00:00{text}")));
+            let parameters = Parameters::parse(&text);
+            let _ = parameters.limit(&text, 1);
+        }
+
+        #[test]
+        fn durations_in_whole_units_are_exact(number in 0..4_000_000_000u64) {
+            prop_assert_eq!(duration(&format!("{number}ns")), Ok(number));
+            prop_assert_eq!(duration(&format!("{number}us")), Ok(number * 1_000));
+            prop_assert_eq!(duration(&format!("{number}ms")), Ok(number * 1_000_000));
+        }
+    }
+}

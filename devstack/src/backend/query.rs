@@ -1,0 +1,39 @@
+//! The router of the query side: Jaeger's two APIs, what the page needs beside them, and the page.
+
+use super::{jaeger, jaeger_v3, page, parameters::Refusal, recent, store::Store};
+use axum::{
+    Json, Router,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use std::sync::Arc;
+use tokio::task::spawn_blocking;
+
+pub(super) fn router(store: Arc<Store>) -> Router {
+    Router::new()
+        .merge(jaeger::routes())
+        .merge(jaeger_v3::routes())
+        .merge(recent::routes())
+        .with_state(store)
+        .merge(page::page())
+}
+
+/// Answers a query on a thread of its own: a search takes long enough to hold up what comes in.
+pub(super) async fn blocking(work: impl FnOnce() -> Result<Response, Refusal> + Send + 'static) -> Response {
+    blocking_or(work, Refusal::into_response).await
+}
+
+/// [`blocking`], with another form of refusals.
+pub(super) async fn blocking_or(
+    work: impl FnOnce() -> Result<Response, Refusal> + Send + 'static,
+    refusal: fn(Refusal) -> Response,
+) -> Response {
+    let failed = || Refusal(StatusCode::INTERNAL_SERVER_ERROR, "the query failed".to_owned());
+    spawn_blocking(work).await.unwrap_or_else(|_| Err(failed())).unwrap_or_else(refusal)
+}
+
+/// The document as a response.
+pub(super) fn json(document: &impl Serialize) -> Response {
+    Json(document).into_response()
+}

@@ -1,0 +1,171 @@
+//! What the page needs beside Jaeger's API: the latest traces of all services, and word when one changes.
+
+use super::{
+    jaeger::Envelope,
+    parameters::{self, Parameters, Refusal},
+    query::{blocking, json},
+    search::{self, Filter},
+    store::{Store, StoredSpan, Trace},
+};
+use axum::{
+    Router,
+    extract::State,
+    response::{
+        IntoResponse, Response, Sse,
+        sse::{Event, KeepAlive},
+    },
+    routing::get,
+};
+use futures_util::stream;
+use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
+use serde::Serialize;
+use std::{
+    collections::{BTreeMap, HashSet},
+    convert::Infallible,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    sync::broadcast::{
+        Receiver,
+        error::{RecvError, TryRecvError},
+    },
+    time::sleep,
+};
+
+const DEFAULT_LIMIT: usize = 20;
+
+/// How long changes are collected before they are told: a trace is told four times a second at most.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// The most changed traces that are told after one pause; of more, some go untold.
+const MAX_CHANGED: usize = 100;
+
+/// How often a comment is sent when there is nothing else, so that a dead connection is noticed.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+
+pub(super) fn routes() -> Router<Arc<Store>> {
+    Router::new().route("/api/recent", get(recent)).route("/api/events", get(events))
+}
+
+/// A trace in a line.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Summary<'a> {
+    #[serde(rename = "traceID")]
+    trace_id: String,
+    root_service: &'a str,
+    root_operation: &'a str,
+    /// Microseconds since 1970.
+    start_time: u64,
+    /// Microseconds.
+    duration: u64,
+    spans: usize,
+    /// Spans whose status is an error.
+    errors: usize,
+    services: Vec<Service<'a>>,
+}
+
+#[derive(Serialize)]
+struct Service<'a> {
+    name: &'a str,
+    spans: usize,
+}
+
+/// The latest traces. Unlike in Jaeger's search, the service may be left out, and durations are of the
+/// trace: they select what the list shows.
+async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
+    blocking(move || {
+        let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
+        let mut filter = Filter::from_parameters(&parameters)?;
+        let min_duration = filter.min_duration.take().unwrap_or(0);
+        let max_duration = filter.max_duration.take().unwrap_or(u64::MAX);
+        let traces = match parameters.parsed("traceID", parameters::trace_id)? {
+            Some(id) => store.trace(id).into_iter().collect(),
+            None => search::latest_first(&store),
+        };
+        let traces = traces.iter().filter(|trace| {
+            (min_duration..=max_duration).contains(&trace.duration()) && filter.matches_trace(trace)
+        });
+        let summaries: Vec<_> = traces.take(limit).map(|trace| Summary::new(trace)).collect();
+        Ok::<_, Refusal>(json(&Envelope::new(summaries)))
+    })
+    .await
+}
+
+/// Server-sent events: the summary of each trace that changes.
+async fn events(State(store): State<Arc<Store>>) -> Response {
+    let feed = Feed { changes: store.changes(), store, changed: HashSet::new() };
+    let events = stream::unfold(feed, |mut feed| async {
+        let event = feed.next().await?;
+        Some((Ok::<_, Infallible>(event), feed))
+    });
+    Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)).into_response()
+}
+
+/// What one client is told. It is asked for the next event when the one before is written, so a client
+/// that reads slowly has traces wait in `changed`, each once, and misses what is more.
+struct Feed {
+    store: Arc<Store>,
+    changes: Receiver<String>,
+    changed: HashSet<String>,
+}
+
+impl Feed {
+    /// `None` when the store is gone.
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            while let Some(id) = self.changed.iter().next().cloned() {
+                self.changed.remove(&id);
+                // It may be evicted by now.
+                if let Some(trace) = id.parse().ok().and_then(|id| self.store.trace(id)) {
+                    return Event::default().json_data(Summary::new(&trace)).ok();
+                }
+            }
+            match self.changes.recv().await {
+                Ok(id) => self.changed.insert(id),
+                Err(RecvError::Lagged(_)) => continue,
+                Err(RecvError::Closed) => return None,
+            };
+            sleep(PAUSE).await;
+            loop {
+                match self.changes.try_recv() {
+                    Ok(id) if self.changed.len() < MAX_CHANGED => self.changed.insert(id),
+                    Ok(_) | Err(TryRecvError::Lagged(_)) => continue,
+                    Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+                };
+            }
+        }
+    }
+}
+
+impl<'a> Summary<'a> {
+    fn new(trace: &'a Trace) -> Self {
+        let root = root(trace);
+        let mut services: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut errors = 0;
+        for stored in trace.spans() {
+            *services.entry(stored.service()).or_default() += 1;
+            let status = stored.span.status.as_ref();
+            errors += usize::from(status.is_some_and(|status| status.code() == StatusCode::Error));
+        }
+        Self {
+            trace_id: trace.id.to_string(),
+            root_service: root.map_or("", StoredSpan::service),
+            root_operation: root.map_or("", |root| &root.span.name),
+            start_time: trace.start / 1000,
+            duration: trace.duration() / 1000,
+            spans: trace.spans().len(),
+            errors,
+            services: services.into_iter().map(|(name, spans)| Service { name, spans }).collect(),
+        }
+    }
+}
+
+/// The span without a parent; as long as it is missing, the earliest whose parent is not there.
+fn root(trace: &Trace) -> Option<&StoredSpan> {
+    trace.spans().min_by_key(|stored| {
+        let is_child = stored.parent.is_some_and(|parent| trace.span(parent).is_some());
+        (is_child, stored.parent.is_some(), stored.span.start_time_unix_nano, stored.id)
+    })
+}

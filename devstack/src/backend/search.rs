@@ -1,0 +1,127 @@
+//! Which traces a query means. As in Jaeger, a trace is found if one of its spans fulfils everything.
+
+use super::{
+    parameters::{self, Parameters, Refusal},
+    store::{Store, StoredSpan, Trace},
+    tags,
+};
+use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
+
+/// What is looked for. What is not set is not asked.
+#[derive(Debug, Default)]
+pub(super) struct Filter {
+    pub service: Option<String>,
+    pub operation: Option<String>,
+    /// Tags of the span, of its process or of its logs, their values written as text.
+    pub tags: BTreeMap<String, String>,
+    /// Of the span, in nanoseconds.
+    pub min_duration: Option<u64>,
+    /// Of the span, in nanoseconds.
+    pub max_duration: Option<u64>,
+    /// The earliest start of the span, in nanoseconds since 1970.
+    pub from: Option<u64>,
+    /// The latest start of the span.
+    pub to: Option<u64>,
+}
+
+impl Filter {
+    /// From the parameters of Jaeger's first API.
+    pub fn from_parameters(parameters: &Parameters) -> Result<Self, Refusal> {
+        let mut tags = BTreeMap::new();
+        for tag in parameters.all("tag") {
+            let (key, value) = tag.split_once(':').ok_or_else(|| {
+                Refusal::malformed(&format!(
+                    "malformed 'tag' parameter, expecting key:value, received: {tag}"
+                ))
+            })?;
+            tags.insert(key.to_owned(), value.to_owned());
+        }
+        for json in parameters.all("tags").filter(|json| !json.is_empty()) {
+            tags.extend(tags_from_json("tags", json)?);
+        }
+        let to = parameters.parsed("end", parameters::microseconds)?;
+        let lookback = parameters.parsed("lookback", |value| match value {
+            // Jaeger's page says so beside the times of a range of one's own.
+            "custom" => Ok(u64::MAX),
+            _ => parameters::duration(value),
+        })?;
+        let earliest =
+            || lookback.map(|lookback| to.unwrap_or_else(parameters::now).saturating_sub(lookback));
+        let filter = Self {
+            service: parameters.first("service").map(str::to_owned),
+            operation: parameters.first("operation").map(str::to_owned),
+            tags,
+            min_duration: parameters.parsed("minDuration", parameters::duration)?,
+            max_duration: parameters.parsed("maxDuration", parameters::duration)?,
+            from: parameters.parsed("start", parameters::microseconds)?.or_else(earliest),
+            to,
+        };
+        filter.checked()
+    }
+
+    /// Refuses what nothing can fulfil by mistake.
+    pub fn checked(self) -> Result<Self, Refusal> {
+        match (self.min_duration, self.max_duration) {
+            (Some(min), Some(max)) if max < min => {
+                Err(Refusal::malformed("'maxDuration' should be greater than 'minDuration'"))
+            }
+            _ => Ok(self),
+        }
+    }
+
+    /// The latest traces that fulfil it: at most `limit`, and no more once they have as many spans as one
+    /// trace may have.
+    pub fn find(&self, store: &Store, limit: usize) -> Vec<Arc<Trace>> {
+        let mut found = Vec::new();
+        let mut spans = 0;
+        for trace in latest_first(store) {
+            if found.len() >= limit || spans > store.limits().spans_of_a_trace() {
+                break;
+            }
+            if self.matches_trace(&trace) {
+                spans += trace.spans().len();
+                found.push(trace);
+            }
+        }
+        found
+    }
+
+    /// Whether one of its spans fulfils everything.
+    pub fn matches_trace(&self, trace: &Trace) -> bool {
+        trace.spans().any(|span| self.matches(span))
+    }
+
+    fn matches(&self, stored: &StoredSpan) -> bool {
+        let start = stored.span.start_time_unix_nano;
+        let duration = stored.duration();
+        self.service.as_ref().is_none_or(|service| service == stored.service())
+            && self.operation.as_ref().is_none_or(|operation| *operation == stored.span.name)
+            && self.from.is_none_or(|from| start >= from)
+            && self.to.is_none_or(|to| start <= to)
+            && self.min_duration.is_none_or(|min| duration >= min)
+            && self.max_duration.is_none_or(|max| duration <= max)
+            && (self.tags.is_empty() || self.matches_tags(stored))
+    }
+
+    fn matches_tags(&self, stored: &StoredSpan) -> bool {
+        let mut all = tags::of_span(stored);
+        all.extend(tags::of_process(stored));
+        all.extend(stored.span.events.iter().flat_map(tags::of_event));
+        let has = |key: &str, value: &str| all.iter().any(|tag| tag.key == key && tag.is(value));
+        self.tags.iter().all(|(key, value)| has(key, value))
+    }
+}
+
+/// All traces, the latest start first.
+pub(super) fn latest_first(store: &Store) -> Vec<Arc<Trace>> {
+    let mut traces = store.traces();
+    traces.sort_unstable_by_key(|trace| Reverse((trace.start, trace.id)));
+    traces
+}
+
+/// A JSON object of strings.
+pub(super) fn tags_from_json(name: &str, json: &str) -> Result<BTreeMap<String, String>, Refusal> {
+    serde_json::from_str(json).map_err(|error| {
+        Refusal::malformed(&format!("malformed '{name}' parameter, cannot unmarshal JSON: {error}"))
+    })
+}

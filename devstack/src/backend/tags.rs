@@ -1,0 +1,156 @@
+//! OTLP's attributes as Jaeger's tags: typed, and with what OTLP has as fields of the span among them.
+
+use super::store::StoredSpan;
+use base64::{Engine, prelude::BASE64_STANDARD};
+use opentelemetry_proto::tonic::{
+    common::v1::{AnyValue, KeyValue, any_value},
+    trace::v1::{Span, span, span::SpanKind, status::StatusCode},
+};
+use serde::Serialize;
+use std::borrow::Cow;
+
+/// The largest integer that JavaScript holds exactly.
+const MAX_SAFE_INTEGER: u64 = (1 << 53) - 1;
+
+/// A tag, as Jaeger's JSON has it.
+#[derive(Debug, PartialEq, Serialize)]
+pub(super) struct Tag<'a> {
+    pub key: &'a str,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    value: Value<'a>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+enum Value<'a> {
+    Text(Cow<'a, str>),
+    Bool(bool),
+    Integer(i64),
+    Float(f64),
+}
+
+/// The span's attributes, then what Jaeger has as tags and OTLP has elsewhere.
+pub(super) fn of_span(stored: &StoredSpan) -> Vec<Tag<'_>> {
+    let StoredSpan { span, scope, .. } = stored;
+    let status = span.status.as_ref();
+    let code = status.map_or(StatusCode::Unset, |status| status.code());
+    let mut tags = of_attributes(&span.attributes);
+    tags.extend(kind(span).map(|kind| Tag::text("span.kind", kind)));
+    match code {
+        StatusCode::Unset => {}
+        StatusCode::Ok => tags.push(Tag::text("otel.status_code", "OK")),
+        StatusCode::Error => {
+            tags.push(Tag::text("otel.status_code", "ERROR"));
+            tags.push(Tag { key: "error", kind: "bool", value: Value::Bool(true) });
+        }
+    }
+    for (key, text) in [
+        ("otel.status_description", status.map_or("", |status| &status.message)),
+        ("otel.scope.name", &scope.scope.name),
+        ("otel.scope.version", &scope.scope.version),
+        ("w3c.tracestate", &span.trace_state),
+    ] {
+        if !text.is_empty() {
+            tags.push(Tag::text(key, text));
+        }
+    }
+    tags
+}
+
+/// The resource's attributes, without the service's name.
+pub(super) fn of_process(stored: &StoredSpan) -> Vec<Tag<'_>> {
+    let mut tags = of_attributes(&stored.resource.resource.attributes);
+    tags.retain(|tag| tag.key != "service.name");
+    tags
+}
+
+/// The fields of a log: the event's name and its attributes.
+pub(super) fn of_event(event: &span::Event) -> Vec<Tag<'_>> {
+    let mut fields = Vec::with_capacity(1 + event.attributes.len());
+    if !event.name.is_empty() {
+        fields.push(Tag::text("event", &event.name));
+    }
+    fields.extend(event.attributes.iter().map(Tag::new));
+    fields
+}
+
+/// The kind in lower case; `None` if it is not known.
+pub(super) fn kind(span: &Span) -> Option<&'static str> {
+    match span.kind() {
+        SpanKind::Unspecified => None,
+        SpanKind::Internal => Some("internal"),
+        SpanKind::Server => Some("server"),
+        SpanKind::Client => Some("client"),
+        SpanKind::Producer => Some("producer"),
+        SpanKind::Consumer => Some("consumer"),
+    }
+}
+
+fn of_attributes(attributes: &[KeyValue]) -> Vec<Tag<'_>> {
+    attributes.iter().map(Tag::new).collect()
+}
+
+impl<'a> Tag<'a> {
+    fn new(attribute: &'a KeyValue) -> Self {
+        let value = attribute.value.as_ref().and_then(|value| value.value.as_ref());
+        let (kind, value) = match value {
+            Some(any_value::Value::StringValue(text)) => ("string", Value::Text(text.into())),
+            Some(any_value::Value::BoolValue(truth)) => ("bool", Value::Bool(*truth)),
+            // As a number it would arrive as another one.
+            Some(any_value::Value::IntValue(number)) if number.unsigned_abs() > MAX_SAFE_INTEGER => {
+                ("int64", Value::Text(number.to_string().into()))
+            }
+            Some(any_value::Value::IntValue(number)) => ("int64", Value::Integer(*number)),
+            Some(any_value::Value::DoubleValue(number)) if number.is_finite() => {
+                ("float64", Value::Float(*number))
+            }
+            // JSON has no such numbers.
+            Some(any_value::Value::DoubleValue(number)) => {
+                ("float64", Value::Text(number.to_string().into()))
+            }
+            Some(any_value::Value::BytesValue(bytes)) => {
+                ("binary", Value::Text(BASE64_STANDARD.encode(bytes).into()))
+            }
+            // Jaeger has no lists and no maps: they are JSON in a string.
+            Some(any_value::Value::ArrayValue(_) | any_value::Value::KvlistValue(_)) => {
+                ("string", Value::Text(json(attribute.value.as_ref()).to_string().into()))
+            }
+            Some(any_value::Value::StringValueStrindex(_)) | None => ("string", Value::Text("".into())),
+        };
+        Self { key: &attribute.key, kind, value }
+    }
+
+    fn text(key: &'a str, text: &'a str) -> Self {
+        Self { key, kind: "string", value: Value::Text(text.into()) }
+    }
+
+    /// Whether its value, written as text, is this one.
+    pub fn is(&self, text: &str) -> bool {
+        match &self.value {
+            Value::Text(value) => value == text,
+            Value::Bool(value) => text == if *value { "true" } else { "false" },
+            Value::Integer(value) => text.parse() == Ok(*value),
+            Value::Float(value) => text.parse() == Ok(*value),
+        }
+    }
+}
+
+fn json(value: Option<&AnyValue>) -> serde_json::Value {
+    use serde_json::Value as Json;
+
+    match value.and_then(|value| value.value.as_ref()) {
+        Some(any_value::Value::StringValue(text)) => text.as_str().into(),
+        Some(any_value::Value::BoolValue(truth)) => (*truth).into(),
+        Some(any_value::Value::IntValue(number)) => (*number).into(),
+        Some(any_value::Value::DoubleValue(number)) => (*number).into(),
+        Some(any_value::Value::BytesValue(bytes)) => BASE64_STANDARD.encode(bytes).into(),
+        Some(any_value::Value::ArrayValue(list)) => {
+            list.values.iter().map(|value| json(Some(value))).collect()
+        }
+        Some(any_value::Value::KvlistValue(list)) => {
+            list.values.iter().map(|entry| (entry.key.clone(), json(entry.value.as_ref()))).collect()
+        }
+        Some(any_value::Value::StringValueStrindex(_)) | None => Json::Null,
+    }
+}
