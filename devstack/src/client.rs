@@ -62,7 +62,8 @@ impl Client {
             let body = body.collect().await?.to_bytes();
             Ok(Answer { status: parts.status, headers: parts.headers, body })
         };
-        timeout(Duration::from_secs(30), answer).await.with_context(|| format!("no answer from {url}"))?
+        let answer = timeout(Duration::from_secs(30), answer).await.map_err(anyhow::Error::new);
+        answer.and_then(|answer| answer).with_context(|| format!("no answer from {url}"))
     }
 }
 

@@ -116,18 +116,26 @@ mod tests {
             "processes": {"p1": {"serviceName": "mq", "tags": [{"key": "host.name", "value": "h"}]}}
         });
         let [span] = &spans(&trace)[..] else { panic!("one span") };
-        assert_eq!((span.service.as_str(), span.name.as_str(), span.kind), ("mq", "mq_consumer_msg", "CONSUMER"));
+        assert_eq!(
+            (span.service.as_str(), span.name.as_str(), span.kind),
+            ("mq", "mq_consumer_msg", "CONSUMER")
+        );
         assert_eq!((span.status, span.parent_span_id.as_str()), ("ERROR", "00f067aa0ba902b7"));
         assert_eq!((span.start, span.end), (1_000_000_000, 1_000_250_000));
         assert_eq!(span.attributes["server.port"], "5672");
-        assert_eq!(span.links, [("4bf92f3577b34da6a3ce929d0e0e4736".to_owned(), "1111111111111111".to_owned())]);
+        assert_eq!(
+            span.links,
+            [("4bf92f3577b34da6a3ce929d0e0e4736".to_owned(), "1111111111111111".to_owned())]
+        );
         assert_eq!(span.events[0].0, "retry");
         assert_eq!(span.resource["host.name"], "h");
     }
 
     #[test]
     fn what_is_missing_or_of_another_type_is_empty() {
-        for trace in [json!(null), json!([]), json!({"spans": 1}), json!({"spans": [{"tags": [1], "references": {}}]})] {
+        for trace in
+            [json!(null), json!([]), json!({"spans": 1}), json!({"spans": [{"tags": [1], "references": {}}]})]
+        {
             for span in spans(&trace) {
                 assert_eq!((span.name.as_str(), span.kind), ("", "UNSPECIFIED"));
             }

@@ -87,7 +87,10 @@ fn cases() -> Vec<Case> {
                   api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=NOT_FOUND
                     usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
             ",
-            attributes: &[(LOGIN, "http.response.status_code", "401"), (CALL, "rpc.status_code", "NOT_FOUND")],
+            attributes: &[
+                (LOGIN, "http.response.status_code", "401"),
+                (CALL, "rpc.status_code", "NOT_FOUND"),
+            ],
         },
         Case {
             name: "a body that is not JSON",
@@ -119,13 +122,23 @@ pub async fn run(options: Options) -> Result<ExitCode> {
         let differences = differences(&case, &answer, &spans);
         let url = format!("{}/trace/{}", options.jaeger, answer.trace_id());
         let verdict = if differences.is_empty() { "ok" } else { "NOT AS IT SHOULD BE" };
-        writeln!(out, "{}: {} {verdict}\n{url}\n{}", case.name, answer.status.as_u16(), trace::tree(&spans, ""))?;
+        writeln!(
+            out,
+            "{}: {} {verdict}\n{url}\n{}",
+            case.name,
+            answer.status.as_u16(),
+            trace::tree(&spans, "")
+        )?;
         if !differences.is_empty() {
             writeln!(out, "{differences}")?;
             failures += 1;
         }
     }
-    writeln!(out, "{}", if failures == 0 { "all as it should be".to_owned() } else { format!("{failures} failed") })?;
+    writeln!(
+        out,
+        "{}",
+        if failures == 0 { "all as it should be".to_owned() } else { format!("{failures} failed") }
+    )?;
     Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -236,7 +249,8 @@ mod tests {
             - api POST /usercenter/v1/user/login SERVER\n\
             + api POST /usercenter/v1/user/login CLIENT\n\
             api POST /usercenter/v1/user/login: no attribute http.response.status_code\n";
-        let found = differences(case, &answer(StatusCode::INTERNAL_SERVER_ERROR, r#"{"traceId":"x"}"#), &[span]);
+        let found =
+            differences(case, &answer(StatusCode::INTERNAL_SERVER_ERROR, r#"{"traceId":"x"}"#), &[span]);
         assert_eq!(found, expected);
     }
 }

@@ -1,7 +1,114 @@
-//! What a browser sees at `/`.
+//! What a browser sees: the files of `page/`, embedded, and served as they are. They ask `recent` and `jaeger`
+//! for their data.
 
-use axum::{Router, routing::get};
+use axum::{
+    Router,
+    http::header::{
+        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+    },
+    response::{IntoResponse, Response},
+    routing::get,
+};
 
-pub(crate) fn page() -> Router {
-    Router::new().route("/", get(async || "Traces are at /api: see /api/recent, and Jaeger's query API.\n"))
+const HTML: &str = "text/html; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
+const SVG: &str = "image/svg+xml";
+
+/// The browser's part in that nothing a span says runs: scripts come from files only, and text can't be
+/// made into markup (Trusted Types).
+const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; \
+                      object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
+
+/// Where, what, and the file.
+const FILES: [(&str, &str, &str); 26] = [
+    ("/", HTML, include_str!("page/list.html")),
+    ("/search", HTML, include_str!("page/list.html")),
+    ("/trace/{id}", HTML, include_str!("page/trace.html")),
+    ("/page/base.css", CSS, include_str!("page/base.css")),
+    ("/page/list.css", CSS, include_str!("page/list.css")),
+    ("/page/trace.css", CSS, include_str!("page/trace.css")),
+    ("/page/icon.svg", SVG, include_str!("page/icon.svg")),
+    ("/page/api.js", JAVASCRIPT, include_str!("page/api.js")),
+    ("/page/details.js", JAVASCRIPT, include_str!("page/details.js")),
+    ("/page/dom.js", JAVASCRIPT, include_str!("page/dom.js")),
+    ("/page/events.js", JAVASCRIPT, include_str!("page/events.js")),
+    ("/page/find.js", JAVASCRIPT, include_str!("page/find.js")),
+    ("/page/format.js", JAVASCRIPT, include_str!("page/format.js")),
+    ("/page/graph.js", JAVASCRIPT, include_str!("page/graph.js")),
+    ("/page/jaeger.js", JAVASCRIPT, include_str!("page/jaeger.js")),
+    ("/page/keys.js", JAVASCRIPT, include_str!("page/keys.js")),
+    ("/page/list.js", JAVASCRIPT, include_str!("page/list.js")),
+    ("/page/list_row.js", JAVASCRIPT, include_str!("page/list_row.js")),
+    ("/page/overview.js", JAVASCRIPT, include_str!("page/overview.js")),
+    ("/page/search.js", JAVASCRIPT, include_str!("page/search.js")),
+    ("/page/services.js", JAVASCRIPT, include_str!("page/services.js")),
+    ("/page/timing.js", JAVASCRIPT, include_str!("page/timing.js")),
+    ("/page/trace.js", JAVASCRIPT, include_str!("page/trace.js")),
+    ("/page/tree.js", JAVASCRIPT, include_str!("page/tree.js")),
+    ("/page/waterfall.js", JAVASCRIPT, include_str!("page/waterfall.js")),
+    ("/page/waterfall_row.js", JAVASCRIPT, include_str!("page/waterfall_row.js")),
+];
+
+pub(super) fn page() -> Router {
+    FILES.into_iter().fold(Router::new(), |router, (path, content_type, content)| {
+        router.route(path, get(async move || file(content_type, content)))
+    })
+}
+
+fn file(content_type: &'static str, content: &'static str) -> Response {
+    let headers = [
+        (CONTENT_TYPE, content_type),
+        (CONTENT_SECURITY_POLICY, POLICY),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+        // The next build's files have the same names.
+        (CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, content).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What stands in quotes after each `mark`.
+    fn quoted<'a>(content: &'a str, mark: &str) -> Vec<&'a str> {
+        content.split(mark).skip(1).filter_map(|rest| rest.split('"').next()).collect()
+    }
+
+    #[test]
+    fn whatever_a_file_asks_for_is_served() {
+        let mut asked = Vec::new();
+        for (_, _, content) in FILES {
+            asked.extend(quoted(content, "src=\"").into_iter().map(str::to_owned));
+            asked.extend(quoted(content, "<link rel=\"icon\" href=\"").into_iter().map(str::to_owned));
+            asked.extend(quoted(content, "<link rel=\"stylesheet\" href=\"").into_iter().map(str::to_owned));
+            asked.extend(quoted(content, "from \"./").into_iter().map(|name| format!("/page/{name}")));
+        }
+        assert!(asked.len() > 30, "{asked:?}");
+        for path in asked {
+            assert!(FILES.iter().any(|(served, _, _)| *served == path), "{path}");
+        }
+    }
+
+    #[test]
+    fn no_file_turns_text_into_markup_or_code() {
+        const FORBIDDEN: [&str; 9] = [
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+            "srcdoc",
+            "style=\"",
+            "onclick=",
+        ];
+        for (path, _, content) in FILES {
+            for forbidden in FORBIDDEN {
+                assert!(!content.contains(forbidden), "{path}: {forbidden}");
+            }
+        }
+    }
 }

@@ -105,7 +105,8 @@ impl Parts {
         match ready.await {
             Some(ready) => ready,
             None => {
-                let said = self.services.iter().map(|s| format!("{}:\n{}\n", s.name, s.last_lines(LAST_LINES)));
+                let said =
+                    self.services.iter().map(|s| format!("{}:\n{}\n", s.name, s.last_lines(LAST_LINES)));
                 bail!("the services do not get ready; what they said:\n{}", said.collect::<String>())
             }
         }
@@ -129,9 +130,7 @@ impl Parts {
                 format!("http://localhost:{}", query.port()),
                 format!("http://{otlp_grpc} (gRPC), http://{otlp_http} (HTTP)"),
             ),
-            None => {
-                ("where OTEL_EXPORTER_OTLP_ENDPOINT leads".to_owned(), self.otlp_endpoint.clone())
-            }
+            None => ("where OTEL_EXPORTER_OTLP_ENDPOINT leads".to_owned(), self.otlp_endpoint.clone()),
         };
         format!(
             "

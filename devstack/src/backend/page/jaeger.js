@@ -1,0 +1,105 @@
+// Reads Jaeger's JSON into plain spans. Whoever can reach the receiver writes what is in it, so anything can be
+// missing or of another type; past this file every field is there and is what it says.
+
+const KINDS = ["server", "client", "producer", "consumer", "internal"];
+
+/** A summary of `/api/recent` and `/api/events`. */
+export function readSummary(summary) {
+  return {
+    traceID: text(summary?.traceID),
+    service: text(summary?.rootService),
+    operation: text(summary?.rootOperation),
+    start: number(summary?.startTime),
+    duration: number(summary?.duration),
+    spans: number(summary?.spans),
+    errors: number(summary?.errors),
+    services: list(summary?.services).map((service) => ({
+      name: text(service?.name),
+      spans: number(service?.spans),
+    })),
+  };
+}
+
+/** The first trace of an answer as `{ traceID, spans, warnings }`, or null if there is none. */
+export function readTrace(answer) {
+  const trace = list(answer?.data)[0];
+  if (!list(trace?.spans).length) return null;
+  const processes = new Map();
+  for (const [id, process] of Object.entries(trace.processes ?? {})) {
+    processes.set(id, { service: text(process?.serviceName), attributes: tags(process?.tags) });
+  }
+  return {
+    traceID: text(trace.traceID),
+    spans: trace.spans.map((span) => readSpan(span, text(trace.traceID), processes)),
+    warnings: list(trace.warnings).map(text),
+  };
+}
+
+function readSpan(span, traceID, processes) {
+  const process = processes.get(text(span?.processID)) ?? { service: "", attributes: [] };
+  const attributes = tags(span?.tags);
+  const value = (key) => attributes.find((attribute) => attribute.key === key)?.value ?? "";
+  const kind = value("span.kind").toLowerCase();
+  const references = list(span?.references).map((reference) => ({
+    type: text(reference?.refType),
+    traceID: text(reference?.traceID),
+    spanID: text(reference?.spanID),
+  }));
+  const parent = parentAmong(references, traceID);
+  const start = number(span?.startTime);
+  const duration = number(span?.duration);
+  return {
+    id: text(span?.spanID),
+    name: text(span?.operationName),
+    service: process.service,
+    kind: KINDS.includes(kind) ? kind.toUpperCase() : "",
+    start,
+    duration,
+    end: start + duration,
+    error: value("error") === "true",
+    errorDescription: value("otel.status_description"),
+    attributes,
+    resource: process.attributes,
+    events: list(span?.logs).map(readEvent),
+    parentID: parent?.spanID ?? "",
+    links: references.filter((reference) => reference !== parent),
+    warnings: list(span?.warnings).map(text),
+  };
+}
+
+/** The child-of reference into the same trace; failing that, the first of another type into it. */
+function parentAmong(references, traceID) {
+  const same = references.filter((reference) => reference.traceID === traceID);
+  return same.find((reference) => reference.type === "CHILD_OF") ?? same[0];
+}
+
+function readEvent(log) {
+  const fields = tags(log?.fields);
+  const name = fields.find((field) => field.key === "event");
+  return {
+    time: number(log?.timestamp),
+    name: name?.value ?? "",
+    attributes: fields.filter((field) => field !== name),
+  };
+}
+
+function tags(value) {
+  return list(value).map((tag) => ({ key: text(tag?.key), value: text(tag?.value) }));
+}
+
+/** The value if it is an array, else none. */
+export function list(value) {
+  return Array.isArray(value) ? value : [];
+}
+
+/** Any JSON value as text. */
+export function text(value) {
+  if (value === undefined || value === null) return "";
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
+/** Any JSON value as a number that can be calculated with. */
+function number(value) {
+  const number = typeof value === "string" || typeof value === "number" ? Number(value) : 0;
+  return Number.isFinite(number) ? Math.min(Math.max(number, 0), Number.MAX_SAFE_INTEGER) : 0;
+}

@@ -1,0 +1,243 @@
+// The spans as a tree with bars: a treegrid (WAI-ARIA Authoring Practices) of which only the rows in sight are in
+// the document. The focus stays on the grid, and `aria-activedescendant` names the active row, so that no focus is
+// lost with a row that scrolls out of sight.
+
+import { byId, element, setAttribute } from "./dom.js";
+import { duration } from "./format.js";
+import { row } from "./waterfall_row.js";
+import { visible } from "./tree.js";
+
+/** Rows beyond the edges, so that none is missing while scrolling. */
+const MARGIN = 12;
+
+export class Waterfall {
+  /** The span that the arrow keys start from. */
+  active = null;
+  #grid;
+  #body = byId("rows");
+  #trace = null;
+  #collapsed = new Set();
+  #spans = [];
+  /** The rows in the document, by the index of their span. */
+  #rows = new Map();
+  #selected = "";
+  #activated;
+  #chosen;
+  #scheduled = false;
+
+  /** Calls `activated(span)` for the span that the reader moves to, `chosen(span or null)` on a click or Enter. */
+  constructor(grid, { activated, chosen }) {
+    this.#grid = grid;
+    this.#activated = activated;
+    this.#chosen = chosen;
+    grid.addEventListener("keydown", (event) => this.#key(event));
+    grid.addEventListener("scroll", () => this.#schedule(), { passive: true });
+    this.#body.addEventListener("click", (event) => this.#click(event));
+    byId("expand").addEventListener("click", () => this.#collapseAll(false));
+    byId("collapse").addEventListener("click", () => this.#collapseAll(true));
+    new ResizeObserver(() => this.redraw()).observe(grid);
+  }
+
+  /** Shows a trace, or the same one again with more spans: then what is in sight stays where it is. */
+  show(trace) {
+    const top = this.#spans[Math.floor(this.#grid.scrollTop / this.#rowHeight())];
+    const offset = top ? this.#spans.indexOf(top) * this.#rowHeight() - this.#grid.scrollTop : 0;
+    const activeKey = this.active?.key;
+    this.#trace = trace;
+    this.active = trace.spans.find((span) => span.key === activeKey) ?? trace.spans[0];
+    showScale(trace.duration);
+    this.#arrange();
+    const index = this.#spans.findIndex((span) => span.key === top?.key);
+    if (index > 0) this.#grid.scrollTop = index * this.#rowHeight() - offset;
+    this.redraw();
+  }
+
+  /** Marks the span whose details are shown. */
+  select(key) {
+    this.#selected = key;
+    this.redraw();
+  }
+
+  /** Makes a span active and brings it into sight, whatever is collapsed above it. */
+  reveal(span) {
+    let hidden = false;
+    for (let above = span.parent; above; above = above.parent) {
+      hidden = this.#collapsed.delete(above.key) || hidden;
+    }
+    if (hidden) this.#arrange();
+    this.#activate(this.#spans.indexOf(span));
+  }
+
+  focus() {
+    this.#grid.focus({ preventScroll: true });
+  }
+
+  #rowHeight() {
+    return Number.parseFloat(getComputedStyle(this.#grid).getPropertyValue("--row"));
+  }
+
+  #arrange() {
+    this.#spans = visible(this.#trace.spans, this.#collapsed);
+    setAttribute(this.#grid, "aria-rowcount", this.#spans.length + 1);
+    this.redraw();
+  }
+
+  #schedule() {
+    if (this.#scheduled) return;
+    this.#scheduled = true;
+    requestAnimationFrame(() => {
+      this.#scheduled = false;
+      this.#draw();
+    });
+  }
+
+  /** Draws all rows again, because their spans changed. */
+  redraw() {
+    for (const shown of this.#rows.values()) shown.span = null;
+    this.#draw();
+  }
+
+  #draw() {
+    if (!this.#trace) return;
+    const height = this.#rowHeight();
+    this.#body.style.height = `${this.#spans.length * height}px`;
+    const first = Math.max(0, Math.floor(this.#grid.scrollTop / height) - MARGIN);
+    const last = Math.min(
+      this.#spans.length - 1,
+      Math.ceil((this.#grid.scrollTop + this.#grid.clientHeight) / height) + MARGIN,
+    );
+    const wanted = new Set();
+    for (let index = first; index <= last; index++) wanted.add(index);
+    const active = this.#spans.indexOf(this.active);
+    if (active >= 0) wanted.add(active);
+
+    const spare = [];
+    for (const [index, shown] of this.#rows) {
+      if (wanted.has(index)) continue;
+      this.#rows.delete(index);
+      spare.push(shown);
+    }
+    for (const index of wanted) {
+      let shown = this.#rows.get(index);
+      if (!shown) {
+        shown = spare.pop() ?? this.#newRow();
+        this.#rows.set(index, shown);
+      }
+      this.#fill(shown, index, height);
+    }
+    for (const shown of spare) shown.element.remove();
+    setAttribute(this.#grid, "aria-activedescendant", active >= 0 && `row-${active}`);
+  }
+
+  #newRow() {
+    const shown = row();
+    this.#body.append(shown.element);
+    return shown;
+  }
+
+  #fill(shown, index, height) {
+    const span = this.#spans[index];
+    if (shown.span !== span || shown.index !== index) {
+      shown.span = span;
+      shown.index = index;
+      shown.element.id = `row-${index}`;
+      shown.element.style.transform = `translateY(${index * height}px)`;
+      setAttribute(shown.element, "aria-rowindex", index + 2);
+      shown.show(span, this.#trace, this.#collapsed.has(span.key));
+    }
+    setAttribute(shown.element, "aria-selected", String(span.key === this.#selected));
+    shown.element.classList.toggle("active", span === this.active);
+  }
+
+  #click(event) {
+    const at = event.target.closest("[role=row]");
+    const span = this.#spans[Number(at?.id.slice("row-".length))];
+    if (!span) return;
+    if (event.target.closest(".twist") && span.children.length) {
+      this.active = span;
+      this.#toggle(span);
+    } else {
+      this.active = span;
+      this.#choose(span);
+    }
+  }
+
+  #choose(span) {
+    this.#chosen(span.key === this.#selected ? null : span);
+    this.redraw();
+  }
+
+  #toggle(span) {
+    if (!this.#collapsed.delete(span.key)) this.#collapsed.add(span.key);
+    this.#arrange();
+  }
+
+  #collapseAll(collapse) {
+    this.#collapsed.clear();
+    if (collapse) {
+      for (const span of this.#trace.spans) if (span.children.length) this.#collapsed.add(span.key);
+      while (this.active.parent) this.active = this.active.parent;
+    }
+    this.#arrange();
+    this.#activate(this.#spans.indexOf(this.active));
+    this.focus();
+  }
+
+  #key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || !this.active) return;
+    const index = this.#spans.indexOf(this.active);
+    const page = Math.max(1, Math.floor(this.#grid.clientHeight / this.#rowHeight()) - 2);
+    const last = this.#spans.length - 1;
+    const actions = {
+      ArrowDown: () => this.#activate(Math.min(index + 1, last)),
+      ArrowUp: () => this.#activate(Math.max(index - 1, 0)),
+      PageDown: () => this.#activate(Math.min(index + page, last)),
+      PageUp: () => this.#activate(Math.max(index - page, 0)),
+      Home: () => this.#activate(0),
+      End: () => this.#activate(last),
+      ArrowRight: () => (event.shiftKey ? this.#collapseAll(false) : this.#inward(index)),
+      ArrowLeft: () => (event.shiftKey ? this.#collapseAll(true) : this.#outward()),
+      Enter: () => this.#choose(this.active),
+      " ": () => this.#choose(this.active),
+    };
+    if (!Object.hasOwn(actions, event.key)) return;
+    event.preventDefault();
+    actions[event.key]();
+  }
+
+  #inward(index) {
+    if (this.#collapsed.has(this.active.key)) this.#toggle(this.active);
+    else if (this.active.children.length) this.#activate(index + 1);
+  }
+
+  #outward() {
+    const { active } = this;
+    if (active.children.length && !this.#collapsed.has(active.key)) this.#toggle(active);
+    else if (active.parent) this.#activate(this.#spans.indexOf(active.parent));
+  }
+
+  #activate(index) {
+    const span = this.#spans[index];
+    if (!span) return;
+    const moved = span !== this.active;
+    this.active = span;
+    this.#scrollTo(index);
+    this.#draw();
+    if (moved) this.#activated(span);
+  }
+
+  /** Scrolls as little as needed. */
+  #scrollTo(index) {
+    const height = this.#rowHeight();
+    const head = this.#body.offsetTop;
+    const top = index * height;
+    const room = this.#grid.clientHeight - head;
+    if (top < this.#grid.scrollTop) this.#grid.scrollTop = top;
+    else if (top + height > this.#grid.scrollTop + room) this.#grid.scrollTop = top + height - room;
+  }
+}
+
+function showScale(whole) {
+  const marks = [0, 0.25, 0.5, 0.75, 1].map((part) => element("span", {}, part ? duration(whole * part) : "0"));
+  byId("scale").replaceChildren(...marks);
+}
