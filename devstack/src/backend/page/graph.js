@@ -21,7 +21,7 @@ export function serviceGraph(services, calls) {
     ...calls.map((call) => edge(call, places)),
     ...services.map((service) => box(service, places.get(service.name))),
   );
-  return element("div", { class: "graph", tabindex: 0, role: "group", "aria-label": "Service graph" }, drawing);
+  return element("div", { class: "graph" }, drawing);
 }
 
 /** A column is one right of the rightmost caller's; calls back to a caller's caller do not count. */

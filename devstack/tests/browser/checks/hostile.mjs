@@ -66,8 +66,8 @@ export default {
     await page.keyboard.press("e");
     await page.waitForSelector("#side dl");
     const said = await page.$$eval("#side th, #side td, #side b, #side .failed, #side h2 .operation", (nodes) => nodes.map((node) => node.textContent));
-    // Key and value of the attribute, of the event's and of the resource's; the event; the span.
-    assert.equal(said.filter((text) => text === ATTACK).length, 8, JSON.stringify(said));
+    // Key and value of the attribute, of the event's and of the resource's; the event, the status, the span.
+    assert.equal(said.filter((text) => text === ATTACK).length, 9, JSON.stringify(said));
     assert.ok(said.includes(`error ${ATTACK}`));
     assert.equal(await page.title(), `${ATTACK.slice(0, 60)}… ${ATTACK.slice(0, 100)}… · Throughline`);
     await assertHarmless(page);

@@ -100,6 +100,21 @@ export default {
     assert.match(await active(page), /^operation 29[67]\d$/);
   },
 
+  async late_spans_do_not_move_what_is_in_sight({ open, post }) {
+    const { traceID, ids } = await posted(post, 3000);
+    const page = await open(`/trace/${traceID}`);
+    await page.waitForSelector("[data-state=live]");
+    await page.waitForSelector(".row");
+    await page.$eval("#waterfall", (grid) => (grid.scrollTop = 40_010));
+    const name = "operation 1550";
+    const top = () => page.locator(".row", { hasText: name }).evaluate((row) => row.getBoundingClientRect().top);
+    const before = await top();
+    const late = { service: "late", name: "late", at: -60e6, took: 5, parent: ids[0] };
+    await post(trace([late], { traceID }));
+    await eventually(() => page.getAttribute("#waterfall", "aria-rowcount"), "3002");
+    assert.equal(await top(), before);
+  },
+
   async ten_thousand_levels_are_shown({ open, post }) {
     const spans = Array.from({ length: 10_000 }, (_, i) => ({ service: "deep", name: `level ${i + 1}`, at: i, took: 20_001 - 2 * i, parent: i ? i - 1 : undefined }));
     const made = trace(spans, { start: now() - 70e6 });

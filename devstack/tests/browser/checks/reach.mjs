@@ -77,11 +77,11 @@ export default {
     await page.keyboard.press("Escape");
     await eventually(() => beside(page), "Services");
     await page.keyboard.press("/");
-    await page.keyboard.type("local");
+    await page.keyboard.type("mq_consumer");
     await eventually(() => page.textContent("#found"), "1 found");
-    assert.equal(new URL(page.url()).searchParams.get("uiFind"), "local");
+    assert.equal(new URL(page.url()).searchParams.get("uiFind"), "mq_consumer");
     await page.keyboard.press("Enter");
-    await eventually(() => active(page), "local");
+    await eventually(() => active(page), "mq_consumer_msg");
     await page.keyboard.press("Escape");
     assert.equal(await page.evaluate(() => document.activeElement.id), "waterfall");
     await page.keyboard.press("?");
@@ -102,9 +102,9 @@ export default {
     const stops = [];
     for (let i = 0; i < 8; i++) {
       await page.keyboard.press("Tab");
-      stops.push(await page.evaluate(() => document.activeElement.id || document.activeElement.className || document.activeElement.ariaLabel || document.activeElement.localName));
+      stops.push(await page.evaluate(() => document.activeElement.id || document.activeElement.className || document.activeElement.ariaLabel));
     }
-    assert.deepEqual(stops.slice(0, 5), ["home", "find-text", "help-button", "waterfall", "Close the details"]);
+    assert.deepEqual(stops, ["home", "find-text", "help-button", "waterfall", "side", "Close the details", "id", "link"]);
   },
 
   async nothing_is_wider_than_a_phone({ open, post }) {
@@ -116,10 +116,12 @@ export default {
       assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 360, path);
       const beyond = await page.$$eval("body *:not(option, dialog *, svg *)", (nodes) =>
         nodes
-          .filter((node) => node.checkVisibility() && !node.closest(".graph") && node.getBoundingClientRect().right > 360.5)
+          .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > 360.5)
+          // What is cut off with an ellipsis, or scrolls in a box of its own, may be wider.
+          .filter((node) => !node.parentElement.closest("td, .name, h1, .graph"))
           .map((node) => node.outerHTML.slice(0, 100)),
       );
-      assert.deepEqual(beyond.filter((html) => !/class="(critical|event|bar-of-span|took)"/.test(html)), [], path);
+      assert.deepEqual(beyond, [], path);
     }
   },
 
