@@ -17,7 +17,7 @@ export function showOverview(side, trace) {
   if (services.length <= MOST_IN_GRAPH) side.append(serviceGraph(services, made));
   side.append(
     table(services),
-    legend("path", "critical path: the work that the end of the first span waited for"),
+    legend("path", "critical path: what the end waited for"),
     legend("tick", "event"),
   );
   if (trace.warnings.length === 0) return;
