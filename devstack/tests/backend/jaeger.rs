@@ -1,6 +1,6 @@
 //! Jaeger's query API, both generations: documents as a whole, and every parameter of a search.
 
-use crate::{Fixture, MILLISECOND, NOON, attribute, span, text, trace_id};
+use crate::{Fixture, MILLISECOND, NOON, attribute, numbers, span, text, trace_id};
 use anyhow::Result;
 use devstack::client::Answer;
 use http::Method;
@@ -355,13 +355,6 @@ async fn searchable() -> Result<Fixture> {
     Ok(fixture)
 }
 
-/// The numbers of the traces found, in their order.
-fn found(answer: &Answer) -> Vec<u128> {
-    assert_eq!(answer.status, 200, "{answer:?}");
-    let traces = answer.json()["data"].as_array().unwrap().clone();
-    traces.iter().map(|t| u128::from_str_radix(t["traceID"].as_str().unwrap(), 16).unwrap()).collect()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_search_finds_the_latest_traces_with_a_span_that_fulfils_everything() -> Result<()> {
     let fixture = searchable().await?;
@@ -410,7 +403,7 @@ async fn a_search_finds_the_latest_traces_with_a_span_that_fulfils_everything() 
         ("traceID=2&service=bank&operation=nothing", &[2]),
     ] {
         let answer = fixture.get(&format!("/api/traces?{query}")).await?;
-        assert_eq!(found(&answer), expected, "{query}");
+        assert_eq!(numbers(&answer), expected, "{query}");
     }
     Ok(())
 }
@@ -454,10 +447,10 @@ async fn a_search_by_the_third_api_finds_the_same() -> Result<()> {
 fn traces_of(answer: &Answer) -> BTreeSet<u128> {
     assert_eq!(answer.status, 200, "{answer:?}");
     let result = answer.json()["result"].take();
-    let request: ExportTraceServiceRequest = serde_json::from_value(result).unwrap();
+    let request: ExportTraceServiceRequest = serde_json::from_value(result).expect("OTLP");
     let scopes = request.resource_spans.into_iter().flat_map(|part| part.scope_spans);
     let spans = scopes.flat_map(|scope| scope.spans);
-    spans.map(|span| u128::from_be_bytes(span.trace_id.try_into().unwrap())).collect()
+    spans.map(|span| u128::from_be_bytes(span.trace_id.try_into().expect("16 bytes"))).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -509,7 +502,7 @@ async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
 
     // Some of those asked for by id: those that there are, and an error for each that is not.
     let answer = fixture.get("/api/traces?traceID=1&traceID=f00").await?;
-    assert_eq!(found(&answer), [1]);
+    assert_eq!(numbers(&answer), [1]);
     let errors = json!([{ "msg": "trace not found", "traceID": trace_id(0xf00) }]);
     assert_eq!(answer.json()["errors"], errors);
 

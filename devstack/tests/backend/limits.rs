@@ -46,6 +46,9 @@ async fn when_there_are_too_many_spans_the_oldest_trace_goes() -> Result<()> {
     fixture.export("shop", (51..=60).map(|trace| span(trace, 1, 0, "root"))).await?;
     let statistics = fixture.backend.statistics();
     assert_eq!((statistics.spans, statistics.traces, statistics.evicted), (100, 55, 11));
+    let told = fixture.get("/api/statistics").await?.json();
+    assert_eq!(told["limits"]["spans"], 100);
+    assert_eq!(told["statistics"], serde_json::to_value(statistics)?);
     assert_eq!(fixture.get(&format!("/api/traces/{}", trace_id(5))).await?.status, 404);
     assert_eq!(fixture.get(&format!("/api/traces/{}", trace_id(6))).await?.status, 200);
     Ok(())
