@@ -1,7 +1,11 @@
-//! A runtime beside the caller's: what runs on it ends when it is dropped, open connections included.
+//! A runtime beside the caller's, with servers: they end when it is dropped, open connections included.
 
-use std::{io, ops::Deref};
-use tokio::runtime::{Builder, Runtime};
+use axum::{Router, serve::ListenerExt};
+use std::{io, net::SocketAddr, ops::Deref};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Runtime},
+};
 
 /// May be dropped anywhere, which tokio's own runtime may not: in an async function, that panics.
 pub(crate) struct Background(Option<Runtime>);
@@ -12,6 +16,21 @@ impl Background {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(worker_threads).max_blocking_threads(blocking_threads).enable_all();
         Ok(Self(Some(builder.build()?)))
+    }
+
+    /// Listens for a server of this runtime.
+    pub fn listen(&self, address: SocketAddr) -> io::Result<TcpListener> {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let _inside = self.enter();
+        TcpListener::from_std(listener)
+    }
+
+    /// Serves these routes.
+    pub fn serve_http(&self, listener: TcpListener, routes: Router) {
+        // Otherwise the end of an answer waits for the client to acknowledge what came before: 40 ms.
+        let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
+        self.spawn(axum::serve(listener, routes).into_future());
     }
 }
 

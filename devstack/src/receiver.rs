@@ -75,16 +75,14 @@ impl Receiver {
     pub async fn start_at(grpc: SocketAddr) -> Result<Self> {
         let store = Store::default();
         let runtime = Background::start(1, 1)?;
-        let inside = runtime.enter();
-        let grpc = ingest::listen(grpc)?;
-        let http = ingest::listen("127.0.0.1:0".parse()?)?;
-        drop(inside);
+        let grpc = runtime.listen(grpc)?;
+        let http = runtime.listen("127.0.0.1:0".parse()?)?;
         let addresses = (grpc.local_addr()?, http.local_addr()?);
 
         let router = ingest::http_routes(store.clone())
             .merge(Router::new().route("/api/v2/spans", post(zipkin)).with_state(store.clone()));
         runtime.spawn(ingest::serve_grpc(grpc, store.clone()));
-        runtime.spawn(axum::serve(http, router).into_future());
+        runtime.serve_http(http, router);
         Ok(Self { grpc: addresses.0, http: addresses.1, store, _runtime: runtime })
     }
 

@@ -26,12 +26,13 @@ pub use store::{Limits, Statistics};
 
 use crate::{background::Background, trace::Span};
 use anyhow::{Context, Result};
+use clap::Args;
 use http::HeaderMap;
 use ingest::Sink;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use std::{net::SocketAddr, sync::Arc};
 use store::Store;
-use tokio::{net::TcpListener, sync::broadcast};
+use tokio::sync::broadcast;
 use tonic::Status;
 
 /// Stops when dropped, and its connections end.
@@ -42,13 +43,16 @@ pub struct Backend {
 }
 
 /// Where a backend listens.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Args)]
 pub struct Addresses {
-    /// OTLP/gRPC; usually port 4317.
+    /// Where to take OTLP/gRPC.
+    #[arg(long, default_value = "127.0.0.1:4317")]
     pub otlp_grpc: SocketAddr,
-    /// OTLP/HTTP; usually port 4318.
+    /// Where to take OTLP/HTTP.
+    #[arg(long, default_value = "127.0.0.1:4318")]
     pub otlp_http: SocketAddr,
-    /// The page and the query APIs; usually port 16686.
+    /// Where to answer queries, and show the page.
+    #[arg(long, default_value = "127.0.0.1:16686")]
     pub query: SocketAddr,
 }
 
@@ -85,20 +89,20 @@ impl Backend {
         let store = Arc::new(Store::new(limits));
         // Queries block. More than two at a time would take longer each, and more memory.
         let runtime = Background::start(2, 2)?;
-        let inside = runtime.enter();
+        let listen = |purpose: &str, address: SocketAddr| {
+            runtime.listen(address).with_context(|| format!("{address}, for {purpose}"))
+        };
         let otlp_grpc = listen("OTLP/gRPC", addresses.otlp_grpc)?;
         let otlp_http = listen("OTLP/HTTP", addresses.otlp_http)?;
         let query = listen("queries", addresses.query)?;
-        drop(inside);
         let addresses = Addresses {
             otlp_grpc: otlp_grpc.local_addr()?,
             otlp_http: otlp_http.local_addr()?,
             query: query.local_addr()?,
         };
-        let ingest = ingest::http_routes(Arc::clone(&store));
         runtime.spawn(ingest::serve_grpc(otlp_grpc, Arc::clone(&store)));
-        runtime.spawn(axum::serve(otlp_http, ingest).into_future());
-        runtime.spawn(axum::serve(query, query::router(Arc::clone(&store))).into_future());
+        runtime.serve_http(otlp_http, ingest::http_routes(Arc::clone(&store)));
+        runtime.serve_http(query, query::router(Arc::clone(&store)));
         Ok(Self { addresses, store, _runtime: runtime })
     }
 
@@ -132,8 +136,4 @@ impl Sink for Arc<Store> {
     fn take(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         Ok(self.insert(request))
     }
-}
-
-fn listen(purpose: &str, address: SocketAddr) -> Result<TcpListener> {
-    ingest::listen(address).with_context(|| format!("{address}, for {purpose}"))
 }

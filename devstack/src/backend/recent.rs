@@ -19,6 +19,7 @@ use axum::{
 use futures_util::stream;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use serde::Serialize;
+use serde_json::json;
 use std::{
     collections::{BTreeMap, HashSet},
     convert::Infallible,
@@ -45,7 +46,10 @@ const MAX_CHANGED: usize = 100;
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 pub(super) fn routes() -> Router<Arc<Store>> {
-    Router::new().route("/api/recent", get(recent)).route("/api/events", get(events))
+    Router::new()
+        .route("/api/recent", get(recent))
+        .route("/api/events", get(events))
+        .route("/api/statistics", get(statistics))
 }
 
 /// A trace in a line.
@@ -101,6 +105,11 @@ async fn events(State(store): State<Arc<Store>>) -> Response {
         Some((Ok::<_, Infallible>(event), feed))
     });
     Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)).into_response()
+}
+
+/// How full the store is, and its limits.
+async fn statistics(State(store): State<Arc<Store>>) -> Response {
+    json(&json!({ "statistics": store.statistics(), "limits": store.limits() }))
 }
 
 /// What one client is told. It is asked for the next event when the one before is written, so a client

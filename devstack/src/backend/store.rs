@@ -12,6 +12,7 @@ use opentelemetry_proto::tonic::{
     resource::v1,
     trace::v1::Span,
 };
+use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     mem::size_of,
@@ -33,7 +34,7 @@ const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
 /// How much is kept. When there is more, the oldest traces go; no trace may take more than a quarter.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
     /// Spans.
     pub spans: usize,
@@ -60,7 +61,7 @@ impl Limits {
 }
 
 /// What the store holds, and what became of the rest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// Traces stored.
     pub traces: usize,

@@ -9,6 +9,7 @@
 //! p50 and p99 are medians over the seconds of a run: a machine that is stopped for a moment, as virtual
 //! ones are, spoils one second and not the run.
 
+pub mod backend;
 mod load;
 mod sink;
 
@@ -125,11 +126,11 @@ async fn measure(variant: &Variant, load: &Load) -> Result<Run> {
     let mut services = [api, rpc, mq];
 
     let warm_up = load.warm_up(services[0].address).await?;
-    let before = cpu_time(&services)?;
+    let before = cpu_time(services.iter().map(Process::id))?;
     let Report { logins, failed, seconds, mut latencies } = load.run(services[0].address).await?;
-    let cpu = cpu_time(&services)? - before;
+    let cpu = cpu_time(services.iter().map(Process::id))? - before;
     ensure!(failed == 0, "{failed} logins failed:\n{}", services[0].output());
-    let resident = services.iter().map(resident).collect::<Result<Vec<_>>>()?;
+    let resident = services.iter().map(|service| resident(service.id())).collect::<Result<Vec<_>>>()?;
 
     let mut dropped = 0;
     for service in &mut services {
@@ -161,12 +162,12 @@ fn latency(seconds: &mut [Vec<Duration>], quantile: f64) -> Duration {
 }
 
 /// User and system time of these processes so far, from `/proc/{pid}/stat`.
-fn cpu_time(services: &[Process]) -> Result<Duration> {
+fn cpu_time(processes: impl IntoIterator<Item = u32>) -> Result<Duration> {
     const TICKS_PER_SECOND: u64 = 100;
 
     let mut ticks = 0;
-    for service in services {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", service.id()))?;
+    for process in processes {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
         // The name in parentheses may have spaces; user and system time are fields 14 and 15.
         let (_, fields) = stat.rsplit_once(')').context("stat")?;
         let fields: Vec<&str> = fields.split_whitespace().collect();
@@ -175,8 +176,9 @@ fn cpu_time(services: &[Process]) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
 }
 
-fn resident(service: &Process) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{}/status", service.id()))?;
+/// Megabytes of memory that a process has now, from `/proc/{pid}/status`.
+fn resident(process: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
     Ok(line.split_whitespace().nth(1).context("kB")?.parse::<f64>()? / 1024.0)
 }

@@ -33,8 +33,8 @@ struct Status {
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
+    encoder.write_all(bytes).expect("written to memory");
+    encoder.finish().expect("written to memory")
 }
 
 /// A span as OTLP's JSON has it: ids in hexadecimal, 64-bit integers as strings or numbers.
@@ -58,7 +58,7 @@ fn json_request(trace: u128) -> String {
 
 /// gRPC by hand: the flag that says whether the message is compressed, its length, the message.
 fn framed(compressed: bool, message: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    let length = u32::try_from(message.len()).expect("small").to_be_bytes();
     [&[u8::from(compressed)], &length[..], message].concat()
 }
 

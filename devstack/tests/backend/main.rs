@@ -68,6 +68,15 @@ fn trace_id(number: u128) -> String {
     format!("{number:032x}")
 }
 
+/// The numbers of the traces in an answer, in their order.
+fn numbers(answer: &Answer) -> Vec<u128> {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let json = answer.json();
+    let traces = json["data"].as_array().expect("a list");
+    let ids = traces.iter().map(|trace| trace["traceID"].as_str().expect("a text"));
+    ids.map(|id| u128::from_str_radix(id, 16).expect("digits")).collect()
+}
+
 /// A span of a millisecond, from noon. The root has no parent: 0.
 fn span(trace: u128, id: u64, parent: u64, name: &str) -> Span {
     Span {

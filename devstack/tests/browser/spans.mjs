@@ -68,44 +68,44 @@ function anyValue(value) {
   return { stringValue: value };
 }
 
-/** The login, as the three services trace it. With `error`, of a user whom nobody knows. */
+/** A login, as the three services trace it. */
 export function login({ start = now(), traceID } = {}) {
-  const host = { "service.version": "0.1.0", "telemetry.sdk.language": "rust", "telemetry.sdk.name": "opentelemetry" };
+  const grpc = { "rpc.system.name": "grpc", "rpc.method": "usercenter.v1.Usercenter/GetUserByMobile", "rpc.status_code": "OK" };
+  const peer = { "server.address": "127.0.0.1", "network.peer.address": "127.0.0.1" };
+  const message = {
+    "messaging.system": "rabbitmq",
+    "messaging.rabbitmq.destination.routing_key": "user.login",
+    "messaging.message.id": "19916ba1-e31f-4cf7-8498-bc334b32e45c",
+    ...peer,
+    "server.port": 5672,
+  };
   const spans = [
     {
-      service: "api", name: "POST /usercenter/v1/user/login", kind: "SERVER", at: 0, took: 2150, resource: host,
+      service: "api", name: "POST /usercenter/v1/user/login", kind: "SERVER", at: 0, took: 2150,
       attributes: {
         "http.request.method": "POST", "http.route": "/usercenter/v1/user/login", "url.path": "/usercenter/v1/user/login",
-        "url.scheme": "http", "server.address": "localhost", "server.port": 8888, "network.protocol.version": "1.1",
-        "user_agent.original": "curl/8.5.0", "http.response.status_code": 200,
+        "url.scheme": "http", "user_agent.original": "curl/8.5.0", "network.protocol.version": "1.1", ...peer,
+        "server.port": 8888, "http.response.status_code": 200,
       },
     },
+    { service: "api", name: grpc["rpc.method"], kind: "CLIENT", at: 130, took: 760, parent: 0, attributes: { ...grpc, ...peer, "server.port": 50051 } },
+    { service: "usercenter", name: grpc["rpc.method"], kind: "SERVER", at: 420, took: 210, parent: 1, attributes: { ...grpc, ...peer, "server.port": 50051 } },
+    { service: "api", name: "local", kind: "INTERNAL", at: 905, took: 60, parent: 0 },
     {
-      service: "api", name: "usercenter.v1.Usercenter/GetUserByMobile", kind: "CLIENT", at: 130, took: 760, parent: 0, resource: host,
-      attributes: { "rpc.system.name": "grpc", "rpc.method": "usercenter.v1.Usercenter/GetUserByMobile", "server.address": "127.0.0.1", "server.port": 8080, "rpc.status_code": "OK" },
+      service: "api", name: "send_msg_mq", kind: "PRODUCER", at: 980, took: 1080, parent: 0,
+      attributes: { ...message, "messaging.operation.name": "send", "messaging.operation.type": "send", "messaging.destination.name": "usercenter:user.login" },
     },
     {
-      service: "usercenter", name: "usercenter.v1.Usercenter/GetUserByMobile", kind: "SERVER", at: 420, took: 210, parent: 1, resource: host,
-      attributes: { "rpc.system.name": "grpc", "rpc.method": "usercenter.v1.Usercenter/GetUserByMobile", "rpc.status_code": "OK" },
-    },
-    { service: "api", name: "local", kind: "INTERNAL", at: 905, took: 60, parent: 0, resource: host },
-    {
-      service: "api", name: "send_msg_mq", kind: "PRODUCER", at: 980, took: 1080, parent: 0, resource: host,
+      service: "mq", name: "mq_consumer_msg", kind: "CONSUMER", at: 1630, took: 840, parent: 4,
       attributes: {
-        "messaging.system": "rabbitmq", "messaging.operation.name": "send", "messaging.operation.type": "send",
-        "messaging.destination.name": "user:login", "messaging.rabbitmq.destination.routing_key": "login",
-        "messaging.message.id": "8d1a3a4e-5c1f-4c33-9d52-7bd4d8a0b9a1", "server.address": "127.0.0.1", "server.port": 5672,
+        ...message, "messaging.operation.name": "process", "messaging.operation.type": "process",
+        "messaging.destination.name": "usercenter:user.login:mq.user_login", "messaging.rabbitmq.message.delivery_tag": 1,
+        "throughline.trace_context.source": "headers",
       },
-    },
-    {
-      service: "mq", name: "mq_consumer_msg", kind: "CONSUMER", at: 1630, took: 840, parent: 4, resource: host,
-      attributes: {
-        "messaging.system": "rabbitmq", "messaging.operation.name": "process", "messaging.operation.type": "process",
-        "messaging.destination.name": "user:login", "messaging.rabbitmq.destination.routing_key": "login",
-        "messaging.rabbitmq.message.delivery_tag": 1, "messaging.message.id": "8d1a3a4e-5c1f-4c33-9d52-7bd4d8a0b9a1",
-      },
-      events: [{ name: "counted", at: 2300, attributes: { logins: 12 } }],
     },
   ];
+  for (const span of spans) {
+    span.resource = { "service.namespace": "throughline", "service.version": "0.1.0", "deployment.environment.name": "development" };
+  }
   return trace(spans, { start, traceID });
 }

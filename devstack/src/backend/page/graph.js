@@ -13,7 +13,7 @@ export function serviceGraph(services, calls) {
   const places = place(services, calls);
   const width = Math.max(...[...places.values()].map(({ x }) => x)) + BOX.width + EDGE;
   const height = Math.max(...[...places.values()].map(({ y }) => y)) + BOX.height + EDGE;
-  const sentences = calls.map(({ from, to, count: times }) => `${from} calls ${to} ${times} times`);
+  const sentences = calls.map(({ from, to, count: times }) => `${from} calls ${to} ${count(times, "time")}`);
   const drawing = svg(
     "svg",
     { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": short(sentences.join(", ") || "no calls between services", 2000) },
@@ -21,7 +21,7 @@ export function serviceGraph(services, calls) {
     ...calls.map((call) => edge(call, places)),
     ...services.map((service) => box(service, places.get(service.name))),
   );
-  return element("div", { class: "graph", tabindex: 0, role: "group", "aria-label": "Service graph" }, drawing);
+  return element("div", { class: "graph" }, drawing);
 }
 
 /** A column is one right of the rightmost caller's; calls back to a caller's caller do not count. */

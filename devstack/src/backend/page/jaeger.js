@@ -30,41 +30,57 @@ export function readTrace(answer) {
   }
   return {
     traceID: text(trace.traceID),
-    spans: trace.spans.map((span) => readSpan(span, text(trace.traceID), processes)),
+    spans: trace.spans.map((span) => new Span(span, text(trace.traceID), processes)),
     warnings: list(trace.warnings).map(text),
   };
 }
 
-function readSpan(span, traceID, processes) {
-  const process = processes.get(text(span?.processID)) ?? { service: "", attributes: [] };
-  const attributes = tags(span?.tags);
-  const value = (key) => attributes.find((attribute) => attribute.key === key)?.value ?? "";
-  const kind = value("span.kind").toLowerCase();
-  const references = list(span?.references).map((reference) => ({
-    type: text(reference?.refType),
-    traceID: text(reference?.traceID),
-    spanID: text(reference?.spanID),
-  }));
-  const parent = parentAmong(references, traceID);
-  const start = number(span?.startTime);
-  const duration = number(span?.duration);
-  return {
-    id: text(span?.spanID),
-    name: text(span?.operationName),
-    service: process.service,
-    kind: KINDS.includes(kind) ? kind.toUpperCase() : "",
-    start,
-    duration,
-    end: start + duration,
-    error: value("error") === "true",
-    errorDescription: value("otel.status_description"),
-    attributes,
-    resource: process.attributes,
-    events: list(span?.logs).map(readEvent),
-    parentID: parent?.spanID ?? "",
-    links: references.filter((reference) => reference !== parent),
-    warnings: list(span?.warnings).map(text),
-  };
+/** What only its details show is read when it is asked for: of a large trace, most spans never are. */
+class Span {
+  #json;
+
+  constructor(json, traceID, processes) {
+    this.#json = json;
+    const process = processes.get(text(json?.processID));
+    const kind = this.#tag("span.kind").toLowerCase();
+    const references = list(json?.references).map(readReference);
+    const parent = parentAmong(references, traceID);
+    this.id = text(json?.spanID);
+    this.name = text(json?.operationName);
+    this.service = process?.service ?? "";
+    this.resource = process?.attributes ?? [];
+    this.kind = KINDS.includes(kind) ? kind.toUpperCase() : "";
+    this.start = number(json?.startTime);
+    this.duration = number(json?.duration);
+    this.end = this.start + this.duration;
+    this.error = this.#tag("error") === "true";
+    this.parentID = parent?.spanID ?? "";
+    this.links = references.filter((reference) => reference !== parent);
+  }
+
+  get errorDescription() {
+    return this.#tag("otel.status_description");
+  }
+
+  get attributes() {
+    return tags(this.#json?.tags);
+  }
+
+  get events() {
+    return list(this.#json?.logs).map(readEvent);
+  }
+
+  get warnings() {
+    return list(this.#json?.warnings).map(text);
+  }
+
+  #tag(key) {
+    return text(list(this.#json?.tags).find((tag) => tag?.key === key)?.value);
+  }
+}
+
+function readReference(reference) {
+  return { type: text(reference?.refType), traceID: text(reference?.traceID), spanID: text(reference?.spanID) };
 }
 
 /** The child-of reference into the same trace; failing that, the first of another type into it. */

@@ -8,9 +8,13 @@ import { onKeys } from "./keys.js";
 import { traceRow } from "./list_row.js";
 import { criteria, isSearching, searchForm } from "./search.js";
 
+/** The most traces that are listed, unless the URL says otherwise. */
+const LIMIT = 100;
+
 const table = byId("traces");
 const body = byId("rows");
 const pending = byId("pending");
+/** The rows that are shown, by trace id. */
 const rows = new Map();
 /** What the backend says; what is shown may be behind, see `held`. */
 let latest = [];
@@ -18,7 +22,7 @@ let hovered = false;
 
 const refresh = coalesced(async () => {
   try {
-    latest = await recentTraces(criteria());
+    latest = await recentTraces({ limit: LIMIT, ...criteria() });
     show(held());
   } catch (error) {
     // That nothing answers is shown by `follow`.
@@ -42,7 +46,7 @@ function show(isHeld) {
   const waiting = isHeld ? unseen : 0;
   pending.hidden = waiting === 0;
   setText(pending, `Show ${waiting} new`);
-  setText(byId("count"), latest.length ? count(latest.length, "trace") : "");
+  setText(byId("count"), latest.length ? `${latest.length < LIMIT ? "" : "the latest "}${count(latest.length, "trace")}` : "");
   byId("no-traces").hidden = rows.size > 0 || isSearching();
   byId("no-match").hidden = rows.size > 0 || !isSearching();
   table.hidden = rows.size === 0;

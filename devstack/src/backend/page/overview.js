@@ -15,9 +15,17 @@ export function showOverview(side, trace) {
   side.className = "overview";
   side.replaceChildren(element("h2", {}, "Services"));
   if (services.length <= MOST_IN_GRAPH) side.append(serviceGraph(services, made));
-  side.append(table(services));
+  side.append(
+    table(services),
+    legend("path", "critical path: what the end waited for"),
+    legend("tick", "event"),
+  );
   if (trace.warnings.length === 0) return;
   side.append(element("h2", {}, "Warnings"), ...trace.warnings.map((text) => element("p", {}, text)));
+}
+
+function legend(sample, text) {
+  return element("p", { class: "legend" }, element("span", { class: `sample ${sample}` }), text);
 }
 
 function table(services) {

@@ -75,7 +75,7 @@ function select(span, { keepURL = false } = {}) {
   const changed = (span?.key ?? "") !== selected;
   selected = span?.key ?? "";
   waterfall.select(selected);
-  if (span) showDetails(side, trace, span, { go, close: () => select(null) });
+  if (span) showDetails(side, trace, span, { go: goFromSide, close: () => goFromSide(null) });
   else showOverview(side, trace);
   if (changed) side.scrollTop = 0;
   if (!keepURL) history.replaceState(null, "", location.pathname + location.search + (span ? `#${span.id}` : ""));
@@ -84,6 +84,13 @@ function select(span, { keepURL = false } = {}) {
 function go(span) {
   waterfall.reveal(span);
   select(span);
+}
+
+/** The button that was pressed is gone, and with it the focus. */
+function goFromSide(span) {
+  if (span) go(span);
+  else select(null);
+  waterfall.focus();
 }
 
 function nextError() {
@@ -121,6 +128,6 @@ onKeys({
 });
 setText(byId("missing-id"), short(traceID, 64));
 follow({
-  changed: (changed) => (trace === null || changed === traceID) && refresh(),
+  changed: (changed) => (trace === null || changed === trace.traceID) && refresh(),
   connected: refresh,
 });

@@ -5,24 +5,22 @@ import { markCriticalPath, selfTime } from "./timing.js";
 /**
  * Adds to each span `key`, `children`, `parent`, `depth`, `position` (among its siblings, from 1), `siblings`,
  * `descendants`, `orphan` (its parent is not in the trace), `selfTime` and `critical` (see `timing.js`), and returns
- * `{ traceID, spans, root, start, end, duration, depth, warnings }` with the spans in the tree's order.
+ * `{ traceID, spans, root, start, end, duration, warnings }` with the spans in the tree's order.
  */
 export function arrange({ traceID, spans, warnings }) {
   connect(spans);
   const ordered = inOrder(spans);
   let start = Infinity;
   let end = 0;
-  let depth = 0;
   for (const span of ordered) {
     start = Math.min(start, span.start);
     end = Math.max(end, span.end);
-    depth = Math.max(depth, span.depth + 1);
     span.selfTime = selfTime(span);
   }
   const roots = ordered.filter((span) => !span.parent);
   const root = roots.find((span) => !span.orphan) ?? roots[0];
   markCriticalPath(root);
-  return { traceID, spans: ordered, root, start, end, duration: end - start, depth, warnings };
+  return { traceID, spans: ordered, root, start, end, duration: end - start, warnings };
 }
 
 function connect(spans) {
@@ -34,7 +32,11 @@ function connect(spans) {
     const copies = seen.get(span.id) ?? 0;
     seen.set(span.id, copies + 1);
     span.key = copies ? `${span.id}.${copies}` : span.id;
-    Object.assign(span, { children: [], parent: null, depth: 0, critical: [], descendants: 0, orphan: false });
+    span.parent = null;
+    span.children = [];
+    span.depth = 0;
+    span.descendants = 0;
+    span.critical = [];
   }
   for (const span of spans) {
     const parent = byID.get(span.parentID);

@@ -9,8 +9,8 @@ const RESOLUTION = 1 / 500;
 
 /** `{ element, show(span, trace, isCollapsed) }`: rows are used again for other spans. */
 export function row() {
-  const indent = element("span", { class: "indent" });
-  const twist = element("span", { class: "twist" });
+  const indent = element("span", { class: "indent", "aria-hidden": "true" });
+  const twist = element("span", { class: "twist", "aria-hidden": "true" });
   const service = element("span", { class: "service" });
   const operation = element("span", { class: "operation" });
   const note = element("span", { class: "note" });

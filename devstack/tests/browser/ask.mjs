@@ -1,0 +1,60 @@
+// What checks ask a page.
+
+import assert from "node:assert/strict";
+
+/** Asks until the answer is the expected one, for at most five seconds. */
+export async function eventually(ask, expected) {
+  const deadline = Date.now() + 5000;
+  let answer;
+  do {
+    answer = await ask();
+    if (JSON.stringify(answer) === JSON.stringify(expected)) return;
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  } while (Date.now() < deadline);
+  assert.deepEqual(answer, expected);
+}
+
+/** The trace ids of the list, from the top. */
+export const listed = (page) =>
+  page.$$eval("#rows a", (links) => links.map((link) => link.getAttribute("href").slice("/trace/".length)));
+
+/** The rows of the waterfall, from the top. */
+export const rows = (page) =>
+  page.$$eval("#rows .row", (nodes) =>
+    nodes
+      .map((node) => ({
+        index: Number(node.getAttribute("aria-rowindex")) - 2,
+        level: Number(node.getAttribute("aria-level")),
+        place: `${node.getAttribute("aria-posinset")}/${node.getAttribute("aria-setsize")}`,
+        expanded: node.getAttribute("aria-expanded"),
+        service: node.querySelector(".service").textContent,
+        name: node.querySelector(".operation").textContent,
+        kind: node.querySelector(".kind").textContent,
+        note: node.querySelector(".note").textContent,
+      }))
+      .sort((a, b) => a.index - b.index),
+  );
+
+/** The names of the rows' spans, indented by their level. */
+export const tree = async (page) => (await rows(page)).map(({ level, name }) => "  ".repeat(level - 1) + name);
+
+/** The name of the span that the keyboard is at. */
+export const active = (page) =>
+  page.$eval("#waterfall", (grid) => {
+    const row = document.getElementById(grid.getAttribute("aria-activedescendant"));
+    return row?.querySelector(".operation").textContent;
+  });
+
+/** The title of the details, or of the overview. */
+export const beside = (page) => page.$eval("#side h2", (title) => title.textContent);
+
+/** What the details say under a title such as "Self time". */
+export const fact = (page, title) =>
+  page.$eval("#side dl", (facts, title) => {
+    const term = [...facts.querySelectorAll("dt")].find((term) => term.textContent === title);
+    return term?.nextElementSibling.textContent;
+  }, title);
+
+/** Opens the details of the span with this name. */
+export const openDetails = (page, name) =>
+  page.locator(".row", { has: page.locator(".operation", { hasText: new RegExp(`^${name}$`) }) }).locator(".operation").click();
