@@ -76,7 +76,7 @@ impl VirtualHost {
                 auto_delete: false,
                 internal: false,
                 bindings: Vec::new(),
-                held: memory.hold(0),
+                _held: memory.hold(0),
             };
             (format!("amq.{}", kind.as_str()).into(), exchange)
         };
