@@ -1,8 +1,11 @@
 //! Connections and channels: how they begin, what ends them.
 
-use crate::client::{Client, PATIENCE, body, code, next};
+use crate::{
+    client::{Client, body, code, next},
+    raw::Raw,
+};
+use amq_protocol::protocol::{AMQPClass, channel};
 use anyhow::Result;
-use devstack::poll;
 use lapin::{
     Connection, ConnectionProperties,
     options::{AccessRequestOptions, BasicAckOptions, ChannelFlowOptions, QueueDeclareOptions},
@@ -39,7 +42,7 @@ async fn the_largest_frame_and_the_channels_are_agreed_on() -> Result<()> {
 #[tokio::test]
 async fn the_broker_says_that_it_confirms_nacks_and_cancels() -> Result<()> {
     let client = Client::connect().await?;
-    let mut raw = crate::raw::Raw::connect(&client.url).await?;
+    let mut raw = Raw::connect(&client.url).await?;
     let capabilities = raw.server_capabilities().await?;
     for capability in
         ["publisher_confirms", "basic.nack", "consumer_cancel_notify", "authentication_failure_close"]
@@ -88,7 +91,7 @@ async fn a_lost_connection_requeues_what_was_not_acknowledged() -> Result<()> {
     let client = Client::connect().await?;
     let queue = client.shared_queue("q").await?;
     client.fill(&queue, &["a", "b"]).await?;
-    let mut raw = crate::raw::Raw::open(&client.url).await?;
+    let mut raw = Raw::open(&client.url).await?;
     assert_eq!(raw.get(&queue).await?, "a");
     // No close, no goodbye.
     drop(raw);
@@ -104,12 +107,13 @@ async fn a_lost_connection_requeues_what_was_not_acknowledged() -> Result<()> {
 #[tokio::test]
 async fn a_closed_channel_number_can_be_opened_again() -> Result<()> {
     let client = Client::connect().await?;
+    let mut raw = Raw::open(&client.url).await?;
     for _ in 0..20 {
-        let channel = client.connection.create_channel().await?;
-        assert_eq!(channel.id(), 2);
-        channel.close(200, "again".into()).await?;
-        let is_closed = async || (!channel.status().connected()).then_some(());
-        assert!(poll(PATIENCE, is_closed).await.is_some());
+        let close = channel::Close { reply_code: 200, ..Default::default() };
+        raw.method(1, AMQPClass::Channel(channel::AMQPMethod::Close(close))).await?;
+        raw.expect(|method| matches!(method, AMQPClass::Channel(channel::AMQPMethod::CloseOk(_)))).await?;
+        raw.method(1, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {}))).await?;
+        raw.expect(|method| matches!(method, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_)))).await?;
     }
     Ok(())
 }

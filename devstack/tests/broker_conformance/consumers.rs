@@ -294,7 +294,8 @@ async fn an_exclusive_consumer_is_alone() -> Result<()> {
         })
         .await?;
     client.channel.basic_cancel(first.tag(), BasicCancelOptions::default()).await?;
-    client.consume(&queue, "second").await?;
+    // lapin cancels a consumer that is dropped.
+    let _second = client.consume(&queue, "second").await?;
     client
         .expect_channel_error(403, async |channel| {
             channel
