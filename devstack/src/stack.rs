@@ -1,6 +1,7 @@
 //! The three services together, with a broker and a receiver, as the end-to-end tests use them.
 
 use crate::{
+    broker::Broker,
     client::{Answer, Client},
     process::Process,
     receiver::Receiver,
@@ -136,8 +137,9 @@ impl<'a> Settings<'a> {
     }
 }
 
-/// The broker that the tests run on: the one at `AMQP_URL`. Tests share it, so each has a prefix for its
-/// names, and removes them at its end.
+/// The broker that a test runs on: the one at `AMQP_URL` if that is set, which tests share, so each has a
+/// prefix for its names, and removes them at its end; else an embedded one of the test's own, which ends
+/// with it.
 pub struct TestBroker {
     /// Where it is.
     pub url: String,
@@ -148,29 +150,49 @@ pub struct TestBroker {
     /// A channel of the test's own.
     pub channel: Channel,
     _connection: Connection,
+    embedded: Option<Broker>,
 }
 
 impl TestBroker {
     /// Connects, and makes up a prefix.
     ///
     /// # Errors
-    /// If there is no broker.
+    /// If there is no broker at `AMQP_URL`.
     pub async fn connect() -> Result<Self> {
+        match env::var("AMQP_URL") {
+            Ok(url) => Self::connect_to(url, None).await,
+            Err(_) => {
+                let broker = Broker::start().await?;
+                Self::connect_to(broker.url(), Some(broker)).await
+            }
+        }
+    }
+
+    /// Connects to RabbitMQ: the one at `AMQP_URL`, or on this machine.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub async fn rabbitmq() -> Result<Self> {
         let url = env::var("AMQP_URL").unwrap_or_else(|_| proto::broker::DEFAULT_URL.to_owned());
+        Self::connect_to(url, None).await.context("start RabbitMQ here, or name one by AMQP_URL")
+    }
+
+    async fn connect_to(url: String, embedded: Option<Broker>) -> Result<Self> {
         let uri = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
-        let connection = proto::broker::connect(&uri, "test")
-            .await
-            .context("these tests need a broker: start RabbitMQ here, or name one by AMQP_URL")?;
+        let connection = proto::broker::connect(&uri, "test").await?;
         let channel = connection.create_channel().await?;
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
         let topology = Topology::with_prefix(&prefix);
         topology.declare(&channel).await?;
-        Ok(Self { url, prefix, topology, channel, _connection: connection })
+        Ok(Self { url, prefix, topology, channel, _connection: connection, embedded })
     }
 }
 
 impl Drop for TestBroker {
     fn drop(&mut self) {
+        if self.embedded.is_some() {
+            return;
+        }
         let clean_up = async {
             let uri = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
             // A connection of its own: the test may have broken the other one.

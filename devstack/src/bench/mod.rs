@@ -108,7 +108,7 @@ pub async fn run(options: Options) -> Result<()> {
 
 async fn measure(variant: &Variant, load: &Load) -> Result<Run> {
     let sink = Sink::start().await?;
-    let broker = TestBroker::connect().await?;
+    let broker = TestBroker::rabbitmq().await?;
     let endpoint = format!("http://{}", sink.address);
     let mut variables = vec![
         ("AMQP_URL", broker.url.as_str()),

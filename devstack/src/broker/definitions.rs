@@ -121,7 +121,7 @@ impl VirtualHost {
             return Ok(());
         };
         let arguments = Arguments::parse(name, &declare.arguments)?;
-        let difference = if queue.durable != declare.durable {
+        let difference = if queue.durable != is_durable(declare) {
             Some("durable")
         } else if queue.auto_delete != declare.auto_delete {
             Some("auto_delete")
@@ -145,7 +145,8 @@ impl VirtualHost {
         let held = self.hold_definition()?;
         let owner = declare.exclusive.then_some(connection);
         let id = self.next_queue_id();
-        let queue = Queue::new(name.clone(), declare.durable, declare.auto_delete, owner, arguments, held);
+        let queue =
+            Queue::new(name.clone(), is_durable(declare), declare.auto_delete, owner, arguments, held);
         self.queues.insert(id, queue);
         self.queue_ids.insert(name, id);
         Ok(id)
@@ -273,6 +274,11 @@ impl VirtualHost {
         }
         Ok(self.memory.hold(SIZE))
     }
+}
+
+/// A queue that goes with its connection is not durable, whatever it is called.
+fn is_durable(declare: &queue::Declare) -> bool {
+    declare.durable && !declare.exclusive
 }
 
 /// A number of messages or consumers, as methods have it.

@@ -1,0 +1,178 @@
+//! Frames by hand, for what no client library would send.
+
+use crate::client::PATIENCE;
+use amq_protocol::{
+    frame::{AMQPFrame, WriteContext, gen_frame, parse_frame},
+    protocol::{AMQPClass, basic, channel, connection},
+    types::AMQPValue,
+};
+use anyhow::{Context, Result, bail};
+use lapin::uri::AMQPUri;
+use std::time::Duration;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// A socket to the broker.
+pub struct Raw {
+    stream: TcpStream,
+    input: Vec<u8>,
+}
+
+impl Raw {
+    /// Connects, and says nothing.
+    pub async fn connect(url: &str) -> Result<Self> {
+        let uri: AMQPUri = url.parse().map_err(anyhow::Error::msg)?;
+        let stream = TcpStream::connect((uri.authority.host.as_str(), uri.authority.port)).await?;
+        Ok(Self { stream, input: Vec::new() })
+    }
+
+    /// Logs in, and opens channel 1. No heartbeats, unless these seconds are asked for.
+    pub async fn open_with_heartbeat(url: &str, heartbeat: u16) -> Result<Self> {
+        let mut raw = Self::connect(url).await?;
+        raw.log_in(connection::TuneOk { channel_max: 2047, frame_max: 131_072, heartbeat }).await?;
+        raw.connection(connection::AMQPMethod::Open(connection::Open { virtual_host: "/".into() })).await?;
+        raw.expect(|method| matches!(method, AMQPClass::Connection(connection::AMQPMethod::OpenOk(_))))
+            .await?;
+        raw.method(1, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {}))).await?;
+        raw.expect(|method| matches!(method, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_)))).await?;
+        Ok(raw)
+    }
+
+    /// The same, without heartbeats.
+    pub async fn open(url: &str) -> Result<Self> {
+        Self::open_with_heartbeat(url, 0).await
+    }
+
+    /// Goes as far as to `tune-ok`.
+    pub async fn log_in(&mut self, tune_ok: connection::TuneOk) -> Result<()> {
+        self.server_capabilities().await?;
+        let start_ok = connection::StartOk {
+            mechanism: "PLAIN".into(),
+            response: "\0guest\0guest".into(),
+            locale: "en_US".into(),
+            ..Default::default()
+        };
+        self.connection(connection::AMQPMethod::StartOk(start_ok)).await?;
+        self.expect(|method| matches!(method, AMQPClass::Connection(connection::AMQPMethod::Tune(_))))
+            .await?;
+        self.connection(connection::AMQPMethod::TuneOk(tune_ok)).await
+    }
+
+    /// Introduces itself; what the broker says that it can do.
+    pub async fn server_capabilities(&mut self) -> Result<Vec<String>> {
+        self.send(b"AMQP\0\0\x09\x01").await?;
+        let start = self
+            .expect(|method| matches!(method, AMQPClass::Connection(connection::AMQPMethod::Start(_))))
+            .await?;
+        let AMQPClass::Connection(connection::AMQPMethod::Start(start)) = start else { bail!("{start:?}") };
+        let Some(AMQPValue::FieldTable(capabilities)) = start.server_properties.inner().get("capabilities")
+        else {
+            bail!("no capabilities")
+        };
+        Ok(capabilities.inner().keys().map(ToString::to_string).collect())
+    }
+
+    pub async fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        Ok(timeout(PATIENCE, self.stream.write_all(bytes)).await??)
+    }
+
+    pub async fn frame(&mut self, frame: &AMQPFrame) -> Result<()> {
+        self.send(&encoded(frame)).await
+    }
+
+    pub async fn method(&mut self, channel: u16, method: AMQPClass) -> Result<()> {
+        self.frame(&AMQPFrame::Method(channel, method)).await
+    }
+
+    async fn connection(&mut self, method: connection::AMQPMethod) -> Result<()> {
+        self.method(0, AMQPClass::Connection(method)).await
+    }
+
+    /// The next frame, or `None` when the broker has closed the socket.
+    pub async fn next(&mut self) -> Result<Option<AMQPFrame>> {
+        self.next_within(PATIENCE).await
+    }
+
+    pub async fn next_within(&mut self, limit: Duration) -> Result<Option<AMQPFrame>> {
+        loop {
+            if let Ok((rest, frame)) = parse_frame(&self.input[..]) {
+                self.input = rest.to_vec();
+                return Ok(Some(frame));
+            }
+            let read = timeout(limit, self.stream.read_buf(&mut self.input)).await.context("no answer")?;
+            // A reset is an end as well.
+            if read.unwrap_or(0) == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Passes over frames up to this method.
+    pub async fn expect(&mut self, is_it: impl Fn(&AMQPClass) -> bool) -> Result<AMQPClass> {
+        loop {
+            match self.next().await?.context("the socket was closed")? {
+                AMQPFrame::Method(_, method) if is_it(&method) => return Ok(method),
+                AMQPFrame::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+                    bail!("{close:?}")
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The code with which the broker closes the connection.
+    pub async fn closed_with(&mut self) -> Result<u16> {
+        loop {
+            match self.next().await?.context("the socket was closed without a word")? {
+                AMQPFrame::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+                    self.connection(connection::AMQPMethod::CloseOk(connection::CloseOk {})).await?;
+                    return Ok(close.reply_code);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes a message, and leaves it without acknowledgement.
+    pub async fn get(&mut self, queue: &str) -> Result<String> {
+        let get = basic::Get { queue: queue.into(), no_ack: false };
+        self.method(1, AMQPClass::Basic(basic::AMQPMethod::Get(get))).await?;
+        loop {
+            match self.next().await?.context("closed")? {
+                AMQPFrame::Body(_, body) => return Ok(String::from_utf8(body)?),
+                AMQPFrame::Method(_, AMQPClass::Basic(basic::AMQPMethod::GetEmpty(_))) => bail!("no message"),
+                _ => {}
+            }
+        }
+    }
+
+    /// Publishes to a queue.
+    pub async fn publish(&mut self, queue: &str, body: &[u8]) -> Result<()> {
+        self.send(&publish(queue, body)).await
+    }
+}
+
+/// The frames of a small message to a queue.
+pub fn publish(queue: &str, body: &[u8]) -> Vec<u8> {
+    let method = basic::Publish { routing_key: queue.into(), mandatory: true, ..Default::default() };
+    let header = amq_protocol::frame::AMQPContentHeader {
+        class_id: 60,
+        body_size: body.len() as u64,
+        properties: basic::AMQPProperties::default(),
+    };
+    [
+        AMQPFrame::Method(1, AMQPClass::Basic(basic::AMQPMethod::Publish(method))),
+        AMQPFrame::Header(1, header),
+        AMQPFrame::Body(1, body.to_vec()),
+    ]
+    .iter()
+    .flat_map(encoded)
+    .collect()
+}
+
+pub fn encoded(frame: &AMQPFrame) -> Vec<u8> {
+    gen_frame(frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner().0
+}
