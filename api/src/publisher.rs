@@ -28,6 +28,7 @@ use telemetry::{
 use tokio::{
     select,
     sync::{Notify, watch},
+    task::AbortHandle,
     time::timeout,
 };
 use uuid::Uuid;
@@ -45,6 +46,8 @@ pub struct Publisher {
     topology: Topology,
     broker: Broker,
     timeout: Duration,
+    /// Makes sessions, until it is aborted.
+    keeper: AbortHandle,
 }
 
 /// A connection with its channel, set up for publishing.
@@ -93,8 +96,8 @@ impl Publisher {
     pub fn start(uri: AMQPUri, topology: Topology, timeout: Duration) -> Self {
         let (sender, session) = watch::channel(None);
         let broker = Broker::new(&uri, CLIENT_ID);
-        tokio::spawn(keep_connected(uri, topology.clone(), sender));
-        Self { session, topology, broker, timeout }
+        let keeper = tokio::spawn(keep_connected(uri, topology.clone(), sender)).abort_handle();
+        Self { session, topology, broker, timeout, keeper }
     }
 
     /// Whether the broker can be published to now.
@@ -150,6 +153,8 @@ impl Publisher {
 
     /// Closes the connection in an orderly way, for at most a second.
     pub async fn close(&self) {
+        // First: what is closed now must be neither reported as lost nor replaced.
+        self.keeper.abort();
         let session = self.session.borrow().clone();
         if let Some(Session { connection, .. }) = session {
             let closed = timeout(Duration::from_secs(1), connection.close(200, "shutting down".into())).await;
