@@ -21,13 +21,15 @@ const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; f
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// Where, what, and the file.
-const FILES: [(&str, &str, &str); 26] = [
+const FILES: [(&str, &str, &str); 28] = [
     ("/", HTML, include_str!("page/list.html")),
     ("/search", HTML, include_str!("page/list.html")),
     ("/trace/{id}", HTML, include_str!("page/trace.html")),
     ("/page/base.css", CSS, include_str!("page/base.css")),
     ("/page/list.css", CSS, include_str!("page/list.css")),
+    ("/page/side.css", CSS, include_str!("page/side.css")),
     ("/page/trace.css", CSS, include_str!("page/trace.css")),
+    ("/page/waterfall.css", CSS, include_str!("page/waterfall.css")),
     ("/page/icon.svg", SVG, include_str!("page/icon.svg")),
     ("/page/api.js", JAVASCRIPT, include_str!("page/api.js")),
     ("/page/details.js", JAVASCRIPT, include_str!("page/details.js")),

@@ -36,7 +36,8 @@ export const rows = (page) =>
   );
 
 /** The names of the rows' spans, indented by their level. */
-export const tree = async (page) => (await rows(page)).map(({ level, name }) => "  ".repeat(level - 1) + name);
+export const tree = async (page) =>
+  (await rows(page)).map(({ level, name }) => "  ".repeat(level - 1) + name);
 
 /** The name of the span that the keyboard is at. */
 export const active = (page) =>
@@ -50,11 +51,18 @@ export const beside = (page) => page.$eval("#side h2", (title) => title.textCont
 
 /** What the details say under a title such as "Self time". */
 export const fact = (page, title) =>
-  page.$eval("#side dl", (facts, title) => {
-    const term = [...facts.querySelectorAll("dt")].find((term) => term.textContent === title);
-    return term?.nextElementSibling.textContent;
-  }, title);
+  page.$eval(
+    "#side dl",
+    (facts, title) => {
+      const term = [...facts.querySelectorAll("dt")].find((term) => term.textContent === title);
+      return term?.nextElementSibling.textContent;
+    },
+    title,
+  );
 
 /** Opens the details of the span with this name. */
 export const openDetails = (page, name) =>
-  page.locator(".row", { has: page.locator(".operation", { hasText: new RegExp(`^${name}$`) }) }).locator(".operation").click();
+  page
+    .locator(".row", { has: page.locator(".operation", { hasText: new RegExp(`^${name}$`) }) })
+    .locator(".operation")
+    .click();

@@ -13,7 +13,10 @@ export async function proxy(base) {
   async function open() {
     server = createServer((from) => {
       const to = connect(Number(port), hostname);
-      for (const [socket, other] of [[from, to], [to, from]]) {
+      for (const [socket, other] of [
+        [from, to],
+        [to, from],
+      ]) {
         sockets.add(socket);
         socket.on("error", () => other.destroy());
         socket.on("close", () => {

@@ -1,7 +1,7 @@
 // Drives the trace page in a real browser, against a backend that has no traces yet:
 //
-//     cargo run -p devstack -- backend --free-ports        # prints the two addresses
-//     node run.mjs --page http://127.0.0.1:… --otlp http://127.0.0.1:… [--only text]
+//     cargo run --release -p devstack -- backend
+//     node run.mjs [--page http://127.0.0.1:16686] [--otlp http://127.0.0.1:4318] [--only text]
 //
 // Every check has a page of its own. Whatever the page says on the console as an error fails the check.
 
@@ -58,7 +58,11 @@ async function run(check) {
     return page;
   }
   try {
-    const remark = await check({ open, post: (...traces) => post(options.otlp, ...traces), base: options.page });
+    const remark = await check({
+      open,
+      post: (...traces) => post(options.otlp, ...traces),
+      base: options.page,
+    });
     if (errors.length) throw new Error(`the page said on its console:\n${errors.join("\n")}`);
     return remark;
   } finally {

@@ -24,8 +24,15 @@ if (!options.trace) {
   options.trace = posted.traceID;
 }
 const browser = await chromium.launch({ executablePath: options.browser, args: ["--no-sandbox"] });
-for (const [colorScheme, name] of [["light", "trace.png"], ["dark", "trace-dark.png"]]) {
-  const page = await browser.newPage({ viewport: { width: 1280, height: 420 }, deviceScaleFactor: 1.5, colorScheme });
+for (const [colorScheme, name] of [
+  ["light", "trace.png"],
+  ["dark", "trace-dark.png"],
+]) {
+  const page = await browser.newPage({
+    viewport: { width: 1280, height: 420 },
+    deviceScaleFactor: 1.5,
+    colorScheme,
+  });
   await page.goto(`${options.page}/trace/${options.trace}`);
   await page.waitForFunction(() => document.querySelectorAll(".row").length >= 6);
   await page.waitForSelector("[data-state=live]");

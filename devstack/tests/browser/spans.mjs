@@ -70,7 +70,11 @@ function anyValue(value) {
 
 /** A login, as the three services trace it. */
 export function login({ start = now(), traceID } = {}) {
-  const grpc = { "rpc.system.name": "grpc", "rpc.method": "usercenter.v1.Usercenter/GetUserByMobile", "rpc.status_code": "OK" };
+  const grpc = {
+    "rpc.system.name": "grpc",
+    "rpc.method": "usercenter.v1.Usercenter/GetUserByMobile",
+    "rpc.status_code": "OK",
+  };
   const peer = { "server.address": "127.0.0.1", "network.peer.address": "127.0.0.1" };
   const message = {
     "messaging.system": "rabbitmq",
@@ -81,31 +85,79 @@ export function login({ start = now(), traceID } = {}) {
   };
   const spans = [
     {
-      service: "api", name: "POST /usercenter/v1/user/login", kind: "SERVER", at: 0, took: 2150,
+      service: "api",
+      name: "POST /usercenter/v1/user/login",
+      kind: "SERVER",
+      at: 0,
+      took: 2150,
       attributes: {
-        "http.request.method": "POST", "http.route": "/usercenter/v1/user/login", "url.path": "/usercenter/v1/user/login",
-        "url.scheme": "http", "user_agent.original": "curl/8.5.0", "network.protocol.version": "1.1", ...peer,
-        "server.port": 8888, "http.response.status_code": 200,
+        "http.request.method": "POST",
+        "http.route": "/usercenter/v1/user/login",
+        "url.path": "/usercenter/v1/user/login",
+        "url.scheme": "http",
+        "user_agent.original": "curl/8.5.0",
+        "network.protocol.version": "1.1",
+        ...peer,
+        "server.port": 8888,
+        "http.response.status_code": 200,
       },
     },
-    { service: "api", name: grpc["rpc.method"], kind: "CLIENT", at: 130, took: 760, parent: 0, attributes: { ...grpc, ...peer, "server.port": 50051 } },
-    { service: "usercenter", name: grpc["rpc.method"], kind: "SERVER", at: 420, took: 210, parent: 1, attributes: { ...grpc, ...peer, "server.port": 50051 } },
-    { service: "api", name: "local", kind: "INTERNAL", at: 905, took: 60, parent: 0 },
     {
-      service: "api", name: "send_msg_mq", kind: "PRODUCER", at: 980, took: 1080, parent: 0,
-      attributes: { ...message, "messaging.operation.name": "send", "messaging.operation.type": "send", "messaging.destination.name": "usercenter:user.login" },
+      service: "api",
+      name: grpc["rpc.method"],
+      kind: "CLIENT",
+      at: 130,
+      took: 760,
+      parent: 0,
+      attributes: { ...grpc, ...peer, "server.port": 50051 },
     },
     {
-      service: "mq", name: "mq_consumer_msg", kind: "CONSUMER", at: 1630, took: 840, parent: 4,
+      service: "usercenter",
+      name: grpc["rpc.method"],
+      kind: "SERVER",
+      at: 420,
+      took: 210,
+      parent: 1,
+      attributes: { ...grpc, ...peer, "server.port": 50051 },
+    },
+    { service: "api", name: "local", kind: "INTERNAL", at: 905, took: 60, parent: 0 },
+    {
+      service: "api",
+      name: "send_msg_mq",
+      kind: "PRODUCER",
+      at: 980,
+      took: 1080,
+      parent: 0,
       attributes: {
-        ...message, "messaging.operation.name": "process", "messaging.operation.type": "process",
-        "messaging.destination.name": "usercenter:user.login:mq.user_login", "messaging.rabbitmq.message.delivery_tag": 1,
+        ...message,
+        "messaging.operation.name": "send",
+        "messaging.operation.type": "send",
+        "messaging.destination.name": "usercenter:user.login",
+      },
+    },
+    {
+      service: "mq",
+      name: "mq_consumer_msg",
+      kind: "CONSUMER",
+      at: 1630,
+      took: 840,
+      parent: 4,
+      attributes: {
+        ...message,
+        "messaging.operation.name": "process",
+        "messaging.operation.type": "process",
+        "messaging.destination.name": "usercenter:user.login:mq.user_login",
+        "messaging.rabbitmq.message.delivery_tag": 1,
         "throughline.trace_context.source": "headers",
       },
     },
   ];
   for (const span of spans) {
-    span.resource = { "service.namespace": "throughline", "service.version": "0.1.0", "deployment.environment.name": "development" };
+    span.resource = {
+      "service.namespace": "throughline",
+      "service.version": "0.1.0",
+      "deployment.environment.name": "development",
+    };
   }
   return trace(spans, { start, traceID });
 }

@@ -8,7 +8,9 @@ export class Refused extends Error {}
 /** Summaries of the traces that fit the criteria, newest first. */
 export async function recentTraces(criteria) {
   const answer = await ask(`/api/recent?${new URLSearchParams(criteria)}`);
-  return list(answer?.data).map(readSummary).filter((summary) => summary.traceID);
+  return list(answer?.data)
+    .map(readSummary)
+    .filter((summary) => summary.traceID);
 }
 
 /** A trace, or null if the backend has none with this id. */

@@ -20,26 +20,45 @@ export function showDetails(side, trace, span, { go, close }) {
 }
 
 function header(span, close) {
-  const button = element("button", { type: "button", "aria-label": "Close the details", title: "Close (Esc)" }, "×");
+  const button = element(
+    "button",
+    { type: "button", "aria-label": "Close the details", title: "Close (Esc)" },
+    "×",
+  );
   button.addEventListener("click", close);
   const service = element("span", { class: "service" }, span.service || "(no service)");
   const operation = element("span", { class: "operation" }, ...breakable(span.name || "(no name)"));
-  return element("header", { class: colour(span.service) }, element("h2", {}, service, " ", operation), button);
+  return element(
+    "header",
+    { class: colour(span.service) },
+    element("h2", {}, service, " ", operation),
+    button,
+  );
 }
 
 function facts(trace, span, go) {
   const critical = criticalTime(span);
   const rows = [
     ["Kind", span.kind || "not said"],
-    ["Status", span.error ? element("span", { class: "failed" }, `error ${span.errorDescription}`) : "no error"],
+    [
+      "Status",
+      span.error ? element("span", { class: "failed" }, `error ${span.errorDescription}`) : "no error",
+    ],
     ["Start", said(`+${duration(span.start - trace.start)}`, clock(span.start))],
     ["Duration", said(duration(span.duration), `${percent(span.duration, trace.duration)} of the trace`)],
     ["Self time", said(duration(span.selfTime), "without its children")],
-    ["Critical path", critical ? said(duration(critical), `${percent(critical, trace.root.duration)} of it`) : "not on it"],
+    [
+      "Critical path",
+      critical ? said(duration(critical), `${percent(critical, trace.root.duration)} of it`) : "not on it",
+    ],
     ["Span id", link(trace.traceID, span.id)],
     ["Parent", parent(span, go)],
   ];
-  return element("dl", {}, ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+  return element(
+    "dl",
+    {},
+    ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]),
+  );
 }
 
 function said(value, remark) {
@@ -47,8 +66,13 @@ function said(value, remark) {
 }
 
 function parent(span, go) {
-  if (!span.parent) return span.parentID ? element("span", { class: "id" }, `${span.parentID} (not in this trace)`) : "none";
-  const button = element("button", { type: "button", class: "link" }, `${span.parent.service} ${span.parent.name}`);
+  if (!span.parent)
+    return span.parentID ? element("span", { class: "id" }, `${span.parentID} (not in this trace)`) : "none";
+  const button = element(
+    "button",
+    { type: "button", class: "link" },
+    `${span.parent.service} ${span.parent.name}`,
+  );
   button.addEventListener("click", () => go(span.parent));
   return button;
 }
@@ -82,7 +106,13 @@ function events(trace, span) {
 
 function links(span) {
   const items = span.links.map(({ traceID, spanID, type }) =>
-    element("li", {}, link(traceID, spanID), " ", element("span", { class: "quiet" }, type.toLowerCase().replace("_", " "))),
+    element(
+      "li",
+      {},
+      link(traceID, spanID),
+      " ",
+      element("span", { class: "quiet" }, type.toLowerCase().replace("_", " ")),
+    ),
   );
   return element("ul", {}, ...items);
 }

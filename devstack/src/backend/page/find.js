@@ -2,7 +2,7 @@
 
 import { byId, setText } from "./dom.js";
 
-/** Marks spans as `found` and calls `marked()`; Enter calls `go(span)` with the next one. */
+/** Its `search` marks spans as `found`; so does typing, and calls `marked()`; Enter calls `go(span)` with the next. */
 export function finder({ marked, go }) {
   const input = byId("find-text");
   let trace = null;
@@ -16,7 +16,6 @@ export function finder({ marked, go }) {
     for (const span of trace.spans) span.found = wanted !== "" && holds(span, wanted);
     found = trace.spans.filter((span) => span.found);
     tell(wanted);
-    marked();
   }
 
   function tell(wanted) {
@@ -30,7 +29,9 @@ export function finder({ marked, go }) {
     if (input.value.trim()) url.searchParams.set("uiFind", input.value.trim());
     else url.searchParams.delete("uiFind");
     history.replaceState(null, "", url);
-    if (trace) search();
+    if (!trace) return;
+    search();
+    marked();
   });
   byId("find").addEventListener("submit", (event) => event.preventDefault());
   input.addEventListener("keydown", (event) => {

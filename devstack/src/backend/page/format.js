@@ -37,7 +37,8 @@ export function clock(micros) {
 
 /** `1 span`, `6 spans`. */
 export function count(number, noun) {
-  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+  const grouped = String(number).replace(/\B(?=(\d{3})+$)/g, ",");
+  return `${grouped} ${noun}${number === 1 ? "" : "s"}`;
 }
 
 /** A share of a whole, as whole percent. */

@@ -16,8 +16,30 @@ export function serviceGraph(services, calls) {
   const sentences = calls.map(({ from, to, count: times }) => `${from} calls ${to} ${count(times, "time")}`);
   const drawing = svg(
     "svg",
-    { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": short(sentences.join(", ") || "no calls between services", 2000) },
-    svg("defs", {}, svg("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 8, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" }, svg("path", { d: "M0 0 8 4 0 8z" }))),
+    {
+      width,
+      height,
+      viewBox: `0 0 ${width} ${height}`,
+      role: "img",
+      "aria-label": short(sentences.join(", ") || "no calls between services", 2000),
+    },
+    svg(
+      "defs",
+      {},
+      svg(
+        "marker",
+        {
+          id: "arrow",
+          viewBox: "0 0 8 8",
+          refX: 8,
+          refY: 4,
+          markerWidth: 7,
+          markerHeight: 7,
+          orient: "auto",
+        },
+        svg("path", { d: "M0 0 8 4 0 8z" }),
+      ),
+    ),
     ...calls.map((call) => edge(call, places)),
     ...services.map((service) => box(service, places.get(service.name))),
   );
@@ -32,7 +54,9 @@ function place(services, calls) {
   const column = (name) => {
     if (columns.has(name)) return columns.get(name);
     onTheWay.add(name);
-    const left = callers(name).filter((caller) => !onTheWay.has(caller)).map(column);
+    const left = callers(name)
+      .filter((caller) => !onTheWay.has(caller))
+      .map(column);
     onTheWay.delete(name);
     const found = left.length ? Math.max(...left) + 1 : 0;
     columns.set(name, found);
@@ -57,7 +81,12 @@ function box({ name, spans, errors }, { x, y }) {
     svg("rect", { width: BOX.width, height: BOX.height, rx: 4 }),
     svg("rect", { class: "stripe", width: 4, height: BOX.height, rx: 1 }),
     svg("text", { x: 12, y: 17, class: "service" }, short(name || "(no service)", 15)),
-    svg("text", { x: 12, y: 32, class: "quiet" }, count(spans, "span"), errors ? svg("tspan", { class: "failed" }, `  ${count(errors, "error")}`) : null),
+    svg(
+      "text",
+      { x: 12, y: 32, class: "quiet" },
+      count(spans, "span"),
+      errors ? svg("tspan", { class: "failed" }, `  ${count(errors, "error")}`) : null,
+    ),
   );
 }
 
@@ -72,7 +101,10 @@ function edge({ from, to, count: times, errors, message }, places) {
   return svg(
     "g",
     { class: `edge${errors ? " failed" : ""}${message ? " message" : ""}` },
-    svg("path", { d: `M${x[0]} ${y[0]} C${bend[0]} ${y[0]} ${bend[1]} ${y[1]} ${x[1]} ${y[1]}`, "marker-end": "url(#arrow)" }),
+    svg("path", {
+      d: `M${x[0]} ${y[0]} C${bend[0]} ${y[0]} ${bend[1]} ${y[1]} ${x[1]} ${y[1]}`,
+      "marker-end": "url(#arrow)",
+    }),
     svg("text", { x: (x[0] + x[1]) / 2 + (back ? -GAP.x / 3 : 0), y: (y[0] + y[1]) / 2 - 4 }, `${times}×`),
   );
 }

@@ -80,7 +80,11 @@ class Span {
 }
 
 function readReference(reference) {
-  return { type: text(reference?.refType), traceID: text(reference?.traceID), spanID: text(reference?.spanID) };
+  return {
+    type: text(reference?.refType),
+    traceID: text(reference?.traceID),
+    spanID: text(reference?.spanID),
+  };
 }
 
 /** The child-of reference into the same trace; failing that, the first of another type into it. */

@@ -46,7 +46,10 @@ function show(isHeld) {
   const waiting = isHeld ? unseen : 0;
   pending.hidden = waiting === 0;
   setText(pending, `Show ${waiting} new`);
-  setText(byId("count"), latest.length ? `${latest.length < LIMIT ? "" : "the latest "}${count(latest.length, "trace")}` : "");
+  setText(
+    byId("count"),
+    latest.length ? `${latest.length < LIMIT ? "" : "the latest "}${count(latest.length, "trace")}` : "",
+  );
   byId("no-traces").hidden = rows.size > 0 || isSearching();
   byId("no-match").hidden = rows.size > 0 || !isSearching();
   table.hidden = rows.size === 0;

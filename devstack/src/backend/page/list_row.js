@@ -56,5 +56,11 @@ export function traceRow(summary) {
 }
 
 function chip({ name, spans }) {
-  return element("span", { class: `chip ${colour(name)}` }, short(name || "(no service)", 40), " ", element("b", {}, String(spans)));
+  return element(
+    "span",
+    { class: `chip ${colour(name)}` },
+    short(name || "(no service)", 40),
+    " ",
+    element("b", {}, String(spans)),
+  );
 }

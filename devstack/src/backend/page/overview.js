@@ -41,8 +41,18 @@ function table(services) {
       element("td", { class: "number quiet" }, percent(selfTime, whole)),
     ),
   );
-  const titles = [["Service", ""], ["Spans", "number"], ["Errors", "number"], ["Self time", "number"], ["", "number"]];
-  const head = element("tr", {}, ...titles.map(([title, kind]) => element("th", { scope: "col", class: kind }, title)));
+  const titles = [
+    ["Service", ""],
+    ["Spans", "number"],
+    ["Errors", "number"],
+    ["Self time", "number"],
+    ["", "number"],
+  ];
+  const head = element(
+    "tr",
+    {},
+    ...titles.map(([title, kind]) => element("th", { scope: "col", class: kind }, title)),
+  );
   return element(
     "table",
     { "aria-label": count(services.length, "service") },

@@ -40,8 +40,8 @@ function show(next) {
   trace = next;
   byId("trace").hidden = false;
   showSummary();
-  waterfall.show(trace);
   find.search(trace);
+  waterfall.show(trace);
   const span = spanByKey(selected || spanInURL());
   if (span && !selected) waterfall.reveal(span);
   select(span, { keepURL: true });
@@ -52,7 +52,11 @@ function showSummary() {
   const errors = trace.spans.filter((span) => span.error).length;
   const services = totals(trace).length;
   document.title = `${short(root.service, 60)} ${short(root.name, 100)} · Throughline`;
-  byId("title").replaceChildren(element("b", {}, short(root.service)), " ", element("span", {}, short(root.name)));
+  byId("title").replaceChildren(
+    element("b", {}, short(root.service)),
+    " ",
+    element("span", {}, short(root.name)),
+  );
   const facts = [
     ["Trace", element("span", { class: "id" }, trace.traceID)],
     ["Start", clock(trace.start)],
@@ -62,7 +66,9 @@ function showSummary() {
     ["Errors", element("span", { class: errors ? "failed" : "" }, count(errors, "error"))],
   ];
   byId("facts").replaceChildren(
-    ...facts.map(([name, value]) => element("div", {}, element("dt", { class: "unseen" }, name), element("dd", {}, value))),
+    ...facts.map(([name, value]) =>
+      element("div", {}, element("dt", { class: "unseen" }, name), element("dd", {}, value)),
+    ),
   );
 }
 
@@ -78,7 +84,8 @@ function select(span, { keepURL = false } = {}) {
   if (span) showDetails(side, trace, span, { go: goFromSide, close: () => goFromSide(null) });
   else showOverview(side, trace);
   if (changed) side.scrollTop = 0;
-  if (!keepURL) history.replaceState(null, "", location.pathname + location.search + (span ? `#${span.id}` : ""));
+  if (!keepURL)
+    history.replaceState(null, "", location.pathname + location.search + (span ? `#${span.id}` : ""));
 }
 
 function go(span) {

@@ -48,14 +48,15 @@ export class Waterfall {
     showScale(trace.duration);
     this.#arrange();
     const index = this.#spans.findIndex((span) => span.key === top?.key);
-    if (index > 0) this.#grid.scrollTop = index * this.#rowHeight() - offset;
-    this.redraw();
+    if (index < 0 || this.#grid.scrollTop === 0) return;
+    this.#grid.scrollTop = index * this.#rowHeight() - offset;
+    this.#draw();
   }
 
   /** Marks the span whose details are shown. */
   select(key) {
     this.#selected = key;
-    this.redraw();
+    this.#draw();
   }
 
   /** Makes a span active and brings it into sight, whatever is collapsed above it. */
@@ -164,7 +165,6 @@ export class Waterfall {
 
   #choose(span) {
     this.#chosen(span.key === this.#selected ? null : span);
-    this.redraw();
   }
 
   #toggle(span) {
@@ -238,6 +238,8 @@ export class Waterfall {
 }
 
 function showScale(whole) {
-  const marks = [0, 0.25, 0.5, 0.75, 1].map((part) => element("span", {}, part ? duration(whole * part) : "0"));
+  const marks = [0, 0.25, 0.5, 0.75, 1].map((part) =>
+    element("span", {}, part ? duration(whole * part) : "0"),
+  );
   byId("scale").replaceChildren(...marks);
 }

@@ -17,7 +17,16 @@ export function row() {
   const kind = element("span", { class: "kind" });
   const bar = element("div", { class: "bar-of-span" });
   const label = element("span", { class: "took" });
-  const name = element("div", { class: "name", role: "gridcell" }, indent, twist, service, operation, note, kind);
+  const name = element(
+    "div",
+    { class: "name", role: "gridcell" },
+    indent,
+    twist,
+    service,
+    operation,
+    note,
+    kind,
+  );
   const time = element("div", { class: "time", role: "gridcell" }, bar, label);
   const node = element("div", { role: "row" }, name, time);
 
@@ -51,7 +60,11 @@ export function row() {
     label.dataset.side = side;
     label.style.left = side === "after" ? `${to * 100}%` : "";
     label.style.right = side === "after" ? "" : `${(1 - (side === "before" ? from : to)) * 100}%`;
-    setAttribute(time, "aria-label", `${duration(span.duration)}, starts at ${duration(span.start - trace.start)}`);
+    setAttribute(
+      time,
+      "aria-label",
+      `${duration(span.duration)}, starts at ${duration(span.start - trace.start)}`,
+    );
   }
 
   return { element: node, show, span: null, index: -1 };

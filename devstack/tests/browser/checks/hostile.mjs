@@ -40,15 +40,24 @@ export default {
   },
 
   async markup_in_any_field_is_shown_as_the_text_it_is({ open, post }) {
-    const posted = trace([
-      { service: ATTACK, name: ATTACK, kind: "SERVER", at: 0, took: 100 },
-      {
-        service: "victim", name: ATTACK, kind: "CLIENT", at: 10, took: 50, parent: 0, error: ATTACK,
-        attributes: { [ATTACK]: ATTACK, "http.url": "javascript:window.ran=1" },
-        events: [{ name: ATTACK, at: 20, attributes: { [ATTACK]: ATTACK } }],
-        resource: { [ATTACK]: ATTACK },
-      },
-    ], { start: now() + 1e6 });
+    const posted = trace(
+      [
+        { service: ATTACK, name: ATTACK, kind: "SERVER", at: 0, took: 100 },
+        {
+          service: "victim",
+          name: ATTACK,
+          kind: "CLIENT",
+          at: 10,
+          took: 50,
+          parent: 0,
+          error: ATTACK,
+          attributes: { [ATTACK]: ATTACK, "http.url": "javascript:window.ran=1" },
+          events: [{ name: ATTACK, at: 20, attributes: { [ATTACK]: ATTACK } }],
+          resource: { [ATTACK]: ATTACK },
+        },
+      ],
+      { start: now() + 1e6 },
+    );
     await post(posted);
     const list = await open("/");
     await list.waitForSelector(`#rows a[href="/trace/${posted.traceID}"]`);
@@ -57,7 +66,10 @@ export default {
     assert.ok((await list.textContent("#rows tr .services")).includes("<script>"));
     await list.selectOption("[name=service]", ATTACK);
     await list.focus("[name=operation]");
-    await eventually(() => list.$$eval("#operations option", (options) => options.map((option) => option.value)), [ATTACK]);
+    await eventually(
+      () => list.$$eval("#operations option", (options) => options.map((option) => option.value)),
+      [ATTACK],
+    );
     await assertHarmless(list);
 
     const page = await open(`/trace/${posted.traceID}`);
@@ -65,7 +77,10 @@ export default {
     assert.ok((await page.textContent(".box title")).startsWith(ATTACK));
     await page.keyboard.press("e");
     await page.waitForSelector("#side dl");
-    const said = await page.$$eval("#side th, #side td, #side b, #side .failed, #side h2 .operation", (nodes) => nodes.map((node) => node.textContent));
+    const said = await page.$$eval(
+      "#side th, #side td, #side b, #side .failed, #side h2 .operation",
+      (nodes) => nodes.map((node) => node.textContent),
+    );
     // Key and value of the attribute, of the event's and of the resource's; the event, the status, the span.
     assert.equal(said.filter((text) => text === ATTACK).length, 9, JSON.stringify(said));
     assert.ok(said.includes(`error ${ATTACK}`));
@@ -78,38 +93,89 @@ export default {
     const bad = ["javascript:window.ran=1", "//example.com/", "../../api", ATTACK];
     const page = await open(`/trace/${traceID}`, {
       prepare: answer("**/api/traces/*", {
-        data: [{
-          traceID,
-          spans: [{
-            traceID, spanID: "1", operationName: "links", processID: "p1", startTime: 1, duration: 2,
-            references: bad.map((text) => ({ refType: "FOLLOWS_FROM", traceID: text, spanID: text })),
-          }],
-          processes: { p1: { serviceName: "a" } },
-        }],
+        data: [
+          {
+            traceID,
+            spans: [
+              {
+                traceID,
+                spanID: "1",
+                operationName: "links",
+                processID: "p1",
+                startTime: 1,
+                duration: 2,
+                references: bad.map((text) => ({ refType: "FOLLOWS_FROM", traceID: text, spanID: text })),
+              },
+            ],
+            processes: { p1: { serviceName: "a" } },
+          },
+        ],
       }),
     });
     await openDetails(page, "links");
-    assert.deepEqual(await page.$$eval("#side ul li .id", (nodes) => nodes.map((node) => [node.localName, node.textContent])), bad.map((text) => ["span", `${text} ${text}`]));
+    assert.deepEqual(
+      await page.$$eval("#side ul li .id", (nodes) =>
+        nodes.map((node) => [node.localName, node.textContent]),
+      ),
+      bad.map((text) => ["span", `${text} ${text}`]),
+    );
     await assertHarmless(page);
   },
 
   async answers_with_anything_missing_or_of_another_type_are_shown_as_far_as_they_go({ open }) {
-    const values = [undefined, null, 7, -1, "text", true, [], {}, [null], [{}], ["text"], { a: null }, 1e300, "__proto__"];
+    const values = [
+      undefined,
+      null,
+      7,
+      -1,
+      "text",
+      true,
+      [],
+      {},
+      [null],
+      [{}],
+      ["text"],
+      { a: null },
+      1e300,
+      "__proto__",
+    ];
     const traceID = id(16);
     let shown = 0;
     const page = await open("/", {});
     const whole = {
-      traceID, spanID: "a1", operationName: "b", processID: "p1", startTime: 10, duration: 5, warnings: ["w"],
+      traceID,
+      spanID: "a1",
+      operationName: "b",
+      processID: "p1",
+      startTime: 10,
+      duration: 5,
+      warnings: ["w"],
       references: [{ refType: "CHILD_OF", traceID, spanID: "a1" }],
-      tags: [{ key: "k", type: "string", value: "v" }], logs: [{ timestamp: 11, fields: [{ key: "event", value: "e" }] }],
+      tags: [{ key: "k", type: "string", value: "v" }],
+      logs: [{ timestamp: 11, fields: [{ key: "event", value: "e" }] }],
     };
     const answers = [];
     for (const value of values) {
-      for (const field of Object.keys(whole)) answers.push({ data: [{ traceID, processes: {}, spans: [{ ...whole, [field]: value }] }] });
-      for (const field of ["key", "value"]) answers.push({ data: [{ traceID, spans: [{ ...whole, tags: [{ key: "k", value: "v", [field]: value }] }] }] });
-      for (const field of ["refType", "traceID", "spanID"]) answers.push({ data: [{ traceID, spans: [{ ...whole, references: [{ ...whole.references[0], [field]: value }] }] }] });
-      for (const field of ["timestamp", "fields"]) answers.push({ data: [{ traceID, spans: [{ ...whole, logs: [{ ...whole.logs[0], [field]: value }] }] }] });
-      answers.push({ data: [{ traceID, processes: value, spans: [whole] }] }, { data: [{ traceID, processes: { p1: value }, spans: [whole, value] }] });
+      for (const field of Object.keys(whole))
+        answers.push({ data: [{ traceID, processes: {}, spans: [{ ...whole, [field]: value }] }] });
+      for (const field of ["key", "value"])
+        answers.push({
+          data: [{ traceID, spans: [{ ...whole, tags: [{ key: "k", value: "v", [field]: value }] }] }],
+        });
+      for (const field of ["refType", "traceID", "spanID"])
+        answers.push({
+          data: [
+            { traceID, spans: [{ ...whole, references: [{ ...whole.references[0], [field]: value }] }] },
+          ],
+        });
+      for (const field of ["timestamp", "fields"])
+        answers.push({
+          data: [{ traceID, spans: [{ ...whole, logs: [{ ...whole.logs[0], [field]: value }] }] }],
+        });
+      answers.push(
+        { data: [{ traceID, processes: value, spans: [whole] }] },
+        { data: [{ traceID, processes: { p1: value }, spans: [whole, value] }] },
+      );
       answers.push({ data: [{ traceID: value, spans: [whole] }] });
     }
     // Reading and drawing without a page load each, or this would take minutes.
@@ -135,7 +201,11 @@ export default {
       return answers.length;
     }, answers);
     for (const value of values) {
-      for (const body of [{ data: value }, { data: [value] }, { data: [{ traceID, services: value, duration: value, rootService: value, startTime: value }] }]) {
+      for (const body of [
+        { data: value },
+        { data: [value] },
+        { data: [{ traceID, services: value, duration: value, rootService: value, startTime: value }] },
+      ]) {
         await page.route("**/api/recent*", (route) => route.fulfill({ json: body }), { times: 1 });
         const list = page.waitForResponse("**/api/recent*");
         await page.goto(page.url());
@@ -150,16 +220,42 @@ export default {
   async parents_in_a_circle_and_ids_used_twice_are_all_shown({ open }) {
     const traceID = id(16);
     const span = (spanID, parent, operationName) => ({
-      traceID, spanID, operationName, startTime: 1, duration: 2, references: parent ? [{ refType: "CHILD_OF", traceID, spanID: parent }] : [],
+      traceID,
+      spanID,
+      operationName,
+      startTime: 1,
+      duration: 2,
+      references: parent ? [{ refType: "CHILD_OF", traceID, spanID: parent }] : [],
     });
     const page = await open(`/trace/${traceID}`, {
       prepare: answer("**/api/traces/*", {
-        data: [{ traceID, spans: [span("d", "b", "beside"), span("a", "c", "one"), span("b", "a", "two"), span("c", "b", "three"), span("e", "e", "self"), span("f", "", "twin"), span("f", "", "twin")] }],
+        data: [
+          {
+            traceID,
+            spans: [
+              span("d", "b", "beside"),
+              span("a", "c", "one"),
+              span("b", "a", "two"),
+              span("c", "b", "three"),
+              span("e", "e", "self"),
+              span("f", "", "twin"),
+              span("f", "", "twin"),
+            ],
+          },
+        ],
       }),
     });
     await page.waitForSelector(".row");
     const seen = await rows(page);
-    assert.deepEqual(seen.map(({ name }) => name).sort(), ["beside", "one", "self", "three", "twin", "twin", "two"]);
+    assert.deepEqual(seen.map(({ name }) => name).sort(), [
+      "beside",
+      "one",
+      "self",
+      "three",
+      "twin",
+      "twin",
+      "two",
+    ]);
   },
 
   async a_path_that_is_no_trace_id_says_so({ open }) {

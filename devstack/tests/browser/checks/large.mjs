@@ -10,9 +10,18 @@ function large(count) {
   for (let i = 1; i < count; i++) {
     const depth = (i - 1) % 10;
     spans.push({
-      service: `service-${i % 7}`, name: `operation ${i}`, kind: "CLIENT", parent: depth ? i - 1 : 0,
-      at: i * 10 - depth * 9, took: 90 - depth * 8,
-      attributes: { "http.request.method": "GET", "http.route": `/items/${i}`, "server.address": "10.0.0.1", index: i },
+      service: `service-${i % 7}`,
+      name: `operation ${i}`,
+      kind: "CLIENT",
+      parent: depth ? i - 1 : 0,
+      at: i * 10 - depth * 9,
+      took: 90 - depth * 8,
+      attributes: {
+        "http.request.method": "GET",
+        "http.route": `/items/${i}`,
+        "server.address": "10.0.0.1",
+        index: i,
+      },
       events: i % 50 ? [] : [{ name: "retry", at: i * 10, attributes: { attempt: 1 } }],
       error: i % 97 ? undefined : "failed",
     });
@@ -37,7 +46,14 @@ export default {
       const page = await open(`/trace/${traceID}`);
       await page.waitForSelector(".row");
       // A frame with the rows has been drawn by the time of the second callback.
-      took.push(await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(Math.round(performance.now())))))));
+      took.push(
+        await page.evaluate(
+          () =>
+            new Promise((done) =>
+              requestAnimationFrame(() => requestAnimationFrame(() => done(Math.round(performance.now())))),
+            ),
+        ),
+      );
       assert.equal(await page.getAttribute("#waterfall", "aria-rowcount"), "10001");
       await page.context().close();
     }
@@ -93,14 +109,20 @@ export default {
     await eventually(() => active(page), "operation 2999");
     const inSight = () =>
       page.$eval("#waterfall", (grid) => {
-        const row = document.getElementById(grid.getAttribute("aria-activedescendant")).getBoundingClientRect();
+        const row = document
+          .getElementById(grid.getAttribute("aria-activedescendant"))
+          .getBoundingClientRect();
         const all = grid.getBoundingClientRect();
         return row.top >= all.top && row.bottom <= all.bottom + 1;
       });
     assert.equal(await inSight(), true);
     const last = page.locator(".row.active");
     assert.deepEqual(
-      await last.evaluate((row) => ["aria-rowindex", "aria-level", "aria-posinset", "aria-setsize"].map((name) => row.getAttribute(name))),
+      await last.evaluate((row) =>
+        ["aria-rowindex", "aria-level", "aria-posinset", "aria-setsize"].map((name) =>
+          row.getAttribute(name),
+        ),
+      ),
       ["3001", "10", "1", "1"],
     );
     // Scrolled out of sight, the active row is still what the keyboard goes on from.
@@ -122,7 +144,8 @@ export default {
     await page.waitForSelector(".row");
     await page.$eval("#waterfall", (grid) => (grid.scrollTop = 40_010));
     const name = "operation 1550";
-    const top = () => page.locator(".row", { hasText: name }).evaluate((row) => row.getBoundingClientRect().top);
+    const top = () =>
+      page.locator(".row", { hasText: name }).evaluate((row) => row.getBoundingClientRect().top);
     const before = await top();
     const late = { service: "late", name: "late", at: -60e6, took: 5, parent: ids[0] };
     await post(trace([late], { traceID }));
@@ -131,9 +154,16 @@ export default {
   },
 
   async ten_thousand_levels_are_shown({ open, post }) {
-    const spans = Array.from({ length: 10_000 }, (_, i) => ({ service: "deep", name: `level ${i + 1}`, at: i, took: 20_001 - 2 * i, parent: i ? i - 1 : undefined }));
+    const spans = Array.from({ length: 10_000 }, (_, i) => ({
+      service: "deep",
+      name: `level ${i + 1}`,
+      at: i,
+      took: 20_001 - 2 * i,
+      parent: i ? i - 1 : undefined,
+    }));
     const made = trace(spans, { start: now() - 70e6 });
-    for (let i = 0; i < 10; i++) await post({ resourceSpans: made.resourceSpans.slice(i * 1000, (i + 1) * 1000) });
+    for (let i = 0; i < 10; i++)
+      await post({ resourceSpans: made.resourceSpans.slice(i * 1000, (i + 1) * 1000) });
     const page = await open(`/trace/${made.traceID}`);
     await page.waitForSelector(".row");
     await page.focus("#waterfall");

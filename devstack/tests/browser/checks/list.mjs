@@ -28,9 +28,17 @@ export default {
     await post(older, newer);
     const page = await open("/");
     await eventually(() => listed(page), [newer.traceID, older.traceID]);
-    const cells = await page.$$eval("#rows tr", (rows) => rows.map((row) => [...row.cells].map((cell) => cell.textContent)));
+    const cells = await page.$$eval("#rows tr", (rows) =>
+      rows.map((row) => [...row.cells].map((cell) => cell.textContent)),
+    );
     assert.match(cells[0][5], /^\d+ s ago$/);
-    assert.deepEqual(cells[0].slice(0, 5), [`shop GET /cart${newer.traceID.slice(0, 8)}`, "shop 1stock 1", "2", "2 errors", "25.0 ms"]);
+    assert.deepEqual(cells[0].slice(0, 5), [
+      `shop GET /cart${newer.traceID.slice(0, 8)}`,
+      "shop 1stock 1",
+      "2",
+      "2 errors",
+      "25.0 ms",
+    ]);
     assert.equal(cells[1][5], "1 min ago");
     assert.deepEqual(cells[1].slice(2, 5), ["6", "", "2.47 ms"]);
     assert.deepEqual(cells[1][1].split(/(?<=\d)/).sort(), ["api 4", "mq 1", "usercenter 1"]);
@@ -60,7 +68,11 @@ export default {
     assert.deepEqual(await listed(page), before);
     assert.deepEqual(await row.boundingBox(), place);
     // A row that is there is brought up to date in its place.
-    await post(trace([{ service: "late", name: "late", at: 0, took: 10, parent: first.ids[0] }], { traceID: first.traceID }));
+    await post(
+      trace([{ service: "late", name: "late", at: 0, took: 10, parent: first.ids[0] }], {
+        traceID: first.traceID,
+      }),
+    );
     await eventually(() => row.locator("td").nth(2).textContent(), "7");
     assert.deepEqual(await row.boundingBox(), place);
     await page.mouse.move(700, 20);
@@ -83,7 +95,8 @@ export default {
 
   async the_search_finds_by_each_criterion_and_is_in_the_url({ open, post }) {
     const service = `search-${id(4)}`;
-    const make = (name, took, attributes) => trace([{ service, name, kind: "SERVER", at: 0, took, attributes }], { start: now() + took });
+    const make = (name, took, attributes) =>
+      trace([{ service, name, kind: "SERVER", at: 0, took, attributes }], { start: now() + took });
     const quick = make("quick", 200, { colour: "red", "with space": "a b" });
     const slow = make("slow", 3_000_000, { colour: "blue", ok: true });
     await post(quick, slow);
@@ -95,12 +108,19 @@ export default {
       }
       await page.selectOption("[name=service]", fields.service ?? "");
       await page.click("#search [type=submit]");
-      await eventually(() => listed(page), expected.map((trace) => trace.traceID));
+      await eventually(
+        () => listed(page),
+        expected.map((trace) => trace.traceID),
+      );
       const link = new URL(page.url());
       // Whoever follows the link sees the same.
       const again = await open(link.pathname + link.search);
-      await eventually(() => listed(again), expected.map((trace) => trace.traceID));
-      for (const [name, value] of Object.entries(fields)) assert.equal(await again.inputValue(`[name=${name}]`), value);
+      await eventually(
+        () => listed(again),
+        expected.map((trace) => trace.traceID),
+      );
+      for (const [name, value] of Object.entries(fields))
+        assert.equal(await again.inputValue(`[name=${name}]`), value);
       await again.context().close();
     };
     await search({ service }, [slow, quick]);
@@ -131,7 +151,9 @@ export default {
     const service = `jaeger-${id(4)}`;
     const wanted = trace([{ service, name: "a", at: 0, took: 5, attributes: { colour: "red" } }]);
     await post(wanted, login());
-    const page = await open(`/search?service=${service}&tags=${encodeURIComponent('{"colour":"red"}')}&lookback=1h`);
+    const page = await open(
+      `/search?service=${service}&tags=${encodeURIComponent('{"colour":"red"}')}&lookback=1h`,
+    );
     await eventually(() => listed(page), [wanted.traceID]);
   },
 

@@ -15,7 +15,9 @@ function leastContrast(page) {
       return [...canvas.getImageData(0, 0, 1, 1).data];
     };
     const luminance = ([r, g, b]) => {
-      const [x, y, z] = [r, g, b].map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+      const [x, y, z] = [r, g, b].map((c) =>
+        c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4,
+      );
       return 0.2126 * x + 0.7152 * y + 0.0722 * z;
     };
     const behind = (node) => {
@@ -27,12 +29,17 @@ function leastContrast(page) {
     };
     let least = { contrast: 21, text: "" };
     for (const node of document.querySelectorAll("body *")) {
-      const text = [...node.childNodes].filter((child) => child.nodeType === Node.TEXT_NODE).map((child) => child.data.trim()).join("");
+      const text = [...node.childNodes]
+        .filter((child) => child.nodeType === Node.TEXT_NODE)
+        .map((child) => child.data.trim())
+        .join("");
       const style = getComputedStyle(node);
       if (!text || !node.checkVisibility() || Number.parseFloat(style.fontSize) === 0) continue;
       const svg = node instanceof SVGElement;
       if (svg && node.localName === "title") continue;
-      const levels = [luminance(rgba(svg ? style.fill : style.color)), luminance(behind(node))].sort((a, b) => b - a);
+      const levels = [luminance(rgba(svg ? style.fill : style.color)), luminance(behind(node))].sort(
+        (a, b) => b - a,
+      );
       const contrast = (levels[0] + 0.05) / (levels[1] + 0.05);
       if (contrast < least.contrast) least = { contrast, text };
     }
@@ -42,9 +49,25 @@ function leastContrast(page) {
 
 function failing() {
   return trace([
-    { service: "api", name: "GET /a/rather/long/route/with/many/parts/{id}", kind: "SERVER", at: 0, took: 9000, error: "no" },
-    { service: "a-service-with-quite-a-long-name", name: "com.example.long.package.Service/Method", kind: "CLIENT", at: 10, took: 8000, parent: 0, error: "no",
-      attributes: { "a.very.long.attribute.key.that.goes.on.and.on": "x".repeat(300) }, events: [{ name: "exception", at: 20, attributes: { "exception.stacktrace": "at a\n  at b" } }] },
+    {
+      service: "api",
+      name: "GET /a/rather/long/route/with/many/parts/{id}",
+      kind: "SERVER",
+      at: 0,
+      took: 9000,
+      error: "no",
+    },
+    {
+      service: "a-service-with-quite-a-long-name",
+      name: "com.example.long.package.Service/Method",
+      kind: "CLIENT",
+      at: 10,
+      took: 8000,
+      parent: 0,
+      error: "no",
+      attributes: { "a.very.long.attribute.key.that.goes.on.and.on": "x".repeat(300) },
+      events: [{ name: "exception", at: 20, attributes: { "exception.stacktrace": "at a\n  at b" } }],
+    },
   ]);
 }
 
@@ -60,7 +83,10 @@ export default {
     await page.keyboard.press("ArrowDown");
     await page.keyboard.press("ArrowDown");
     await page.keyboard.press("ArrowUp");
-    assert.equal(await page.evaluate(() => document.activeElement.getAttribute("href")), `/trace/${posted.traceID}`);
+    assert.equal(
+      await page.evaluate(() => document.activeElement.getAttribute("href")),
+      `/trace/${posted.traceID}`,
+    );
     const ring = await page.evaluate(() => getComputedStyle(document.activeElement, "::after").outlineStyle);
     assert.equal(ring, "solid");
     await page.keyboard.press("Enter");
@@ -102,15 +128,34 @@ export default {
     const stops = [];
     for (let i = 0; i < 8; i++) {
       await page.keyboard.press("Tab");
-      stops.push(await page.evaluate(() => document.activeElement.id || document.activeElement.className || document.activeElement.ariaLabel));
+      stops.push(
+        await page.evaluate(
+          () =>
+            document.activeElement.id || document.activeElement.className || document.activeElement.ariaLabel,
+        ),
+      );
     }
-    assert.deepEqual(stops, ["home", "find-text", "help-button", "waterfall", "side", "Close the details", "id", "link"]);
+    assert.deepEqual(stops, [
+      "home",
+      "find-text",
+      "help-button",
+      "waterfall",
+      "side",
+      "Close the details",
+      "id",
+      "link",
+    ]);
   },
 
   async nothing_is_wider_than_a_phone({ open, post }) {
     const posted = failing();
     await post(posted, login());
-    for (const path of ["/", "/?service=nobody", `/trace/${posted.traceID}`, `/trace/${posted.traceID}#${posted.ids[1]}`]) {
+    for (const path of [
+      "/",
+      "/?service=nobody",
+      `/trace/${posted.traceID}`,
+      `/trace/${posted.traceID}#${posted.ids[1]}`,
+    ]) {
       const page = await open(path, { viewport: { width: 360, height: 740 }, hasTouch: true });
       await page.waitForSelector("#rows a, .row, #no-match:visible");
       assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 360, path);
@@ -131,7 +176,12 @@ export default {
     const grounds = new Set();
     const remarks = [];
     for (const colorScheme of ["light", "dark"]) {
-      for (const path of ["/", "/?service=nobody", `/trace/${posted.traceID}`, `/trace/${posted.traceID}?uiFind=exception#${posted.ids[1]}`]) {
+      for (const path of [
+        "/",
+        "/?service=nobody",
+        `/trace/${posted.traceID}`,
+        `/trace/${posted.traceID}?uiFind=exception#${posted.ids[1]}`,
+      ]) {
         const page = await open(path, { colorScheme });
         await page.waitForSelector("#rows a, .row, #no-match:visible");
         grounds.add(await page.evaluate(() => getComputedStyle(document.body).backgroundColor));

@@ -16,7 +16,13 @@ const LOGIN = [
 /** A trace of which the critical path can be told by hand; times in milliseconds. */
 function known() {
   const span = (name, from, until, parent, more) => ({
-    service: "known", name, kind: "INTERNAL", at: from * 1000, took: (until - from) * 1000, parent, ...more,
+    service: "known",
+    name,
+    kind: "INTERNAL",
+    at: from * 1000,
+    took: (until - from) * 1000,
+    parent,
+    ...more,
   });
   return trace([
     span("root", 0, 1000, undefined, { kind: "SERVER" }),
@@ -48,7 +54,10 @@ function geometry(page, name, selector) {
 function assertClose(actual, expected) {
   assert.equal(actual.length, expected.length, `${JSON.stringify(actual)} for ${JSON.stringify(expected)}`);
   actual.flat().forEach((value, index) => {
-    assert.ok(Math.abs(value - expected.flat()[index]) < 0.004, `${JSON.stringify(actual)} for ${JSON.stringify(expected)}`);
+    assert.ok(
+      Math.abs(value - expected.flat()[index]) < 0.004,
+      `${JSON.stringify(actual)} for ${JSON.stringify(expected)}`,
+    );
   });
 }
 
@@ -59,15 +68,32 @@ export default {
     const page = await open(`/trace/${posted.traceID}`);
     await eventually(() => tree(page), LOGIN);
     const seen = await rows(page);
-    assert.deepEqual(seen.map((row) => row.service), ["api", "api", "usercenter", "api", "api", "mq"]);
-    assert.deepEqual(seen.map((row) => row.kind), ["SERVER", "CLIENT", "SERVER", "INTERNAL", "PRODUCER", "CONSUMER"]);
-    assert.deepEqual(seen.map((row) => row.place), ["1/1", "1/3", "1/1", "2/3", "3/3", "1/1"]);
-    assert.deepEqual(seen.map((row) => row.expanded), ["true", "true", null, null, "true", null]);
+    assert.deepEqual(
+      seen.map((row) => row.service),
+      ["api", "api", "usercenter", "api", "api", "mq"],
+    );
+    assert.deepEqual(
+      seen.map((row) => row.kind),
+      ["SERVER", "CLIENT", "SERVER", "INTERNAL", "PRODUCER", "CONSUMER"],
+    );
+    assert.deepEqual(
+      seen.map((row) => row.place),
+      ["1/1", "1/3", "1/1", "2/3", "3/3", "1/1"],
+    );
+    assert.deepEqual(
+      seen.map((row) => row.expanded),
+      ["true", "true", null, null, "true", null],
+    );
     assert.equal(await page.getAttribute("#waterfall", "aria-rowcount"), "7");
-    assert.deepEqual(await page.$$eval("#facts dd", (facts) => facts.map((fact) => fact.textContent).filter((_, i) => i !== 1)), [
-      posted.traceID, "2.47 ms", "6 spans", "3 services", "0 errors",
-    ]);
-    const colours = await page.$$eval(".row .service", (names) => names.map((name) => getComputedStyle(name).borderLeftColor));
+    assert.deepEqual(
+      await page.$$eval("#facts dd", (facts) =>
+        facts.map((fact) => fact.textContent).filter((_, i) => i !== 1),
+      ),
+      [posted.traceID, "2.47 ms", "6 spans", "3 services", "0 errors"],
+    );
+    const colours = await page.$$eval(".row .service", (names) =>
+      names.map((name) => getComputedStyle(name).borderLeftColor),
+    );
     assert.equal(new Set(colours).size, 3);
   },
 
@@ -79,7 +105,13 @@ export default {
     assertClose(await geometry(page, "root", ".bar-of-span"), [[0, 0.8]]);
     assertClose(await geometry(page, "inner", ".bar-of-span"), [[0.12, 0.24]]);
     assertClose(await geometry(page, "consume", ".bar-of-span"), [[0.6, 1]]);
-    assert.deepEqual(await page.$$eval("#scale span", (marks) => marks.map((mark) => mark.textContent)), ["0", "313 ms", "625 ms", "938 ms", "1.25 s"]);
+    assert.deepEqual(await page.$$eval("#scale span", (marks) => marks.map((mark) => mark.textContent)), [
+      "0",
+      "313 ms",
+      "625 ms",
+      "938 ms",
+      "1.25 s",
+    ]);
   },
 
   async the_critical_path_and_self_times_are_those_told_by_hand({ open, post }) {
@@ -87,11 +119,21 @@ export default {
     await post(posted);
     const page = await open(`/trace/${posted.traceID}`);
     await page.waitForSelector(".row");
-    assertClose(await geometry(page, "root", ".critical"), [[0, 0.08], [0.32, 0.36], [0.72, 0.8]]);
-    assertClose(await geometry(page, "first", ".critical"), [[0.08, 0.12], [0.24, 0.32]]);
+    assertClose(await geometry(page, "root", ".critical"), [
+      [0, 0.08],
+      [0.32, 0.36],
+      [0.72, 0.8],
+    ]);
+    assertClose(await geometry(page, "first", ".critical"), [
+      [0.08, 0.12],
+      [0.24, 0.32],
+    ]);
     assertClose(await geometry(page, "inner", ".critical"), [[0.12, 0.24]]);
     assertClose(await geometry(page, "beside the first", ".critical"), []);
-    assertClose(await geometry(page, "second", ".critical"), [[0.36, 0.56], [0.64, 0.72]]);
+    assertClose(await geometry(page, "second", ".critical"), [
+      [0.36, 0.56],
+      [0.64, 0.72],
+    ]);
     assertClose(await geometry(page, "consume", ".critical"), []);
     const times = {
       root: ["250 ms 25 % of it", "250 ms without its children"],
@@ -163,8 +205,14 @@ export default {
     assert.match(await fact(page, "Start"), /^\+1\.63 ms \d{4}-/);
     assert.equal(await fact(page, "Duration"), "840 µs 34 % of the trace");
     assert.equal(await fact(page, "Span id"), posted.ids[5]);
-    const cells = await page.$$eval("#side tr", (rows) => rows.map((row) => `${row.cells[0].textContent}=${row.cells[1].textContent}`));
-    for (const expected of ["messaging.system=rabbitmq", "messaging.rabbitmq.message.delivery_tag=1", "service.version=0.1.0"]) {
+    const cells = await page.$$eval("#side tr", (rows) =>
+      rows.map((row) => `${row.cells[0].textContent}=${row.cells[1].textContent}`),
+    );
+    for (const expected of [
+      "messaging.system=rabbitmq",
+      "messaging.rabbitmq.message.delivery_tag=1",
+      "service.version=0.1.0",
+    ]) {
       assert.ok(cells.includes(expected), `${expected} in ${cells}`);
     }
     await page.click("#side dd button");
@@ -178,8 +226,15 @@ export default {
     const posted = trace([
       { service: "a", name: "root", at: 0, took: 2000 },
       {
-        service: "a", name: "retries", at: 0, took: 1000, parent: 0,
-        events: [{ name: "retry", at: 500, attributes: { attempt: 2, "retry.reason": "UNAVAILABLE" } }, { name: "retry", at: 250, attributes: { attempt: 1 } }],
+        service: "a",
+        name: "retries",
+        at: 0,
+        took: 1000,
+        parent: 0,
+        events: [
+          { name: "retry", at: 500, attributes: { attempt: 2, "retry.reason": "UNAVAILABLE" } },
+          { name: "retry", at: 250, attributes: { attempt: 1 } },
+        ],
       },
     ]);
     await post(posted);
@@ -190,7 +245,10 @@ export default {
       ["+250 µs retryattempt1", "+500 µs retryattempt2retry.reasonUNAVAILABLE"],
     );
     const marks = await geometry(page, "retries", ".event");
-    assertClose(marks.map(([left, right]) => [(left + right) / 2]), [[0.125], [0.25]]);
+    assertClose(
+      marks.map(([left, right]) => [(left + right) / 2]),
+      [[0.125], [0.25]],
+    );
   },
 
   async errors_are_marked_and_the_key_e_leads_from_one_to_the_next({ open, post }) {
@@ -202,9 +260,14 @@ export default {
     await post(posted);
     const page = await open(`/trace/${posted.traceID}`);
     await page.waitForSelector(".row");
-    assert.deepEqual((await rows(page)).map((row) => row.note), ["", "error", "error"]);
+    assert.deepEqual(
+      (await rows(page)).map((row) => row.note),
+      ["", "error", "error"],
+    );
     assert.equal(await page.textContent("#facts .failed"), "2 errors");
-    const outlines = await page.$$eval(".bar-of-span", (bars) => bars.map((bar) => getComputedStyle(bar).outlineStyle));
+    const outlines = await page.$$eval(".bar-of-span", (bars) =>
+      bars.map((bar) => getComputedStyle(bar).outlineStyle),
+    );
     assert.deepEqual(outlines, ["none", "solid", "solid"]);
     await page.keyboard.press("e");
     await eventually(() => beside(page), "a bad");
@@ -216,19 +279,36 @@ export default {
   },
 
   async the_service_graph_counts_the_calls_of_the_trace({ open, post }) {
-    const call = (at) => ({ service: "back", name: `call ${at}`, kind: "SERVER", at, took: 5, parent: 0, error: at > 20 ? "no" : undefined });
+    const call = (at) => ({
+      service: "back",
+      name: `call ${at}`,
+      kind: "SERVER",
+      at,
+      took: 5,
+      parent: 0,
+      error: at > 20 ? "no" : undefined,
+    });
     const posted = trace([
       { service: "front", name: "root", kind: "SERVER", at: 0, took: 100 },
-      call(10), call(20), call(30),
+      call(10),
+      call(20),
+      call(30),
       { service: "queue worker", name: "work", kind: "CONSUMER", at: 40, took: 5, parent: 1 },
     ]);
     await post(posted);
     const page = await open(`/trace/${posted.traceID}`);
     await page.waitForSelector(".graph svg");
-    const boxes = await page.$$eval(".box", (boxes) => boxes.map((box) => [...box.querySelectorAll("text")].map((text) => text.textContent).join(": ")));
+    const boxes = await page.$$eval(".box", (boxes) =>
+      boxes.map((box) => [...box.querySelectorAll("text")].map((text) => text.textContent).join(": ")),
+    );
     assert.deepEqual(boxes, ["front: 1 span", "back: 3 spans  1 error", "queue worker: 1 span"]);
-    const edges = await page.$$eval(".edge", (edges) => edges.map((edge) => [edge.textContent, edge.getAttribute("class")]));
-    assert.deepEqual(edges, [["3×", "edge failed"], ["1×", "edge message"]]);
+    const edges = await page.$$eval(".edge", (edges) =>
+      edges.map((edge) => [edge.textContent, edge.getAttribute("class")]),
+    );
+    assert.deepEqual(edges, [
+      ["3×", "edge failed"],
+      ["1×", "edge message"],
+    ]);
     assert.equal(
       await page.getAttribute(".graph svg", "aria-label"),
       "front calls back 3 times, back calls queue worker 1 time",
@@ -239,10 +319,25 @@ export default {
 
   async a_link_leads_to_the_span_of_the_other_trace({ open, post }) {
     const linked = login();
-    const posted = trace([{ service: "batch", name: "collect", at: 0, took: 9, links: [{ traceID: linked.traceID, spanID: linked.ids[4] }] }]);
+    const posted = trace([
+      {
+        service: "batch",
+        name: "collect",
+        at: 0,
+        took: 9,
+        links: [{ traceID: linked.traceID, spanID: linked.ids[4] }],
+      },
+    ]);
     await post(linked, posted);
     const page = await open(`/trace/${posted.traceID}`);
-    assert.equal((await rows(page).then(() => page.waitForSelector(".row")).then(() => rows(page)))[0].note, "1 link");
+    assert.equal(
+      (
+        await rows(page)
+          .then(() => page.waitForSelector(".row"))
+          .then(() => rows(page))
+      )[0].note,
+      "1 link",
+    );
     await openDetails(page, "collect");
     await page.click("#side ul a");
     await page.waitForURL(`**/trace/${linked.traceID}#${linked.ids[4]}`);
@@ -259,7 +354,10 @@ export default {
     assert.equal(new URL(page.url()).hash, `#${posted.ids[4]}`);
     const found = await open(`/trace/${posted.traceID.toUpperCase()}?uiFind=rabbitmq`);
     await eventually(() => found.textContent("#found"), "2 found");
-    assert.deepEqual(await found.$$eval(".row.found .operation", (names) => names.map((name) => name.textContent)), ["send_msg_mq", "mq_consumer_msg"]);
+    assert.deepEqual(
+      await found.$$eval(".row.found .operation", (names) => names.map((name) => name.textContent)),
+      ["send_msg_mq", "mq_consumer_msg"],
+    );
     await found.keyboard.press("/");
     await found.keyboard.press("Enter");
     await eventually(() => beside(found), "api send_msg_mq");
@@ -278,7 +376,12 @@ export default {
     await openDetails(page, "mq_consumer_msg");
     await eventually(() => beside(page), "Services");
     await openDetails(page, "mq_consumer_msg");
-    await post(trace([{ service: "users", name: "SELECT", kind: "CLIENT", at: 910, took: 20, parent: posted.ids[3] }], { traceID: posted.traceID, start: now() }));
+    await post(
+      trace(
+        [{ service: "users", name: "SELECT", kind: "CLIENT", at: 910, took: 20, parent: posted.ids[3] }],
+        { traceID: posted.traceID, start: now() },
+      ),
+    );
     await eventually(() => tree(page), [...LOGIN.slice(0, 2), "  local", "    SELECT", ...LOGIN.slice(4)]);
     assert.equal(await beside(page), "mq mq_consumer_msg");
     assert.equal(await page.textContent(".row[aria-selected=true] .operation"), "mq_consumer_msg");
