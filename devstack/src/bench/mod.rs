@@ -9,6 +9,7 @@
 //! p50 and p99 are medians over the seconds of a run: a machine that is stopped for a moment, as virtual
 //! ones are, spoils one second and not the run.
 
+pub mod broker;
 mod load;
 mod sink;
 
@@ -176,7 +177,12 @@ fn cpu_time(services: &[Process]) -> Result<Duration> {
 }
 
 fn resident(service: &Process) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{}/status", service.id()))?;
+    resident_of(service.id())
+}
+
+/// Megabytes of memory that a process has.
+fn resident_of(process: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
     Ok(line.split_whitespace().nth(1).context("kB")?.parse::<f64>()? / 1024.0)
 }
