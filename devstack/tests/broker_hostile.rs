@@ -355,11 +355,10 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
 async fn a_client_that_asks_and_does_not_read_is_not_read_either() -> Result<()> {
     let broker = Broker::start().await?;
     let healthy = Healthy::connect(&broker).await?;
+    declare(&healthy.channel, "q", &[]).await?;
     let mut stream = attack(&broker, &[]).await?;
-    let ask = method(
-        1,
-        AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "healthy".into(), no_ack: true })),
-    );
+    let ask =
+        method(1, AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q".into(), no_ack: true })));
     let many = ask.repeat(1000);
     let mut sent = 0;
     let stuck = async {

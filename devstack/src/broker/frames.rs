@@ -29,7 +29,7 @@ pub enum Frame {
     /// A method.
     Method(u16, AMQPClass),
     /// A content header: the size of the body, the properties, and the same as they came.
-    Header(u16, u64, BasicProperties, Vec<u8>),
+    Header(u16, u64, Box<BasicProperties>, Vec<u8>),
     /// A part of a body.
     Body(u16, Vec<u8>),
     /// A sign of life.
@@ -123,7 +123,7 @@ fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     }
     match parse_content_header(payload) {
         Ok(([], header)) if header.class_id == 60 => {
-            Ok(Frame::Header(channel, header.body_size, header.properties, properties.to_vec()))
+            Ok(Frame::Header(channel, header.body_size, Box::new(header.properties), properties.to_vec()))
         }
         Ok(([], header)) => {
             let class = header.class_id;

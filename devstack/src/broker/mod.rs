@@ -10,15 +10,17 @@
 //! Its memory is bounded. A client that does not read gets no further deliveries; while queues hold more
 //! than 256 MiB, connections that publish are not read, acknowledgements on them included, as in RabbitMQ.
 //!
-//! - [`frames`](self): bytes to frames and back; `exception`: what ends a channel or a connection
 //! - `connection`: the socket; `handshake`: how it begins; `output`: what will be written
-//! - `virtual_host`: the state, behind one lock; `channel`: what clients ask for, method by method
+//! - `frames`: bytes to frames and back; `exception`: what ends a channel or a connection
+//! - `virtual_host`: the state, behind one lock; `channel`: a client's part of it
+//! - `methods`: what clients ask for; `content`: messages, until they are complete
 //! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
 //! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
 
 mod arguments;
 mod channel;
 mod connection;
+mod content;
 mod definitions;
 mod delivery;
 mod exception;
@@ -27,6 +29,7 @@ mod frames;
 mod handshake;
 mod memory;
 mod message;
+mod methods;
 mod output;
 mod publishing;
 mod queue;

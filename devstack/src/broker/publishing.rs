@@ -3,7 +3,7 @@
 
 use super::{
     arguments::Overflow,
-    channel::Content,
+    content::Content,
     definitions::no_exchange,
     exception::{Exception, Outcome},
     message::{self, Message, Reason},
