@@ -9,7 +9,7 @@
 //! - [`process`]: the services as real processes
 //! - [`stack`]: all of them together, as the end-to-end tests use them
 //! - [`client`]: a small HTTP client
-//! - [`mod@bench`]: what tracing costs
+//! - [`mod@bench`]: what tracing costs, and how fast the broker is
 
 pub mod backend;
 mod background;

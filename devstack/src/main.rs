@@ -3,12 +3,14 @@
 use clap::{Parser, Subcommand};
 use devstack::{
     backend::{Addresses, Backend},
-    bench, dev, verify,
+    bench,
+    broker::Broker,
+    dev, verify,
 };
-use std::process::ExitCode;
+use std::{io, net::SocketAddr, process::ExitCode};
 use tokio::{
     select,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
 };
 
 /// Run the whole system on this machine: three services, a broker, a trace backend with a page.
@@ -25,10 +27,18 @@ struct Arguments {
 enum Tool {
     /// Log in to a running system, and check its traces against the contract.
     Verify(verify::Options),
+    /// Run the embedded broker alone, until a signal.
+    Broker {
+        /// Where to listen.
+        #[arg(long, default_value = "127.0.0.1:5672")]
+        listen: SocketAddr,
+    },
     /// Run the embedded trace backend alone, until a signal.
     Backend(Addresses),
     /// Measure what tracing costs: the three services on a real broker, under load.
     Bench(bench::Options),
+    /// Measure whether the embedded broker is as fast as RabbitMQ.
+    BenchBroker(bench::broker::Options),
     /// Measure how many spans the embedded trace backend takes.
     BenchBackend(bench::backend::Options),
 }
@@ -41,8 +51,10 @@ async fn main() -> ExitCode {
     let result = match tool {
         None => dev::run(dev).await,
         Some(Tool::Verify(options)) => verify::run(options).await,
+        Some(Tool::Broker { listen }) => broker(listen).await.map(done),
         Some(Tool::Backend(addresses)) => backend(addresses).await.map(done),
         Some(Tool::Bench(options)) => bench::run(options).await.map(done),
+        Some(Tool::BenchBroker(options)) => bench::broker::run(options).await.map(done),
         Some(Tool::BenchBackend(options)) => bench::backend::run(options).await.map(done),
     };
     result.unwrap_or_else(|error| {
@@ -52,11 +64,36 @@ async fn main() -> ExitCode {
 }
 
 #[expect(clippy::print_stdout, reason = "who starts it wants to know where it listens")]
+async fn broker(listen: SocketAddr) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let broker = Broker::start_at(listen).await?;
+    println!("listening amqp={}", broker.address());
+    signals.stop().await;
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "who starts it wants to know where it listens")]
 async fn backend(addresses: Addresses) -> anyhow::Result<()> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut signals = Signals::new()?;
     let backend = Backend::start_at(addresses).await?;
     let Addresses { otlp_grpc, otlp_http, query } = backend.addresses();
     println!("listening otlp_grpc={otlp_grpc} otlp_http={otlp_http} query={query}");
-    select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+    signals.stop().await;
     Ok(())
+}
+
+/// SIGINT and SIGTERM, caught from the moment this is made.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn stop(&mut self) {
+        select! { _ = self.interrupt.recv() => {}, _ = self.terminate.recv() => {} }
+    }
 }

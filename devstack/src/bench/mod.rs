@@ -10,6 +10,7 @@
 //! ones are, spoils one second and not the run.
 
 pub mod backend;
+pub mod broker;
 mod load;
 mod sink;
 

@@ -1,5 +1,5 @@
 //! A connection: bytes in and out, signs of life, and how it ends. What the frames mean is in `handshake`
-//! and then in `channel`.
+//! and then in `methods`.
 
 use super::{
     exception::Exception,
@@ -233,13 +233,15 @@ impl Connection {
         match end {
             End::Gone => Ok(()),
             End::Closed => {
+                let close_ok = connection::AMQPMethod::CloseOk(connection::CloseOk {});
+                put_method(&mut rest, 0, AMQPClass::Connection(close_ok));
                 timeout(PATIENCE, async {
-                    put_method(
-                        &mut rest,
-                        0,
-                        AMQPClass::Connection(connection::AMQPMethod::CloseOk(connection::CloseOk {})),
-                    );
-                    writer.half.write_all(&rest).await
+                    writer.half.write_all(&rest).await?;
+                    // The client is the one to hang up: some take it for a failure if the broker does.
+                    while input.read().await.is_ok() {
+                        input.bytes.clear();
+                    }
+                    Ok(())
                 })
                 .await?
             }

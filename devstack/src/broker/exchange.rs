@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn a_pattern_of_many_hashes_takes_no_longer_than_others() {
         let start = Instant::now();
-        assert!(!matches(&"#.a.".repeat(60), &"a.".repeat(120)));
+        assert!(!matches(&format!("{}z", "#.a.".repeat(60)), &format!("{}b", "a.".repeat(120))));
         assert!(start.elapsed() < Duration::from_secs(1));
     }
 }

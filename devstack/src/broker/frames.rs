@@ -29,7 +29,7 @@ pub enum Frame {
     /// A method.
     Method(u16, AMQPClass),
     /// A content header: the size of the body, the properties, and the same as they came.
-    Header(u16, u64, BasicProperties, Vec<u8>),
+    Header(u16, u64, Box<BasicProperties>, Vec<u8>),
     /// A part of a body.
     Body(u16, Vec<u8>),
     /// A sign of life.
@@ -123,7 +123,7 @@ fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     }
     match parse_content_header(payload) {
         Ok(([], header)) if header.class_id == 60 => {
-            Ok(Frame::Header(channel, header.body_size, header.properties, properties.to_vec()))
+            Ok(Frame::Header(channel, header.body_size, Box::new(header.properties), properties.to_vec()))
         }
         Ok(([], header)) => {
             let class = header.class_id;
@@ -217,4 +217,147 @@ fn put_raw(buffer: &mut Vec<u8>, kind: u8, channel: u16, payload: &[&[u8]]) {
         buffer.extend_from_slice(part);
     }
     buffer.push(constants::FRAME_END);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use amq_protocol::{
+        protocol::{basic, queue},
+        types::{AMQPValue, FieldArray, FieldTable},
+    };
+    use proptest::{collection::vec, prelude::*};
+
+    fn declare(arguments: FieldTable) -> AMQPClass {
+        let declare = queue::Declare { queue: "q".into(), arguments, ..Default::default() };
+        AMQPClass::Queue(queue::AMQPMethod::Declare(declare))
+    }
+
+    /// A table in a table, so many times, the innermost in an array.
+    fn nested(depth: usize) -> FieldTable {
+        let mut array = FieldArray::default();
+        array.push(AMQPValue::LongInt(1));
+        let mut table = FieldTable::default();
+        table.insert("array".into(), AMQPValue::FieldArray(array));
+        for _ in 0..depth {
+            let mut outer = FieldTable::default();
+            outer.insert("t".into(), AMQPValue::FieldTable(table));
+            table = outer;
+        }
+        table
+    }
+
+    fn message() -> Message {
+        let properties = BasicProperties::default()
+            .with_content_type("text/plain".into())
+            .with_headers(nested(2))
+            .with_expiration("5".into());
+        let properties = amq_protocol::protocol::basic::gen_properties(&properties)(Vec::new().into());
+        Message {
+            exchange: "x".into(),
+            routing_key: "k".into(),
+            properties: properties.unwrap().into_inner().0,
+            body: vec![7; 10_000].into(),
+            expiration: None,
+        }
+    }
+
+    /// Everything that a client may send in one go.
+    fn valid() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        put_method(&mut bytes, 1, declare(nested(3)));
+        let publish = basic::Publish { exchange: "x".into(), mandatory: true, ..Default::default() };
+        put_method(&mut bytes, 1, AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
+        put_content(&mut bytes, 1, &message(), 4096);
+        put_heartbeat(&mut bytes);
+        bytes
+    }
+
+    fn take_all(bytes: &[u8]) -> Outcome {
+        let mut buffer = BytesMut::from(bytes);
+        while take_frame(&mut buffer, FRAME_MAX)?.is_some() {}
+        Ok(())
+    }
+
+    type Outcome = Result<(), Exception>;
+
+    #[test]
+    fn what_is_put_is_taken_again() {
+        let mut buffer = BytesMut::from(&valid()[..]);
+        let mut take = || take_frame(&mut buffer, 4096).unwrap();
+        assert_eq!(take(), Some(Frame::Method(1, declare(nested(3)))));
+        assert!(matches!(take(), Some(Frame::Method(1, AMQPClass::Basic(_)))));
+        let Some(Frame::Header(1, 10_000, properties, raw)) = take() else { panic!("no header") };
+        assert_eq!((properties.expiration().as_ref().unwrap().as_str(), raw), ("5", message().properties));
+        for size in [4088, 4088, 1824] {
+            assert_eq!(take(), Some(Frame::Body(1, vec![7; size])));
+        }
+        assert_eq!((take(), take()), (Some(Frame::Heartbeat), None));
+    }
+
+    #[test]
+    fn a_frame_is_waited_for_until_it_is_complete() {
+        let mut bytes = Vec::new();
+        put_method(&mut bytes, 1, declare(nested(3)));
+        for length in 0..bytes.len() {
+            let mut buffer = BytesMut::from(&bytes[..length]);
+            assert_eq!(take_frame(&mut buffer, FRAME_MAX), Ok(None), "{length}");
+            assert_eq!(buffer.len(), length);
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_nested_too_deep_is_refused_before_it_is_parsed() {
+        let mut bytes = Vec::new();
+        put_method(&mut bytes, 1, declare(nested(MAX_DEPTH - 2)));
+        assert_eq!(take_all(&bytes), Ok(()));
+        bytes.clear();
+        put_method(&mut bytes, 1, declare(nested(MAX_DEPTH - 1)));
+        assert_eq!(take_all(&bytes).unwrap_err().code(), 502);
+
+        // As many arrays as fit into a frame: the parser would overflow the stack.
+        let depth = (FRAME_MAX - 64) / 5;
+        let mut table = vec![1, b'a'];
+        for level in 0..depth {
+            table.push(b'A');
+            table.extend((((depth - 1 - level) * 5) as u32).to_be_bytes());
+        }
+        let mut payload = vec![0, 50, 0, 10, 0, 0, 0, 0];
+        payload.extend((table.len() as u32).to_be_bytes());
+        payload.extend(table);
+        let mut bytes = Vec::new();
+        put_raw(&mut bytes, constants::FRAME_METHOD, 1, &[&payload]);
+        assert_eq!(take_all(&bytes).unwrap_err().code(), 502);
+    }
+
+    #[test]
+    fn a_method_with_something_behind_it_is_refused() {
+        let mut bytes = Vec::new();
+        put_raw(&mut bytes, constants::FRAME_METHOD, 1, &[&[0, 20, 0, 10, 0, b'x']]);
+        assert_eq!(take_all(&bytes).unwrap_err().code(), 502);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_are_too_strange(bytes in vec(any::<u8>(), 0..2000)) {
+            let _ = take_all(&bytes);
+        }
+
+        #[test]
+        fn no_payload_is_too_strange(kind in 1_u8..9, class in 0_u16..100, method in 0_u16..120, rest in vec(any::<u8>(), 0..300)) {
+            let mut bytes = Vec::new();
+            put_raw(&mut bytes, kind, 1, &[&class.to_be_bytes(), &method.to_be_bytes(), &rest]);
+            let _ = take_all(&bytes);
+        }
+
+        #[test]
+        fn no_change_is_too_subtle(changes in vec((any::<proptest::sample::Index>(), any::<u8>()), 1..8)) {
+            let mut bytes = valid();
+            for (index, byte) in changes {
+                let index = index.index(bytes.len());
+                bytes[index] = byte;
+            }
+            let _ = take_all(&bytes);
+        }
+    }
 }

@@ -4,7 +4,7 @@ use super::exception::{Exception, Outcome};
 use amq_protocol::{
     frame::WriteContext,
     protocol::{BasicProperties, basic::gen_properties, basic::parse_properties},
-    types::{AMQPValue, FieldArray, FieldTable, ShortString},
+    types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString},
 };
 use bytes::Bytes;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -81,20 +81,17 @@ impl Message {
         })
     }
 
-    /// Whether this dead letter has been in `queue` before and came there again with nobody rejecting it:
-    /// it would go round for ever.
-    pub fn goes_round(&self, queue: &str) -> bool {
+    /// The queues that this dead letter has gone through since somebody rejected it: sent to one of them
+    /// again, it would go round for ever.
+    pub fn queues_gone_through(&self) -> Vec<LongString> {
         let Ok((_, properties)) = parse_properties(&self.properties[..]) else {
-            return false;
+            return Vec::new();
         };
         let deaths = properties.headers().as_ref().map(deaths).unwrap_or_default();
-        let Some(before) = deaths.iter().position(|death| text(death, "queue") == Some(queue.as_bytes()))
-        else {
-            return false;
-        };
-        deaths[..=before]
+        let by_itself = deaths
             .iter()
-            .all(|death| text(death, "reason") != Some(Reason::Rejected.as_str().as_bytes()))
+            .take_while(|death| text(death, "reason") != Some(Reason::Rejected.as_str().as_bytes()));
+        by_itself.filter_map(|death| text(death, "queue").map(LongString::from)).collect()
     }
 
     /// One entry for each queue and reason, the latest first; RabbitMQ 4 writes the same for AMQP 0-9-1,

@@ -10,15 +10,17 @@
 //! Its memory is bounded. A client that does not read gets no further deliveries; while queues hold more
 //! than 256 MiB, connections that publish are not read, acknowledgements on them included, as in RabbitMQ.
 //!
-//! - [`frames`](self): bytes to frames and back; `exception`: what ends a channel or a connection
 //! - `connection`: the socket; `handshake`: how it begins; `output`: what will be written
-//! - `virtual_host`: the state, behind one lock; `channel`: what clients ask for, method by method
+//! - `frames`: bytes to frames and back; `exception`: what ends a channel or a connection
+//! - `virtual_host`: the state, behind one lock; `channel`: a client's part of it
+//! - `methods`: what clients ask for; `content`: messages, until they are complete
 //! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
 //! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
 
 mod arguments;
 mod channel;
 mod connection;
+mod content;
 mod definitions;
 mod delivery;
 mod exception;
@@ -27,6 +29,7 @@ mod frames;
 mod handshake;
 mod memory;
 mod message;
+mod methods;
 mod output;
 mod publishing;
 mod queue;
@@ -145,5 +148,88 @@ async fn run_clock(shared: Shared) {
             },
             None => earlier.notified().await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::{
+        BasicProperties, Channel, Connection, ConnectionProperties,
+        options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+        types::FieldTable,
+    };
+    use tokio::time::timeout;
+
+    const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+    async fn connect(broker: &Broker) -> (Connection, Channel) {
+        let connection = Connection::connect(&broker.url(), ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        (connection, channel)
+    }
+
+    async fn publish(channel: &Channel, body: &[u8]) -> lapin::Result<lapin::PublisherConfirm> {
+        let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
+        channel.basic_publish("".into(), "q".into(), options, body, properties).await
+    }
+
+    #[tokio::test]
+    async fn who_publishes_waits_while_queues_hold_too_much() {
+        const MESSAGES: usize = 100;
+
+        let broker = Broker::start_with(ANY, 1024 * 1024).unwrap();
+        let ((_one, publisher), (_other, consumer)) = (connect(&broker).await, connect(&broker).await);
+        let options = QueueDeclareOptions::durable();
+        consumer.queue_declare("q".into(), options, FieldTable::default()).await.unwrap();
+        let body = vec![0; 100 * 1024];
+        let publishing = tokio::spawn({
+            let body = body.clone();
+            async move {
+                for _ in 0..MESSAGES {
+                    publish(&publisher, &body).await?.await?;
+                }
+                lapin::Result::Ok(())
+            }
+        });
+        let count = async || {
+            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+            consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
+        };
+        // Room for ten, and one that was under way.
+        let full = crate::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
+        full.await.expect("ten messages");
+        for _ in 0..20 {
+            assert!(count().await <= 11);
+            sleep(Duration::from_millis(10)).await;
+        }
+        // Who does not publish is served.
+        for _ in 0..MESSAGES {
+            let got = crate::poll(Duration::from_secs(10), async || {
+                consumer.basic_get("q".into(), BasicGetOptions { no_ack: true }).await.unwrap()
+            });
+            assert_eq!(got.await.expect("a message").data.len(), body.len());
+        }
+        timeout(Duration::from_secs(10), publishing).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_in_use_is_an_error() {
+        let broker = Broker::start().await.unwrap();
+        let error = Broker::start_at(broker.address()).await.err().expect("an error");
+        assert!(format!("{error:#}").contains(&broker.address().to_string()), "{error:#}");
+    }
+
+    #[tokio::test]
+    async fn with_the_broker_its_connections_end_and_its_address_is_free() {
+        let broker = Broker::start().await.unwrap();
+        let (connection, _channel) = connect(&broker).await;
+        let address = broker.address();
+        drop(broker);
+        let ended =
+            crate::poll(Duration::from_secs(5), async || (!connection.status().connected()).then_some(()));
+        assert!(ended.await.is_some());
+        connect(&Broker::start_at(address).await.unwrap()).await;
     }
 }

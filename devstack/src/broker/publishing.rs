@@ -3,7 +3,7 @@
 
 use super::{
     arguments::Overflow,
-    channel::Content,
+    content::Content,
     definitions::no_exchange,
     exception::{Exception, Outcome},
     message::{self, Message, Reason},
@@ -153,10 +153,10 @@ impl VirtualHost {
         self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key });
     }
 
-    /// Publishes dead letters, up to a number: their queues may give them up at once, into more queues each
-    /// time. The clock goes on with the rest, and others get their turn between.
+    /// Publishes a few dead letters: their queues may give them up at once, into more queues each time. The
+    /// clock goes on with the rest, and others get their turn between.
     pub(super) fn settle_dead_letters(&mut self) {
-        const AT_ONCE: usize = 1000;
+        const AT_ONCE: usize = 16;
 
         for _ in 0..AT_ONCE {
             let Some(letter) = self.dead_letters.pop_front() else {
@@ -171,15 +171,15 @@ impl VirtualHost {
             if self.memory.is_exhausted() {
                 continue;
             }
+            // What somebody rejected may go round: somebody may stop doing so.
+            let gone_through =
+                if reason == Reason::Rejected { Vec::new() } else { message.queues_gone_through() };
             let message = Arc::new(message);
             // Without that exchange the message is lost, as in RabbitMQ.
             let queues = self.route(exchange.as_str(), message.routing_key.as_str()).unwrap_or_default();
             for id in queues {
-                let name = self.queues.get(&id).map(|queue| queue.name.as_str());
-                // Somebody rejected it: somebody may stop doing so.
-                let goes_round =
-                    reason != Reason::Rejected && name.is_some_and(|name| message.goes_round(name));
-                if !goes_round {
+                let name = self.queues.get(&id).map(|queue| queue.name.as_str().as_bytes());
+                if !gone_through.iter().any(|queue| Some(queue.as_bytes()) == name) {
                     self.enqueue(id, &message);
                 }
             }

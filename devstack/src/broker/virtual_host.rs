@@ -1,8 +1,8 @@
 //! The state that all connections share: who is connected, what exchanges and queues there are, and when
 //! something in them is over. It knows no sockets: what a peer gets is appended to its output.
 //!
-//! Its other methods are in `channel` (what a client asks for), `definitions` (exchanges and queues),
-//! `publishing` (messages on their way in) and `delivery` (on their way out).
+//! Its other methods are in `methods` (what a client asks for), `definitions` (exchanges and queues),
+//! `content` and `publishing` (messages on their way in) and `delivery` (on their way out).
 
 use super::{
     channel::Channel,

@@ -126,12 +126,10 @@ impl Raw {
     /// The code with which the broker closes the connection.
     pub async fn closed_with(&mut self) -> Result<u16> {
         loop {
-            match self.next().await?.context("the socket was closed without a word")? {
-                AMQPFrame::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
-                    self.connection(connection::AMQPMethod::CloseOk(connection::CloseOk {})).await?;
-                    return Ok(close.reply_code);
-                }
-                _ => {}
+            let frame = self.next().await?.context("the socket was closed without a word")?;
+            if let AMQPFrame::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) = frame {
+                self.connection(connection::AMQPMethod::CloseOk(connection::CloseOk {})).await?;
+                return Ok(close.reply_code);
             }
         }
     }
