@@ -23,7 +23,7 @@ impl SpanProcessor for Ended {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        self.0.lock().unwrap().push(span);
+        self.0.lock().expect("no panic while it is held").push(span);
     }
 
     fn force_flush(&self) -> OTelSdkResult {
@@ -38,7 +38,7 @@ impl SpanProcessor for Ended {
 impl Ended {
     /// The only span that ended since the last call: its name, and its `error.type` if it has one.
     fn one(&self) -> (String, Option<String>) {
-        let spans: Vec<_> = self.0.lock().unwrap().drain(..).collect();
+        let spans: Vec<_> = self.0.lock().expect("no panic while it is held").drain(..).collect();
         let [span] = &spans[..] else { panic!("{spans:#?}") };
         assert_eq!(span.span_kind, SpanKind::Server);
         let error = span.attributes.iter().find(|attribute| attribute.key.as_str() == "error.type");
@@ -50,12 +50,12 @@ impl Ended {
     }
 
     fn none(&self) {
-        assert!(self.0.lock().unwrap().is_empty());
+        assert!(self.0.lock().expect("no panic while it is held").is_empty());
     }
 }
 
 fn request(path: &str) -> Request<Body> {
-    Request::get(path).body(Body::empty()).unwrap()
+    Request::get(path).body(Body::empty()).expect("a request")
 }
 
 #[tokio::test]
