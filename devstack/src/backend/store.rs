@@ -1,4 +1,4 @@
-//! The bounded store: decoded spans by trace. When it is full, the oldest trace goes.
+//! The bounded store: spans by trace. When it is full, the oldest trace goes.
 //!
 //! Readers get a snapshot (`Arc`s), so that a long search never holds up what comes in.
 
@@ -10,8 +10,9 @@ use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
     common::v1::{AnyValue, InstrumentationScope, any_value::Value},
     resource::v1,
-    trace::v1::Span,
+    trace::v1::{Span, span::SpanKind, status::StatusCode},
 };
+use prost::Message;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -38,7 +39,7 @@ const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 pub struct Limits {
     /// Spans.
     pub spans: usize,
-    /// Bytes of memory that the spans take, decoded.
+    /// Bytes of memory that they take.
     pub bytes: usize,
 }
 
@@ -115,14 +116,28 @@ pub(super) struct Trace {
     bytes: usize,
 }
 
-/// A span, and where it comes from.
+/// A span, and where it comes from: what searches and summaries look at, and all of it encoded. Decoded
+/// it takes some four times as much, in dozens of small allocations, which leave the heap in shreds.
 pub(super) struct StoredSpan {
     pub id: SpanId,
     pub parent: Option<SpanId>,
-    pub span: Span,
+    pub name: Box<str>,
+    pub kind: SpanKind,
+    pub is_error: bool,
+    /// Nanoseconds since 1970.
+    pub start: u64,
+    /// Nanoseconds since 1970.
+    pub end: u64,
     pub resource: Arc<Shared<Resource>>,
     pub scope: Arc<Shared<Scope>>,
+    encoded: Box<[u8]>,
     bytes: usize,
+}
+
+/// A span with everything that was sent.
+pub(super) struct DecodedSpan<'a> {
+    pub stored: &'a StoredSpan,
+    pub span: Span,
 }
 
 /// What made spans: a process.
@@ -231,8 +246,8 @@ impl Contents {
         self.statistics.bytes += span.bytes + span.resource.acquire() + span.scope.acquire();
         // Copies the trace's table if a reader has it at this moment.
         let trace = Arc::make_mut(trace);
-        trace.start = trace.start.min(span.span.start_time_unix_nano);
-        trace.end = trace.end.max(span.span.end_time_unix_nano);
+        trace.start = trace.start.min(span.start);
+        trace.end = trace.end.max(span.end);
         trace.bytes += span.bytes;
         trace.spans.insert(span.id, Arc::new(span));
         true
@@ -262,11 +277,11 @@ impl Trace {
         self.spans.values().map(|span| &**span)
     }
 
-    /// Its spans by their start.
-    pub fn spans_in_order(&self) -> Vec<&StoredSpan> {
+    /// All of its spans, by their start.
+    pub fn decoded(&self) -> Vec<DecodedSpan<'_>> {
         let mut spans: Vec<_> = self.spans().collect();
-        spans.sort_unstable_by_key(|span| (span.span.start_time_unix_nano, span.id));
-        spans
+        spans.sort_unstable_by_key(|span| (span.start, span.id));
+        spans.into_iter().map(StoredSpan::decoded).collect()
     }
 
     pub fn span(&self, id: SpanId) -> Option<&StoredSpan> {
@@ -282,11 +297,16 @@ impl Trace {
 impl StoredSpan {
     /// Nanoseconds; none if the clock went backwards.
     pub fn duration(&self) -> u64 {
-        self.span.end_time_unix_nano.saturating_sub(self.span.start_time_unix_nano)
+        self.end.saturating_sub(self.start)
     }
 
     pub fn service(&self) -> &str {
         &self.resource.service
+    }
+
+    pub fn decoded(&self) -> DecodedSpan<'_> {
+        // It was encoded here, from what was decoded: it is well-formed, and no deeper than allowed.
+        DecodedSpan { stored: self, span: Span::decode(&self.encoded[..]).unwrap_or_default() }
     }
 }
 
@@ -337,7 +357,7 @@ fn stored_spans(request: ExportTraceServiceRequest, rejected: &mut Rejected) -> 
             let scope = scope_spans.scope.unwrap_or_default();
             let bytes = size::of_scope(&scope) + scope_spans.schema_url.capacity();
             let scope = Shared::new(Scope { scope, schema_url: scope_spans.schema_url }, bytes);
-            for span in &scope_spans.spans {
+            for span in scope_spans.spans {
                 let (Some(trace_id), Some(id)) =
                     (TraceId::from_bytes(&span.trace_id), SpanId::from_bytes(&span.span_id))
                 else {
@@ -350,12 +370,21 @@ fn stored_spans(request: ExportTraceServiceRequest, rejected: &mut Rejected) -> 
                     rejected.add("its parent span id is invalid");
                     continue;
                 }
-                // A copy is smaller, and together in memory: the decoder grows its lists by doubling, with
-                // what is freed on the way between what stays.
-                let span = span.clone();
-                let bytes = SPAN_BYTES + size::of_span(&span);
-                let (resource, scope) = (Arc::clone(&resource), Arc::clone(&scope));
-                stored.push((trace_id, StoredSpan { id, parent, span, resource, scope, bytes }));
+                let encoded = span.encode_to_vec().into_boxed_slice();
+                let span = StoredSpan {
+                    id,
+                    parent,
+                    kind: span.kind(),
+                    is_error: span.status.as_ref().is_some_and(|status| status.code() == StatusCode::Error),
+                    start: span.start_time_unix_nano,
+                    end: span.end_time_unix_nano,
+                    resource: Arc::clone(&resource),
+                    scope: Arc::clone(&scope),
+                    bytes: SPAN_BYTES + size::block(encoded.len()) + size::block(span.name.len()),
+                    name: span.name.into_boxed_str(),
+                    encoded,
+                };
+                stored.push((trace_id, span));
             }
         }
     }
