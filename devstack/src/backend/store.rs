@@ -34,6 +34,12 @@ const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 /// What a span takes beside what it owns: itself and its entry in the trace's table, with room to grow.
 const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
+/// The largest resource, and the largest scope: an answer repeats them for every trace.
+const MAX_ORIGIN_BYTES: usize = 64 * 1024;
+
+/// The longest name and version of a scope: Jaeger's JSON repeats them for every span.
+const MAX_SCOPE_NAME_BYTES: usize = 1024;
+
 /// How much is kept. When there is more, the oldest traces go; no trace may take more than a quarter.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
@@ -356,6 +362,9 @@ fn stored_spans(request: ExportTraceServiceRequest, rejected: &mut Rejected) -> 
         for scope_spans in resource_spans.scope_spans {
             let scope = scope_spans.scope.unwrap_or_default();
             let bytes = size::of_scope(&scope) + scope_spans.schema_url.capacity();
+            let is_too_large = resource.bytes > MAX_ORIGIN_BYTES
+                || bytes > MAX_ORIGIN_BYTES
+                || scope.name.len() + scope.version.len() > MAX_SCOPE_NAME_BYTES;
             let scope = Shared::new(Scope { scope, schema_url: scope_spans.schema_url }, bytes);
             for span in scope_spans.spans {
                 let (Some(trace_id), Some(id)) =
@@ -364,6 +373,10 @@ fn stored_spans(request: ExportTraceServiceRequest, rejected: &mut Rejected) -> 
                     rejected.add("its trace id or span id is invalid");
                     continue;
                 };
+                if is_too_large {
+                    rejected.add("its resource or its scope is too large");
+                    continue;
+                }
                 let parent = SpanId::from_bytes(&span.parent_span_id);
                 // Zeros say "none" as emptiness does; anything else that is no id is a mistake.
                 if parent.is_none() && span.parent_span_id.iter().any(|byte| *byte != 0) {
