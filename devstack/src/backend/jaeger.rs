@@ -5,7 +5,8 @@ use super::{
     parameters::{self, Parameters, Refusal},
     query::{blocking, json},
     search::Filter,
-    store::{DecodedSpan, Store, StoredSpan},
+    spans::{DecodedSpan, StoredSpan},
+    store::Store,
     tags::{self, Tag},
 };
 use axum::{

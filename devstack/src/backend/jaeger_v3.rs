@@ -5,7 +5,8 @@ use super::{
     parameters::{self, Parameters, Refusal},
     query::{blocking_or, json},
     search::{self, Filter},
-    store::{DecodedSpan, Store, Trace},
+    spans::DecodedSpan,
+    store::{Store, Trace},
 };
 use axum::{
     Router,

@@ -1,7 +1,7 @@
 //! The embedded trace backend: takes OTLP, keeps the latest traces in memory, answers as Jaeger does.
 //!
 //! - `ingest`: OTLP over gRPC and HTTP; serves the tests' receiver as well
-//! - `store`: the bounded store; `size` says what things take
+//! - `store`: the bounded store of `spans`; `size` says what they take
 //! - `query`: the router of all below
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
 //! - `recent`: what the page needs beside them: the latest traces, and word when one changes
@@ -18,10 +18,11 @@ mod query;
 mod recent;
 mod search;
 mod size;
+mod spans;
 mod store;
 mod tags;
 
-pub(crate) use store::Rejected;
+pub(crate) use spans::Rejected;
 pub use store::{Limits, Statistics};
 
 use crate::{background::Background, trace::Span};

@@ -5,7 +5,8 @@ use super::{
     parameters::{self, Parameters, Refusal},
     query::{blocking, json},
     search::{self, Filter},
-    store::{Store, StoredSpan, Trace},
+    spans::StoredSpan,
+    store::{Store, Trace},
 };
 use axum::{
     Router,

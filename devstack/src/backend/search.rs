@@ -2,7 +2,8 @@
 
 use super::{
     parameters::{self, Parameters, Refusal},
-    store::{Store, StoredSpan, Trace},
+    spans::StoredSpan,
+    store::{Store, Trace},
     tags,
 };
 use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};

@@ -1,6 +1,6 @@
 //! OTLP's attributes as Jaeger's tags: typed, and with what OTLP has as fields of the span among them.
 
-use super::store::{DecodedSpan, StoredSpan};
+use super::spans::{DecodedSpan, StoredSpan};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, KeyValue, any_value},
