@@ -188,7 +188,7 @@ mod tests {
         ] {
             let few = nested(path, message.repeat(1000));
             assert!(protobuf(&few).is_ok(), "{name}");
-            let many = nested(path, message.repeat(8_000_000));
+            let many = nested(path, message.repeat(6_000_000));
             let status = protobuf(&many).expect_err(name);
             assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{name}");
         }

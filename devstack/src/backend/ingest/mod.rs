@@ -7,7 +7,7 @@ mod http;
 
 pub(crate) use self::{grpc::serve as serve_grpc, http::routes as http_routes};
 
-use super::store::Rejected;
+use super::Rejected;
 use ::http::HeaderMap;
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
