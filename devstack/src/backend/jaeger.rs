@@ -5,7 +5,8 @@ use super::{
     parameters::{self, Parameters, Refusal},
     query::{blocking, json},
     search::Filter,
-    store::{Store, StoredSpan, Trace},
+    spans::{DecodedSpan, StoredSpan},
+    store::Store,
     tags::{self, Tag},
 };
 use axum::{
@@ -161,7 +162,7 @@ async fn trace(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respo
         let Some(trace) = store.trace(id) else {
             return Err(Refusal(StatusCode::NOT_FOUND, "trace not found".to_owned()));
         };
-        Ok(json(&Envelope::new(vec![JaegerTrace::new(&trace)])))
+        Ok(json(&Envelope::new(vec![JaegerTrace::new(id, &trace.decoded())])))
     })
     .await
 }
@@ -191,7 +192,9 @@ async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
         } else {
             filter.find(&store, limit)
         };
-        let mut envelope = Envelope::new(traces.iter().map(|trace| JaegerTrace::new(trace)).collect());
+        let decoded: Vec<_> = traces.iter().map(|trace| (trace.id, trace.decoded())).collect();
+        let traces = decoded.iter().map(|(id, spans)| JaegerTrace::new(*id, spans));
+        let mut envelope = Envelope::new(traces.collect());
         envelope.errors = (!errors.is_empty()).then_some(errors);
         Ok(json(&envelope))
     })
@@ -240,7 +243,7 @@ pub(super) fn operations_of(store: &Store, service: &str, kind: Option<&str>) ->
     let traces = store.traces();
     let spans = traces.iter().flat_map(|trace| trace.spans()).filter(|span| span.service() == service);
     let operations: BTreeSet<(&str, &'static str)> = spans
-        .map(|span| (span.span.name.as_str(), tags::kind(&span.span).unwrap_or("internal")))
+        .map(|span| (&*span.name, tags::kind(span.kind).unwrap_or("internal")))
         .filter(|(_, of)| kind.is_none_or(|kind| kind == *of))
         .collect();
     operations.into_iter().map(|(name, span_kind)| Operation { name: name.to_owned(), span_kind }).collect()
@@ -262,18 +265,16 @@ impl IntoResponse for Refusal {
 }
 
 impl<'a> JaegerTrace<'a> {
-    fn new(trace: &'a Trace) -> Self {
+    fn new(id: TraceId, spans: &'a [DecodedSpan<'a>]) -> Self {
         let mut processes = Processes::default();
-        let spans = trace.spans_in_order();
-        let spans =
-            spans.into_iter().map(|span| JaegerSpan::new(trace.id, span, processes.id(span))).collect();
-        Self { trace_id: trace.id.to_string(), spans, processes: processes.processes, warnings: None }
+        let spans = spans.iter().map(|span| JaegerSpan::new(id, span, processes.id(span.stored))).collect();
+        Self { trace_id: id.to_string(), spans, processes: processes.processes, warnings: None }
     }
 }
 
 impl<'a> JaegerSpan<'a> {
-    fn new(trace_id: TraceId, stored: &'a StoredSpan, process_id: String) -> Self {
-        let span = &stored.span;
+    fn new(trace_id: TraceId, decoded: &'a DecodedSpan<'a>, process_id: String) -> Self {
+        let DecodedSpan { stored, span } = decoded;
         let logs = span
             .events
             .iter()
@@ -282,10 +283,10 @@ impl<'a> JaegerSpan<'a> {
             trace_id: trace_id.to_string(),
             span_id: stored.id.to_string(),
             operation_name: &span.name,
-            references: references(trace_id, stored),
+            references: references(trace_id, decoded),
             start_time: span.start_time_unix_nano / 1000,
             duration: stored.duration() / 1000,
-            tags: tags::of_span(stored),
+            tags: tags::of_span(decoded),
             logs: logs.collect(),
             process_id,
             warnings: None,
@@ -294,14 +295,14 @@ impl<'a> JaegerSpan<'a> {
 }
 
 /// The parent, then the links.
-fn references(trace_id: TraceId, stored: &StoredSpan) -> Vec<Reference> {
+fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>) -> Vec<Reference> {
     let parent = stored.parent.map(|parent| Reference {
         ref_type: "CHILD_OF",
         trace_id: trace_id.to_string(),
         span_id: parent.to_string(),
     });
     // OTLP allows a link to nowhere, with attributes only. A reference needs a target.
-    let links = stored.span.links.iter().filter_map(|link| {
+    let links = span.links.iter().filter_map(|link| {
         Some(Reference {
             ref_type: "FOLLOWS_FROM",
             trace_id: TraceId::from_bytes(&link.trace_id)?.to_string(),

@@ -5,7 +5,8 @@ use super::{
     parameters::{self, Parameters, Refusal},
     query::{blocking_or, json},
     search::{self, Filter},
-    store::{Store, StoredSpan, Trace},
+    spans::DecodedSpan,
+    store::{Store, Trace},
 };
 use axum::{
     Router,
@@ -122,8 +123,9 @@ fn traces(traces: &[Arc<Trace>]) -> Result<Response, Refusal> {
         return Err(not_found("No traces found"));
     }
     let mut result = TracesData::default();
-    for trace in traces {
-        result.add(trace);
+    let decoded: Vec<_> = traces.iter().map(|trace| trace.decoded()).collect();
+    for spans in &decoded {
+        result.add(spans);
     }
     Ok(json(&Wrapper { result }))
 }
@@ -144,11 +146,11 @@ fn refusal(Refusal(status, message): Refusal) -> Response {
 
 impl<'a> TracesData<'a> {
     /// The spans by their start, grouped again by the resource and the scope that they came with.
-    fn add(&mut self, trace: &'a Trace) {
+    fn add(&mut self, spans: &'a [DecodedSpan<'a>]) {
         let mut resources = HashMap::new();
         let mut scopes = HashMap::new();
-        for stored in trace.spans_in_order() {
-            let StoredSpan { span, resource, scope, .. } = stored;
+        for DecodedSpan { stored, span } in spans {
+            let (resource, scope) = (&stored.resource, &stored.scope);
             let i = *resources.entry(Arc::as_ptr(resource)).or_insert_with(|| {
                 let (resource, schema_url) = (&resource.resource, resource.schema_url.as_str());
                 self.resource_spans.push(ResourceSpans { resource, scope_spans: Vec::new(), schema_url });

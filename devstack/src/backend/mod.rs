@@ -1,7 +1,7 @@
 //! The embedded trace backend: takes OTLP, keeps the latest traces in memory, answers as Jaeger does.
 //!
 //! - `ingest`: OTLP over gRPC and HTTP; serves the tests' receiver as well
-//! - `store`: the bounded store, of what `size` says that a span takes
+//! - `store`: the bounded store of `spans`; `size` says what they take
 //! - `query`: the router of all below
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
 //! - `recent`: what the page needs beside them: the latest traces, and word when one changes
@@ -18,10 +18,11 @@ mod query;
 mod recent;
 mod search;
 mod size;
+mod spans;
 mod store;
 mod tags;
 
-pub(crate) use store::Rejected;
+pub(crate) use spans::Rejected;
 pub use store::{Limits, Statistics};
 
 use crate::{background::Background, trace::Span};
@@ -117,8 +118,12 @@ impl Backend {
         let Some(trace) = trace else {
             return Vec::new();
         };
-        let spans = trace.spans_in_order().into_iter();
-        spans.map(|stored| Span::new(&stored.span, &stored.resource.resource, &stored.scope.scope)).collect()
+        let spans = trace.decoded().into_iter();
+        let spans = spans.map(|decoded| {
+            let (resource, scope) = (&decoded.stored.resource, &decoded.stored.scope);
+            Span::new(&decoded.span, &resource.resource, &scope.scope)
+        });
+        spans.collect()
     }
 
     /// Ids of traces that get spans from now on. A receiver that does not keep up misses some.

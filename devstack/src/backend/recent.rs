@@ -5,7 +5,8 @@ use super::{
     parameters::{self, Parameters, Refusal},
     query::{blocking, json},
     search::{self, Filter},
-    store::{Store, StoredSpan, Trace},
+    spans::StoredSpan,
+    store::{Store, Trace},
 };
 use axum::{
     Router,
@@ -17,7 +18,6 @@ use axum::{
     routing::get,
 };
 use futures_util::stream;
-use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use serde::Serialize;
 use serde_json::json;
 use std::{
@@ -155,13 +155,12 @@ impl<'a> Summary<'a> {
         let mut errors = 0;
         for stored in trace.spans() {
             *services.entry(stored.service()).or_default() += 1;
-            let status = stored.span.status.as_ref();
-            errors += usize::from(status.is_some_and(|status| status.code() == StatusCode::Error));
+            errors += usize::from(stored.is_error);
         }
         Self {
             trace_id: trace.id.to_string(),
             root_service: root.map_or("", StoredSpan::service),
-            root_operation: root.map_or("", |root| &root.span.name),
+            root_operation: root.map_or("", |root| &root.name),
             start_time: trace.start / 1000,
             duration: trace.duration() / 1000,
             spans: trace.spans().len(),
@@ -175,6 +174,6 @@ impl<'a> Summary<'a> {
 fn root(trace: &Trace) -> Option<&StoredSpan> {
     trace.spans().min_by_key(|stored| {
         let is_child = stored.parent.is_some_and(|parent| trace.span(parent).is_some());
-        (is_child, stored.parent.is_some(), stored.span.start_time_unix_nano, stored.id)
+        (is_child, stored.parent.is_some(), stored.start, stored.id)
     })
 }

@@ -2,7 +2,8 @@
 
 use super::{
     parameters::{self, Parameters, Refusal},
-    store::{Store, StoredSpan, Trace},
+    spans::StoredSpan,
+    store::{Store, Trace},
     tags,
 };
 use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
@@ -92,10 +93,10 @@ impl Filter {
     }
 
     fn matches(&self, stored: &StoredSpan) -> bool {
-        let start = stored.span.start_time_unix_nano;
+        let start = stored.start;
         let duration = stored.duration();
         self.service.as_ref().is_none_or(|service| service == stored.service())
-            && self.operation.as_ref().is_none_or(|operation| *operation == stored.span.name)
+            && self.operation.as_ref().is_none_or(|operation| **operation == *stored.name)
             && self.from.is_none_or(|from| start >= from)
             && self.to.is_none_or(|to| start <= to)
             && self.min_duration.is_none_or(|min| duration >= min)
@@ -104,9 +105,10 @@ impl Filter {
     }
 
     fn matches_tags(&self, stored: &StoredSpan) -> bool {
-        let mut all = tags::of_span(stored);
+        let decoded = stored.decoded();
+        let mut all = tags::of_span(&decoded);
         all.extend(tags::of_process(stored));
-        all.extend(stored.span.events.iter().flat_map(tags::of_event));
+        all.extend(decoded.span.events.iter().flat_map(tags::of_event));
         let has = |key: &str, value: &str| all.iter().any(|tag| tag.key == key && tag.is(value));
         self.tags.iter().all(|(key, value)| has(key, value))
     }

@@ -1,33 +1,10 @@
-//! How much memory a decoded span takes, as the store accounts for it.
+//! How much memory the parts of a request take, as the store accounts for them.
 
 use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
     resource::v1::Resource,
-    trace::v1::Span,
 };
 use std::mem::size_of;
-
-/// What a span owns, itself not included.
-pub(super) fn of_span(span: &Span) -> usize {
-    let ids = [&span.trace_id, &span.span_id, &span.parent_span_id];
-    let events =
-        span.events.iter().map(|event| block(event.name.capacity()) + of_attributes(&event.attributes));
-    let links = span.links.iter().map(|link| {
-        block(link.trace_id.capacity())
-            + block(link.span_id.capacity())
-            + block(link.trace_state.capacity())
-            + of_attributes(&link.attributes)
-    });
-    ids.iter().map(|id| block(id.capacity())).sum::<usize>()
-        + block(span.trace_state.capacity())
-        + block(span.name.capacity())
-        + of_attributes(&span.attributes)
-        + array(&span.events)
-        + events.sum::<usize>()
-        + array(&span.links)
-        + links.sum::<usize>()
-        + span.status.as_ref().map_or(0, |status| block(status.message.capacity()))
-}
 
 /// What a resource owns.
 pub(super) fn of_resource(resource: &Resource) -> usize {

@@ -1,44 +1,29 @@
-//! The bounded store: decoded spans by trace. When it is full, the oldest trace goes.
+//! The bounded store: spans by trace. When it is full, the oldest trace goes.
 //!
 //! Readers get a snapshot (`Arc`s), so that a long search never holds up what comes in.
 
 use super::{
     ids::{SpanId, TraceId},
-    size,
+    spans::{DecodedSpan, Rejected, StoredSpan, stored_spans},
 };
-use opentelemetry_proto::tonic::{
-    collector::trace::v1::ExportTraceServiceRequest,
-    common::v1::{AnyValue, InstrumentationScope, any_value::Value},
-    resource::v1,
-    trace::v1::Span,
-};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     mem::size_of,
-    ops::Deref,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::broadcast;
 
-/// The service of spans whose resource names none, as Jaeger calls it.
-const NO_SERVICE_NAME: &str = "OTLPResourceNoServiceName";
-
 /// What a trace takes beside its spans: its entries in the store's tables, roughly.
 const TRACE_BYTES: usize = size_of::<Trace>() + 160;
-
-/// What a span takes beside what it owns: itself and its entry in the trace's table, with room to grow.
-const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
 /// How much is kept. When there is more, the oldest traces go; no trace may take more than a quarter.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
     /// Spans.
     pub spans: usize,
-    /// Bytes of memory that the spans take, decoded.
+    /// Bytes of memory that they take.
     pub bytes: usize,
 }
 
@@ -79,15 +64,6 @@ pub struct Statistics {
     pub evicted: u64,
 }
 
-/// Spans of a request that were not stored.
-#[derive(Debug, Default)]
-pub(crate) struct Rejected {
-    /// How many.
-    pub spans: u64,
-    /// Why the first was not.
-    pub reason: &'static str,
-}
-
 /// All traces.
 pub(super) struct Store {
     contents: Mutex<Contents>,
@@ -113,37 +89,6 @@ pub(super) struct Trace {
     pub end: u64,
     spans: HashMap<SpanId, Arc<StoredSpan>>,
     bytes: usize,
-}
-
-/// A span, and where it comes from.
-pub(super) struct StoredSpan {
-    pub id: SpanId,
-    pub parent: Option<SpanId>,
-    pub span: Span,
-    pub resource: Arc<Shared<Resource>>,
-    pub scope: Arc<Shared<Scope>>,
-    bytes: usize,
-}
-
-/// What made spans: a process.
-pub(super) struct Resource {
-    pub service: String,
-    pub resource: v1::Resource,
-    pub schema_url: String,
-}
-
-/// What made spans in a process: a library.
-pub(super) struct Scope {
-    pub scope: InstrumentationScope,
-    pub schema_url: String,
-}
-
-/// What the spans of a request share. Its memory is counted once, for as long as one of them is stored.
-pub(super) struct Shared<T> {
-    value: T,
-    bytes: usize,
-    /// How many stored spans have it. An `Arc`'s own count has the readers, too.
-    spans: AtomicUsize,
 }
 
 impl Store {
@@ -231,8 +176,8 @@ impl Contents {
         self.statistics.bytes += span.bytes + span.resource.acquire() + span.scope.acquire();
         // Copies the trace's table if a reader has it at this moment.
         let trace = Arc::make_mut(trace);
-        trace.start = trace.start.min(span.span.start_time_unix_nano);
-        trace.end = trace.end.max(span.span.end_time_unix_nano);
+        trace.start = trace.start.min(span.start);
+        trace.end = trace.end.max(span.end);
         trace.bytes += span.bytes;
         trace.spans.insert(span.id, Arc::new(span));
         true
@@ -262,11 +207,11 @@ impl Trace {
         self.spans.values().map(|span| &**span)
     }
 
-    /// Its spans by their start.
-    pub fn spans_in_order(&self) -> Vec<&StoredSpan> {
+    /// All of its spans, by their start.
+    pub fn decoded(&self) -> Vec<DecodedSpan<'_>> {
         let mut spans: Vec<_> = self.spans().collect();
-        spans.sort_unstable_by_key(|span| (span.span.start_time_unix_nano, span.id));
-        spans
+        spans.sort_unstable_by_key(|span| (span.start, span.id));
+        spans.into_iter().map(StoredSpan::decoded).collect()
     }
 
     pub fn span(&self, id: SpanId) -> Option<&StoredSpan> {
@@ -279,92 +224,52 @@ impl Trace {
     }
 }
 
-impl StoredSpan {
-    /// Nanoseconds; none if the clock went backwards.
-    pub fn duration(&self) -> u64 {
-        self.span.end_time_unix_nano.saturating_sub(self.span.start_time_unix_nano)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry_proto::tonic::{
+        resource::v1,
+        trace::v1::{ResourceSpans, ScopeSpans, Span},
+    };
+    use proptest::prelude::*;
+
+    fn request(spans: &[(u8, u8)]) -> ExportTraceServiceRequest {
+        let spans = spans.iter().map(|(trace, id)| Span {
+            trace_id: vec![*trace; 16],
+            span_id: vec![*id; 8],
+            name: "x".repeat(usize::from(*id)),
+            ..Span::default()
+        });
+        let scope_spans = vec![ScopeSpans { spans: spans.collect(), ..ScopeSpans::default() }];
+        let resource = v1::Resource { dropped_attributes_count: 1, ..v1::Resource::default() };
+        let resource_spans =
+            vec![ResourceSpans { resource: Some(resource), scope_spans, ..ResourceSpans::default() }];
+        ExportTraceServiceRequest { resource_spans }
     }
 
-    pub fn service(&self) -> &str {
-        &self.resource.service
-    }
-}
-
-impl Rejected {
-    fn add(&mut self, reason: &'static str) {
-        if self.spans == 0 {
-            self.reason = reason;
-        }
-        self.spans += 1;
-    }
-}
-
-impl<T> Shared<T> {
-    fn new(value: T, owned: usize) -> Arc<Self> {
-        let bytes = size_of::<Self>() + 16 + owned;
-        Arc::new(Self { value, bytes, spans: AtomicUsize::new(0) })
-    }
-
-    /// One more stored span has it: the bytes to add. Called under the store's lock, as its opposite.
-    fn acquire(&self) -> usize {
-        if self.spans.fetch_add(1, Relaxed) == 0 { self.bytes } else { 0 }
-    }
-
-    /// One stored span less has it: the bytes to subtract.
-    fn release(&self) -> usize {
-        if self.spans.fetch_sub(1, Relaxed) == 1 { self.bytes } else { 0 }
-    }
-}
-
-impl<T> Deref for Shared<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.value
-    }
-}
-
-fn stored_spans(request: ExportTraceServiceRequest, rejected: &mut Rejected) -> Vec<(TraceId, StoredSpan)> {
-    let mut stored = Vec::new();
-    for resource_spans in request.resource_spans {
-        let resource = resource_spans.resource.unwrap_or_default();
-        let service = service_name(&resource);
-        let bytes =
-            size::block(service.len()) + size::of_resource(&resource) + resource_spans.schema_url.capacity();
-        let resource =
-            Shared::new(Resource { service, resource, schema_url: resource_spans.schema_url }, bytes);
-        for scope_spans in resource_spans.scope_spans {
-            let scope = scope_spans.scope.unwrap_or_default();
-            let bytes = size::of_scope(&scope) + scope_spans.schema_url.capacity();
-            let scope = Shared::new(Scope { scope, schema_url: scope_spans.schema_url }, bytes);
-            for mut span in scope_spans.spans {
-                let (Some(trace_id), Some(id)) =
-                    (TraceId::from_bytes(&span.trace_id), SpanId::from_bytes(&span.span_id))
-                else {
-                    rejected.add("its trace id or span id is invalid");
-                    continue;
-                };
-                let parent = SpanId::from_bytes(&span.parent_span_id);
-                // Zeros say "none" as emptiness does; anything else that is no id is a mistake.
-                if parent.is_none() && span.parent_span_id.iter().any(|byte| *byte != 0) {
-                    rejected.add("its parent span id is invalid");
-                    continue;
-                }
-                // The decoder grows by doubling: up to half of this is air.
-                span.attributes.shrink_to_fit();
-                let bytes = SPAN_BYTES + size::of_span(&span);
-                let (resource, scope) = (Arc::clone(&resource), Arc::clone(&scope));
-                stored.push((trace_id, StoredSpan { id, parent, span, resource, scope, bytes }));
+    proptest! {
+        #[test]
+        fn whatever_comes_all_of_it_is_accounted_for(
+            requests in prop::collection::vec(prop::collection::vec((0..9u8, 0..9u8), 0..20), 0..20),
+            spans in 1..100usize,
+        ) {
+            let store = Store::new(Limits { spans, bytes: 20_000 });
+            for spans in &requests {
+                // A reader in between makes the next insertion copy.
+                let _snapshot = store.traces();
+                store.insert(request(spans));
             }
-        }
-    }
-    stored
-}
+            let Statistics { spans: stored, bytes, received, duplicates, rejected, evicted, .. } =
+                store.statistics();
+            prop_assert!(stored <= spans && bytes <= 20_000);
+            prop_assert_eq!(stored, store.traces().iter().map(|trace| trace.spans().len()).sum::<usize>());
+            prop_assert_eq!(received, requests.iter().map(|spans| spans.len() as u64).sum::<u64>());
+            prop_assert_eq!(received, stored as u64 + duplicates + rejected + evicted);
 
-fn service_name(resource: &v1::Resource) -> String {
-    let attribute = resource.attributes.iter().find(|attribute| attribute.key == "service.name");
-    match attribute.and_then(|attribute| attribute.value.as_ref()) {
-        Some(AnyValue { value: Some(Value::StringValue(name)) }) if !name.is_empty() => name.clone(),
-        _ => NO_SERVICE_NAME.to_owned(),
+            let mut contents = store.lock();
+            drop(contents.evict(Limits { spans: 0, bytes: 0 }));
+            prop_assert_eq!((contents.statistics.spans, contents.statistics.bytes), (0, 0));
+            prop_assert!(contents.traces.is_empty() && contents.order.is_empty());
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! OTLP's attributes as Jaeger's tags: typed, and with what OTLP has as fields of the span among them.
 
-use super::store::StoredSpan;
+use super::spans::{DecodedSpan, StoredSpan};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, KeyValue, any_value},
-    trace::v1::{Span, span, span::SpanKind, status::StatusCode},
+    trace::v1::{span, span::SpanKind, status::StatusCode},
 };
 use serde::Serialize;
 use std::borrow::Cow;
@@ -31,12 +31,12 @@ enum Value<'a> {
 }
 
 /// The span's attributes, then what Jaeger has as tags and OTLP has elsewhere.
-pub(super) fn of_span(stored: &StoredSpan) -> Vec<Tag<'_>> {
-    let StoredSpan { span, scope, .. } = stored;
+pub(super) fn of_span<'a>(DecodedSpan { stored, span }: &'a DecodedSpan<'_>) -> Vec<Tag<'a>> {
+    let scope = &stored.scope.scope;
     let status = span.status.as_ref();
     let code = status.map_or(StatusCode::Unset, |status| status.code());
     let mut tags = of_attributes(&span.attributes);
-    tags.extend(kind(span).map(|kind| Tag::text("span.kind", kind)));
+    tags.extend(kind(stored.kind).map(|kind| Tag::text("span.kind", kind)));
     match code {
         StatusCode::Unset => {}
         StatusCode::Ok => tags.push(Tag::text("otel.status_code", "OK")),
@@ -47,8 +47,8 @@ pub(super) fn of_span(stored: &StoredSpan) -> Vec<Tag<'_>> {
     }
     for (key, text) in [
         ("otel.status_description", status.map_or("", |status| &status.message)),
-        ("otel.scope.name", &scope.scope.name),
-        ("otel.scope.version", &scope.scope.version),
+        ("otel.scope.name", &scope.name),
+        ("otel.scope.version", &scope.version),
         ("w3c.tracestate", &span.trace_state),
     ] {
         if !text.is_empty() {
@@ -76,8 +76,8 @@ pub(super) fn of_event(event: &span::Event) -> Vec<Tag<'_>> {
 }
 
 /// The kind in lower case; `None` if it is not known.
-pub(super) fn kind(span: &Span) -> Option<&'static str> {
-    match span.kind() {
+pub(super) fn kind(kind: SpanKind) -> Option<&'static str> {
+    match kind {
         SpanKind::Unspecified => None,
         SpanKind::Internal => Some("internal"),
         SpanKind::Server => Some("server"),

@@ -56,6 +56,17 @@ fn json_request(trace: u128) -> String {
     .to_string()
 }
 
+/// Seven million empty spans, of two bytes each: decoded, they would take two gigabytes.
+fn empty_spans() -> Vec<u8> {
+    let field = |number: u8, bytes: &[u8]| {
+        let mut field = vec![number << 3 | 2];
+        prost::encode_length_delimiter(bytes.len(), &mut field).expect("written to memory");
+        field.extend(bytes);
+        field
+    };
+    field(1, &field(2, &field(2, b"").repeat(7_000_000)))
+}
+
 /// gRPC by hand: the flag that says whether the message is compressed, its length, the message.
 fn framed(compressed: bool, message: &[u8]) -> Vec<u8> {
     let length = u32::try_from(message.len()).expect("small").to_be_bytes();
@@ -124,7 +135,7 @@ async fn malformed_http_is_answered_with_a_status_in_the_requests_own_encoding()
     let zipped = gzip(&valid);
     let bomb = gzip(&vec![0; MAX_BYTES + 1]);
     assert!(bomb.len() < 100_000);
-    let deep = |open: &str, close: &str| open.repeat(200_000) + &close.repeat(200_000);
+    let deep = |open: &str, close: &str| open.repeat(50_000) + &close.repeat(50_000);
     let deep_attribute = deep(r#"{"arrayValue":{"values":["#, "]}}");
     for (name, headers, body, status, code) in [
         ("no protobuf", &[PROTOBUF][..], b"\xff\xff\xff".to_vec(), 400, 3),
@@ -152,6 +163,14 @@ async fn malformed_http_is_answered_with_a_status_in_the_requests_own_encoding()
         ("no gzip", &[PROTOBUF, GZIP], valid.clone(), 400, 3),
         ("half a gzip", &[PROTOBUF, GZIP], zipped[..zipped.len() - 5].to_vec(), 400, 3),
         ("half a gzip of JSON", &[JSON, GZIP], gzip(json_request(1).as_bytes())[..50].to_vec(), 400, 3),
+        ("too many", &[PROTOBUF, GZIP], gzip(&empty_spans()), 413, 8),
+        (
+            "too many, JSON",
+            &[JSON],
+            format!(r#"{{"resourceSpans":[{}{{}}]}}"#, "{},".repeat(1_000_000)).into(),
+            413,
+            8,
+        ),
         ("too large", &[PROTOBUF], vec![0; MAX_BYTES + 1], 413, 8),
         ("too large once unzipped", &[PROTOBUF, GZIP], bomb.clone(), 413, 8),
         ("too large once unzipped, JSON", &[JSON, GZIP], bomb, 413, 8),
@@ -213,12 +232,21 @@ async fn malformed_grpc_is_an_invalid_argument() -> Result<()> {
         ("no gzip", gzip_header, framed(true, &valid), "3"),
         ("half a gzip", gzip_header, framed(true, &zipped[..zipped.len() - 5]), "3"),
         ("a length beyond the limit", none, b"\0\xff\xff\xff\xff".to_vec(), "11"),
+        ("millions of empty spans", gzip_header, framed(true, &gzip(&empty_spans())), "8"),
         ("a gzip bomb", gzip_header, framed(true, &gzip(&vec![0; MAX_BYTES + 1])), "8"),
         ("another encoding", ("grpc-encoding", "br"), framed(true, &valid), "12"),
     ] {
         assert_eq!(grpc_status(&fixture.backend, header, body).await?, status, "{name}");
     }
     assert_eq!(fixture.backend.statistics().spans, 1);
+
+    // Another method of the service.
+    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let method = "opentelemetry.proto.collector.trace.v1.TraceService/Import";
+    let request = Request::post(format!("http://{}/{method}", fixture.backend.addresses().otlp_grpc))
+        .header("content-type", "application/grpc")
+        .body(Full::default())?;
+    assert_eq!(client.request(request).await?.headers()["grpc-status"], "12");
     Ok(())
 }
 

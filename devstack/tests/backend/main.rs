@@ -6,6 +6,7 @@ mod jaeger;
 mod limits;
 mod login;
 mod recent;
+mod search;
 
 use anyhow::Result;
 use devstack::{
@@ -20,6 +21,7 @@ use opentelemetry_proto::tonic::{
     trace::v1::{ResourceSpans, ScopeSpans, Span},
 };
 use prost::Message;
+use serde_json::json;
 
 /// 2026-01-31T12:00:00Z, in nanoseconds.
 const NOON: u64 = 1_769_860_800_000_000_000;
@@ -66,6 +68,21 @@ impl Fixture {
 /// The trace id of the small number, as Jaeger writes it.
 fn trace_id(number: u128) -> String {
     format!("{number:032x}")
+}
+
+fn envelope(data: serde_json::Value) -> serde_json::Value {
+    let total = data.as_array().map_or(0, Vec::len);
+    json!({ "data": data, "total": total, "limit": 0, "offset": 0, "errors": null })
+}
+
+fn refusal(code: u16, msg: &str) -> serde_json::Value {
+    let errors = json!([{ "code": code, "msg": msg }]);
+    json!({ "data": null, "total": 0, "limit": 0, "offset": 0, "errors": errors })
+}
+
+fn assert_answer(answer: &Answer, status: u16, body: &serde_json::Value) {
+    assert_eq!((answer.status.as_u16(), answer.header("content-type")), (status, "application/json"));
+    assert_eq!(&answer.json(), body);
 }
 
 /// The numbers of the traces in an answer, in their order.

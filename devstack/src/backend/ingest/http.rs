@@ -1,7 +1,7 @@
-//! OTLP's receiving side: gRPC, HTTP with protobuf and HTTP with JSON, each with gzip or without. What is
-//! done with the spans is the [`Sink`]'s business: the backend's store, or the tests' receiver.
+//! OTLP/HTTP, in protobuf and in JSON.
 
-use super::store::Rejected;
+use super::{MAX_BYTES, Sink, decode, response};
+use crate::backend::Rejected;
 use axum::{
     Router,
     body::Bytes,
@@ -11,72 +11,18 @@ use axum::{
 };
 use flate2::read::MultiGzDecoder;
 use http::{HeaderMap, StatusCode, header};
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
-    trace_service_server::{TraceService, TraceServiceServer},
-};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use prost::Message;
 use serde_json::json;
 use std::{borrow::Cow, io::Read};
-use tokio::net::TcpListener;
-use tonic::{Code, Request, Status, codec::CompressionEncoding, transport::server::TcpIncoming};
-use tower::util::MapResponseLayer;
+use tonic::{Code, Status};
 
-/// The largest request, compressed or not: a batch of 512 spans has some hundred kilobytes.
-const MAX_BYTES: usize = 16 * 1024 * 1024;
-
-/// Where the spans go.
-pub(crate) trait Sink: Clone + Send + Sync + 'static {
-    /// Takes the spans of a request with these headers; says which it does not want, or refuses all.
-    fn take(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status>;
-}
-
-/// Serves OTLP/gRPC until the runtime ends.
-pub(crate) async fn serve_grpc(listener: TcpListener, sink: impl Sink) {
-    let service = TraceServiceServer::new(Grpc(sink))
-        .accept_compressed(CompressionEncoding::Gzip)
-        .max_decoding_message_size(MAX_BYTES);
-    let server = tonic::transport::Server::builder()
-        .layer(MapResponseLayer::new(undecodable_is_invalid))
-        .add_service(service)
-        // Otherwise the end of an answer waits for the client to acknowledge its beginning: 40 ms.
-        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-    // It ends with its runtime, and has nobody to tell.
-    drop(server.await);
-}
-
-/// OTLP/HTTP.
-pub(crate) fn http_routes<S: Sink>(sink: S) -> Router {
+/// `/v1/traces`
+pub(crate) fn routes<S: Sink>(sink: S) -> Router {
     Router::new()
         .route("/v1/traces", post(export::<S>))
         .layer(DefaultBodyLimit::max(MAX_BYTES))
         .with_state(sink)
-}
-
-#[derive(Clone)]
-struct Grpc<S>(S);
-
-#[tonic::async_trait]
-impl<S: Sink> TraceService for Grpc<S> {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<tonic::Response<ExportTraceServiceResponse>, Status> {
-        let (metadata, _, request) = request.into_parts();
-        let rejected = self.0.take(metadata.into_headers(), request)?;
-        Ok(tonic::Response::new(response(&rejected)))
-    }
-}
-
-/// tonic answers INTERNAL to a message that it can't decode or decompress. The mistake is the client's,
-/// and OTLP says so: INVALID_ARGUMENT. Nothing else here answers INTERNAL.
-fn undecodable_is_invalid<B>(mut response: http::Response<B>) -> http::Response<B> {
-    if let Some(status) = response.headers_mut().get_mut(Status::GRPC_STATUS)
-        && Code::from_bytes(status.as_bytes()) == Code::Internal
-    {
-        *status = i32::from(Code::InvalidArgument).into();
-    }
-    response
 }
 
 async fn export<S: Sink>(
@@ -109,11 +55,10 @@ async fn export<S: Sink>(
 
 fn decode(encoding: Encoding, compressed: bool, body: &[u8]) -> Result<ExportTraceServiceRequest, Status> {
     let body = if compressed { Cow::Owned(unzip(body)?) } else { Cow::Borrowed(body) };
-    let request = match encoding {
-        Encoding::Protobuf => ExportTraceServiceRequest::decode(&*body).map_err(|error| error.to_string()),
-        Encoding::Json => serde_json::from_slice(&body).map_err(|error| error.to_string()),
-    };
-    request.map_err(Status::invalid_argument)
+    match encoding {
+        Encoding::Protobuf => decode::protobuf(&body),
+        Encoding::Json => decode::json(&body),
+    }
 }
 
 /// A few kilobytes of gzip can become gigabytes: it is read up to the limit, and not further.
@@ -128,15 +73,6 @@ fn unzip(body: &[u8]) -> Result<Vec<u8>, Status> {
 
 fn too_large() -> Status {
     Status::resource_exhausted(format!("a request may have {MAX_BYTES} bytes"))
-}
-
-fn response(rejected: &Rejected) -> ExportTraceServiceResponse {
-    // A field that is there says that something is wrong, even with zero rejected spans.
-    let partial_success = (rejected.spans > 0).then(|| ExportTracePartialSuccess {
-        rejected_spans: i64::try_from(rejected.spans).unwrap_or(i64::MAX),
-        error_message: format!("of the first span: {}", rejected.reason),
-    });
-    ExportTraceServiceResponse { partial_success }
 }
 
 /// How a request is written, and so its answer.
