@@ -32,9 +32,12 @@ export async function proxy(base) {
   }
 
   async function close() {
+    if (!server) return;
+    const closed = once(server, "close");
     server.close();
     for (const socket of sockets) socket.destroy();
-    await once(server, "close");
+    await closed;
+    server = null;
   }
 
   await open();

@@ -29,7 +29,7 @@ for (const [colorScheme, name] of [
   ["dark", "trace-dark.png"],
 ]) {
   const page = await browser.newPage({
-    viewport: { width: 1280, height: 420 },
+    viewport: { width: 1280, height: 440 },
     deviceScaleFactor: 1.5,
     colorScheme,
   });

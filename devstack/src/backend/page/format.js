@@ -25,10 +25,9 @@ export function age(micros, now = Date.now()) {
   return `${Math.floor(seconds / 86_400)} d ago`;
 }
 
-/** Local date and time with milliseconds, or nothing if no calendar holds it. */
+/** Local date and time with milliseconds. */
 export function clock(micros) {
   const date = new Date(micros / 1e3);
-  if (Number.isNaN(date.getTime())) return "";
   const two = (number) => String(number).padStart(2, "0");
   const day = `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`;
   const time = [date.getHours(), date.getMinutes(), date.getSeconds()].map(two).join(":");

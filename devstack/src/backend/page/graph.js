@@ -4,9 +4,9 @@ import { element, svg } from "./dom.js";
 import { count, short } from "./format.js";
 import { colour } from "./services.js";
 
-const BOX = { width: 124, height: 40 };
-const GAP = { x: 64, y: 14 };
-const EDGE = 6;
+const BOX = { width: 116, height: 40 };
+const GAP = { x: 52, y: 14 };
+const EDGE = 2;
 
 /** Draws services (`totals`) and the calls between them (`calls`). */
 export function serviceGraph(services, calls) {
@@ -80,7 +80,7 @@ function box({ name, spans, errors }, { x, y }) {
     svg("title", {}, short(name, 1000)),
     svg("rect", { width: BOX.width, height: BOX.height, rx: 4 }),
     svg("rect", { class: "stripe", width: 4, height: BOX.height, rx: 1 }),
-    svg("text", { x: 12, y: 17, class: "service" }, short(name || "(no service)", 15)),
+    svg("text", { x: 12, y: 17, class: "service" }, short(name || "(no service)", 13)),
     svg(
       "text",
       { x: 12, y: 32, class: "quiet" },

@@ -147,7 +147,7 @@ export default {
     const top = () =>
       page.locator(".row", { hasText: name }).evaluate((row) => row.getBoundingClientRect().top);
     const before = await top();
-    const late = { service: "late", name: "late", at: -60e6, took: 5, parent: ids[0] };
+    const late = { service: "late", name: "late", at: -120e6, took: 5, parent: ids[0] };
     await post(trace([late], { traceID }));
     await eventually(() => page.getAttribute("#waterfall", "aria-rowcount"), "3002");
     assert.equal(await top(), before);

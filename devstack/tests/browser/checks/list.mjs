@@ -164,19 +164,21 @@ export default {
 
   async a_backend_that_comes_back_is_found_again({ open, post, base }) {
     const door = await proxy(base);
-    const page = await open("/", { base: door.address, allow: /ERR_/ });
-    await page.waitForSelector("[data-state=live]");
-    assert.equal(await page.isVisible("#gone"), false);
-    await door.close();
-    await page.waitForSelector("#gone:visible");
-    await page.waitForSelector("[data-state=reconnecting]");
-    const meanwhile = login();
-    await post(meanwhile);
-    await door.open();
-    await page.waitForSelector("[data-state=live]");
-    await eventually(async () => (await listed(page))[0], meanwhile.traceID);
-    assert.equal(await page.isVisible("#gone"), false);
-    await page.close();
-    await door.close();
+    try {
+      const page = await open("/", { base: door.address, allow: /ERR_/ });
+      await page.waitForSelector("[data-state=live]");
+      assert.equal(await page.isVisible("#gone"), false);
+      await door.close();
+      await page.waitForSelector("#gone:visible");
+      await page.waitForSelector("[data-state=reconnecting]");
+      const meanwhile = login();
+      await post(meanwhile);
+      await door.open();
+      await page.waitForSelector("[data-state=live]");
+      await eventually(async () => (await listed(page))[0], meanwhile.traceID);
+      assert.equal(await page.isVisible("#gone"), false);
+    } finally {
+      await door.close();
+    }
   },
 };

@@ -202,6 +202,8 @@ export default {
     await openDetails(page, "mq_consumer_msg");
     assert.equal(await beside(page), "mq mq_consumer_msg");
     assert.equal(await fact(page, "Kind"), "CONSUMER");
+    const titles = await page.$$eval("#side h3", (titles) => titles.map((title) => title.textContent));
+    assert.deepEqual(titles, ["Attributes", "Resource"]);
     assert.match(await fact(page, "Start"), /^\+1\.63 ms \d{4}-/);
     assert.equal(await fact(page, "Duration"), "840 µs 34 % of the trace");
     assert.equal(await fact(page, "Span id"), posted.ids[5]);
