@@ -6,11 +6,13 @@
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
 //! - `recent`: what the page needs beside them: the latest traces, and word when one changes
 //! - `search`, `parameters`, `ids`: what a query asks for
-//! - `page`: what a browser sees
+//! - `page`: what a browser sees; `jaeger_ui`: what it sees with the feature of that name
 
 mod ids;
 pub(crate) mod ingest;
 mod jaeger;
+#[cfg(feature = "jaeger-ui")]
+mod jaeger_ui;
 mod jaeger_v3;
 mod page;
 mod parameters;
@@ -27,6 +29,7 @@ pub use store::{Limits, Statistics};
 
 use crate::{background::Background, trace::Span};
 use anyhow::{Context, Result};
+use axum::Router;
 use clap::Args;
 use http::HeaderMap;
 use ingest::Sink;
@@ -87,6 +90,19 @@ impl Backend {
     /// # Errors
     /// If one of the addresses is in use: then it says which.
     pub async fn start_with(addresses: Addresses, limits: Limits) -> Result<Self> {
+        Self::serve(addresses, limits, page::page())
+    }
+
+    /// Listens at these addresses, with Jaeger's own page instead of this project's.
+    ///
+    /// # Errors
+    /// If one of the addresses is in use: then it says which.
+    #[cfg(feature = "jaeger-ui")]
+    pub async fn start_with_jaeger_ui(addresses: Addresses) -> Result<Self> {
+        Self::serve(addresses, Limits::default(), jaeger_ui::page())
+    }
+
+    fn serve(addresses: Addresses, limits: Limits, page: Router) -> Result<Self> {
         let store = Arc::new(Store::new(limits));
         // Queries block. More than two at a time would take longer each, and more memory.
         let runtime = Background::start(2, 2)?;
@@ -103,7 +119,7 @@ impl Backend {
         };
         runtime.spawn(ingest::serve_grpc(otlp_grpc, Arc::clone(&store)));
         runtime.serve_http(otlp_http, ingest::http_routes(Arc::clone(&store)));
-        runtime.serve_http(query, query::router(Arc::clone(&store)));
+        runtime.serve_http(query, query::router(Arc::clone(&store), page));
         Ok(Self { addresses, store, _runtime: runtime })
     }
 

@@ -1,6 +1,6 @@
 //! The router of the query side: Jaeger's two APIs, what the page needs beside them, and the page.
 
-use super::{jaeger, jaeger_v3, page, parameters::Refusal, recent, store::Store};
+use super::{jaeger, jaeger_v3, parameters::Refusal, recent, store::Store};
 use axum::{
     Json, Router,
     http::StatusCode,
@@ -10,13 +10,13 @@ use serde::Serialize;
 use std::sync::Arc;
 use tokio::task::spawn_blocking;
 
-pub(super) fn router(store: Arc<Store>) -> Router {
+pub(super) fn router(store: Arc<Store>, page: Router) -> Router {
     Router::new()
         .merge(jaeger::routes())
         .merge(jaeger_v3::routes())
         .merge(recent::routes())
         .with_state(store)
-        .merge(page::page())
+        .merge(page)
 }
 
 /// Answers a query on a thread of its own: a search takes long enough to hold up what comes in.

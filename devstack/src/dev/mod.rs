@@ -35,6 +35,10 @@ pub struct Options {
     /// Show every log line of the services, not only warnings and errors.
     #[arg(long)]
     logs: bool,
+    /// Show traces in Jaeger's own page.
+    #[cfg(feature = "jaeger-ui")]
+    #[arg(long)]
+    jaeger_ui: bool,
 }
 
 /// How often the terminal is brought up to date.

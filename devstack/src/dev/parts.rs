@@ -63,7 +63,7 @@ impl Parts {
                     query: address(16686, "the trace page")?,
                 };
                 let url = format!("http://{}", addresses.otlp_grpc);
-                (Some(Backend::start_at(addresses).await?), url)
+                (Some(backend(options, addresses).await?), url)
             }
         };
 
@@ -186,6 +186,19 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         let _ = timeout(STOP_TIMEOUT, ends).await;
         self.services.clear();
     }
+}
+
+#[cfg(feature = "jaeger-ui")]
+async fn backend(options: &Options, addresses: Addresses) -> Result<Backend> {
+    match options.jaeger_ui {
+        true => Backend::start_with_jaeger_ui(addresses).await,
+        false => Backend::start_at(addresses).await,
+    }
+}
+
+#[cfg(not(feature = "jaeger-ui"))]
+async fn backend(_: &Options, addresses: Addresses) -> Result<Backend> {
+    Backend::start_at(addresses).await
 }
 
 fn is_warning(line: &str) -> bool {
