@@ -24,6 +24,7 @@ use tokio::{
     },
     select,
     sync::Notify,
+    task::yield_now,
     time::{sleep, timeout},
 };
 
@@ -349,16 +350,20 @@ impl Writer {
     ) -> io::Result<()> {
         loop {
             if self.written == self.frames.len() && !self.refill(shared, id, drained) {
-                let Some(interval) = heartbeat else {
-                    self.wake.notified().await;
-                    continue;
+                let woken = self.wake.notified();
+                let is_late = match heartbeat {
+                    // Twice as often as promised, so that one may be late.
+                    Some(interval) => timeout(interval / 2, woken).await.is_err(),
+                    None => {
+                        woken.await;
+                        false
+                    }
                 };
-                // Twice as often as promised, so that one may be late.
-                if timeout(interval / 2, self.wake.notified()).await.is_err()
-                    && let Some(peer) = shared.lock().peers.get_mut(&id)
-                {
+                if is_late && let Some(peer) = shared.lock().peers.get_mut(&id) {
                     peer.output.heartbeat();
                 }
+                // What can be read first is: one write, and one confirm, then answer more of it.
+                yield_now().await;
                 continue;
             }
             let written = self.half.write(&self.frames[self.written..]);
