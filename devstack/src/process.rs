@@ -243,7 +243,7 @@ fn address(line: &str) -> Option<SocketAddr> {
 /// # Errors
 /// If it can't be built.
 pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
-    let built = build(&["-p", "telemetry", "--example", name])?;
+    let built = build(&["--example", name])?;
     let binary = built.get(name).cloned().with_context(|| format!("there is no example {name}"))?;
     Ok(Process::isolated(binary, variables))
 }
@@ -252,8 +252,7 @@ pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
 pub(crate) fn binary(name: &str) -> Result<PathBuf> {
     static BINARIES: OnceLock<Result<HashMap<String, PathBuf>, String>> = OnceLock::new();
 
-    let services = ["-p", "api", "-p", "rpc", "-p", "mq"];
-    let binaries = BINARIES.get_or_init(|| build(&services).map_err(|error| format!("{error:#}")));
+    let binaries = BINARIES.get_or_init(|| build(&["--bins"]).map_err(|error| format!("{error:#}")));
     let binaries = binaries.as_ref().map_err(|error| anyhow::anyhow!(error.clone()))?;
     binaries.get(name).cloned().with_context(|| format!("there is no binary {name}"))
 }
@@ -262,7 +261,8 @@ pub(crate) fn binary(name: &str) -> Result<PathBuf> {
 fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = std::process::Command::new(cargo);
-    build.args(["build", "--message-format=json-render-diagnostics"]).args(what);
+    // All of the workspace: the same features as those of `cargo build` there, so that little is built twice.
+    build.args(["build", "--workspace", "--message-format=json-render-diagnostics"]).args(what);
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }

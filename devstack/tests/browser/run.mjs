@@ -1,6 +1,6 @@
 // Drives the trace page in a real browser, against a backend that has no traces yet:
 //
-//     cargo run --release -p devstack -- backend
+//     cargo dev backend
 //     node run.mjs [--page http://127.0.0.1:16686] [--otlp http://127.0.0.1:4318] [--only text]
 //
 // Every check has a page of its own. Whatever the page says on the console as an error fails the check.
