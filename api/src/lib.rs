@@ -45,7 +45,6 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let channel = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
-        .timeout(config.usercenter_timeout)
         .tcp_nodelay(true)
         .connect_lazy();
     let traced = GrpcClientLayer::new(&config.usercenter_url).layer(channel.clone()); // the client span
@@ -57,12 +56,13 @@ pub async fn run(
     let secret = config.access_secret().map_err(anyhow::Error::msg)?;
     let app = Arc::new(App {
         usercenter: UsercenterClient::new(traced),
+        usercenter_timeout: config.usercenter_timeout,
         tokens: TokenIssuer::new(secret, config.access_expire),
         publisher,
         usercenter_health: tonic_health::pb::health_client::HealthClient::new(channel),
     });
 
-    server::serve(listener, router::router(app.clone()), stop).await;
-    app.publisher.close().await;
+    let deadline = server::serve(listener, router::router(app.clone()), stop).await;
+    app.publisher.close(deadline).await;
     Ok(())
 }

@@ -3,13 +3,14 @@
 use crate::{TRACER, problem::Problem, router::App};
 use axum::{
     Json,
-    extract::{FromRequest, Request, State, rejection::JsonRejection},
+    extract::{self, FromRequest, State, rejection::JsonRejection},
 };
 use opentelemetry::trace::Tracer;
 use proto::usercenter::v1::GetUserByMobileRequest;
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use std::{sync::Arc, time::Duration};
 use tokio::time::timeout;
+use tonic::Request;
 
 /// The body of a login.
 // Without Debug: a mobile number is personal.
@@ -42,8 +43,14 @@ pub async fn login(
     // The server span is open already: a layer did that.
 
     // The client span, and the server span at the other end: layers, too.
-    let lookup = GetUserByMobileRequest { mobile: request.mobile.clone() };
-    let found = app.usercenter.clone().get_user_by_mobile(lookup).await?;
+    let mut lookup = Request::new(GetUserByMobileRequest { mobile: request.mobile.clone() });
+    // Tells the other side by when (`grpc-timeout`). tonic waits no longer for the answer's headers; its body
+    // and its status are bounded here.
+    lookup.set_timeout(app.usercenter_timeout);
+    let mut usercenter = app.usercenter.clone();
+    let found = timeout(app.usercenter_timeout, usercenter.get_user_by_mobile(lookup))
+        .await
+        .map_err(|_| Problem::UsercenterTimeout)??;
     let user = found.into_inner().user.ok_or(Problem::UsercenterFailed)?;
 
     // A local function: no layer can know about it, so its span is written by hand.
@@ -66,11 +73,11 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(3);
 impl<S: Send + Sync> FromRequest<S> for LoginRequest {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+    async fn from_request(request: extract::Request, state: &S) -> Result<Self, Problem> {
         let body = Json::<LoginRequest>::from_request(request, state);
         let Json(login) = timeout(BODY_TIMEOUT, body).await.map_err(|_| Problem::BodyTooSlow)??;
         let is_mobile =
-            (5..=15).contains(&login.mobile.len()) && login.mobile.bytes().all(|b| b.is_ascii_digit());
+            (7..=15).contains(&login.mobile.len()) && login.mobile.bytes().all(|b| b.is_ascii_digit());
         if is_mobile { Ok(login) } else { Err(Problem::InvalidMobile) }
     }
 }

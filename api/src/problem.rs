@@ -61,7 +61,7 @@ impl Problem {
             Self::InvalidMobile => (
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "invalid-mobile",
-                "The member mobile must be a string of 5 to 15 digits",
+                "The member mobile must be a string of 7 to 15 digits",
             ),
             Self::UnknownUser => {
                 (StatusCode::UNAUTHORIZED, "unknown-user", "Nobody registered this mobile number")

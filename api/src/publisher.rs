@@ -29,7 +29,7 @@ use tokio::{
     select,
     sync::{Notify, watch},
     task::AbortHandle,
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
 use uuid::Uuid;
 
@@ -65,6 +65,9 @@ pub enum PublishError {
     /// There is no connection to the broker now.
     #[error("not connected to the broker")]
     NotConnected,
+    /// The broker is short of memory or disk and takes no messages (`connection.blocked`).
+    #[error("the broker takes no messages now")]
+    Blocked,
     /// The connection or the channel broke.
     #[error("the connection to the broker broke")]
     Broken(#[source] lapin::Error),
@@ -83,6 +86,7 @@ impl PublishError {
     fn error_type(&self) -> &'static str {
         match self {
             Self::NotConnected => "not_connected",
+            Self::Blocked => "blocked",
             Self::Broken(_) => "connection_broken",
             Self::Timeout => "timeout",
             Self::Nacked => "nacked",
@@ -102,7 +106,7 @@ impl Publisher {
 
     /// Whether the broker can be published to now.
     pub fn is_connected(&self) -> bool {
-        self.session.borrow().is_some()
+        self.session.borrow().as_ref().is_some_and(|session| !session.is_blocked())
     }
 
     /// Publishes that `mobile` has logged in. Once this returns, the broker has the message safely.
@@ -138,6 +142,10 @@ impl Publisher {
         let body = LoginMessage { carrier, msg: mobile }.to_json();
 
         let session = self.session.borrow().clone().ok_or(PublishError::NotConnected)?;
+        if session.is_blocked() {
+            // lapin would keep the message, and all after it, until the broker takes messages again.
+            return Err(PublishError::Blocked);
+        }
         let confirmation =
             session.publish(&self.topology, headers, message_id, &body).await.map_err(|error| {
                 session.failed.notify_one();
@@ -151,13 +159,14 @@ impl Publisher {
         }
     }
 
-    /// Closes the connection in an orderly way, for at most a second.
-    pub async fn close(&self) {
+    /// Closes the connection in an orderly way, for at most a second, and until `deadline` at most.
+    pub async fn close(&self, deadline: Instant) {
         // First: what is closed now must be neither reported as lost nor replaced.
         self.keeper.abort();
         let session = self.session.borrow().clone();
         if let Some(Session { connection, .. }) = session {
-            let closed = timeout(Duration::from_secs(1), connection.close(200, "shutting down".into())).await;
+            let deadline = deadline.min(Instant::now() + Duration::from_secs(1));
+            let closed = timeout_at(deadline, connection.close(200, "shutting down".into())).await;
             tracing::debug!(?closed, "closed the connection to the broker");
         }
     }
@@ -170,6 +179,10 @@ impl Session {
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         topology.declare(&channel).await?;
         Ok(Self { connection, channel, failed: Arc::default() })
+    }
+
+    fn is_blocked(&self) -> bool {
+        self.connection.status().blocked()
     }
 
     /// Waits until this session can't be used any more; tells why.

@@ -7,7 +7,7 @@ use axum::{
     routing::{get, post},
 };
 use proto::usercenter::v1::usercenter_client::UsercenterClient;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use telemetry::{grpc::GrpcClient, http::HttpServerLayer};
 use tonic::transport::Channel;
 use tonic_health::pb::health_client::HealthClient;
@@ -16,6 +16,8 @@ use tonic_health::pb::health_client::HealthClient;
 pub struct App {
     /// Traced.
     pub usercenter: UsercenterClient<GrpcClient<Channel>>,
+    /// How long a call of it may take.
+    pub usercenter_timeout: Duration,
     /// The same connection, without spans.
     pub usercenter_health: HealthClient<Channel>,
     /// Access tokens.

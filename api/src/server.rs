@@ -22,8 +22,8 @@ use tower::Service;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves `router` until `stop` is ready; it tells by when requests in flight must be finished. Those
-/// that are not are cut off, and logged.
-pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = Instant>) {
+/// that are not are cut off, and logged. Returns that deadline.
+pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = Instant>) -> Instant {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     let connections = GracefulShutdown::new();
@@ -66,4 +66,5 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
         // Dropped, they end their spans, which can still be sent.
         tasks.shutdown().await;
     }
+    deadline
 }

@@ -31,8 +31,10 @@ fn to_span(span: &Value, processes: &Value) -> Span {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let process = &processes[span["processID"].as_str().unwrap_or_default()];
     let references: Vec<_> = span["references"].as_array().into_iter().flatten().collect();
-    // The parent comes first; what follows are links.
-    let parent = references.iter().position(|reference| reference["traceID"] == span["traceID"]);
+    // Links are references, too, FOLLOWS_FROM.
+    let is_parent =
+        |reference: &&Value| reference["traceID"] == span["traceID"] && reference["refType"] == "CHILD_OF";
+    let parent = references.iter().position(is_parent);
     let links = references.iter().enumerate().filter(|(i, _)| Some(*i) != parent);
     let mut attributes = tags(&span["tags"]);
     let mut take = |key: &str| attributes.remove(key).unwrap_or_default();

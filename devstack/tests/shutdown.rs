@@ -5,6 +5,7 @@ use devstack::{
     client::Client,
     process::Process,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
+    trace::{dedent, tree},
 };
 use proto::usercenter::v1::{
     GetUserByMobileRequest, GetUserByMobileResponse, User,
@@ -78,9 +79,16 @@ async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Proc
         ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
     ];
     let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    let _mq = if name == "mq" { Some(Process::start("mq", &variables).await?) } else { None };
+    let next = if name == "mq" { Some(Process::start("mq", &variables).await?) } else { None };
     for trace in &answered {
         stack.receiver.expect_tree(trace, LOGIN_TREE).await;
+    }
+    if let Some(mut next) = next {
+        // Once more when it has sent all: what was processed twice shows.
+        next.stop().await?;
+        for trace in &answered {
+            assert_eq!(tree(&stack.receiver.trace(trace), ""), dedent(LOGIN_TREE));
+        }
     }
     Ok(())
 }

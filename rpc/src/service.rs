@@ -22,7 +22,7 @@ impl Service {
 /// Why a user can't be given.
 #[derive(Debug, thiserror::Error)]
 enum LookupError {
-    #[error("mobile must be 5 to 15 digits")]
+    #[error("mobile must be 7 to 15 digits")]
     NotAMobileNumber,
     #[error("no user with this mobile number")]
     UnknownUser,
@@ -44,7 +44,7 @@ impl Usercenter for Service {
         request: Request<GetUserByMobileRequest>,
     ) -> Result<Response<GetUserByMobileResponse>, Status> {
         let mobile = request.into_inner().mobile;
-        if !(5..=15).contains(&mobile.len()) || !mobile.bytes().all(|b| b.is_ascii_digit()) {
+        if !(7..=15).contains(&mobile.len()) || !mobile.bytes().all(|b| b.is_ascii_digit()) {
             return Err(LookupError::NotAMobileNumber.into());
         }
         let user = self.directory.by_mobile(&mobile).ok_or(LookupError::UnknownUser)?;

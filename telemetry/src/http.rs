@@ -132,7 +132,7 @@ fn request_attributes<B>(
 
     set(semconv::HTTP_REQUEST_METHOD, method.unwrap_or(OTHER).into());
     if method.is_none() {
-        set(semconv::HTTP_REQUEST_METHOD_ORIGINAL, request.method().to_string().into());
+        set(semconv::HTTP_REQUEST_METHOD_ORIGINAL, without_long_numbers(request.method().as_str()).into());
     }
     if let Some(route) = route {
         set(semconv::HTTP_ROUTE, route.to_owned().into());
@@ -152,7 +152,7 @@ fn request_attributes<B>(
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let authority = request.uri().authority().map(|authority| authority.as_str()).or(host);
     if let Some(authority) = authority.and_then(|authority| authority.parse::<http::uri::Authority>().ok()) {
-        set(semconv::SERVER_ADDRESS, authority.host().to_owned().into());
+        set(semconv::SERVER_ADDRESS, host_attribute(&authority).into());
         if let Some(port) = authority.port_u16() {
             span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
         }
@@ -278,8 +278,13 @@ fn protocol_version(version: Version) -> Option<&'static str> {
     })
 }
 
+/// The host that a caller named, which may be anything.
+pub(crate) fn host_attribute(authority: &http::uri::Authority) -> String {
+    without_long_numbers(authority.host().trim_matches(['[', ']']))
+}
+
 /// What a caller wrote, without anything that might be a phone number, a card or an account.
-fn without_long_numbers(text: &str) -> String {
+pub(crate) fn without_long_numbers(text: &str) -> String {
     const SHORTEST: usize = 7;
 
     let mut kept = String::with_capacity(text.len());

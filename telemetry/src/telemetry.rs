@@ -82,6 +82,8 @@ impl Telemetry {
     /// matter most.
     pub async fn shut_down(self, limit: Duration) {
         let deadline = Instant::now() + limit;
+        // All at once: one that gets no answer must not take the others' time.
+        self.exports.iter().for_each(BatchExport::close);
         for export in self.exports {
             let SpanCounts { ended, exported, dropped } = export.shut_down(deadline).await;
             if dropped > 0 {

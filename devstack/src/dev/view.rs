@@ -3,7 +3,7 @@
 use super::terminal::Terminal;
 use crate::{backend::Backend, trace::Span};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
 use tokio::sync::broadcast::{self, error::TryRecvError};
@@ -73,7 +73,7 @@ impl View {
 
 /// One root at least, and every parent is there; the root's may be the caller's.
 fn is_complete(spans: &[Span]) -> bool {
-    let has = |id: &str| spans.iter().any(|span| span.span_id == id);
-    let without_parent = spans.iter().filter(|span| !has(&span.parent_span_id)).count();
+    let ids: HashSet<&str> = spans.iter().map(|span| span.span_id.as_str()).collect();
+    let without_parent = spans.iter().filter(|span| !ids.contains(span.parent_span_id.as_str())).count();
     without_parent == 1
 }

@@ -2,7 +2,7 @@
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
 pub struct GetUserByMobileRequest {
-    /// 5 to 15 digits (E.164, without the plus sign).
+    /// 7 to 15 digits (E.164, without the plus sign).
     #[prost(string, tag = "1")]
     pub mobile: ::prost::alloc::string::String,
 }

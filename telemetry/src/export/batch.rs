@@ -126,9 +126,14 @@ impl SpanProcessor for BatchProcessor {
 }
 
 impl BatchExport {
-    /// Sends what is queued, without waiting for retries, until `deadline`; the rest is dropped.
-    pub async fn shut_down(mut self, deadline: Instant) -> SpanCounts {
+    /// From now on what is queued is sent, without waiting for retries.
+    pub fn close(&self) {
         self.closing.send_replace(true);
+    }
+
+    /// Closes, and waits until everything is sent, or until `deadline`; the rest is dropped.
+    pub async fn shut_down(mut self, deadline: Instant) -> SpanCounts {
+        self.close();
         if timeout_at(deadline, &mut self.worker).await.is_err() {
             self.worker.abort();
         }
@@ -333,7 +338,8 @@ impl Worker {
             self.warn(&reason);
             let delay = match retry {
                 Retry::Never => return None,
-                Retry::After(delay) => delay,
+                // Zero is legal, and would be a loop without a pause.
+                Retry::After(delay) => delay.max(BACKOFF),
                 // Between half and all of it, so that services don't come back in step.
                 Retry::Later => backoff.mul_f64(0.5 + 0.5 * fastrand::f64()),
             };
