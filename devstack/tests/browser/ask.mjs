@@ -2,15 +2,17 @@
 
 import assert from "node:assert/strict";
 
-/** Asks until the answer is the expected one, for at most five seconds. */
+/** Asks until the answer is the expected one, for at most ten seconds. */
 export async function eventually(ask, expected) {
-  const deadline = Date.now() + 5000;
+  const deadline = Date.now() + 10_000;
   let answer;
   do {
-    answer = await ask();
+    // What is asked for may not be in the document yet.
+    answer = await ask().catch((error) => error);
     if (JSON.stringify(answer) === JSON.stringify(expected)) return;
     await new Promise((resolve) => setTimeout(resolve, 20));
   } while (Date.now() < deadline);
+  if (answer instanceof Error) throw answer;
   assert.deepEqual(answer, expected);
 }
 
