@@ -1,8 +1,10 @@
 //! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
 
+use crate::publisher::Limits;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use lapin::uri::AMQPUri;
-use std::{net::SocketAddr, time::Duration};
+use serving::shutdown;
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use tonic::transport::Uri;
 
 /// The HTTP service: logs users in.
@@ -18,13 +20,29 @@ pub struct Config {
     #[arg(long, env = "API_LISTEN", default_value = "127.0.0.1:8888", global = true)]
     pub listen: SocketAddr,
 
+    /// How long a request may take, from its headers to those of the answer.
+    #[arg(long, env = "API_DEADLINE", default_value = "3s", value_parser = positive_duration)]
+    pub deadline: Duration,
+
+    /// How many requests may be in flight; more are refused at once.
+    #[arg(long, env = "API_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_in_flight: u32,
+
     /// The gRPC service usercenter, as http://host:port.
     #[arg(long, env = "USERCENTER_URL", default_value = "http://127.0.0.1:50051", value_parser = grpc_url)]
     pub usercenter_url: Uri,
 
-    /// How long usercenter may take to answer.
-    #[arg(long, env = "USERCENTER_TIMEOUT", default_value = "2s", value_parser = humantime::parse_duration)]
+    /// How long a call of usercenter may take, with its retries.
+    #[arg(long, env = "USERCENTER_TIMEOUT", default_value = "2s", value_parser = positive_duration)]
     pub usercenter_timeout: Duration,
+
+    /// How often a call of usercenter is tried at most; 1 for no retries.
+    #[arg(long, env = "USERCENTER_ATTEMPTS", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=5))]
+    pub usercenter_attempts: u32,
+
+    /// How long usercenter is left alone once half of the calls fail.
+    #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
+    pub usercenter_circuit_pause: Duration,
 
     /// The broker, as amqp://user:password@host:port/vhost.
     #[arg(long, env = "AMQP_URL", default_value = proto::broker::DEFAULT_URL, hide_env_values = true)]
@@ -34,9 +52,22 @@ pub struct Config {
     #[arg(long, env = "AMQP_PREFIX", default_value = "")]
     pub amqp_prefix: String,
 
-    /// How long the broker may take to confirm a message.
-    #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "2s", value_parser = humantime::parse_duration)]
+    /// How long the broker may take to confirm a message, before it goes to the spool.
+    #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = humantime::parse_duration)]
     pub publish_timeout: Duration,
+
+    /// The directory of the spool: logins on disk that the broker has not confirmed. No other process may
+    /// use it.
+    #[arg(long, env = "API_DATA_DIR", default_value = "data/api")]
+    pub data_dir: PathBuf,
+
+    /// The most logins in the spool; when it is full, logins are refused while the broker is away.
+    #[arg(long, env = "API_SPOOL_MAX_ENTRIES", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    spool_max_entries: u64,
+
+    /// The most bytes in the spool; the file may be several times as large.
+    #[arg(long, env = "API_SPOOL_MAX_BYTES", default_value_t = 512 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..))]
+    spool_max_bytes: u64,
 
     /// Signs access tokens, at least 32 bytes. Without it tokens are valid until this process ends.
     #[arg(long, env = "ACCESS_SECRET", hide_env_values = true)]
@@ -46,9 +77,14 @@ pub struct Config {
     #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = humantime::parse_duration)]
     pub access_expire: Duration,
 
-    /// From the signal to stop until exit, at most: requests in flight, then spans.
-    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
-    pub shutdown_timeout: Duration,
+    /// How many connections from callers there may be at once. Beyond that, the one that has waited longest
+    /// for a request is closed for each new one.
+    #[arg(long, env = "API_MAX_CONNECTIONS", default_value_t = 10_000, value_parser = at_least_one)]
+    pub max_connections: usize,
+
+    /// How to end.
+    #[command(flatten)]
+    pub shutdown: shutdown::Options,
 }
 
 /// What to do instead of serving.
@@ -63,7 +99,9 @@ impl Config {
     pub fn load() -> Self {
         let config = Self::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
-        if let Err(problem) = config.amqp_uri().and_then(|_| config.access_secret()) {
+        let checked =
+            config.amqp_uri().map(drop).and(config.access_secret().map(drop)).and(config.shutdown.check());
+        if let Err(problem) = checked {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
@@ -75,6 +113,11 @@ impl Config {
     /// If the URL is not one; [`Config::load`] has seen to that.
     pub fn amqp_uri(&self) -> Result<AMQPUri, String> {
         proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))
+    }
+
+    /// How much the spool may hold.
+    pub fn spool_limits(&self) -> Limits {
+        Limits { entries: self.spool_max_entries, bytes: self.spool_max_bytes }
     }
 
     /// The key for access tokens, if one is set.
@@ -90,15 +133,19 @@ impl Config {
             secret => Ok(secret.map(str::as_bytes)),
         }
     }
+}
 
-    /// The part of the shutdown that requests in flight may take.
-    pub fn drain_timeout(&self) -> Duration {
-        self.shutdown_timeout.mul_f64(0.6)
+fn at_least_one(number: &str) -> Result<usize, &'static str> {
+    match number.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("expected a number, at least 1"),
     }
+}
 
-    /// The part of the shutdown that is kept for spans.
-    pub fn telemetry_timeout(&self) -> Duration {
-        self.shutdown_timeout.mul_f64(0.4)
+fn positive_duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("must be more than 0".to_owned()),
+        duration => duration.map_err(|error| error.to_string()),
     }
 }
 

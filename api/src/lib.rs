@@ -2,13 +2,16 @@
 //!
 //! - [`config`]: flags and environment
 //! - [`router`]: every route and every layer
+//! - [`body`]: the body of a request, read first
 //! - [`login`]: the handler, with the hand-written span `local`
-//! - [`publisher`]: the message to the broker, with the hand-written span `send_msg_mq`
+//! - [`publisher`]: the message to the broker, or to disk, with the hand-written span `send_msg_mq`
 //! - [`token`]: the access token
 //! - [`problem`]: which failure gets which answer
 //! - [`health`]: alive, ready, and the probe that `api health` makes
-//! - [`server`][]: connections
+//! - [`mod@server`][]: connections
+//! - [`usercenter`]: the gRPC client, and every layer around it
 
+pub mod body;
 pub mod config;
 pub mod health;
 pub mod login;
@@ -17,52 +20,60 @@ pub mod publisher;
 pub mod router;
 pub mod server;
 pub mod token;
+pub mod usercenter;
 
+use anyhow::Context;
 use config::Config;
 use opentelemetry::global::{self, BoxedTracer};
 use proto::{topology::Topology, usercenter::v1::usercenter_client::UsercenterClient};
-use publisher::Publisher;
+use publisher::{Publisher, Spool};
 use router::App;
+use serving::{listener::reserve_files, shutdown::Shutdown};
 use std::sync::{Arc, LazyLock};
-use telemetry::grpc::GrpcClientLayer;
 use token::TokenIssuer;
-use tokio::{net::TcpListener, time::Instant};
+use tokio::net::TcpListener;
 use tonic::transport::Endpoint;
-use tower::Layer;
 
 /// Makes the hand-written spans of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
 
-/// Serves on `listener` until `stop` is ready; it tells by when requests in flight must be finished.
+/// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the configuration can't be used. Connections to usercenter and to the broker are made in the
+/// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the broker are made in the
 /// background, as often as needed.
-pub async fn run(
-    config: &Config,
-    listener: TcpListener,
-    stop: impl Future<Output = Instant>,
-) -> anyhow::Result<()> {
+pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let channel = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
         .tcp_nodelay(true)
         .connect_lazy();
-    let traced = GrpcClientLayer::new(&config.usercenter_url).layer(channel.clone()); // the client span
-    let publisher = Publisher::start(
+    let limits = usercenter::Limits {
+        timeout: config.usercenter_timeout,
+        attempts: config.usercenter_attempts,
+        circuit_pause: config.usercenter_circuit_pause,
+    };
+    let layered = usercenter::in_layers(&config.usercenter_url, limits, channel.clone());
+    let spool = Spool::open(&config.data_dir, config.spool_limits())
+        .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
+    let (publisher, publishing) = Publisher::start(
         config.amqp_uri().map_err(anyhow::Error::msg)?,
         Topology::with_prefix(&config.amqp_prefix),
         config.publish_timeout,
+        spool,
     );
     let secret = config.access_secret().map_err(anyhow::Error::msg)?;
     let app = Arc::new(App {
-        usercenter: UsercenterClient::new(traced),
-        usercenter_timeout: config.usercenter_timeout,
+        usercenter: UsercenterClient::new(layered),
         tokens: TokenIssuer::new(secret, config.access_expire),
         publisher,
+        shutdown: shutdown.clone(),
         usercenter_health: tonic_health::pb::health_client::HealthClient::new(channel),
     });
 
-    let deadline = server::serve(listener, router::router(app.clone()), stop).await;
-    app.publisher.close(deadline).await;
+    let limits = router::Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
+    let router = router::router(app, limits);
+    let max_connections = reserve_files(config.max_connections);
+    let schedule = server::serve(listener, router, max_connections, shutdown.clone()).await;
+    publishing.close(schedule.close_by).await;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The login: steps 1 to 4 of the flow, each with its span.
 
-use crate::{TRACER, problem::Problem, router::App};
+use crate::{TRACER, problem::Problem, publisher::LoginEvent, router::App};
 use axum::{
     Json,
     extract::{self, FromRequest, State, rejection::JsonRejection},
@@ -8,9 +8,8 @@ use axum::{
 use opentelemetry::trace::Tracer;
 use proto::usercenter::v1::GetUserByMobileRequest;
 use serde::{Deserialize, Serialize, de::IgnoredAny};
-use std::{sync::Arc, time::Duration};
-use tokio::time::timeout;
-use tonic::Request;
+use std::sync::Arc;
+use tower::ServiceExt;
 
 /// The body of a login.
 // Without Debug: a mobile number is personal.
@@ -42,22 +41,16 @@ pub async fn login(
 ) -> Result<Json<LoginResponse>, Problem> {
     // The server span is open already: a layer did that.
 
-    // The client span, and the server span at the other end: layers, too.
-    let mut lookup = Request::new(GetUserByMobileRequest { mobile: request.mobile.clone() });
-    // Tells the other side by when (`grpc-timeout`). tonic waits no longer for the answer's headers; its body
-    // and its status are bounded here.
-    lookup.set_timeout(app.usercenter_timeout);
-    let mut usercenter = app.usercenter.clone();
-    let found = timeout(app.usercenter_timeout, usercenter.get_user_by_mobile(lookup))
-        .await
-        .map_err(|_| Problem::UsercenterTimeout)??;
+    // The client span, the server span at the other end, the deadline, retries: layers, too.
+    let mobile = request.mobile.clone();
+    let found = app.usercenter.clone().get_user_by_mobile(GetUserByMobileRequest { mobile }).await?;
     let user = found.into_inner().user.ok_or(Problem::UsercenterFailed)?;
 
     // A local function: no layer can know about it, so its span is written by hand.
     let token = TRACER.in_span("local", |_| app.tokens.issue(user.id));
 
-    // The message, with a span of its own, written by hand there.
-    app.publisher.publish(request.mobile).await?;
+    // The message, with a span of its own, written by hand there. Confirmed or on disk: either will do.
+    app.publisher.clone().oneshot(LoginEvent { mobile: request.mobile }).await?;
 
     tracing::info!(user.id, "logged in");
     Ok(Json(LoginResponse {
@@ -67,15 +60,11 @@ pub async fn login(
     }))
 }
 
-/// How long a caller may take to send the body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(3);
-
 impl<S: Send + Sync> FromRequest<S> for LoginRequest {
     type Rejection = Problem;
 
     async fn from_request(request: extract::Request, state: &S) -> Result<Self, Problem> {
-        let body = Json::<LoginRequest>::from_request(request, state);
-        let Json(login) = timeout(BODY_TIMEOUT, body).await.map_err(|_| Problem::BodyTooSlow)??;
+        let Json(login) = Json::<LoginRequest>::from_request(request, state).await?;
         let is_mobile =
             (7..=15).contains(&login.mobile.len()) && login.mobile.bytes().all(|b| b.is_ascii_digit());
         if is_mobile { Ok(login) } else { Err(Problem::InvalidMobile) }
@@ -89,7 +78,6 @@ impl From<JsonRejection> for Problem {
             JsonRejection::JsonSyntaxError(_) => Problem::NotJson,
             JsonRejection::JsonDataError(_) => Problem::InvalidMobile,
             JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
-            JsonRejection::BytesRejection(rejection) if rejection.status() == 413 => Problem::BodyTooLarge,
             _ => Problem::UnreadableBody,
         }
     }

@@ -2,13 +2,8 @@
 
 use anyhow::Context;
 use api::config::{Command, Config};
+use serving::{listener::bind, shutdown::Shutdown};
 use std::process::ExitCode;
-use tokio::{
-    net::TcpListener,
-    select,
-    signal::unix::{SignalKind, signal},
-    time::Instant,
-};
 
 // One thread: see docs/decisions/0004-one-thread.md.
 #[tokio::main(flavor = "current_thread")]
@@ -24,32 +19,33 @@ async fn main() -> ExitCode {
             }
         };
     }
-    let telemetry = match telemetry::Config::from_env("api", env!("CARGO_PKG_VERSION")) {
-        Ok(config) => telemetry::Telemetry::start(config),
+    let shutdown = match Shutdown::on_signal(config.shutdown) {
+        Ok(shutdown) => shutdown,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let configured = telemetry::Config::from_env("api", env!("CARGO_PKG_VERSION"));
+    let telemetry = match configured.and_then(telemetry::Telemetry::start) {
+        Ok(telemetry) => telemetry,
         Err(error) => {
             eprintln!("error: {error}");
             return ExitCode::from(2);
         }
     };
 
-    let result = serve(&config).await;
+    let result = serve(&config, &shutdown).await;
     if let Err(error) = &result {
         tracing::error!("{error:#}");
     }
     // After a failure, too: the last spans matter most.
-    telemetry.shut_down(config.telemetry_timeout()).await;
+    telemetry.shut_down(shutdown.time_left()).await;
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn serve(config: &Config) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let stop = async move {
-        select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        Instant::now() + config.drain_timeout()
-    };
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
+async fn serve(config: &Config, shutdown: &Shutdown) -> anyhow::Result<()> {
+    let listener = bind(config.listen).with_context(|| format!("listening on {}", config.listen))?;
     tracing::info!(address = %listener.local_addr()?, "listening");
-    api::run(config, listener, stop).await
+    api::run(config, listener, shutdown).await
 }

@@ -7,6 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use opentelemetry::{Context, trace::TraceContextExt};
+use resilience::{CircuitOpen, Rejection};
 use serde_json::json;
 use tonic::{Code, Status};
 
@@ -31,14 +32,24 @@ pub enum Problem {
     NoSuchRoute,
     /// There is something at this path, for another method.
     MethodNotAllowed,
+    /// There are as many requests in flight as there may be.
+    Overloaded,
+    /// There was no answer in time.
+    DeadlineExceeded,
+    /// The handler panicked.
+    Internal,
     /// usercenter can't be reached.
     UsercenterUnavailable,
+    /// So many calls of usercenter failed that it is left alone for a while.
+    UsercenterCircuitOpen,
     /// usercenter did not answer in time.
     UsercenterTimeout,
     /// usercenter answered with something else than a user.
     UsercenterFailed,
-    /// The login could not be published.
-    PublishFailed,
+    /// The broker is away, and there is no room to keep the login until it is back.
+    SpoolFull,
+    /// The broker is away, and the login could not be written to disk.
+    SpoolFailed,
 }
 
 impl Problem {
@@ -70,6 +81,18 @@ impl Problem {
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "This path has another method")
             }
+            Self::Overloaded => {
+                (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "There are too many requests at the moment")
+            }
+            Self::DeadlineExceeded => {
+                (StatusCode::GATEWAY_TIMEOUT, "deadline-exceeded", "There was no answer in time")
+            }
+            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Something went wrong here"),
+            Self::UsercenterCircuitOpen => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "usercenter-circuit-open",
+                "The user directory fails and is not asked at the moment",
+            ),
             Self::UsercenterUnavailable => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "usercenter-unavailable",
@@ -83,10 +106,23 @@ impl Problem {
             Self::UsercenterFailed => {
                 (StatusCode::BAD_GATEWAY, "usercenter-failed", "The user directory answered with an error")
             }
-            Self::PublishFailed => {
-                (StatusCode::SERVICE_UNAVAILABLE, "publish-failed", "The login could not be recorded")
+            Self::SpoolFull => {
+                (StatusCode::SERVICE_UNAVAILABLE, "spool-full", "Too many logins wait to be recorded")
+            }
+            Self::SpoolFailed => {
+                (StatusCode::SERVICE_UNAVAILABLE, "spool-failed", "The login could not be recorded")
             }
         }
+    }
+
+    /// The answer to a request that a layer refuses.
+    pub fn rejected(rejection: Rejection) -> Response {
+        let problem = match rejection {
+            Rejection::Overloaded => Self::Overloaded,
+            Rejection::DeadlineExceeded => Self::DeadlineExceeded,
+            Rejection::Panic => Self::Internal,
+        };
+        problem.into_response()
     }
 }
 
@@ -126,6 +162,10 @@ impl IntoResponse for Problem {
 /// What usercenter said is logged here, once; the caller learns only the kind.
 impl From<Status> for Problem {
     fn from(status: Status) -> Self {
+        if CircuitOpen::of(&status).is_some() {
+            // Logged where it opened; during an outage this is every login.
+            return Problem::UsercenterCircuitOpen;
+        }
         let problem = match status.code() {
             Code::NotFound => return Problem::UnknownUser,
             Code::InvalidArgument => return Problem::InvalidMobile,
@@ -150,9 +190,12 @@ impl From<Status> for Problem {
     }
 }
 
+/// The spool has said on the log what is wrong with it, once and not for every login.
 impl From<PublishError> for Problem {
     fn from(error: PublishError) -> Self {
-        tracing::warn!(%error, "the login was not published");
-        Problem::PublishFailed
+        match error {
+            PublishError::SpoolFull => Problem::SpoolFull,
+            PublishError::SpoolFailed => Problem::SpoolFailed,
+        }
     }
 }

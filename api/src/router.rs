@@ -1,45 +1,71 @@
 //! Every route and every layer of the HTTP service.
 
-use crate::{health, login, problem::Problem, publisher::Publisher, token::TokenIssuer};
+use crate::{
+    body::{self, BodyMemory},
+    health, login,
+    problem::Problem,
+    publisher::Publisher,
+    token::TokenIssuer,
+    usercenter::Usercenter,
+};
 use axum::{
     Router,
-    extract::DefaultBodyLimit,
+    middleware::from_fn_with_state,
     routing::{get, post},
 };
-use proto::usercenter::v1::usercenter_client::UsercenterClient;
+use resilience::{CatchPanicLayer, DeadlineLayer, ShedLayer};
+use serving::shutdown::Shutdown;
 use std::{sync::Arc, time::Duration};
-use telemetry::{grpc::GrpcClient, http::HttpServerLayer};
+use telemetry::http::HttpServerLayer;
 use tonic::transport::Channel;
 use tonic_health::pb::health_client::HealthClient;
+use tower::ServiceBuilder;
 
 /// What the handlers use.
 pub struct App {
-    /// Traced.
-    pub usercenter: UsercenterClient<GrpcClient<Channel>>,
-    /// How long a call of it may take.
-    pub usercenter_timeout: Duration,
-    /// The same connection, without spans.
+    /// In its layers.
+    pub usercenter: Usercenter,
+    /// The same connection, without them.
     pub usercenter_health: HealthClient<Channel>,
+    /// Whether this instance is on its way out.
+    pub shutdown: Shutdown,
     /// Access tokens.
     pub tokens: TokenIssuer,
     /// Logins go there.
     pub publisher: Publisher,
 }
 
-/// The largest request body, in bytes.
-const BODY_LIMIT: usize = 1024 * 1024;
+/// What the layers hold to.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// How many requests may be in flight.
+    pub max_in_flight: u32,
+    /// How long one may take.
+    pub deadline: Duration,
+}
 
 /// The service, ready to be served or to be called in memory.
-pub fn router(app: Arc<App>) -> Router {
-    Router::new()
+pub fn router(app: Arc<App>, limits: Limits) -> Router {
+    let routes = Router::new()
         .route("/usercenter/v1/user/login", post(login::login))
         .method_not_allowed_fallback(async || Problem::MethodNotAllowed)
-        .fallback(async || Problem::NoSuchRoute)
-        // A request passes the layers from the last one to the first.
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .layer(HttpServerLayer::new()) // the server span
-        // Not traced: routes added after the layers.
+        .fallback(async || Problem::NoSuchRoute);
+    in_layers(routes, limits)
+        // Outside of all layers: neither traced nor refused.
         .route("/healthz", get(async || "alive\n"))
         .route("/readyz", get(health::ready))
         .with_state(app)
+}
+
+/// Puts the layers around routes: a request passes them from the first to the last, its answer from the last
+/// to the first. (Of several calls of [`Router::layer`] the last would be the first.)
+pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Limits) -> Router<S> {
+    routes.layer(
+        ServiceBuilder::new()
+            .layer(HttpServerLayer::new()) // the server span: all that follows is in it, refusals too
+            .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
+            .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or none
+            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // all of it, if not too large
+            .layer(ShedLayer::new(limits.max_in_flight, Problem::rejected)), // no more at a time than it can do
+    )
 }

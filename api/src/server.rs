@@ -1,70 +1,98 @@
 //! Connections: accept, serve, drain.
 //!
-//! axum's own `serve` has no time-out for request headers: a client that sends nothing holds its
-//! connection for ever. So this is hyper's loop, with one.
+//! axum's own `serve` has no time-out for request headers and no bound on connections: clients that send
+//! nothing hold theirs for ever, any number of them. So this is hyper's loop, with both.
 
 use axum::{Router, extract::ConnectInfo};
-use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{
+    Request,
+    body::Incoming,
+    header::{CONNECTION, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
 };
-use std::time::Duration;
-use tokio::{
-    net::TcpListener,
-    pin, select,
-    task::JoinSet,
-    time::{Instant, sleep, timeout_at},
+use serving::{
+    listener::Listener,
+    shutdown::{Schedule, Shutdown},
+    waiting::Waiting,
 };
+use std::{convert::Infallible, time::Duration};
+use tokio::{net::TcpListener, pin, select, task::JoinSet, time::timeout_at};
 use tower::Service;
 
-/// How long a client may take for the headers of a request, from the end of the one before.
+/// How long a client may take for the headers of a request: all of them, from the moment when the
+/// connection opened or the answer before was sent. So it is also how long a connection may be idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Serves `router` until `stop` is ready; it tells by when requests in flight must be finished. Those
-/// that are not are cut off, and logged. Returns that deadline.
-pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = Instant>) -> Instant {
+/// The most that is kept of what a client sends ahead, so also the most that headers may take: 431 if they
+/// are longer. (hyper's own limit is 400 KiB, times 10,000 connections. It also has 100 headers at most.)
+const MAX_BUFFER: usize = 32 * 1024;
+
+/// Serves `router` until `shutdown`, on so many connections at once at most. Requests that are not finished
+/// in time then are cut off, and logged. Tells by when the rest of the service must have ended.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    max_connections: usize,
+    shutdown: Shutdown,
+) -> Schedule {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_BUFFER);
+    let mut listener = Listener::new(listener);
     let connections = GracefulShutdown::new();
+    let waiting = Waiting::default();
     let mut tasks = JoinSet::new();
 
-    pin!(stop);
-    let deadline = loop {
+    let stopped = shutdown.stopped();
+    pin!(stopped);
+    let schedule = loop {
         let (stream, peer) = select! {
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of file descriptors, most likely: let some be closed.
-                    tracing::warn!(%error, "can't accept a connection");
-                    sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
+            // One more than there is room for: another goes for it.
+            accepted = listener.accept(), if tasks.len() <= max_connections => accepted,
             Some(_) = tasks.join_next() => continue,
-            deadline = &mut stop => break deadline,
+            schedule = &mut stopped => break schedule,
         };
-        // Answers are small and complete: waiting for more to send only delays them.
-        let _ = stream.set_nodelay(true);
-        let router = router.clone();
+        if tasks.len() >= max_connections {
+            waiting.let_go();
+        }
+        let place = waiting.enter();
+        let (router, shutdown, place_of_requests) = (router.clone(), shutdown.clone(), place.clone());
         let service = service_fn(move |mut request: Request<Incoming>| {
+            let has_request = place_of_requests.has_request();
             request.extensions_mut().insert(ConnectInfo(peer));
-            router.clone().call(request)
+            let answer = router.clone().call(request);
+            let is_last = shutdown.has_begun();
+            async move {
+                let mut answer = answer.await?;
+                if is_last {
+                    // Whoever keeps connections makes the next one elsewhere.
+                    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                drop(has_request);
+                Ok::<_, Infallible>(answer)
+            }
         });
         let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
         tasks.spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection failed");
+            select! {
+                served = connection => if let Err(error) = served {
+                    tracing::debug!(%error, "connection failed");
+                },
+                () = place.must_go() => tracing::debug!("a connection made room for another one"),
             }
         });
     };
 
     drop(listener);
     tracing::info!("stopping: finishing requests in flight");
-    if timeout_at(deadline, connections.shutdown()).await.is_err() {
+    if timeout_at(schedule.finish_by, connections.shutdown()).await.is_err() {
         tracing::warn!("requests in flight are cut off at the deadline");
         // Dropped, they end their spans, which can still be sent.
         tasks.shutdown().await;
     }
-    deadline
+    schedule
 }

@@ -9,8 +9,12 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use serde_json::Value;
-use std::time::Duration;
-use tokio::time::timeout;
+use std::{net::SocketAddr, time::Duration};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 
 /// Keeps connections open between requests.
 #[derive(Clone)]
@@ -65,6 +69,23 @@ impl Client {
         let answer = timeout(Duration::from_secs(30), answer).await.map_err(anyhow::Error::new);
         answer.and_then(|answer| answer).with_context(|| format!("no answer from {url}"))
     }
+}
+
+/// Sends bytes on a connection of their own, and reads the answer: until the other side closes, or falls
+/// silent after some words.
+///
+/// # Errors
+/// If there is no connection.
+pub async fn raw(address: SocketAddr, bytes: &[u8]) -> Result<String> {
+    let mut connection = TcpStream::connect(address).await?;
+    // The other side may have closed already.
+    let _ = connection.write_all(bytes).await;
+    let mut answer = Vec::new();
+    let mut patience = Duration::from_secs(5);
+    while let Ok(Ok(1..)) = timeout(patience, connection.read_buf(&mut answer)).await {
+        patience = Duration::from_millis(200);
+    }
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
 impl Answer {

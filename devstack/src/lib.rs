@@ -7,18 +7,27 @@
 //! - [`trace`]: spans as they were received, drawn as a tree
 //! - [`broker`]: an AMQP 0-9-1 broker
 //! - [`process`]: the services as real processes
+//! - [`proxy`]: a TCP proxy that fails as networks do
+//! - [`database`]: mq's database, looked into and spoiled
 //! - [`stack`]: all of them together, as the end-to-end tests use them
+//! - [`balancer`]: one address for several instances of a service
 //! - [`client`]: a small HTTP client
+//! - [`chaos`]: `cargo dev chaos`, is nothing lost?
 //! - [`mod@bench`]: what tracing costs, and how fast the broker is
 
 pub mod backend;
 mod background;
+pub mod balancer;
 pub mod bench;
 pub mod broker;
+pub mod chaos;
 pub mod client;
+pub mod database;
 pub mod dev;
 pub mod jaeger;
+mod orphans;
 pub mod process;
+pub mod proxy;
 pub mod receiver;
 pub mod stack;
 pub mod trace;

@@ -5,7 +5,7 @@ use devstack::{
     backend::{Addresses, Backend},
     bench,
     broker::Broker,
-    dev, verify,
+    chaos, dev, verify,
 };
 use std::{io, net::SocketAddr, process::ExitCode};
 use tokio::{
@@ -35,6 +35,11 @@ enum Tool {
     },
     /// Run the embedded trace backend alone, until a signal.
     Backend(Addresses),
+    /// Kill, cut, freeze, fill and poison the system under load, and count what is lost.
+    Chaos(chaos::Options),
+    /// What `chaos --control` starts in place of api and mq.
+    #[command(hide = true, subcommand)]
+    Control(chaos::control::Service),
     /// Measure what tracing costs: the three services on a real broker, under load.
     Bench(bench::Options),
     /// Measure whether the embedded broker is as fast as RabbitMQ.
@@ -53,6 +58,8 @@ async fn main() -> ExitCode {
         Some(Tool::Verify(options)) => verify::run(options).await,
         Some(Tool::Broker { listen }) => broker(listen).await.map(done),
         Some(Tool::Backend(addresses)) => backend(addresses).await.map(done),
+        Some(Tool::Chaos(options)) => chaos::run(options).await,
+        Some(Tool::Control(service)) => chaos::control::run(service).await.map(done),
         Some(Tool::Bench(options)) => bench::run(options).await.map(done),
         Some(Tool::BenchBroker(options)) => bench::broker::run(options).await.map(done),
         Some(Tool::BenchBackend(options)) => bench::backend::run(options).await.map(done),

@@ -1,6 +1,9 @@
 //! The services as real processes.
 
-use crate::poll;
+use crate::{
+    orphans::{self, Watched},
+    poll,
+};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
@@ -12,6 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
@@ -33,6 +37,10 @@ pub struct Process {
     /// Lines that [`Process::new_lines`] has given so far.
     told: usize,
     readers: JoinSet<()>,
+    /// Should this process be killed, that one ends all the same.
+    _watched: Watched,
+    /// Where it keeps what must survive it, unless the variables say otherwise.
+    _data: Option<TempDir>,
 }
 
 /// Lines kept of what a service says; older ones are forgotten.
@@ -56,11 +64,36 @@ impl Process {
     /// # Errors
     /// If it doesn't: then with what it said.
     pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
-        let mut command = Self::command(name, variables)?;
+        Self::start_with_data(name, Self::command(name, variables)?, variables).await
+    }
+
+    /// The same, by a shell that runs this script with the service's binary as `$0`.
+    ///
+    /// # Errors
+    /// As for [`Process::start`].
+    pub async fn start_by(script: &str, name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
+        Self::start_with_data(name, Self::by_shell(script, name, variables)?, variables).await
+    }
+
+    async fn start_with_data(
+        name: &'static str,
+        mut command: Command,
+        variables: &[(&str, &str)],
+    ) -> Result<Self> {
         command.env("API_LISTEN", "127.0.0.1:0").env("USERCENTER_LISTEN", "127.0.0.1:0");
         command.env("MQ_LISTEN", "127.0.0.1:0");
+        let data = data_of(&mut command)?;
         // What the caller gave wins.
         command.envs(variables.iter().copied());
+        Ok(Self { _data: Some(data), ..Self::start_command(name, command).await? })
+    }
+
+    /// Starts a command from [`Process::command`] or [`Process::by_shell`], with whatever its owner added to
+    /// it; returns once it listens.
+    ///
+    /// # Errors
+    /// If it doesn't: then with what it said.
+    pub async fn start_command(name: &'static str, command: Command) -> Result<Self> {
         let mut process = Self::spawn(name, ([127, 0, 0, 1], 0).into(), command)?;
         let output = process.output.clone();
         let address = poll(PATIENCE, async || {
@@ -82,18 +115,20 @@ impl Process {
     /// If it can't be started.
     pub fn start_beside(name: &'static str, address: SocketAddr, variables: &[(&str, &str)]) -> Result<Self> {
         let mut command = Command::new(binary(name)?);
+        let data = data_of(&mut command)?;
         command.envs(variables.iter().copied()).process_group(0);
-        Self::spawn(name, address, command)
+        Ok(Self { _data: Some(data), ..Self::spawn(name, address, command)? })
     }
 
     fn spawn(name: &'static str, address: SocketAddr, mut command: Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let watched = orphans::watch(child.id().context("it has ended already")?);
         let output = Output::default();
         let mut readers = JoinSet::new();
         readers.spawn(output.clone().follow(child.stdout.take()));
         readers.spawn(output.clone().follow(child.stderr.take()));
-        Ok(Self { name, address, child, output, told: 0, readers })
+        Ok(Self { name, address, child, output, told: 0, readers, _watched: watched, _data: None })
     }
 
     /// The command of a service, its output piped.
@@ -102,6 +137,16 @@ impl Process {
     /// If the services can't be built.
     pub fn command(name: &'static str, variables: &[(&str, &str)]) -> Result<Command> {
         Ok(Self::isolated(binary(name)?, variables))
+    }
+
+    /// The command of a shell that runs this script with the service's binary as `$0`.
+    ///
+    /// # Errors
+    /// If the services can't be built.
+    pub fn by_shell(script: &str, name: &'static str, variables: &[(&str, &str)]) -> Result<Command> {
+        let mut command = Self::isolated("sh".into(), variables);
+        command.arg("-c").arg(script).arg(binary(name)?);
+        Ok(command)
     }
 
     fn isolated(binary: PathBuf, variables: &[(&str, &str)]) -> Command {
@@ -230,6 +275,14 @@ impl Output {
     fn lock(&self) -> MutexGuard<'_, Lines> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A place for what the service keeps: it goes with the process.
+fn data_of(command: &mut Command) -> Result<TempDir> {
+    let data = TempDir::new()?;
+    command.env("API_DATA_DIR", data.path());
+    command.env("MQ_DATABASE_URL", format!("sqlite://{}", data.path().join("mq.db").display()));
+    Ok(data)
 }
 
 /// The address in a line like `listening address=127.0.0.1:1234`, or the same as JSON.

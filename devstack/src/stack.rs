@@ -3,17 +3,20 @@
 use crate::{
     broker::Broker,
     client::{Answer, Client},
+    poll,
     process::Process,
+    proxy::Proxy,
     receiver::Receiver,
 };
 use anyhow::{Context, Result};
 use http::Method;
 use lapin::{
-    Channel, Connection,
-    options::{ExchangeDeleteOptions, QueueDeleteOptions},
+    BasicProperties, Channel, Connection,
+    message::BasicGetMessage,
+    options::{BasicGetOptions, BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions},
 };
-use proto::topology::Topology;
-use std::env;
+use proto::topology::{DEFAULT_RETRY_DELAYS, Topology};
+use std::{env, net::ToSocketAddrs, time::Duration};
 use tokio::{runtime::Runtime, try_join};
 use uuid::Uuid;
 
@@ -55,8 +58,18 @@ impl Stack {
     /// # Errors
     /// If something doesn't start.
     pub async fn start(variables: Variables<'_>) -> Result<Self> {
+        Self::start_on(TestBroker::connect().await?, variables).await
+    }
+
+    /// Starts all on this broker.
+    ///
+    /// # Errors
+    /// If something doesn't start.
+    pub async fn start_on(mut broker: TestBroker, variables: Variables<'_>) -> Result<Self> {
         let receiver = Receiver::start().await?;
-        let broker = TestBroker::connect().await?;
+        if let Some((.., list)) = variables.iter().find(|(_, name, _)| *name == "MQ_RETRY_DELAYS") {
+            broker.retry_delays = delays(list);
+        }
         let mut settings = Settings::new(&broker, &receiver, variables);
 
         let rpc = Process::start("rpc", &settings.of("rpc")).await?;
@@ -65,6 +78,27 @@ impl Stack {
         let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &for_mq))?;
         try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
         Ok(Self { api, rpc, mq, receiver, broker, client: Client::new() })
+    }
+
+    /// Starts all, with a network between api and the broker that can break.
+    ///
+    /// # Errors
+    /// If something doesn't start.
+    pub async fn start_with_proxy(variables: Variables<'_>) -> Result<(Self, Proxy)> {
+        let broker = TestBroker::connect().await?;
+        let (proxy, url) = broker.proxy()?;
+        let variables = [&[("api", "AMQP_URL", url.as_str())], variables].concat();
+        Ok((Self::start_on(broker, &variables).await?, proxy))
+    }
+
+    /// Starts one more instance of a service beside these.
+    ///
+    /// # Errors
+    /// If it doesn't start.
+    pub async fn another(&self, name: &'static str, variables: &[(&str, &str)]) -> Result<Process> {
+        let mut settings = Settings::new(&self.broker, &self.receiver, &[]);
+        settings.usercenter_url = format!("http://{}", self.rpc.address);
+        Process::start(name, &[settings.of(name).as_slice(), variables].concat()).await
     }
 
     /// The URL of the login.
@@ -90,6 +124,31 @@ impl Stack {
         self.client.send(Method::POST, &self.login_url(), &headers, body.to_owned()).await
     }
 
+    /// Publishes to where `api` does, but what a test likes.
+    ///
+    /// # Errors
+    /// If the broker doesn't take it.
+    pub async fn publish(&self, properties: BasicProperties, body: &[u8]) -> Result<()> {
+        let Topology { exchange, routing_key, .. } = &self.broker.topology;
+        let options = BasicPublishOptions::default();
+        let (exchange, key) = (exchange.as_str().into(), routing_key.as_str().into());
+        self.broker.channel.basic_publish(exchange, key, options, body, properties).await?.await?;
+        Ok(())
+    }
+
+    /// The next dead letter, taken out of its queue; waits for it.
+    ///
+    /// # Errors
+    /// If none comes.
+    pub async fn dead_letter(&self) -> Result<BasicGetMessage> {
+        let queue = self.broker.topology.dead_letter_queue.as_str();
+        let get = async || {
+            let options = BasicGetOptions { no_ack: true };
+            self.broker.channel.basic_get(queue.into(), options).await.ok().flatten()
+        };
+        poll(Duration::from_secs(10), get).await.context("no dead letter")
+    }
+
     /// Stops the services, in the order in which a request passes them, so that all spans are sent.
     ///
     /// # Errors
@@ -101,6 +160,10 @@ impl Stack {
         }
         Ok(())
     }
+}
+
+fn delays(list: &str) -> Vec<Duration> {
+    list.split(',').filter_map(|delay| humantime::parse_duration(delay).ok()).collect()
 }
 
 /// The variables of the services.
@@ -147,6 +210,8 @@ pub struct TestBroker {
     pub prefix: String,
     /// The names with that prefix.
     pub topology: Topology,
+    /// The delays that mq is configured with: each has a queue to be removed.
+    pub retry_delays: Vec<Duration>,
     /// A channel of the test's own.
     pub channel: Channel,
     _connection: Connection,
@@ -161,11 +226,17 @@ impl TestBroker {
     pub async fn connect() -> Result<Self> {
         match env::var("AMQP_URL") {
             Ok(url) => Self::connect_to(url, None).await,
-            Err(_) => {
-                let broker = Broker::start().await?;
-                Self::connect_to(broker.url(), Some(broker)).await
-            }
+            Err(_) => Self::embedded().await,
         }
+    }
+
+    /// Starts an embedded one, whatever `AMQP_URL` says.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub async fn embedded() -> Result<Self> {
+        let broker = Broker::start().await?;
+        Self::connect_to(broker.url(), Some(broker)).await
     }
 
     /// Connects to RabbitMQ: the one at `AMQP_URL`, or on this machine.
@@ -184,7 +255,29 @@ impl TestBroker {
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
         let topology = Topology::with_prefix(&prefix);
         topology.declare(&channel).await?;
-        Ok(Self { url, prefix, topology, channel, _connection: connection, embedded })
+        let retry_delays = delays(DEFAULT_RETRY_DELAYS);
+        Ok(Self { url, prefix, topology, retry_delays, channel, _connection: connection, embedded })
+    }
+
+    /// A network to it that can break, and the URL that leads through it.
+    ///
+    /// # Errors
+    /// If there is no free port, or no address for the broker's name.
+    pub fn proxy(&self) -> Result<(Proxy, String)> {
+        let uri = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
+        let authority = uri.authority;
+        let target = (authority.host.as_str(), authority.port).to_socket_addrs()?.next();
+        let proxy = Proxy::start(target.context("the broker has no address")?)?;
+        let (from, to) = (format!("@{}:{}", authority.host, authority.port), format!("@{}", proxy.address));
+        Ok((proxy, self.url.replace(&from, &to)))
+    }
+
+    /// Raises or clears the memory alarm of an embedded broker.
+    ///
+    /// # Panics
+    /// If it is another, which other tests use as well.
+    pub fn set_alarm(&self, on: bool) {
+        self.embedded.as_ref().expect("an embedded broker").set_alarm(on);
     }
 }
 
@@ -199,8 +292,9 @@ impl Drop for TestBroker {
             let connection = proto::broker::connect(&uri, "test clean-up").await?;
             let channel = connection.create_channel().await?;
             let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;
-            for queue in [queue, dead_letter_queue] {
-                channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
+            let retry_queues = self.retry_delays.iter().map(|delay| self.topology.retry_queue(*delay));
+            for queue in [queue.clone(), dead_letter_queue.clone()].into_iter().chain(retry_queues) {
+                channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await?;
             }
             channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await?;
             connection.close(200, "done".into()).await?;

@@ -29,9 +29,16 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("LOG_FORMAT", "xml"),
         ("RUST_LOG", "api=loud"),
         ("SHUTDOWN_TIMEOUT", "soon"),
+        // As long as the time-out.
+        ("SHUTDOWN_DELAY", "8s"),
+        ("API_MAX_CONNECTIONS", "0"),
+        ("USERCENTER_MAX_CONNECTION_AGE", "old"),
         ("AMQP_URL", "http://user:s3cr3t@host"),
         ("MQ_PREFETCH", "0"),
         ("MQ_RELATION", "cousin"),
+        ("MQ_RETRY_DELAYS", "5s,1s"),
+        ("MQ_DATABASE_URL", "postgres://user:s3cr3t@host/db"),
+        ("MQ_DATABASE_URL", "sqlite://:memory:"),
         ("USERCENTER_URL", "nowhere"),
         ("ACCESS_SECRET", "s3cr3t"),
         ("API_LISTEN", "s3cr3t.example"),
@@ -40,7 +47,8 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         let of_one = |prefix: &str| variable.starts_with(prefix);
         let services: &[&str] = match variable {
             "AMQP_URL" => &["api", "mq"],
-            "USERCENTER_URL" | "ACCESS_SECRET" | "API_LISTEN" => &["api"],
+            "USERCENTER_URL" | "ACCESS_SECRET" | "API_LISTEN" | "API_MAX_CONNECTIONS" => &["api"],
+            "USERCENTER_MAX_CONNECTION_AGE" => &["rpc"],
             _ if of_one("MQ_") => &["mq"],
             _ => &["api", "rpc", "mq"],
         };

@@ -17,6 +17,8 @@ use std::{
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
+    task::JoinHandle,
+    time::timeout,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Dev {
     child: Child,
     said: Arc<Mutex<String>>,
+    reader: JoinHandle<()>,
     api: String,
     page: String,
 }
@@ -45,14 +48,14 @@ impl Dev {
         let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
         let said = Arc::new(Mutex::new(String::new()));
         let writer = said.clone();
-        tokio::spawn(async move {
+        let reader = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 let mut said = writer.lock().unwrap_or_else(PoisonError::into_inner);
                 said.push_str(&line);
                 said.push('\n');
             }
         });
-        let mut dev = Self { child, said, api: String::new(), page: String::new() };
+        let mut dev = Self { child, said, reader, api: String::new(), page: String::new() };
         dev.says("Ctrl-C stops everything").await?;
         dev.api = dev.after("curl -i ").context("no curl")?.replace("/usercenter/v1/user/login", "");
         dev.page = dev.after("traces ").context("no page")?;
@@ -98,6 +101,18 @@ impl Dev {
     async fn verify(&self, patience: &str) -> Result<Output> {
         let arguments = ["verify", "--api", &self.api, "--jaeger", &self.page, "--patience", patience];
         Ok(devstack(&arguments, &[]).output().await?)
+    }
+}
+
+/// Also after a failed assertion it ends as its user would end it, and leaves nothing behind.
+impl Drop for Dev {
+    fn drop(&mut self) {
+        let Some(pid) = self.child.id() else { return };
+        let _ = std::process::Command::new("kill").args(["-INT", &pid.to_string()]).status();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
@@ -151,6 +166,46 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid} is left");
     }
     Ok(())
+}
+
+/// Ends `cargo dev` in a way of its own; then its services must be gone.
+async fn nothing_is_left_after(end: impl AsyncFnOnce(&mut Dev) -> Result<()>) -> Result<()> {
+    let mut dev = Dev::start(&[]).await?;
+    let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
+    end(&mut dev).await?;
+    for pid in services {
+        let gone =
+            poll(PATIENCE, async || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())).await;
+        gone.with_context(|| format!("{pid} is left"))?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_that_is_closed_ends_everything() -> Result<()> {
+    nothing_is_left_after(async |dev| {
+        signal("HUP", dev.child.id().context("it has ended")?).await?;
+        assert!(dev.child.wait().await?.success());
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_it_still_leaves_no_process() -> Result<()> {
+    nothing_is_left_after(async |dev| Ok(dev.child.kill().await?)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_ends_when_nobody_reads_what_it_says() -> Result<()> {
+    nothing_is_left_after(async |dev| {
+        dev.reader.abort();
+        // Its next words, the drawing of a trace, reach nobody.
+        dev.login().await?;
+        assert!(timeout(PATIENCE, dev.child.wait()).await??.success());
+        Ok(())
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

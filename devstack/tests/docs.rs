@@ -6,7 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/configuration.md"];
+const DOCUMENTS: [&str; 5] =
+    ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/configuration.md", "docs/layers.md"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -59,8 +60,9 @@ fn files_in_backticks_exist() -> Result<()> {
 #[test]
 fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     let text = fs::read_to_string(root().join("docs/configuration.md"))?;
-    for file in ["telemetry", "api", "rpc", "mq"] {
-        let source = fs::read_to_string(root().join(file).join("src/config.rs"))?;
+    let services = ["api/src/config.rs", "rpc/src/config.rs", "mq/src/config.rs"];
+    for file in ["telemetry/src/config/mod.rs", "serving/src/shutdown.rs"].into_iter().chain(services) {
+        let source = fs::read_to_string(root().join(file))?;
         // As the tests' own text would be found, too, only what is before them counts.
         let source = source.split("#[cfg(test)]").next().unwrap_or_default();
         for variable in between(source, "\"", '"').filter(|name| is_variable(name)) {
@@ -73,7 +75,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     let mut tests = 0;
     for (file, test) in text.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")) {
         let source = match file {
-            "telemetry" => root().join("telemetry/src/config.rs"),
+            "telemetry" => root().join("telemetry/src/config/tests.rs"),
             file => root().join(format!("devstack/tests/{file}.rs")),
         };
         let source = fs::read_to_string(&source).with_context(|| source.display().to_string())?;
@@ -81,6 +83,22 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
         tests += 1;
     }
     assert!(tests > 20, "{tests}");
+    Ok(())
+}
+
+#[test]
+fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
+    let page = fs::read_to_string(root().join("docs/layers.md"))?;
+    let source = fs::read_to_string(root().join("devstack/tests/layers.rs"))?;
+    // Some of it is indented there.
+    let source: Vec<_> = source.lines().map(str::trim).collect();
+    let blocks: Vec<_> =
+        page.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    for block in &blocks {
+        let block: Vec<_> = block.lines().map(str::trim).collect();
+        assert!(source.windows(block.len()).any(|lines| lines == block), "{block:#?}");
+    }
+    assert!(blocks.len() > 3, "{}", blocks.len());
     Ok(())
 }
 

@@ -237,7 +237,9 @@ async fn the_deadline_travels_and_bounds_an_answer_that_has_begun() -> Result<()
         Stack::start(&[("api", "USERCENTER_URL", &url), ("api", "USERCENTER_TIMEOUT", "300ms")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_problem(&answer, 504, "usercenter-timeout");
-    assert_eq!(timeouts.recv().await.as_deref(), Some("300000u"));
+    let told = timeouts.recv().await.expect("a call");
+    let told: u64 = told.strip_suffix('u').and_then(|micros| micros.parse().ok()).expect("microseconds");
+    assert!((200_000..=300_000).contains(&told), "{told}");
     let tree = "
         api POST /usercenter/v1/user/login SERVER ERROR error.type=504
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=DEADLINE_EXCEEDED
@@ -271,32 +273,6 @@ async fn usercenter_answering_without_a_user_is_502() -> Result<()> {
     let url = stub(Some(Code::Ok)).await?;
     let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
     assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 502, "usercenter-failed");
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_message_without_a_queue_is_not_a_success() -> Result<()> {
-    use lapin::types::FieldTable;
-
-    let stack = Stack::start(&[]).await?;
-    let topology = &stack.broker.topology;
-    let (queue, exchange, key) = (&topology.queue, &topology.exchange, &topology.routing_key);
-    let channel = &stack.broker.channel;
-    let arguments = FieldTable::default();
-    channel
-        .queue_unbind(queue.as_str().into(), exchange.as_str().into(), key.as_str().into(), arguments)
-        .await?;
-
-    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    assert_problem(&answer, 503, "publish-failed");
-    let tree = "
-        api POST /usercenter/v1/user/login SERVER ERROR error.type=503
-          api usercenter.v1.Usercenter/GetUserByMobile CLIENT
-            usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
-          api local INTERNAL
-          api send_msg_mq PRODUCER ERROR error.type=unroutable
-    ";
-    stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     Ok(())
 }
 

@@ -148,8 +148,8 @@ async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() ->
     }
     let start = Instant::now();
     stack.stop().await?;
-    // Three services one after the other, each with 0.8 s for its spans.
-    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    // Three services one after the other, each with 2 s for everything.
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     assert_eq!(counts(&stack.api.output())?, [400, 0, 400]);
     Ok(())
 }

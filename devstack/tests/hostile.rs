@@ -4,31 +4,14 @@
 use anyhow::Result;
 use bytes::Bytes;
 use devstack::{
-    poll,
+    client::raw,
     stack::{KNOWN_MOBILE, Stack},
 };
 use http::Request;
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use std::{net::SocketAddr, time::Duration};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
-
-/// Sends bytes, and reads the answer: until the other side closes, or falls silent after some words.
-async fn raw(address: SocketAddr, bytes: &[u8]) -> Result<String> {
-    let mut connection = TcpStream::connect(address).await?;
-    // The other side may have closed already.
-    let _ = connection.write_all(bytes).await;
-    let mut answer = Vec::new();
-    let mut patience = Duration::from_secs(5);
-    while let Ok(Ok(1..)) = timeout(patience, connection.read_buf(&mut answer)).await {
-        patience = Duration::from_millis(200);
-    }
-    Ok(String::from_utf8_lossy(&answer).into_owned())
-}
+use std::time::Duration;
+use tokio::time::timeout;
 
 async fn assert_unharmed(stack: &Stack, after: &str) -> Result<()> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -163,7 +146,7 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
         (known, ("x", "1"), b"\x01\0\0\0\0", "13"),
         (known, ("grpc-encoding", "made-up"), b"\0\0\0\0\0", "12"),
         (known, ("grpc-timeout", "yesterday"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "0"),
-        (known, ("grpc-timeout", "0n"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "1"),
+        (known, ("grpc-timeout", "0n"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "4"),
         (known, ("traceparent", "00-garbage"), b"\0\0\0\0\x02\x0a\x00", "3"),
         (known, ("content-type", "text/html"), b"", "13"),
         ("made.Up/Method", ("x", "1"), b"\0\0\0\0\0", "12"),
@@ -194,28 +177,5 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
         }
         assert_unharmed(&stack, method).await?;
     }
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn connections_that_send_nothing_are_closed_and_harm_nobody() -> Result<()> {
-    let stack = Stack::start(&[]).await?;
-    let mut silent = Vec::new();
-    for _ in 0..500 {
-        silent.push(TcpStream::connect(stack.api.address).await?);
-    }
-    for connection in &mut silent[..250] {
-        connection.write_all(b"POST /usercenter").await?;
-    }
-    assert_unharmed(&stack, "silence").await?;
-    let closed = async {
-        for connection in &mut silent {
-            let mut answer = Vec::new();
-            let _ = connection.read_to_end(&mut answer).await;
-        }
-    };
-    timeout(Duration::from_secs(20), closed).await?;
-    let alive = poll(Duration::from_secs(1), async || stack.login(KNOWN_MOBILE, &[]).await.ok()).await;
-    assert!(alive.is_some());
     Ok(())
 }

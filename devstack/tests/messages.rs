@@ -1,37 +1,19 @@
 //! What the consumer makes of messages: ours, those of other languages, and garbage.
 
 use anyhow::{Context, Result};
-use devstack::{
-    poll,
-    stack::{KNOWN_MOBILE, Stack},
-};
+use devstack::stack::{KNOWN_MOBILE, Stack};
 use lapin::{
     BasicProperties,
     message::BasicGetMessage,
-    options::{BasicGetOptions, BasicPublishOptions},
-    types::{AMQPValue, FieldArray, FieldTable},
+    types::{AMQPValue, DecimalValue, FieldArray, FieldTable},
 };
 use serde_json::Value;
-use std::time::Duration;
 
 /// Publishes what `api` would not.
 async fn publish(stack: &Stack, id: &str, headers: FieldTable, body: &[u8]) -> Result<()> {
-    let topology = &stack.broker.topology;
-    let (exchange, key) = (topology.exchange.as_str(), topology.routing_key.as_str());
     let properties =
         BasicProperties::default().with_message_id(id.into()).with_headers(headers).with_delivery_mode(2);
-    let options = BasicPublishOptions::default();
-    stack.broker.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await?.await?;
-    Ok(())
-}
-
-async fn dead_letter(stack: &Stack) -> Result<BasicGetMessage> {
-    let queue = stack.broker.topology.dead_letter_queue.as_str();
-    let get = async || {
-        let options = BasicGetOptions { no_ack: true };
-        stack.broker.channel.basic_get(queue.into(), options).await.ok().flatten()
-    };
-    poll(Duration::from_secs(10), get).await.context("no dead letter")
+    stack.publish(properties, body).await
 }
 
 fn reason(letter: &BasicGetMessage) -> String {
@@ -92,7 +74,7 @@ async fn every_vector_has_its_outcome() -> Result<()> {
         assert_eq!(span.status, if is_dead { "ERROR" } else { "UNSET" }, "{name}");
         assert_eq!(span.attributes.contains_key("error.type"), is_dead, "{name}");
         if is_dead {
-            let letter = dead_letter(&stack).await?;
+            let letter = stack.dead_letter().await?;
             assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some(name));
             assert_eq!(letter.data, case["body"].as_str().context("body")?.as_bytes(), "{name}");
             assert_eq!(reason(&letter), span.attributes["error.type"], "{name}");
@@ -102,6 +84,15 @@ async fn every_vector_has_its_outcome() -> Result<()> {
     let consumed = stack.receiver.spans().len();
     assert_eq!(consumed, cases.len() - 1);
     Ok(())
+}
+
+/// A table in a table in a table ...
+fn nested(depth: usize) -> AMQPValue {
+    (0..depth).fold(AMQPValue::Void, |inner, _| {
+        let mut table = FieldTable::default();
+        table.insert("inner".into(), inner);
+        AMQPValue::FieldTable(table)
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -118,6 +109,17 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
         AMQPValue::FieldTable(FieldTable::default()),
         AMQPValue::FieldArray(array),
         AMQPValue::LongString("x".repeat(20_000).into()),
+        AMQPValue::ShortShortInt(-7),
+        AMQPValue::ShortInt(-7),
+        AMQPValue::LongLongInt(i64::MIN),
+        // Not NaN: RabbitMQ itself does not read it.
+        AMQPValue::Float(f32::MIN_POSITIVE),
+        AMQPValue::Double(f64::MAX),
+        AMQPValue::DecimalValue(DecimalValue { scale: 255, value: u32::MAX }),
+        AMQPValue::Timestamp(u64::MAX),
+        AMQPValue::ByteArray(vec![0, 255].into()),
+        AMQPValue::LongString("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nx: y".into()),
+        nested(30),
     ]
     .into_iter()
     .enumerate()
@@ -146,7 +148,7 @@ async fn a_dead_letter_keeps_its_properties_and_its_trace() -> Result<()> {
     headers.insert("x-mine".into(), AMQPValue::LongInt(7));
     publish(&stack, "bad", headers, b"\xff\xfe\x00 not json").await?;
 
-    let letter = dead_letter(&stack).await?;
+    let letter = stack.dead_letter().await?;
     assert_eq!(letter.data, b"\xff\xfe\x00 not json");
     assert_eq!(reason(&letter), "not_a_json_object");
     assert_eq!(*letter.properties.delivery_mode(), Some(2));
@@ -169,14 +171,7 @@ async fn what_was_published_before_the_consumer_came_is_consumed() -> Result<()>
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 200);
 
-    let variables = [
-        ("AMQP_URL", stack.broker.url.clone()),
-        ("AMQP_PREFIX", stack.broker.prefix.clone()),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", stack.receiver.grpc)),
-        ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
-    ];
-    let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    let _mq = devstack::process::Process::start("mq", &variables).await?;
+    let _mq = stack.another("mq", &[]).await?;
     stack.receiver.expect_tree(&answer.trace_id(), devstack::stack::LOGIN_TREE).await;
     Ok(())
 }

@@ -6,7 +6,7 @@ use devstack::{
     process::Process,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::time::Duration;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -31,7 +31,10 @@ async fn health_is_told_in_every_way_and_leaves_no_span() -> Result<()> {
         let ready = stack.client.get(&format!("{url}/readyz")).await?;
         assert_eq!(
             (ready.status.as_u16(), ready.json()),
-            (200, serde_json::json!({"usercenter": true, "broker": true}))
+            (
+                200,
+                json!({"usercenter": true, "broker": true, "spool": true, "spooled": 0, "stopping": false})
+            )
         );
         for service in [&stack.api, &stack.rpc, &stack.mq] {
             assert!(probe(service).await?, "{}", service.name);
@@ -69,7 +72,7 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
     let ready = stack.client.get(&format!("{url}/readyz")).await?;
     assert_eq!(
         (ready.status.as_u16(), ready.json()),
-        (503, serde_json::json!({"usercenter": false, "broker": true}))
+        (503, json!({"usercenter": false, "broker": true, "spool": true, "spooled": 0, "stopping": false}))
     );
     assert!(!probe(&stack.api).await?);
     // Alive it is.
@@ -78,7 +81,7 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
     let away = [("AMQP_URL", "amqp://127.0.0.1:1"), ("OTEL_TRACES_EXPORTER", "none")];
     let (api, mq) = (Process::start("api", &away).await?, Process::start("mq", &away).await?);
     let ready = stack.client.get(&format!("http://{}/readyz", api.address)).await?;
-    assert_eq!(ready.json()["broker"], false);
+    assert_eq!((&ready.json()["broker"], &ready.json()["spool"]), (&json!(false), &json!(true)));
     assert!(!probe(&mq).await?);
     Ok(())
 }

@@ -205,3 +205,76 @@ async fn an_address_in_use_is_a_failure_that_says_so() -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Result<()> {
+    let mut stack = Stack::start(&[("*", "SHUTDOWN_DELAY", "2s")]).await?;
+    let (client, readyz) = (Client::new(), format!("http://{}/readyz", stack.api.address));
+    assert_eq!(client.get(&readyz).await?.status, 200);
+    let health =
+        devstack::process::Process::command("rpc", &[("USERCENTER_LISTEN", &stack.rpc.address.to_string())]);
+    assert!(health?.arg("health").status().await?.success());
+
+    // usercenter first: that one of its instances goes must not make api unready, which has others.
+    stack.rpc.signal("TERM").await?;
+    let unready = devstack::poll(Duration::from_secs(1), async || {
+        proto::health::probe(stack.rpc.address).await.is_err().then_some(())
+    });
+    unready.await.context("usercenter says that it is ready")?;
+    assert_eq!(client.get(&readyz).await?.status, 200);
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+
+    stack.api.signal("TERM").await?;
+    let unready = devstack::poll(Duration::from_secs(1), async || {
+        client.get(&readyz).await.ok().filter(|answer| answer.status == 503)
+    });
+    let answer = unready.await.context("api says that it is ready")?;
+    assert_eq!(answer.json()["stopping"], true);
+    let answer = Client::new()
+        .send(
+            http::Method::POST,
+            &stack.login_url(),
+            &[("content-type", "application/json")],
+            format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#),
+        )
+        .await?;
+    assert_eq!((answer.status.as_u16(), answer.header("connection")), (200, "close"));
+    for service in [&mut stack.api, &mut stack.rpc] {
+        assert!(service.exit().await?.success());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_deadline_bounds_everything_even_if_nothing_ends_by_itself() -> Result<()> {
+    // A usercenter that never answers, a collector that never answers, a caller that never finishes.
+    let usercenter = slow(Duration::from_secs(60)).await?;
+    let black_hole = TcpListener::bind("127.0.0.1:0").await?;
+    let collector = format!("http://{}", black_hole.local_addr()?);
+    let mut stack = Stack::start(&[
+        ("api", "USERCENTER_URL", &usercenter),
+        ("api", "USERCENTER_TIMEOUT", "60s"),
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", &collector),
+        ("*", "SHUTDOWN_TIMEOUT", "2s"),
+        ("*", "SHUTDOWN_DELAY", "500ms"),
+    ])
+    .await?;
+    let (login_url, client) = (stack.login_url(), Client::new());
+    let json = [("content-type", "application/json")];
+    let in_flight = tokio::spawn(async move {
+        client.send(http::Method::POST, &login_url, &json, format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#)).await
+    });
+    sleep(Duration::from_millis(300)).await;
+    for service in [&mut stack.api, &mut stack.rpc, &mut stack.mq] {
+        let start = Instant::now();
+        let exit = service.stop().await?;
+        let took = start.elapsed();
+        assert!(exit.success(), "{}: {exit}", service.name);
+        // The time-out, and a generous moment for a busy machine.
+        assert!(took < Duration::from_secs(4), "{}: {took:?}", service.name);
+        assert!(took >= Duration::from_millis(500), "{}: {took:?}", service.name);
+    }
+    assert!(stack.api.output().contains("cut off at the deadline"), "{}", stack.api.output());
+    assert!(in_flight.await?.is_err());
+    Ok(())
+}

@@ -2,7 +2,10 @@
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use lapin::uri::AMQPUri;
-use std::{net::SocketAddr, time::Duration};
+use proto::topology::DEFAULT_RETRY_DELAYS;
+use serving::shutdown;
+use sqlx::sqlite::SqliteConnectOptions;
+use std::{net::SocketAddr, str::FromStr, time::Duration};
 use telemetry::amqp::Relation;
 
 /// The consumer of login messages.
@@ -19,11 +22,11 @@ pub struct Config {
     pub listen: SocketAddr,
 
     /// The broker, as amqp://user:password@host:port/vhost.
-    #[arg(long, env = "AMQP_URL", default_value = proto::broker::DEFAULT_URL, hide_env_values = true)]
+    #[arg(long, env = "AMQP_URL", default_value = proto::broker::DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
 
     /// Put before the names of exchange and queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "")]
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", global = true)]
     pub amqp_prefix: String,
 
     /// How many messages the broker may send ahead of their acknowledgement.
@@ -35,16 +38,80 @@ pub struct Config {
     #[arg(long, env = "MQ_RELATION", default_value = "parent")]
     pub relation: Relation,
 
-    /// From the signal to stop until exit, at most: deliveries in hand, then spans.
-    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
-    pub shutdown_timeout: Duration,
+    /// The database of the login history, as sqlite://path; the file and its folder are made if they are missing.
+    #[arg(long, env = "MQ_DATABASE_URL", default_value = "sqlite://data/mq/mq.db", hide_env_values = true)]
+    database_url: String,
+
+    /// How long a message that failed waits for its next attempt, after the first attempt, the second and so
+    /// on; after one more it is a dead letter. With `none`, after the first.
+    #[arg(long, env = "MQ_RETRY_DELAYS", default_value = DEFAULT_RETRY_DELAYS)]
+    pub retry_delays: RetryDelays,
+
+    /// How to end.
+    #[command(flatten)]
+    pub shutdown: shutdown::Options,
 }
 
 /// What to do instead of consuming.
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Ask the service on this machine whether it is consuming; exit code 0 if it is, 1 if not.
     Health,
+    /// Look at the messages that were given up, or publish them again.
+    #[command(subcommand)]
+    DeadLetters(DeadLetters),
+}
+
+/// What to do with dead letters.
+#[derive(Debug, Clone, Subcommand)]
+pub enum DeadLetters {
+    /// List them, the oldest first. The queue is left as it was.
+    List,
+    /// Show headers and properties of one. The queue is left as it was.
+    Show {
+        /// Its message id.
+        message_id: String,
+        /// Show the body as well, which holds personal data.
+        #[arg(long)]
+        body: bool,
+    },
+    /// Publish one, or all, for a new round of attempts, and take it out of the queue.
+    #[group(required = true, multiple = false)]
+    Replay {
+        /// Its message id.
+        message_id: Option<String>,
+        /// All that are in the queue now.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// The pauses between attempts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RetryDelays(pub Vec<Duration>);
+
+impl FromStr for RetryDelays {
+    type Err = String;
+
+    fn from_str(list: &str) -> Result<Self, String> {
+        /// Each is a queue.
+        const MOST: usize = 16;
+        /// What a queue's `x-message-ttl` can hold.
+        const LONGEST: Duration = Duration::from_millis(u32::MAX as u64);
+
+        if list == "none" {
+            return Ok(Self(Vec::new()));
+        }
+        let delays = list.split(',').map(|delay| humantime::parse_duration(delay.trim()));
+        let delays: Vec<_> = delays.collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+        let in_order = delays.is_sorted();
+        let in_range = delays.iter().all(|delay| (Duration::from_millis(1)..=LONGEST).contains(delay));
+        if delays.len() > MOST || !in_order || !in_range {
+            return Err("expected at most 16 durations from 1ms to 49days, none shorter than the one before"
+                .to_owned());
+        }
+        Ok(Self(delays))
+    }
 }
 
 impl Config {
@@ -52,7 +119,10 @@ impl Config {
     pub fn load() -> Self {
         let config = Self::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.
-        if let Err(problem) = config.amqp_uri() {
+        if let Err(problem) = config.amqp_uri().map(drop).and(config.shutdown.check()) {
+            Self::command().error(ErrorKind::ValueValidation, problem).exit();
+        }
+        if let Err(problem) = config.database() {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
@@ -66,13 +136,11 @@ impl Config {
         proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))
     }
 
-    /// The part of the shutdown that deliveries in hand may take.
-    pub fn drain_timeout(&self) -> Duration {
-        self.shutdown_timeout.mul_f64(0.6)
-    }
-
-    /// The part of the shutdown that is kept for spans.
-    pub fn telemetry_timeout(&self) -> Duration {
-        self.shutdown_timeout.mul_f64(0.4)
+    /// The database of the login history.
+    ///
+    /// # Errors
+    /// If the URL is not one; [`Config::load`] has seen to that.
+    pub fn database(&self) -> Result<SqliteConnectOptions, String> {
+        crate::history::parse_url(&self.database_url).map_err(|problem| format!("MQ_DATABASE_URL: {problem}"))
     }
 }

@@ -1,88 +1,64 @@
-//! The delivery loop, and the hand-written span `mq_consumer_msg`.
+//! The delivery loop: a connection, chunks of deliveries, acknowledgements. What is done with a delivery is
+//! in `attempt`.
 
-use crate::processing::LoginHistory;
+use crate::{
+    attempt::{Attempts, Failed, Outcome},
+    processing::{Login, Processed},
+};
 use anyhow::{bail, ensure};
-use futures_util::{FutureExt as _, StreamExt};
+use futures_util::{FutureExt, StreamExt, future::join_all, stream::FuturesUnordered};
 use lapin::{
-    Channel, Confirmation,
+    Channel,
     message::Delivery,
-    options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
-        ConfirmSelectOptions,
-    },
-    types::{AMQPValue, FieldTable},
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
+    types::FieldTable,
     uri::AMQPUri,
 };
-use opentelemetry::{
-    Context, KeyValue,
-    context::FutureExt as _,
-    global::{self, BoxedTracer},
-    trace::{Span, Status, TraceContextExt, Tracer},
-};
-use proto::{
-    broker::{self, Backoff},
-    login::{LoginMessage, LoginMessageError},
-    topology::Topology,
-};
-use std::sync::LazyLock;
-use telemetry::{
-    amqp::{self, Broker, Relation},
-    semconv,
-};
-use tokio::select;
-use tonic_health::{ServingStatus, server::HealthReporter};
-
-/// Makes the hand-written span of this service.
-static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("mq"));
+use proto::broker::{self, Backoff};
+use tokio::{select, sync::watch, time::Instant};
+use tower::{BoxError, Service};
 
 /// The name of this service's connection on the broker.
-const CLIENT_ID: &str = "mq";
+pub const CLIENT_ID: &str = "mq";
 
-/// Deliveries acknowledged together, at most.
-const MAX_CHUNK: usize = 16;
-
-/// The header of a dead letter that says why it is one.
-pub const REASON_HEADER: &str = "x-dead-letter-reason";
+/// Deliveries processed, made durable and acknowledged together, at most.
+const MAX_CHUNK: usize = 64;
 
 /// Consumes login messages.
-pub struct Consumer {
-    uri: AMQPUri,
-    topology: Topology,
-    prefetch: u16,
-    relation: Relation,
-    history: LoginHistory,
-    health: HealthReporter,
-    broker: Broker,
+pub struct Consumer<S> {
+    /// The broker.
+    pub uri: AMQPUri,
+    /// How many messages it may send ahead of their acknowledgement.
+    pub prefetch: u16,
+    /// What is done with each delivery.
+    pub attempts: Attempts<S>,
+    /// Told whether there is a connection that consumes.
+    pub consuming: watch::Sender<bool>,
 }
 
-impl Consumer {
-    /// A consumer that tells `health` whether it is consuming.
-    pub fn new(
-        uri: AMQPUri,
-        topology: Topology,
-        prefetch: u16,
-        relation: Relation,
-        history: LoginHistory,
-        health: HealthReporter,
-    ) -> Self {
-        let broker = Broker::new(&uri, CLIENT_ID);
-        Self { uri, topology, prefetch, relation, history, health, broker }
-    }
-
+impl<S> Consumer<S>
+where
+    S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
+{
     /// Consumes until `stop` is ready and the deliveries that have come by then are finished. Connects
     /// again, as often as needed.
     pub async fn run(&self, stop: impl Future<Output = ()>) {
         let stop = stop.shared();
-        let broker = &self.broker;
+        let broker = &self.attempts.broker;
         let mut backoff = Backoff::new();
         let mut is_away = false;
         loop {
+            let start = Instant::now();
             let (connected, ended) = self.session(stop.clone()).await;
             match ended {
                 Ok(()) => return,
                 Err(error) if connected => {
                     tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
-                    (is_away, backoff) = (false, Backoff::new());
+                    is_away = false;
+                    // One that is lost at once, each time, is tried again ever more slowly, too.
+                    if start.elapsed() > Backoff::LONGEST {
+                        backoff = Backoff::new();
+                    }
                 }
                 // Once, not for every attempt.
                 Err(error) if !is_away => {
@@ -108,28 +84,29 @@ impl Consumer {
             },
             () = stop.clone() => return (false, Ok(())),
         };
-        tracing::info!(broker = %self.broker, queue = self.topology.queue, "consuming");
-        self.health.set_service_status("", ServingStatus::Serving).await;
+        tracing::info!(broker = %self.attempts.broker, queue = self.attempts.topology.queue, "consuming");
+        self.consuming.send_replace(true);
         let ended = self.consume(&channel, deliveries, stop).await;
-        self.health.set_service_status("", ServingStatus::NotServing).await;
+        self.consuming.send_replace(false);
         if ended.is_ok() {
             // What is not acknowledged goes back to the queue.
             let closed = connection.close(200, "shutting down".into()).await;
             tracing::debug!(?closed, "closed the connection to the broker");
+            self.attempts.publisher.close().await;
         }
         (true, ended)
     }
 
     async fn open(&self) -> lapin::Result<(lapin::Connection, Channel, lapin::Consumer)> {
+        let Attempts { topology, retry_delays, .. } = &self.attempts;
         let connection = broker::connect(&self.uri, CLIENT_ID).await?;
         let channel = connection.create_channel().await?;
-        // Confirms are for the messages that this side publishes: dead letters.
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
-        self.topology.declare(&channel).await?;
+        topology.declare(&channel).await?;
+        topology.declare_retry_queues(&channel, retry_delays).await?;
         let deliveries = channel
             .basic_consume(
-                self.topology.queue.as_str().into(),
+                topology.queue.as_str().into(),
                 CLIENT_ID.into(),
                 BasicConsumeOptions::default(),
                 FieldTable::default(),
@@ -147,91 +124,80 @@ impl Consumer {
         let tag = deliveries.tag();
         // What has come in the meantime is taken together.
         let mut deliveries = deliveries.ready_chunks(MAX_CHUNK);
+        let hand_on = async |(delivery, failed): (Delivery, Failed)| {
+            self.attempts.hand_on(&delivery, failed).await;
+            acknowledge(&delivery, false).await
+        };
+        // Apart from the others, which a message that failed must not hold up.
+        let mut handing_on = FuturesUnordered::new();
         loop {
             select! {
                 chunk = deliveries.next() => match chunk {
-                    Some(chunk) => self.deliver_all(channel, chunk).await?,
+                    Some(chunk) => {
+                        let failed = self.deliver_all(chunk, handing_on.is_empty()).await?;
+                        handing_on.extend(failed.into_iter().map(hand_on));
+                    }
                     None => bail!("the broker cancelled the consumer"),
                 },
+                Some(acked) = handing_on.next() => acked?,
                 () = stop.clone() => break,
             }
         }
         tracing::info!("stopping: finishing deliveries in hand");
         channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
         while let Some(chunk) = deliveries.next().await {
-            self.deliver_all(channel, chunk).await?;
+            let failed = self.deliver_all(chunk, handing_on.is_empty()).await?;
+            handing_on.extend(failed.into_iter().map(hand_on));
+        }
+        while let Some(acked) = handing_on.next().await {
+            acked?;
         }
         Ok(())
     }
 
-    /// Processes deliveries one after the other, then acknowledges them all at once, which costs both
-    /// sides less. Cut short, it leaves them in the queue: they will be delivered again.
+    /// Processes deliveries and acknowledges them, but those that failed, which it returns. Cut short, it
+    /// leaves them in the queue: they will be delivered again.
+    ///
+    /// `all_before`: whether all earlier deliveries are acknowledged.
     async fn deliver_all(
         &self,
-        channel: &Channel,
         chunk: Vec<lapin::Result<Delivery>>,
-    ) -> anyhow::Result<()> {
-        let mut last = None;
-        for delivery in chunk {
-            let delivery = delivery?;
-            self.deliver(channel, &delivery).await?;
-            last = Some(delivery);
-        }
-        if let Some(last) = last {
-            last.ack(BasicAckOptions { multiple: true }).await?;
-        }
-        Ok(())
-    }
-
-    /// Processes one delivery in its span.
-    async fn deliver(&self, channel: &Channel, delivery: &Delivery) -> anyhow::Result<()> {
-        let (carrier, message) = LoginMessage::from_json(&delivery.data);
-        let (producer, source) = amqp::extract(delivery.properties.headers().as_ref(), &carrier);
-
-        let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
-        let mut span = TRACER.build_with_context(builder, &parent);
-        if span.is_recording() {
-            span.set_attributes(self.broker.consumer_attributes(delivery, &self.topology.queue, source));
-        }
-        let cx = parent.with_span(span);
-
-        let processed = async {
-            match message {
-                Ok(message) => self.history.record(&message.msg),
-                Err(error) => self.dead_letter(channel, delivery, error).await?,
+        all_before: bool,
+    ) -> anyhow::Result<Vec<(Delivery, Failed)>> {
+        let deliveries = chunk.into_iter().collect::<lapin::Result<Vec<_>>>()?;
+        let (again, first): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(|d| d.redelivered);
+        let mut failed = Vec::new();
+        // One of these may have killed the process. One by one, so that it is known which it was.
+        for delivery in again {
+            match self.attempts.process(&delivery).await {
+                Outcome::Settled => acknowledge(&delivery, false).await?,
+                Outcome::Failed(why) => failed.push((delivery, why)),
             }
-            Ok(())
-        };
-        let processed = processed.with_context(cx.clone()).await;
-        cx.span().end();
-        processed
+        }
+        // At the same time, so that the history commits them together.
+        let outcomes = join_all(first.iter().map(|delivery| self.attempts.process(delivery))).await;
+        let mut settled = Vec::with_capacity(first.len());
+        for (delivery, outcome) in first.into_iter().zip(outcomes) {
+            match outcome {
+                Outcome::Settled => settled.push(delivery),
+                Outcome::Failed(why) => failed.push((delivery, why)),
+            }
+        }
+        if all_before && failed.is_empty() {
+            // All at once costs both sides less. It would include any that is not to be acknowledged yet.
+            if let Some(last) = settled.last() {
+                acknowledge(last, true).await?;
+            }
+        } else {
+            for delivery in settled {
+                acknowledge(&delivery, false).await?;
+            }
+        }
+        Ok(failed)
     }
+}
 
-    /// Publishes a message that can't be read to the dead-letter queue: unchanged, with the reason in a
-    /// header. Only once the broker has confirmed it may the original be acknowledged.
-    async fn dead_letter(
-        &self,
-        channel: &Channel,
-        delivery: &Delivery,
-        error: LoginMessageError,
-    ) -> anyhow::Result<()> {
-        Context::map_current(|cx| {
-            let span = cx.span();
-            span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.reason()));
-            span.set_status(Status::error(error.to_string()));
-        });
-        tracing::warn!(%error, queue = self.topology.dead_letter_queue, "dead letter");
-
-        let mut headers = delivery.properties.headers().clone().unwrap_or_default();
-        headers.insert(REASON_HEADER.into(), AMQPValue::LongString(error.reason().into()));
-        let queue = self.topology.dead_letter_queue.as_str();
-        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-        let properties = delivery.properties.clone().with_headers(headers);
-        let confirmation = channel
-            .basic_publish("".into(), queue.into(), options, &delivery.data, properties)
-            .await?
-            .await?;
-        ensure!(confirmation == Confirmation::Ack(None), "the broker did not take a dead letter");
-        Ok(())
-    }
+async fn acknowledge(delivery: &Delivery, multiple: bool) -> anyhow::Result<()> {
+    ensure!(delivery.ack(BasicAckOptions { multiple }).await?, "the channel is closed");
+    Ok(())
 }

@@ -1,55 +1,113 @@
 //! The consumer of login messages.
 //!
 //! - [`config`]: flags and environment
-//! - [`consumer`]: the delivery loop, with the hand-written span `mq_consumer_msg`
+//! - [`consumer`]: the delivery loop
+//! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why one failed
 //! - [`processing`]: what is done with a login; it knows no AMQP
+//! - [`history`]: the database in which a login takes effect, once
+//! - [`publisher`]: messages published once more; [`properties`]: what they carry
+//! - [`dead_letters`]: what an operator does with those that were given up
 
+pub mod attempt;
 pub mod config;
 pub mod consumer;
+pub mod dead_letters;
+pub mod failure;
+pub mod history;
 pub mod processing;
+pub mod properties;
+pub mod publisher;
 
 use anyhow::Context;
+use attempt::Attempts;
 use config::Config;
 use consumer::Consumer;
 use futures_util::FutureExt;
-use processing::LoginHistory;
+use history::History;
+use processing::{Login, Processed, RecordLogin};
 use proto::topology::Topology;
-use tokio::{
-    net::TcpListener,
-    time::{Instant, sleep_until},
-};
-use tonic::transport::{Server, server::TcpIncoming};
-use tonic_health::ServingStatus;
+use publisher::Publisher;
+use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
+use std::time::Duration;
+use telemetry::amqp::Broker;
+use tokio::{net::TcpListener, select, sync::watch, time::sleep_until};
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::{BoxError, Service, ServiceBuilder};
 
-/// Consumes until `stop` is ready; it tells by when deliveries in hand must be finished. Answers health
-/// checks on `listener`.
+/// What is done with a login. Layers go in here, the first listed is the outermost: each sees every attempt,
+/// inside of its span.
+pub fn processing_stack(
+    history: History,
+) -> impl Service<Login, Response = Processed, Error: Into<BoxError>> + Clone {
+    ServiceBuilder::new().service(RecordLogin::new(history))
+}
+
+/// Connections for health checks, at most, and how old they get.
+const MAX_CONNECTIONS: usize = 10_000;
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
+
+/// Consumes until `shutdown`. Answers health checks on `listener`.
 ///
 /// # Errors
 /// If the configuration can't be used. A broker that is away is waited for.
-pub async fn run(
-    config: &Config,
-    listener: TcpListener,
-    stop: impl Future<Output = Instant>,
-) -> anyhow::Result<()> {
-    let (health_reporter, health) = tonic_health::server::health_reporter();
-    health_reporter.set_service_status("", ServingStatus::NotServing).await;
-    let health = Server::builder().add_service(health).serve_with_incoming(TcpIncoming::from(listener));
-    let consumer = Consumer::new(
-        config.amqp_uri().map_err(anyhow::Error::msg)?,
-        Topology::with_prefix(&config.amqp_prefix),
-        config.prefetch,
-        config.relation,
-        LoginHistory::default(),
-        health_reporter,
-    );
-    let stop = stop.shared();
-    let deadline = async { sleep_until(stop.clone().await).await };
-    tokio::select! {
+pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_service_status("", ServingStatus::NotServing).await;
+    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), MAX_CONNECTION_AGE);
+    let health = grpc::builder(MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
+
+    let uri = config.amqp_uri().map_err(anyhow::Error::msg)?;
+    let topology = Topology::with_prefix(&config.amqp_prefix);
+    let history = History::start(config.database().map_err(anyhow::Error::msg)?);
+    let retry_delays = config.retry_delays.0.clone();
+    let (consuming, is_consuming) = watch::channel(false);
+    let available = history.available();
+    let consumer = Consumer {
+        uri: uri.clone(),
+        prefetch: config.prefetch,
+        consuming,
+        attempts: Attempts {
+            processing: processing_stack(history.clone()),
+            history,
+            broker: Broker::new(&uri, consumer::CLIENT_ID),
+            publisher: Publisher::new(uri, topology.clone(), retry_delays.clone()),
+            topology,
+            relation: config.relation,
+            retry_delays,
+        },
+    };
+    let deadline = async { sleep_until(shutdown.begun().await.finish_by).await };
+    select! {
         served = health => served.context("serving health checks"),
-        () = consumer.run(stop.clone().map(drop)) => Ok(()),
+        () = report(reporter, is_consuming, available, shutdown) => Ok(()),
+        () = consumer.run(shutdown.stopped().map(drop)) => Ok(()),
         () = deadline => {
             tracing::warn!("deliveries in hand were cut off at the deadline");
             Ok(())
+        }
+    }
+}
+
+/// Tells whether both are there that consuming needs, the broker and the database, until `shutdown`.
+async fn report(
+    reporter: HealthReporter,
+    mut consuming: watch::Receiver<bool>,
+    mut available: watch::Receiver<bool>,
+    shutdown: &Shutdown,
+) {
+    loop {
+        let can_consume = *consuming.borrow_and_update() && *available.borrow_and_update();
+        let serving = can_consume && !shutdown.has_begun();
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        reporter.set_service_status("", status).await;
+        let changed = select! {
+            changed = consuming.changed() => changed,
+            changed = available.changed() => changed,
+            _ = shutdown.begun(), if serving => Ok(()),
+        };
+        if changed.is_err() || serving != can_consume {
+            // The process is ending; it will not be ready again.
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -2,20 +2,16 @@
 
 use anyhow::Context;
 use mq::config::{Command, Config};
+use serving::{listener::bind, shutdown::Shutdown};
 use std::process::ExitCode;
-use tokio::{
-    net::TcpListener,
-    select,
-    signal::unix::{SignalKind, signal},
-    time::Instant,
-};
+use tokio::select;
 
 // One thread: see docs/decisions/0004-one-thread.md.
 #[tokio::main(flavor = "current_thread")]
 #[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 async fn main() -> ExitCode {
     let config = Config::load();
-    if let Some(Command::Health) = config.command {
+    if let Some(Command::Health) = &config.command {
         return match proto::health::probe(config.listen).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -24,32 +20,39 @@ async fn main() -> ExitCode {
             }
         };
     }
-    let telemetry = match telemetry::Config::from_env("mq", env!("CARGO_PKG_VERSION")) {
-        Ok(config) => telemetry::Telemetry::start(config),
+    let shutdown = match Shutdown::on_signal(config.shutdown) {
+        Ok(shutdown) => shutdown,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let configured = telemetry::Config::from_env("mq", env!("CARGO_PKG_VERSION"));
+    let telemetry = match configured.and_then(telemetry::Telemetry::start) {
+        Ok(telemetry) => telemetry,
         Err(error) => {
             eprintln!("error: {error}");
             return ExitCode::from(2);
         }
     };
 
-    let result = consume(&config).await;
+    let result = match &config.command {
+        Some(Command::DeadLetters(command)) => select! {
+            done = mq::dead_letters::run(&config, command) => done,
+            _ = shutdown.begun() => Err(anyhow::anyhow!("interrupted")),
+        },
+        Some(Command::Health) | None => consume(&config, &shutdown).await,
+    };
     if let Err(error) = &result {
         tracing::error!("{error:#}");
     }
     // After a failure, too: the last spans matter most.
-    telemetry.shut_down(config.telemetry_timeout()).await;
+    telemetry.shut_down(shutdown.time_left()).await;
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn consume(config: &Config) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let stop = async move {
-        select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        Instant::now() + config.drain_timeout()
-    };
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
+async fn consume(config: &Config, shutdown: &Shutdown) -> anyhow::Result<()> {
+    let listener = bind(config.listen).with_context(|| format!("listening on {}", config.listen))?;
     tracing::info!(address = %listener.local_addr()?, "listening for health checks");
-    mq::run(config, listener, stop).await
+    mq::run(config, listener, shutdown).await
 }

@@ -1,17 +1,78 @@
 //! What is done with a login. Nothing here knows how it came.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::history::{History, Refused};
+use futures_util::future::BoxFuture;
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
+use tower::Service;
 
-/// The logins so far. For now it only counts them.
-#[derive(Debug, Default)]
-pub struct LoginHistory {
-    total: AtomicU64,
+/// A login to process.
+#[derive(Clone)]
+pub struct Login {
+    /// The same for every delivery of the same login.
+    pub message_id: String,
+    /// The trace in which it happened, as 32 hex digits.
+    pub trace_id: Option<String>,
+    /// Who logged in. Personal: it stays out of spans, logs and errors.
+    pub mobile: String,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
 }
 
-impl LoginHistory {
-    /// Records a login of `_mobile`.
-    pub fn record(&self, _mobile: &str) {
-        let total = self.total.fetch_add(1, Relaxed) + 1;
-        tracing::info!(total, "login recorded");
+/// Shows which login it is, not whose.
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { message_id, attempt, .. } = self;
+        f.debug_struct("Login")
+            .field("message_id", message_id)
+            .field("attempt", attempt)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of a login that was processed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processed {
+    /// It took effect, durably.
+    Applied,
+    /// It had taken effect before, so it changed nothing.
+    Duplicate,
+}
+
+/// Records logins in the history: the innermost service, which layers wrap in [`crate::processing_stack`].
+#[derive(Clone)]
+pub struct RecordLogin {
+    history: History,
+}
+
+impl RecordLogin {
+    /// Records them in `history`.
+    pub fn new(history: History) -> Self {
+        Self { history }
+    }
+}
+
+impl Service<Login> for RecordLogin {
+    type Response = Processed;
+    type Error = Refused;
+    type Future = BoxFuture<'static, Result<Processed, Refused>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Refused>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, login: Login) -> Self::Future {
+        let history = self.history.clone();
+        Box::pin(async move {
+            let attempt = login.attempt;
+            let processed = history.apply(login).await?;
+            match processed {
+                Processed::Applied => tracing::info!(attempt, "login recorded"),
+                Processed::Duplicate => tracing::info!(attempt, "login recorded before"),
+            }
+            Ok(processed)
+        })
     }
 }

@@ -1,10 +1,17 @@
 //! How both sides reach the broker that the login message travels through.
 
 use lapin::{
-    Connection, ConnectionProperties,
+    AsyncTcpStream, Connection, ConnectionProperties,
+    tcp::AMQPUriTcpExt,
     uri::{AMQPScheme, AMQPUri},
 };
-use std::{io, time::Duration};
+use std::{
+    io,
+    net::{Shutdown, TcpStream},
+    os::fd::AsFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 use tokio::time::timeout;
 
 /// RabbitMQ as it comes, on this machine.
@@ -36,11 +43,39 @@ pub fn parse_url(url: &str) -> Result<AMQPUri, &'static str> {
 /// If the broker is not reached within five seconds, or refuses.
 pub async fn connect(uri: &AMQPUri, name: &'static str) -> lapin::Result<Connection> {
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let connecting = Connection::connect_uri(uri.clone(), properties);
-    timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| {
-        let error = io::Error::new(io::ErrorKind::TimedOut, "no answer from the broker");
-        Err(lapin::ErrorKind::IOError(error.into()).into())
+    // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody
+    // waits for it any more. So there is a second handle to the socket, to end that by.
+    let socket = Arc::new(Mutex::new(None));
+    let runtime = lapin::runtime::default_runtime()?;
+    let connect_socket = {
+        let (socket, runtime) = (Arc::clone(&socket), runtime.clone());
+        async move |uri: AMQPUri, _| {
+            let connecting = uri.connect_async(&runtime);
+            let stream = timeout(CONNECT_TIMEOUT, connecting).await.map_err(io::Error::from).flatten();
+            let stream = stream.map_err(lapin_error)?;
+            if let AsyncTcpStream::Plain(stream) = &stream {
+                let handle = stream.get_ref().as_fd().try_clone_to_owned().map_err(lapin_error)?;
+                *lock(&socket) = Some(TcpStream::from(handle));
+            }
+            Ok(stream)
+        }
+    };
+    let connecting = Connection::connector(uri.clone(), runtime, connect_socket, properties);
+    let connected = timeout(CONNECT_TIMEOUT, connecting).await;
+    let socket = lock(&socket).take();
+    connected.unwrap_or_else(|_| {
+        // It may be closed already.
+        let _ = socket.map(|socket| socket.shutdown(Shutdown::Both));
+        Err(lapin_error(io::Error::new(io::ErrorKind::TimedOut, "no answer from the broker")))
     })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lapin_error(error: io::Error) -> lapin::Error {
+    lapin::ErrorKind::IOError(error.into()).into()
 }
 
 /// The pause before the next attempt to connect: from a tenth of a second up to two, with jitter, so
@@ -52,7 +87,8 @@ pub struct Backoff {
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
-    const LONGEST: Duration = Duration::from_secs(2);
+    /// The longest pause.
+    pub const LONGEST: Duration = Duration::from_secs(2);
 
     /// Starts with the shortest pause.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
@@ -77,6 +113,31 @@ mod tests {
         for url in ["", "amqp//user:secret@host", "http://user:secret@host", "amqps://user:secret@host"] {
             assert!(!parse_url(url).unwrap_err().contains("secret"), "{url}");
         }
+    }
+
+    /// Threads of lapin in this process.
+    fn lapin_threads() -> usize {
+        let threads = std::fs::read_dir("/proc/self/task").unwrap();
+        let names =
+            threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+        names.filter(|name| name.starts_with("lapin")).count()
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_says_nothing_is_given_up_and_leaves_no_thread_behind() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = parse_url(&format!("amqp://{}", listener.local_addr().unwrap())).unwrap();
+        let connecting = tokio::spawn(async move { connect(&uri, "test").await.map(drop) });
+        let _silent = listener.accept().await.unwrap();
+        assert_eq!(lapin_threads(), 1);
+        assert!(connecting.await.unwrap().is_err());
+        timeout(Duration::from_secs(5), async {
+            while lapin_threads() > 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await
+        .expect("its thread ends");
     }
 
     #[test]

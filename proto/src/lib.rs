@@ -2,11 +2,13 @@
 //!
 //! - [`usercenter::v1`]: the gRPC API, from `usercenter/v1/usercenter.proto`
 //! - [`login`]: the message that `api` publishes and `mq` consumes
+//! - [`headers`]: the names of its AMQP headers, besides those of the trace context
 //! - [`topology`]: the exchange and queues it travels through
 //! - [`broker`]: how to connect to the broker that holds them
 //! - [`health`]: the gRPC health check, asked
 
 pub mod broker;
+pub mod headers;
 pub mod health;
 pub mod login;
 pub mod topology;

@@ -1,6 +1,7 @@
 //! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use serving::shutdown;
 use std::{net::SocketAddr, time::Duration};
 
 /// The gRPC service usercenter.
@@ -15,9 +16,27 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_LISTEN", default_value = "127.0.0.1:50051", global = true)]
     pub listen: SocketAddr,
 
-    /// From the signal to stop until exit, at most: calls in flight, then spans.
-    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
-    pub shutdown_timeout: Duration,
+    /// How long a call may take; the caller may give it less time.
+    #[arg(long, env = "USERCENTER_DEADLINE", default_value = "2s", value_parser = positive_duration)]
+    pub deadline: Duration,
+
+    /// How many calls may be in flight; more are refused at once.
+    #[arg(long, env = "USERCENTER_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_in_flight: u32,
+
+    /// After how long a connection is asked to go; its client makes a new one, which a balancer may lead to
+    /// another instance.
+    #[arg(
+        long,
+        env = "USERCENTER_MAX_CONNECTION_AGE",
+        default_value = "5m",
+        value_parser = humantime::parse_duration
+    )]
+    pub max_connection_age: Duration,
+
+    /// How to end.
+    #[command(flatten)]
+    pub shutdown: shutdown::Options,
 }
 
 /// What to do instead of serving.
@@ -28,13 +47,19 @@ pub enum Command {
 }
 
 impl Config {
-    /// The part of the shutdown that calls in flight may take.
-    pub fn drain_timeout(&self) -> Duration {
-        self.shutdown_timeout.mul_f64(0.6)
+    /// Reads flags and environment; exits with 2 if something in them can't be honoured.
+    pub fn load() -> Self {
+        let config = Self::parse();
+        if let Err(problem) = config.shutdown.check() {
+            Self::command().error(ErrorKind::ValueValidation, problem).exit();
+        }
+        config
     }
+}
 
-    /// The part of the shutdown that is kept for spans.
-    pub fn telemetry_timeout(&self) -> Duration {
-        self.shutdown_timeout.mul_f64(0.4)
+fn positive_duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("must be more than 0".to_owned()),
+        duration => duration.map_err(|error| error.to_string()),
     }
 }

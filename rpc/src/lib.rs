@@ -1,31 +1,37 @@
 //! The gRPC service usercenter.
 //!
 //! - [`config`]: flags and environment
+//! - [`layers`]: what is around it
 //! - [`service`]: the gRPC face, and which error becomes which status
 //! - [`directory`]: the users
 
 pub mod config;
 pub mod directory;
+pub mod layers;
 pub mod service;
 
 use anyhow::Context;
+use config::Config;
 use directory::Directory;
+use futures_util::FutureExt;
+use layers::Limits;
 use proto::usercenter::v1::{FILE_DESCRIPTOR_SET, usercenter_server::UsercenterServer};
 use service::Service;
-use std::time::Duration;
-use telemetry::grpc::GrpcServerLayer;
-use tokio::{
-    net::TcpListener,
-    sync::oneshot,
-    time::{Instant, timeout_at},
-};
-use tonic::transport::{Server, server::TcpIncoming};
+use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
+use tokio::{net::TcpListener, time::timeout_at};
+use tonic_health::ServingStatus;
 
-/// Serves on `listener` until `stop` is ready; it tells by when calls in flight must be finished.
+/// Connections from outside, at most. Only `api` calls this service, on a connection per instance.
+const MAX_CONNECTIONS: usize = 10_000;
+
+/// The largest message that a caller may send, in bytes.
+const MAX_MESSAGE: usize = 64 * 1024;
+
+/// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
 /// If the server fails; calls that had to be cut off are logged, not an error.
-pub async fn run(listener: TcpListener, stop: impl Future<Output = Instant>) -> anyhow::Result<()> {
+pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<UsercenterServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -34,29 +40,31 @@ pub async fn run(listener: TcpListener, stop: impl Future<Output = Instant>) -> 
         .build_v1()
         .context("gRPC reflection")?;
 
-    let (drain, draining) = oneshot::channel();
-    let server = Server::builder()
-        // A client that vanished without a word is noticed.
-        .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        // The first layer listed sees the request first.
-        .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span
-        .add_service(UsercenterServer::new(Service::new(Directory::demo())))
+    let usercenter = UsercenterServer::new(Service::new(Directory::demo()));
+    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), config.max_connection_age);
+    let limits = Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
+    let server = layers::in_layers(grpc::builder(config.max_connection_age), limits)
+        .add_service(usercenter.max_decoding_message_size(MAX_MESSAGE))
         .add_service(health)
         .add_service(reflection)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
-            let _ = draining.await;
-        });
+        .serve_with_incoming_shutdown(incoming, shutdown.stopped().map(drop));
     let mut server = Box::pin(server);
 
-    let deadline = tokio::select! {
+    // This instance ("") is not ready any more, for a balancer; the service goes on.
+    let ends = async {
+        let schedule = shutdown.begun().await;
+        health_reporter.set_service_status("", ServingStatus::NotServing).await;
+        shutdown.stopped().await;
+        schedule
+    };
+    let schedule = tokio::select! {
+        biased;
+        schedule = ends => schedule,
         served = &mut server => return served.context("serving gRPC"),
-        deadline = stop => deadline,
     };
     tracing::info!("stopping: finishing calls in flight");
     health_reporter.set_not_serving::<UsercenterServer<Service>>().await;
-    let _ = drain.send(());
-    match timeout_at(deadline, server).await {
+    match timeout_at(schedule.finish_by, server).await {
         Ok(served) => served.context("serving gRPC"),
         Err(_) => {
             tracing::warn!("calls in flight were cut off at the deadline");

@@ -68,7 +68,7 @@ fn instrumented(id: u64) {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let telemetry = Telemetry::start(Config::from_env("spans", env!("CARGO_PKG_VERSION"))?);
+    let telemetry = Telemetry::start(Config::from_env("spans", env!("CARGO_PKG_VERSION"))?)?;
 
     let (done, mut all_done) = mpsc::channel(1);
     let app: Router = Router::new()

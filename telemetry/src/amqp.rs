@@ -1,8 +1,8 @@
 //! AMQP: what the hand-written spans of a producer and a consumer need.
 //!
 //! There is no layer here. lapin has no place for one, and where a message is sent or processed is
-//! something that only the code knows: so `send_msg_mq` is opened in `api/src/publisher.rs` and
-//! `mq_consumer_msg` in `mq/src/consumer.rs`, by hand. This file has the carrier (message headers), the
+//! something that only the code knows: so `send_msg_mq` is opened in `api/src/publisher/mod.rs` and
+//! `mq_consumer_msg` in `mq/src/attempt.rs`, by hand. This file has the carrier (message headers), the
 //! relation of the two spans, and their attributes (semantic conventions 1.45, RabbitMQ).
 
 use crate::semconv;
@@ -176,12 +176,13 @@ impl Broker {
         attributes
     }
 
-    /// Attributes of a CONSUMER span.
+    /// Attributes of a CONSUMER span. `message_id` is the delivery's own, or what takes its place.
     pub fn consumer_attributes(
         &self,
         delivery: &Delivery,
         queue: &str,
         source: ContextSource,
+        message_id: &str,
     ) -> Vec<KeyValue> {
         let (exchange, routing_key) = (delivery.exchange.as_str(), delivery.routing_key.as_str());
         let destination = destination_name(&[exchange, routing_key, queue]);
@@ -189,14 +190,12 @@ impl Broker {
         let delivery_tag = delivery.delivery_tag.cast_signed();
         attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_DELIVERY_TAG, delivery_tag));
         attributes.push(KeyValue::new(semconv::TRACE_CONTEXT_SOURCE, source.as_str()));
-        if let Some(id) = delivery.properties.message_id() {
-            attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, id.to_string()));
-        }
+        attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, message_id.to_owned()));
         attributes
     }
 
     fn attributes(&self, operation: &'static str, destination: &str, routing_key: &str) -> Vec<KeyValue> {
-        let mut attributes = Vec::with_capacity(12);
+        let mut attributes = Vec::with_capacity(16);
         attributes.extend([
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),

@@ -18,6 +18,7 @@
 //! ```
 
 use crate::{
+    ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
     http::{Headers, HeadersMut, host_attribute, peer_attributes, without_long_numbers},
     semconv::{self, OTHER},
@@ -130,7 +131,7 @@ where
                 Ok(response) => Ok(span.respond(response)),
                 Err(error) => {
                     let status = transport_status(error.into());
-                    span.end(status.code());
+                    span.end(status.code(), ErrorType::of(&status));
                     Err(status)
                 }
             }
@@ -138,8 +139,14 @@ where
     }
 }
 
-/// tonic reports an expired deadline as CANCELLED, and a broken connection as UNKNOWN.
-fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
+/// The status that an error of a channel, or of the layers around it, stands for: tonic reports an expired
+/// deadline as CANCELLED, and a broken connection as UNKNOWN.
+pub fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
+    // A layer inside has decided.
+    let error = match error.downcast::<Status>() {
+        Ok(status) => return *status,
+        Err(error) => error,
+    };
     let mut source: Option<&dyn Error> = Some(&*error);
     while let Some(error) = source {
         if error.is::<TimeoutExpired>() {
@@ -149,7 +156,8 @@ fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
     }
     let status = Status::from_error(error);
     match status.code() {
-        Code::Unknown => Status::unavailable("the connection is broken"),
+        // CANCELLED is what hyper says of a call that a closing connection did not take any more.
+        Code::Unknown | Code::Cancelled => Status::unavailable("the connection is broken"),
         _ => status,
     }
 }
@@ -229,7 +237,7 @@ where
             match response.with_context(cx).await {
                 Ok(response) => Ok(span.respond(response)),
                 Err(error) => {
-                    span.end(Code::Unknown);
+                    span.end(Code::Unknown, None);
                     Err(error)
                 }
             }
@@ -287,7 +295,8 @@ impl GrpcSpan {
         // Without a message the status is in the headers; so it is if this isn't gRPC at all.
         let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
-            self.end(status_code(response.headers()));
+            let error_type = response.extensions().get::<ErrorType>().copied();
+            self.end(status_code(response.headers()), error_type);
             None
         } else {
             Some(self)
@@ -295,11 +304,11 @@ impl GrpcSpan {
         response.map(|body| TracedBody::new(body, span))
     }
 
-    fn end(mut self, code: Code) {
-        self.end_once(code);
+    fn end(mut self, code: Code, error_type: Option<ErrorType>) {
+        self.end_once(code, error_type);
     }
 
-    fn end_once(&mut self, code: Code) {
+    fn end_once(&mut self, code: Code, error_type: Option<ErrorType>) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
@@ -308,7 +317,8 @@ impl GrpcSpan {
             let name = code_name(code);
             span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
             if is_error(code, &self.kind) {
-                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, name));
+                let error_type = error_type.map_or(name, |ErrorType(reason)| reason);
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
                 span.set_status(SpanStatus::error(""));
             }
         }
@@ -322,11 +332,12 @@ impl AwaitsBody for GrpcSpan {
     }
 
     fn end_of_body(self, end: BodyEnd<'_>) {
-        self.end(match end {
+        let code = match end {
             BodyEnd::Trailers(trailers) => status_code(trailers),
             // A stream that ends without a status is broken.
             BodyEnd::Complete | BodyEnd::Error => Code::Unknown,
-        });
+        };
+        self.end(code, None);
     }
 }
 
@@ -334,7 +345,7 @@ impl Drop for GrpcSpan {
     fn drop(&mut self) {
         // Whoever drops it at the deadline has a timer as exact as a millisecond, started a little earlier.
         let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now() + TIMER_SLACK);
-        self.end_once(if expired { Code::DeadlineExceeded } else { Code::Cancelled });
+        self.end_once(if expired { Code::DeadlineExceeded } else { Code::Cancelled }, None);
     }
 }
 
@@ -383,8 +394,8 @@ pub fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// `grpc-timeout`: at most 8 digits and a unit (gRPC over HTTP/2, "Requests").
-fn parse_timeout(value: &str) -> Option<Duration> {
+/// Reads `grpc-timeout`: at most 8 digits and a unit (gRPC over HTTP/2, "Requests").
+pub fn parse_timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;

@@ -15,6 +15,7 @@
 //! to the trace.
 
 use crate::{
+    ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
     semconv::{self, CANCELLED, OTHER, PANIC},
 };
@@ -193,7 +194,11 @@ impl HttpServerSpan {
             span.set_attribute(KeyValue::new(semconv::HTTP_RESPONSE_STATUS_CODE, i64::from(status.as_u16())));
             // 4xx is the caller's fault: the span status stays unset (HTTP spans, "Status").
             if status.is_server_error() {
-                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, status.as_str().to_owned()));
+                let error_type = match response.extensions().get::<ErrorType>() {
+                    Some(ErrorType(reason)) => StringValue::from(*reason),
+                    None => status.as_str().to_owned().into(),
+                };
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
                 span.set_status(Status::error(""));
             }
         }

@@ -5,6 +5,7 @@
 //! | [`http`], [`grpc`], [`amqp`] | one boundary each: carrier, spans, attributes |
 //! | [`propagation`] | the wire formats of a context |
 //! | [`Config`], [`Telemetry`] | the `OTEL_*` variables, set-up, shutdown |
+//! | [`ErrorType`] | why a layer refused, for the span around it |
 //! | [`semconv`] | the names of attributes |
 //!
 //! ```no_run
@@ -12,7 +13,7 @@
 //! # #[tokio::main]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let config = telemetry::Config::from_env("my-service", env!("CARGO_PKG_VERSION"))?;
-//! let telemetry = telemetry::Telemetry::start(config);
+//! let telemetry = telemetry::Telemetry::start(config)?;
 //! serve().await;
 //! telemetry.shut_down(std::time::Duration::from_secs(3)).await;
 //! # Ok(())
@@ -22,17 +23,20 @@
 pub mod amqp;
 mod body;
 mod config;
+mod error_type;
 mod export;
 pub mod grpc;
 pub mod http;
 mod log;
+mod metrics;
 pub mod propagation;
 mod resource;
 pub mod semconv;
 mod telemetry;
 
 pub use config::{Config, ConfigError};
-pub use export::SpanCounts;
+pub use error_type::ErrorType;
+pub use export::{DroppedSpans, SpanCounts};
 pub use telemetry::Telemetry;
 
 /// For the benchmark of this crate only.

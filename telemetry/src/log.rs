@@ -9,13 +9,16 @@ use opentelemetry::{
 };
 use serde_json::{Map, Value, json};
 use std::{
+    any::Any,
     fmt,
     io::{self, IsTerminal},
+    panic::{self, PanicHookInfo},
+    str::FromStr,
 };
 use tracing::{Event, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     EnvFilter, Layer,
-    filter::Targets,
+    filter::{FilterExt, Targets, filter_fn},
     fmt::{
         FmtContext, FormatEvent, FormatFields,
         format::{DefaultFields, Writer},
@@ -30,7 +33,27 @@ use tracing_subscriber::{
 #[derive(Debug)]
 pub(crate) struct Config {
     pub format: Format,
-    pub filter: Option<EnvFilter>,
+    pub filter: Option<Filter>,
+}
+
+/// Which lines are written. Those of lapin are not, unless asked for: it has several for each attempt to
+/// connect, where the services say once that the broker is away.
+#[derive(Debug)]
+pub(crate) struct Filter(EnvFilter);
+
+impl FromStr for Filter {
+    type Err = <EnvFilter as FromStr>::Err;
+
+    fn from_str(directives: &str) -> Result<Self, Self::Err> {
+        // A later directive for the same target takes the place of an earlier one.
+        format!("lapin=off,{directives}").parse().map(Self)
+    }
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        "info".parse().expect("a level is a directive")
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,18 +67,35 @@ pub(crate) enum Format {
 /// Spans below INFO are the internals of libraries (h2 alone makes dozens a request): they are not
 /// recorded. Nor is lapin's span, which is as long as its connection.
 pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::SdkTracer>) {
+    // lapin writes out what is returned to it as unroutable, and that is personal: nobody may ask for it.
+    let is_harmless = filter_fn(|metadata| metadata.target() != "lapin::returned_messages");
+    let filter = config.filter.unwrap_or_default().0.and(is_harmless);
     let lines = tracing_subscriber::fmt::layer()
         .event_format(config.format)
         .fmt_fields(DefaultFields::new())
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_writer(io::stderr)
-        .with_filter(config.filter.unwrap_or_else(|| EnvFilter::new("info")));
+        .with_filter(filter);
     let spans = tracer.map(|tracer| {
         let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
         tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_filter(recorded)
     });
     // Fails if there is a subscriber already, as in a test: then that one stays.
-    let _ = tracing_subscriber::registry().with(spans).with(lines).try_init();
+    if tracing_subscriber::registry().with(spans).with(lines).try_init().is_ok() {
+        panic::set_hook(Box::new(log_panic));
+    }
+}
+
+/// A panic is a line like any other, with the ids of the trace that it happened in.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
+    tracing::error!(location, reason = panic_reason(panic.payload()), "panicked");
+}
+
+/// The message of a panic, if it is in the source code as it is: one that was formatted may quote anything, a
+/// mobile number too.
+fn panic_reason(payload: &(dyn Any + Send)) -> &'static str {
+    payload.downcast_ref::<&'static str>().copied().unwrap_or("formatted, so not logged")
 }
 
 impl<S, N> FormatEvent<S, N> for Format
@@ -142,5 +182,21 @@ impl tracing::field::Visit for Fields {
 
     fn record_bool(&mut self, field: &tracing::field::Field, value: bool) {
         self.0.insert(field.name().to_owned(), json!(value));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_panic_quotes_is_not_logged() {
+        let caught = |panics: fn()| panic::catch_unwind(panics).unwrap_err();
+        assert_eq!(panic_reason(&*caught(|| panic!("on purpose"))), "on purpose");
+        let mobile = || std::hint::black_box("13800138000").to_owned();
+        let quoting = panic::catch_unwind(|| panic!("no user {}", mobile())).unwrap_err();
+        assert_eq!(panic_reason(&*quoting), "formatted, so not logged");
+        let unwrapped = caught(|| assert_eq!("13800138000x".parse::<u64>().unwrap(), 0));
+        assert_eq!(panic_reason(&*unwrapped), "formatted, so not logged");
     }
 }

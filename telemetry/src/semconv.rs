@@ -42,6 +42,18 @@ pub const MESSAGING_SYSTEM: &str = "messaging.system";
 /// starts a new trace.
 pub const TRACE_CONTEXT_SOURCE: &str = "throughline.trace_context.source";
 
+/// Ours: how a message was published, `confirmed` by the broker or `spooled` on disk until it can be.
+pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
+/// Ours: which attempt at processing a message this is, from 1.
+pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
+/// Ours: how long a message was on the way from who gave it to the broker this time, in milliseconds.
+pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";
+/// Ours: what became of a message: `applied`, `duplicate`, `retry` or `dead_letter`. If it is missing,
+/// the message was left to the broker, which will deliver it again.
+pub const MESSAGE_OUTCOME: &str = "throughline.message.outcome";
+/// Ours: with the outcome `retry`, the time until the next attempt, in milliseconds.
+pub const MESSAGE_RETRY_DELAY: &str = "throughline.message.retry_delay_ms";
+
 /// `error.type` of a request whose caller went away, or whose handler was dropped for another reason.
 pub const CANCELLED: &str = "cancelled";
 

@@ -1,13 +1,13 @@
 //! Set-up and shutdown.
 
 use crate::{
-    config::{Config, Exporter},
+    config::{Config, ConfigError, Exporter},
     export::{
         SpanCounts,
         batch::{self, BatchExport, Format},
         transport::Transport,
     },
-    log, propagation,
+    log, metrics, propagation,
 };
 use opentelemetry::{
     Context, KeyValue,
@@ -34,12 +34,19 @@ impl Telemetry {
     ///
     /// Call it first, inside of the tokio runtime: layers made before it would use a tracer that does
     /// nothing. It opens no connection yet.
-    pub fn start(config: Config) -> Self {
+    ///
+    /// # Errors
+    /// If it can't listen where Prometheus is to find the metrics.
+    pub fn start(config: Config) -> Result<Self, ConfigError> {
+        let metrics = config.metrics.map(metrics::listen).transpose()?;
         // Propagation works with the SDK disabled, too: the caller's context is passed on.
         global::set_text_map_propagator(propagation::composite(&config.propagators));
         if config.sdk_disabled {
             log::install(config.log, None);
-            return Self { provider: None, exports: Vec::new() };
+            if let Some(listener) = metrics {
+                metrics::serve(listener, Vec::new());
+            }
+            return Ok(Self { provider: None, exports: Vec::new() });
         }
 
         let mut exports = Vec::new();
@@ -68,12 +75,15 @@ impl Telemetry {
         let provider = builder.build();
         log::install(config.log, Some(provider.tracer("tracing")));
         global::set_tracer_provider(provider.clone());
-        Self { provider: Some(provider), exports }
+        if let Some(listener) = metrics {
+            metrics::serve(listener, exports.iter().map(BatchExport::queue).collect());
+        }
+        Ok(Self { provider: Some(provider), exports })
     }
 
     /// What became of the spans that ended so far, for each exporter that sends them in batches.
     pub fn span_counts(&self) -> impl Iterator<Item = SpanCounts> {
-        self.exports.iter().map(BatchExport::counts)
+        self.exports.iter().map(|export| export.queue().counts())
     }
 
     /// Sends the spans that ended, for at most `limit`, and logs what became of them.
@@ -86,6 +96,7 @@ impl Telemetry {
         self.exports.iter().for_each(BatchExport::close);
         for export in self.exports {
             let SpanCounts { ended, exported, dropped } = export.shut_down(deadline).await;
+            let dropped = dropped.total();
             if dropped > 0 {
                 tracing::warn!(ended, exported, dropped, "spans were lost");
             } else {

@@ -107,7 +107,7 @@ async fn connection(
             start = due;
         }
         connection.write_all(request.as_bytes()).await?;
-        if read_answer(&mut connection, &mut buffer).await? {
+        if read_status(&mut connection, &mut buffer).await? == 200 {
             report.logins += 1;
         } else {
             report.failed += 1;
@@ -119,8 +119,8 @@ async fn connection(
     }
 }
 
-/// Reads an answer with a `content-length`; whether its status is 200.
-async fn read_answer(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<bool> {
+/// Reads an answer with a `content-length`; its status.
+pub(crate) async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<u16> {
     buffer.clear();
     loop {
         ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
@@ -130,11 +130,11 @@ async fn read_answer(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result
         let text = std::str::from_utf8(&buffer[..head])?;
         let length = text.lines().find_map(|line| line.strip_prefix("content-length: "));
         let length: usize = length.unwrap_or("0").parse()?;
-        let is_ok = text.starts_with("HTTP/1.1 200 ");
+        let status = text.split(' ').nth(1).unwrap_or_default().parse()?;
         while buffer.len() < head + 4 + length {
             ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
         }
-        return Ok(is_ok);
+        return Ok(status);
     }
 }
 

@@ -11,7 +11,7 @@
 
 pub mod backend;
 pub mod broker;
-mod load;
+pub(crate) mod load;
 mod sink;
 
 use crate::{process::Process, stack::TestBroker};
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use load::{Load, Report};
 use sink::Sink;
-use std::{fs, time::Duration};
+use std::{fs, net::TcpListener, time::Duration};
 use tokio::try_join;
 
 /// How to measure.
@@ -48,14 +48,25 @@ struct Variant {
     variables: &'static [(&'static str, &'static str)],
     /// Spans that one login leaves.
     spans: u64,
+    /// Whether the collector answers.
+    has_collector: bool,
 }
 
+const DISABLED: Variant = Variant {
+    name: "SDK disabled",
+    variables: &[("OTEL_SDK_DISABLED", "true")],
+    spans: 0,
+    has_collector: true,
+};
+
 /// The first is what the others are compared with.
-const VARIANTS: [Variant; 4] = [
-    Variant { name: "SDK disabled", variables: &[("OTEL_SDK_DISABLED", "true")], spans: 0 },
-    Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], spans: 0 },
-    Variant { name: "all traced", variables: &[], spans: 6 },
-    Variant { name: "SDK disabled", variables: &[("OTEL_SDK_DISABLED", "true")], spans: 0 },
+const VARIANTS: [Variant; 5] = [
+    DISABLED,
+    Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
+    Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
+    // It takes connections and never answers: the worst that a collector can do.
+    Variant { name: "silent sink", variables: &[], spans: 6, has_collector: false },
+    DISABLED,
 ];
 
 /// What one run of one variant gave.
@@ -110,7 +121,9 @@ pub async fn run(options: Options) -> Result<()> {
 async fn measure(variant: &Variant, load: &Load) -> Result<Run> {
     let sink = Sink::start().await?;
     let broker = TestBroker::rabbitmq().await?;
-    let endpoint = format!("http://{}", sink.address);
+    let black_hole = TcpListener::bind("127.0.0.1:0")?;
+    let collector = if variant.has_collector { sink.address } else { black_hole.local_addr()? };
+    let endpoint = format!("http://{collector}");
     let mut variables = vec![
         ("AMQP_URL", broker.url.as_str()),
         ("AMQP_PREFIX", &broker.prefix),

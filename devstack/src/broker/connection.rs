@@ -214,7 +214,7 @@ impl Connection {
         let &Agreement { capabilities, frame_max, heartbeat } = agreement;
         let wake = Arc::new(Notify::new());
         let output = Output::new(frame_max, Arc::clone(&wake));
-        let id = shared.lock().connect(output, capabilities.takes_cancel);
+        let id = shared.lock().connect(output, capabilities);
         let writer = Writer { half, frames: Vec::new(), written: 0, wake };
         Self { id, input, writer, shared, frame_max, heartbeat, drained: Arc::default() }
     }
@@ -284,15 +284,31 @@ async fn read(
                 drained.notified().await;
                 Ok(())
             }
-            Ok(Pause::Memory) => select! {
-                () = shared.memory.has_room() => Ok(()),
-                hung_up = input.hung_up() => hung_up.and(Err(io::ErrorKind::UnexpectedEof.into())),
-            },
+            Ok(Pause::Memory) => {
+                let blocked = connection::Blocked { reason: "low on memory".into() };
+                tell(shared, id, connection::AMQPMethod::Blocked(blocked));
+                select! {
+                    () = shared.memory.has_room() => {
+                        tell(shared, id, connection::AMQPMethod::Unblocked(connection::Unblocked {}));
+                        Ok(())
+                    }
+                    hung_up = input.hung_up() => hung_up.and(Err(io::ErrorKind::UnexpectedEof.into())),
+                }
+            }
             Err(end) => return end,
         };
         if paused.is_err() {
             return End::Gone;
         }
+    }
+}
+
+/// Tells a client that it is not read, or read again, if it wants to know.
+fn tell(shared: &Shared, id: ConnectionId, method: connection::AMQPMethod) {
+    if let Some(peer) = shared.lock().peers.get_mut(&id)
+        && peer.capabilities.takes_blocked
+    {
+        peer.output.method(0, AMQPClass::Connection(method));
     }
 }
 

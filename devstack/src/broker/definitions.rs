@@ -231,7 +231,7 @@ impl VirtualHost {
                 let Some(peer) = self.peers.get_mut(&connection) else { continue };
                 let Some(channel) = peer.channels.get_mut(&number) else { continue };
                 channel.forget_consumer(consumer.tag.as_str());
-                if peer.takes_cancel {
+                if peer.capabilities.takes_cancel {
                     let cancel = basic::Cancel { consumer_tag: consumer.tag, nowait: true };
                     peer.output.method(number, AMQPClass::Basic(basic::AMQPMethod::Cancel(cancel)));
                 }

@@ -45,7 +45,7 @@ impl Kind {
 pub struct Exchange {
     /// How it routes.
     pub kind: Kind,
-    /// Only told apart from others at a second declaration: nothing survives the process.
+    /// Survives [`Broker::crash`](super::Broker::crash), though not the process.
     pub durable: bool,
     /// Goes with its last binding.
     pub auto_delete: bool,

@@ -37,6 +37,8 @@ pub enum Handshake {
 pub struct Capabilities {
     /// To be told when a queue that it consumes is deleted.
     pub takes_cancel: bool,
+    /// To be told that it is not read because it publishes.
+    pub takes_blocked: bool,
 }
 
 /// What both sides keep to.
@@ -57,6 +59,7 @@ impl Handshake {
         for name in [
             "authentication_failure_close",
             "basic.nack",
+            "connection.blocked",
             "consumer_cancel_notify",
             "per_consumer_qos",
             "publisher_confirms",
@@ -121,13 +124,16 @@ fn authenticate(start_ok: &connection::StartOk) -> Outcome<Capabilities> {
     if start_ok.response.as_bytes() != format!("\0{USER}\0{PASSWORD}").as_bytes() {
         return Err(Exception::access_refused("Login was refused using authentication mechanism PLAIN."));
     }
-    let takes_cancel = match start_ok.client_properties.inner().get("capabilities") {
+    let takes = |what| match start_ok.client_properties.inner().get("capabilities") {
         Some(AMQPValue::FieldTable(capabilities)) => {
-            capabilities.inner().get("consumer_cancel_notify") == Some(&AMQPValue::Boolean(true))
+            capabilities.inner().get(what) == Some(&AMQPValue::Boolean(true))
         }
         _ => false,
     };
-    Ok(Capabilities { takes_cancel })
+    Ok(Capabilities {
+        takes_cancel: takes("consumer_cancel_notify"),
+        takes_blocked: takes("connection.blocked"),
+    })
 }
 
 /// 0 means "no limit": more than this side takes, and refused as RabbitMQ does.

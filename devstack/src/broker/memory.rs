@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicUsize, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
 };
 use tokio::sync::Notify;
 
@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 pub struct Memory {
     held: AtomicUsize,
     limit: usize,
+    alarm: AtomicBool,
     relieved: Notify,
 }
 
@@ -25,7 +26,8 @@ pub struct Held {
 impl Memory {
     /// Empty, and full at `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { held: AtomicUsize::new(0), limit, relieved: Notify::new() })
+        let (held, alarm) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Arc::new(Self { held, limit, alarm, relieved: Notify::new() })
     }
 
     /// Takes so many bytes: beyond the limit, too. Whoever can wait asks [`Memory::is_full`] first.
@@ -39,9 +41,15 @@ impl Memory {
         self.held.load(Relaxed) / 2 >= self.limit
     }
 
-    /// Whether the limit is reached.
+    /// Whether the limit is reached, or it was said to be.
     pub fn is_full(&self) -> bool {
-        self.held.load(Relaxed) >= self.limit
+        self.held.load(Relaxed) >= self.limit || self.alarm.load(Relaxed)
+    }
+
+    /// Says that the limit is reached, or no longer, whatever is held.
+    pub fn set_alarm(&self, on: bool) {
+        self.alarm.store(on, Relaxed);
+        self.relieved.notify_waiters();
     }
 
     /// Ends when the limit is not reached, or no longer.

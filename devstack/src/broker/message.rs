@@ -55,6 +55,12 @@ impl Message {
         OF_ITSELF + self.properties.len() + self.body.len()
     }
 
+    /// Whether it survives [`Broker::crash`](super::Broker::crash) in a durable queue: delivery mode 2.
+    pub fn is_persistent(&self) -> bool {
+        let properties = parse_properties(&self.properties[..]);
+        properties.is_ok_and(|(_, properties)| *properties.delivery_mode() == Some(2))
+    }
+
     /// The message as its queue hands it to the dead-letter exchange: `x-death` tells of this death, and
     /// `expiration` is gone, or it would die again in the next queue. `None` if its properties can't be
     /// sent any more.

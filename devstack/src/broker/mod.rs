@@ -8,7 +8,8 @@
 //! direct reply-to, and queues that are not classic ones. There is one virtual host, `/`, and one user.
 //!
 //! Its memory is bounded. A client that does not read gets no further deliveries; while queues hold more
-//! than 256 MiB, connections that publish are not read, acknowledgements on them included, as in RabbitMQ.
+//! than 256 MiB, connections that publish are not read, acknowledgements on them included, and are told so
+//! (`connection.blocked`), as in RabbitMQ.
 //!
 //! - `connection`: the socket; `handshake`: how it begins; `output`: what will be written
 //! - `frames`: bytes to frames and back; `exception`: what ends a channel or a connection
@@ -16,6 +17,7 @@
 //! - `methods`: what clients ask for; `content`: messages, until they are complete
 //! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
 //! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
+//! - `outage`: how it is made to fail, for tests of its clients
 
 mod arguments;
 mod channel;
@@ -30,6 +32,7 @@ mod handshake;
 mod memory;
 mod message;
 mod methods;
+mod outage;
 mod output;
 mod publishing;
 mod queue;
@@ -42,7 +45,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     runtime::{self, Runtime},
-    sync::Semaphore,
+    select,
+    sync::{Semaphore, watch},
     time::{Instant, sleep, sleep_until},
 };
 
@@ -58,6 +62,9 @@ const MAX_CONNECTIONS: usize = 1000;
 /// A broker. It stops when it is dropped, and its connections end.
 pub struct Broker {
     address: SocketAddr,
+    shared: Shared,
+    /// Whether it serves; `outage` has it stop.
+    is_up: watch::Sender<bool>,
     /// Its own: it is nobody's business that the runtime of a test is busy, or at its end.
     runtime: Option<Runtime>,
 }
@@ -91,10 +98,11 @@ impl Broker {
             .build()?;
         let shared = Shared::new(Memory::new(memory));
         runtime.spawn(run_clock(shared.clone()));
+        let is_up = watch::Sender::new(true);
         let inside = runtime.enter();
-        runtime.spawn(accept(TcpListener::from_std(listener)?, shared));
+        runtime.spawn(accept(TcpListener::from_std(listener)?, shared.clone(), is_up.subscribe()));
         drop(inside);
-        Ok(Self { address, runtime: Some(runtime) })
+        Ok(Self { address, shared, is_up, runtime: Some(runtime) })
     }
 
     /// Where it listens.
@@ -116,7 +124,7 @@ impl Drop for Broker {
     }
 }
 
-async fn accept(listener: TcpListener, shared: Shared) {
+async fn accept(listener: TcpListener, shared: Shared, is_up: watch::Receiver<bool>) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok((stream, _)) = listener.accept().await else {
@@ -124,11 +132,17 @@ async fn accept(listener: TcpListener, shared: Shared) {
             sleep(Duration::from_millis(100)).await;
             continue;
         };
-        if let Ok(place) = Arc::clone(&room).try_acquire_owned() {
-            let shared = shared.clone();
+        // While it is down its address stays its own: nobody else can take it.
+        if *is_up.borrow()
+            && let Ok(place) = Arc::clone(&room).try_acquire_owned()
+        {
+            let (shared, mut is_up) = (shared.clone(), is_up.clone());
             tokio::spawn(async move {
-                // How it ended is between the two of them: the peer was told, or is gone.
-                let _ = serve(stream, shared).await;
+                select! {
+                    // How it ended is between the two of them: the peer was told, or is gone.
+                    _ = serve(stream, shared) => {}
+                    _ = is_up.wait_for(|is_up| !is_up) => {}
+                }
                 drop(place);
             });
         }
@@ -212,6 +226,25 @@ mod tests {
             assert_eq!(got.await.expect("a message").data.len(), body.len());
         }
         timeout(Duration::from_secs(10), publishing).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_publishes_in_an_alarm_is_told_and_told_again_when_it_is_over() {
+        let broker = Broker::start().await.unwrap();
+        let (connection, channel) = connect(&broker).await;
+        let blocked = async |expected| {
+            let told = crate::poll(Duration::from_secs(5), async || {
+                (connection.status().blocked() == expected).then_some(())
+            });
+            told.await.expect("to be told");
+        };
+        broker.set_alarm(true);
+        assert!(!connection.status().blocked(), "it has not published yet");
+        let publishing = tokio::spawn(async move { publish(&channel, b"x").await?.await });
+        blocked(true).await;
+        broker.set_alarm(false);
+        blocked(false).await;
+        timeout(Duration::from_secs(5), publishing).await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test]

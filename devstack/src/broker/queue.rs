@@ -15,7 +15,7 @@ use tokio::time::Instant;
 pub struct Queue {
     /// Its name.
     pub name: ShortString,
-    /// Only told apart from others at a second declaration: nothing survives the process.
+    /// Survives [`Broker::crash`](super::Broker::crash), though not the process.
     pub durable: bool,
     /// Goes with its last consumer.
     pub auto_delete: bool,
@@ -157,6 +157,12 @@ impl Queue {
         matches!(self.arguments.overflow, Some(Overflow::RejectPublish | Overflow::RejectPublishDlx))
             && (self.arguments.max_length.is_some_and(|most| self.ready.len() >= most)
                 || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes >= most))
+    }
+
+    /// Removes the messages that wait and are not wanted.
+    pub fn retain(&mut self, wanted: impl Fn(&Message) -> bool) {
+        self.ready.retain(|entry| wanted(&entry.message));
+        self.ready_bytes = self.ready.iter().map(|entry| entry.message.body.len()).sum();
     }
 
     /// Removes all messages that wait; how many there were.

@@ -7,6 +7,7 @@
 use super::{
     channel::Channel,
     exchange::{Exchange, Kind},
+    handshake::Capabilities,
     memory::Memory,
     output::Output,
     publishing::DeadLetter,
@@ -57,8 +58,8 @@ pub struct Peer {
     pub output: Output,
     /// Whether it publishes: such a connection is not read while the memory is full.
     pub publishes: bool,
-    /// Whether it wants to know when a queue that it consumes is deleted.
-    pub takes_cancel: bool,
+    /// What it wants to know.
+    pub capabilities: Capabilities,
     /// Bytes of messages of which parts have come.
     pub assembling: usize,
     pub(super) channels: BTreeMap<u16, Channel>,
@@ -94,12 +95,12 @@ impl VirtualHost {
     }
 
     /// Takes a connection in.
-    pub fn connect(&mut self, output: Output, takes_cancel: bool) -> ConnectionId {
+    pub fn connect(&mut self, output: Output, capabilities: Capabilities) -> ConnectionId {
         let id = ConnectionId(self.next_id());
         let peer = Peer {
             output,
             publishes: false,
-            takes_cancel,
+            capabilities,
             assembling: 0,
             channels: BTreeMap::new(),
             confirming: BTreeSet::new(),

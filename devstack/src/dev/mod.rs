@@ -49,10 +49,13 @@ const TICK: Duration = Duration::from_millis(100);
 /// # Errors
 /// If a part can't be started; says which, and what helps.
 pub async fn run(options: Options) -> Result<ExitCode> {
-    // First of all: from here on Ctrl-C leaves nothing behind.
+    // First of all: from here on Ctrl-C, or a terminal that is closed, leaves nothing behind.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut stopped = async || select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} };
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let mut stopped = async || {
+        select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hang_up.recv() => {} }
+    };
 
     let mut parts = select! {
         parts = Parts::start(&options) => parts?,
@@ -69,19 +72,16 @@ pub async fn run(options: Options) -> Result<ExitCode> {
             () = stopped() => break ExitCode::SUCCESS,
             _ = tick.tick() => {}
         }
-        for line in parts.new_log_lines(options.logs) {
-            say(&line);
+        let mut news = parts.new_log_lines(options.logs);
+        news.extend(parts.deaths());
+        if let (Some(view), Some(backend)) = (&mut view, &parts.backend) {
+            news.extend(view.due(backend));
         }
-        for death in parts.deaths() {
-            say(&death);
+        if !news.iter().all(|line| say(line)) {
+            break ExitCode::SUCCESS;
         }
         if parts.services.is_empty() {
             break ExitCode::FAILURE;
-        }
-        if let (Some(view), Some(backend)) = (&mut view, &parts.backend) {
-            for trace in view.due(backend) {
-                say(&trace);
-            }
         }
     };
 
@@ -94,8 +94,8 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     Ok(exit)
 }
 
-/// Prints a line. That nobody reads it any more must not end the services.
-fn say(line: &str) {
+/// Prints a line; whether anybody may read it. If not, as with `cargo dev | head`, it is time to stop.
+fn say(line: &str) -> bool {
     let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    writeln!(out, "{line}").and_then(|()| out.flush()).is_ok()
 }

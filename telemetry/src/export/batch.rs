@@ -19,11 +19,7 @@ use opentelemetry_sdk::{
 use std::{
     cell::RefCell,
     collections::VecDeque,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-        mpsc as blocking,
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as blocking},
     time::Duration,
 };
 use tokio::{
@@ -53,15 +49,40 @@ pub(crate) enum Format {
     Zipkin,
 }
 
-/// What became of the spans that ended: `ended` is `exported` plus `dropped` plus those still queued.
+/// What became of the spans that ended: each was exported, or dropped, or is waiting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SpanCounts {
     /// Sampled spans that ended.
     pub ended: u64,
     /// Spans that the other side took.
     pub exported: u64,
-    /// Spans given up: the queue was full, or the other side was away for too long or refused them.
-    pub dropped: u64,
+    /// Spans given up.
+    pub dropped: DroppedSpans,
+}
+
+/// Why spans were given up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DroppedSpans {
+    /// There was no room in the queue.
+    pub queue_full: u64,
+    /// The other side was away for too long, or until the end of the process.
+    pub not_sent: u64,
+    /// The other side refused them for good.
+    pub rejected: u64,
+}
+
+impl SpanCounts {
+    /// Spans that are queued or being sent.
+    pub fn waiting(&self) -> u64 {
+        self.ended - self.exported - self.dropped.total()
+    }
+}
+
+impl DroppedSpans {
+    /// For whatever reason.
+    pub fn total(&self) -> u64 {
+        self.queue_full + self.not_sent + self.rejected
+    }
 }
 
 /// Takes the spans from the SDK.
@@ -85,16 +106,8 @@ pub(crate) fn start(
     resource: Resource,
     config: BatchConfig,
 ) -> (BatchProcessor, BatchExport) {
-    let queue = Arc::new(Queue {
-        format,
-        resource,
-        config,
-        spans: Mutex::default(),
-        batch_is_full: Notify::new(),
-        ended: AtomicU64::new(0),
-        exported: AtomicU64::new(0),
-        dropped: AtomicU64::new(0),
-    });
+    let queue =
+        Arc::new(Queue { format, resource, config, spans: Mutex::default(), batch_is_full: Notify::new() });
     let (flush, flushes) = mpsc::unbounded_channel();
     let (closing, closed) = watch::channel(false);
     let worker = Worker { queue: queue.clone(), transport, closed, outage: None };
@@ -137,25 +150,24 @@ impl BatchExport {
         if timeout_at(deadline, &mut self.worker).await.is_err() {
             self.worker.abort();
         }
-        let SpanCounts { ended, exported, .. } = self.queue.counts();
-        SpanCounts { ended, exported, dropped: ended.saturating_sub(exported) }
+        let mut counts = self.queue.counts();
+        counts.dropped.not_sent += counts.waiting();
+        counts
     }
 
-    pub fn counts(&self) -> SpanCounts {
-        self.queue.counts()
+    pub fn queue(&self) -> Arc<Queue> {
+        self.queue.clone()
     }
 }
 
+/// Where encoded spans wait, and where all are counted.
 #[derive(Debug)]
-struct Queue {
+pub(crate) struct Queue {
     format: Format,
     resource: Resource,
     config: BatchConfig,
     spans: Mutex<Spans>,
     batch_is_full: Notify,
-    ended: AtomicU64,
-    exported: AtomicU64,
-    dropped: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -165,6 +177,8 @@ struct Spans {
     /// Totals over all batches.
     count: usize,
     bytes: usize,
+    /// Under the same lock as the queue, so that they agree at any moment.
+    counts: SpanCounts,
 }
 
 /// Encoded spans, by the scope that made them.
@@ -194,10 +208,10 @@ impl Queue {
     }
 
     fn push_encoded(&self, scope: &InstrumentationScope, encoded: &[u8]) {
-        self.ended.fetch_add(1, Relaxed);
         let mut spans = self.lock();
+        spans.counts.ended += 1;
         if spans.count >= self.config.max_queue_size || spans.bytes + encoded.len() > MAX_QUEUE_BYTES {
-            self.dropped.fetch_add(1, Relaxed);
+            spans.counts.dropped.queue_full += 1;
             return;
         }
         spans.count += 1;
@@ -223,10 +237,17 @@ impl Queue {
         Some(batch)
     }
 
-    fn counts(&self) -> SpanCounts {
-        // `ended` last: it is never seen smaller than the sum of the others.
-        let (exported, dropped) = (self.exported.load(Relaxed), self.dropped.load(Relaxed));
-        SpanCounts { ended: self.ended.load(Relaxed), exported, dropped }
+    /// What became of the spans so far.
+    pub fn counts(&self) -> SpanCounts {
+        self.lock().counts
+    }
+
+    /// The exporter's name in `OTEL_TRACES_EXPORTER`.
+    pub fn exporter(&self) -> &'static str {
+        match self.format {
+            Format::Otlp => "otlp",
+            Format::Zipkin => "zipkin",
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Spans> {
@@ -300,14 +321,15 @@ impl Worker {
         match timeout(limit, self.send_with_retries(body.into())).await {
             Ok(Some(rejected)) => {
                 let rejected = rejected.min(count);
-                self.queue.exported.fetch_add(count - rejected, Relaxed);
-                self.queue.dropped.fetch_add(rejected, Relaxed);
+                let counts = &mut self.queue.lock().counts;
+                counts.exported += count - rejected;
+                counts.dropped.rejected += rejected;
             }
             given_up => {
                 if given_up.is_err() {
                     self.warn("no success within OTEL_BSP_EXPORT_TIMEOUT");
                 }
-                self.queue.dropped.fetch_add(count, Relaxed);
+                self.queue.lock().counts.dropped.not_sent += count;
                 if let Some(outage) = &mut self.outage {
                     outage.dropped += count;
                 }

@@ -13,4 +13,4 @@ pub(crate) mod otlp;
 pub(crate) mod transport;
 pub(crate) mod zipkin;
 
-pub use batch::SpanCounts;
+pub use batch::{DroppedSpans, SpanCounts};

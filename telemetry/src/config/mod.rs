@@ -5,12 +5,19 @@
 //! that shows it. One thing is stricter: where the specification says to warn and go on with a default,
 //! a value that can't be honoured is an error here. A service is either right or not started.
 
+mod environment;
+
 use crate::{log, propagation::Propagator};
-use http::{HeaderName, HeaderValue, Uri, uri::Scheme};
+use environment::{Environment, parse, unknown};
+use http::{HeaderName, HeaderValue, Uri};
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::{Resource, trace::Sampler, trace::SpanLimits};
 use percent_encoding::percent_decode_str;
-use std::{env, ffi::OsString, str::FromStr, time::Duration};
+use std::{
+    env,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 /// Everything that shapes tracing and logging in this process.
 #[derive(Debug)]
@@ -25,6 +32,8 @@ pub struct Config {
     /// Members of baggage that become attributes of every span.
     pub(crate) baggage_attributes: Vec<String>,
     pub(crate) sdk_disabled: bool,
+    /// Where Prometheus may ask for the metrics, if it may.
+    pub(crate) metrics: Option<SocketAddr>,
     pub(crate) log: log::Config,
 }
 
@@ -86,7 +95,7 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    fn new(variable: &str, problem: impl Into<String>) -> Self {
+    pub(crate) fn new(variable: &str, problem: impl Into<String>) -> Self {
         Self { variable: variable.to_owned(), problem: problem.into() }
     }
 }
@@ -119,6 +128,7 @@ impl Config {
                 Some(keys) => keys.split(',').map(|key| key.trim().to_owned()).collect(),
             },
             sdk_disabled: env.boolean("OTEL_SDK_DISABLED")?,
+            metrics: metrics(env)?,
             log: log::Config {
                 format: match env.get("LOG_FORMAT")?.as_deref() {
                     None | Some("text") => log::Format::Text,
@@ -251,6 +261,23 @@ fn otlp_headers(setting: Option<(&str, String)>) -> Result<Vec<(HeaderName, Head
     numbered.collect()
 }
 
+/// The specification's default is `otlp`. Here it is `none`: there is one kind of metrics, and it is asked for.
+fn metrics(env: &Environment) -> Result<Option<SocketAddr>, ConfigError> {
+    const VARIABLE: &str = "OTEL_METRICS_EXPORTER";
+    const HOST: &str = "OTEL_EXPORTER_PROMETHEUS_HOST";
+
+    match env.get(VARIABLE)?.as_deref() {
+        None | Some("none") => return Ok(None),
+        Some("prometheus") => {}
+        Some(other) => return Err(unknown(VARIABLE, other, "prometheus, none")),
+    }
+    let host = match env.get(HOST)?.as_deref() {
+        None | Some("localhost") => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        Some(host) => parse(HOST, host, "localhost or an IP address")?,
+    };
+    Ok(Some(SocketAddr::new(host, env.number(&["OTEL_EXPORTER_PROMETHEUS_PORT"], 9464)?)))
+}
+
 fn sampler(env: &Environment) -> Result<Sampler, ConfigError> {
     const SAMPLER: &str = "OTEL_TRACES_SAMPLER";
     const ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
@@ -340,296 +367,5 @@ fn batch(env: &Environment) -> Result<BatchConfig, ConfigError> {
     })
 }
 
-/// The variables, by name; tests bring their own.
-struct Environment<'a>(&'a dyn Fn(&str) -> Option<OsString>);
-
-impl Environment<'_> {
-    /// The value; `None` if unset or empty, which the specification says is the same.
-    fn get(&self, variable: &str) -> Result<Option<String>, ConfigError> {
-        let Some(value) = (self.0)(variable) else {
-            return Ok(None);
-        };
-        let value = value.into_string().map_err(|_| ConfigError::new(variable, "is not UTF-8"))?;
-        Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
-    }
-
-    /// The first of `variables` that is set: the specific name before the general one.
-    fn first<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
-        for variable in variables {
-            if let Some(value) = self.get(variable)? {
-                return Ok(Some((variable, value)));
-            }
-        }
-        Ok(None)
-    }
-
-    fn parse<T: FromStr>(&self, variable: &str, expected: &str) -> Result<Option<T>, ConfigError> {
-        self.get(variable)?.map(|value| parse(variable, &value, expected)).transpose()
-    }
-
-    fn number<T: FromStr>(&self, variables: &[&str], default: T) -> Result<T, ConfigError> {
-        match self.first(variables)? {
-            Some((variable, value)) => parse(variable, &value, "a whole number"),
-            None => Ok(default),
-        }
-    }
-
-    /// Milliseconds; zero means no limit.
-    fn timeout(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
-        Ok(match self.number(variables, default)? {
-            0 => Duration::MAX,
-            milliseconds => Duration::from_millis(milliseconds),
-        })
-    }
-
-    fn boolean(&self, variable: &str) -> Result<bool, ConfigError> {
-        match self.get(variable)?.map(|value| value.to_ascii_lowercase()).as_deref() {
-            None | Some("false") => Ok(false),
-            Some("true") => Ok(true),
-            Some(other) => Err(unknown(variable, other, "true, false")),
-        }
-    }
-
-    /// Comma-separated names, each kept once.
-    fn list(&self, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
-        let list = self.get(variable)?.unwrap_or_else(|| default.to_owned());
-        let mut names: Vec<String> = Vec::new();
-        for name in list.split(',').map(str::trim) {
-            if !names.iter().any(|known| known == name) {
-                names.push(name.to_owned());
-            }
-        }
-        Ok(names)
-    }
-
-    /// An absolute URL. A missing scheme is an error, since libraries disagree on which one is meant.
-    fn endpoint<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, Uri)>, ConfigError> {
-        let Some((variable, value)) = self.first(variables)? else {
-            return Ok(None);
-        };
-        let malformed = |problem: &str| Err(ConfigError::new(variable, problem));
-        let Ok(endpoint) = value.parse::<Uri>() else {
-            return malformed("expected a URL like http://127.0.0.1:4317");
-        };
-        match (endpoint.scheme(), endpoint.authority()) {
-            (Some(_), Some(authority)) if authority.as_str().contains('@') => {
-                malformed("credentials belong into OTEL_EXPORTER_OTLP_HEADERS, not into the URL")
-            }
-            (Some(scheme), Some(_)) if *scheme == Scheme::HTTP => Ok(Some((variable, endpoint))),
-            (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => {
-                malformed("https is not supported: send to a collector nearby, and let it speak TLS")
-            }
-            _ => malformed("expected a URL with its scheme, like http://127.0.0.1:4317"),
-        }
-    }
-}
-
-fn parse<T: FromStr>(variable: &str, value: &str, expected: &str) -> Result<T, ConfigError> {
-    value.parse().map_err(|_| ConfigError::new(variable, format!("expected {expected}, found {value:?}")))
-}
-
-fn unknown(variable: &str, value: &str, known: &str) -> ConfigError {
-    ConfigError::new(variable, format!("unknown value {value:?}; known are {known}"))
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
-        let lookup = |name: &str| {
-            let found = variables.iter().find(|(variable, _)| *variable == name);
-            found.map(|(_, value)| OsString::from(value))
-        };
-        Config::read("api", "1.2.3", &Environment(&lookup))
-    }
-
-    fn otlp(variables: &[(&str, &str)]) -> OtlpConfig {
-        match read(variables).unwrap().exporters.remove(0) {
-            Exporter::Otlp(otlp) => otlp,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn attribute(config: &Config, key: &'static str) -> String {
-        config.resource.get(&key.into()).map(|value| value.to_string()).unwrap_or_default()
-    }
-
-    #[test]
-    fn defaults_are_those_of_the_specification() {
-        let config = read(&[]).unwrap();
-        assert_eq!(format!("{:?}", config.sampler), "ParentBased(AlwaysOn)");
-        assert_eq!(config.propagators, [Propagator::TraceContext, Propagator::Baggage]);
-        assert_eq!(config.limits.max_attributes_per_span, 128);
-        assert_eq!(config.batch.schedule_delay, Duration::from_secs(5));
-        assert_eq!(config.batch.max_export_batch_size, 512);
-        assert!(!config.sdk_disabled);
-        assert_eq!(otlp(&[]).endpoint, "http://127.0.0.1:4317");
-    }
-
-    #[test]
-    fn an_empty_value_is_an_unset_one() {
-        let empty = ["OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER", "OTEL_TRACES_SAMPLER", "RUST_LOG"]
-            .map(|v| (v, " "));
-        assert!(read(&empty).is_ok());
-    }
-
-    #[test]
-    fn what_cannot_be_honoured_is_an_error_that_names_its_variable() {
-        for (variable, value) in [
-            ("OTEL_SDK_DISABLED", "yes"),
-            ("OTEL_CONFIG_FILE", "/etc/otel.yaml"),
-            ("OTEL_TRACES_EXPORTER", "jaeger"),
-            ("OTEL_TRACES_EXPORTER", "otlp,none"),
-            ("OTEL_TRACES_EXPORTER", "otlp,,zipkin"),
-            ("OTEL_PROPAGATORS", "tracecontext,xray"),
-            ("OTEL_PROPAGATORS", "none,b3"),
-            ("OTEL_TRACES_SAMPLER", "sometimes"),
-            ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
-            ("OTEL_TRACES_SAMPLER_ARG", "0.5"),
-            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://localhost"),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector"),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
-            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "not a url"),
-            ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),
-            ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret%0a"),
-            ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
-            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1"),
-            ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
-            ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "/etc/ca.pem"),
-            ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/etc/key.pem"),
-            ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
-            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "0"),
-            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20000"),
-            ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
-            ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1"),
-            ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "x"),
-            ("OTEL_RESOURCE_ATTRIBUTES", "team"),
-            ("OTEL_RESOURCE_ATTRIBUTES", "=x"),
-            ("OTEL_RESOURCE_ATTRIBUTES", "k=%ff"),
-            ("LOG_FORMAT", "xml"),
-            ("RUST_LOG", "api=loud"),
-        ] {
-            let error = read(&[(variable, value)]).expect_err(variable).to_string();
-            assert!(error.starts_with(variable), "{error}");
-            assert!(!error.contains("secret"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_ratio_outside_of_0_to_1_is_an_error() {
-        for ratio in ["1.1", "-0.1", "NaN", "half"] {
-            let variables = [("OTEL_TRACES_SAMPLER", "traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", ratio)];
-            assert!(read(&variables).is_err(), "{ratio}");
-        }
-    }
-
-    #[test]
-    fn samplers_are_chosen_by_name() {
-        for (name, sampler) in [
-            ("always_on", "AlwaysOn"),
-            ("always_off", "AlwaysOff"),
-            ("traceidratio", "TraceIdRatioBased(1.0)"),
-            ("parentbased_always_on", "ParentBased(AlwaysOn)"),
-            ("parentbased_always_off", "ParentBased(AlwaysOff)"),
-            ("parentbased_traceidratio", "ParentBased(TraceIdRatioBased(1.0))"),
-        ] {
-            assert_eq!(format!("{:?}", read(&[("OTEL_TRACES_SAMPLER", name)]).unwrap().sampler), sampler);
-        }
-        let variables = [("OTEL_TRACES_SAMPLER", "traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", "0.25")];
-        assert_eq!(format!("{:?}", read(&variables).unwrap().sampler), "TraceIdRatioBased(0.25)");
-    }
-
-    #[test]
-    fn several_exporters_are_used_at_once_each_once() {
-        let config = read(&[("OTEL_TRACES_EXPORTER", "otlp, console,otlp,zipkin")]).unwrap();
-        assert!(matches!(
-            config.exporters[..],
-            [Exporter::Otlp(_), Exporter::Console, Exporter::Zipkin { .. }]
-        ));
-        assert!(read(&[("OTEL_TRACES_EXPORTER", "none")]).unwrap().exporters.is_empty());
-    }
-
-    #[test]
-    fn http_endpoint_is_a_base_unless_it_is_for_traces() {
-        let http = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
-        assert_eq!(otlp(&[http]).endpoint, "http://127.0.0.1:4318/v1/traces");
-        for base in ["http://c:4318/otel", "http://c:4318/otel/"] {
-            assert_eq!(
-                otlp(&[http, ("OTEL_EXPORTER_OTLP_ENDPOINT", base)]).endpoint,
-                "http://c:4318/otel/v1/traces"
-            );
-        }
-        let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://t:4318/mine");
-        assert_eq!(
-            otlp(&[http, traces, ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c")]).endpoint,
-            "http://t:4318/mine"
-        );
-    }
-
-    #[test]
-    fn the_specific_variable_comes_before_the_general_one() {
-        let config = otlp(&[
-            ("OTEL_EXPORTER_OTLP_TIMEOUT", "1000"),
-            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0"),
-            ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
-            ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "none"),
-            ("OTEL_EXPORTER_OTLP_HEADERS", "general=1"),
-            ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "api-key=a%20b, x=y"),
-        ]);
-        assert_eq!(config.timeout, Duration::MAX);
-        assert!(!config.gzip);
-        assert_eq!(config.headers[0].0, "api-key");
-        assert_eq!(config.headers[0].1, "a b");
-        assert_eq!(config.headers.len(), 2);
-        assert!(!format!("{config:?}").contains("a b"));
-    }
-
-    #[test]
-    fn the_service_name_has_three_sources_in_order() {
-        assert_eq!(attribute(&read(&[]).unwrap(), "service.name"), "api");
-        let by_resource = ("OTEL_RESOURCE_ATTRIBUTES", "service.name=r,team=a%2Cb,service.version=9");
-        let config = read(&[by_resource]).unwrap();
-        assert_eq!(attribute(&config, "service.name"), "r");
-        assert_eq!(attribute(&config, "team"), "a,b");
-        assert_eq!(attribute(&config, "service.version"), "9");
-        assert_eq!(
-            attribute(&read(&[by_resource, ("OTEL_SERVICE_NAME", "s")]).unwrap(), "service.name"),
-            "s"
-        );
-    }
-
-    #[test]
-    fn limits_fall_back_to_the_general_ones() {
-        let config =
-            read(&[("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"), ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100")])
-                .unwrap();
-        assert_eq!(config.limits.max_attributes_per_span, 7);
-        assert_eq!(config.batch.value_length_limit, Some(100));
-    }
-
-    #[test]
-    fn every_limit_has_its_variable() {
-        let config = read(&[
-            ("OTEL_ATTRIBUTE_COUNT_LIMIT", "99"),
-            ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "1"),
-            ("OTEL_SPAN_EVENT_COUNT_LIMIT", "2"),
-            ("OTEL_SPAN_LINK_COUNT_LIMIT", "3"),
-            ("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "4"),
-            ("OTEL_LINK_ATTRIBUTE_COUNT_LIMIT", "5"),
-        ]);
-        let limits = config.unwrap().limits;
-        assert_eq!(limits.max_attributes_per_span, 1);
-        assert_eq!(limits.max_events_per_span, 2);
-        assert_eq!(limits.max_links_per_span, 3);
-        assert_eq!(limits.max_attributes_per_event, 4);
-        assert_eq!(limits.max_attributes_per_link, 5);
-    }
-
-    #[test]
-    fn a_small_queue_has_small_batches() {
-        assert_eq!(read(&[("OTEL_BSP_MAX_QUEUE_SIZE", "100")]).unwrap().batch.max_export_batch_size, 100);
-    }
-}
+mod tests;

@@ -1,0 +1,311 @@
+//! The one task that all messages pass. It decides whether a message goes to the broker or to the spool,
+//! and publishes the spool: so nothing overtakes what was answered before.
+//!
+//! Messages go to the broker in rounds: those that have come during one round are the next, and the next
+//! begins when all of the last are confirmed. So what is known of a round is known of all of it, and what
+//! is answered later is sent later.
+
+use super::{
+    CLIENT_ID, PublishError, Published, Unconfirmed, message::Message, session::Session, spool::Spool,
+};
+use lapin::uri::AMQPUri;
+use proto::{broker::Backoff, topology::Topology};
+use std::time::Duration;
+use telemetry::amqp::Broker;
+use tokio::{
+    pin, select,
+    sync::{mpsc, oneshot, watch},
+};
+
+/// Messages in a round, at most.
+const MAX_ROUND: usize = 512;
+
+/// A message to be published, and who waits for the outcome.
+pub struct Request {
+    /// The message.
+    pub message: Message,
+    /// Dropped, it says that nobody knows.
+    pub done: oneshot::Sender<Result<Published, PublishError>>,
+}
+
+/// What the task has.
+pub struct Dispatcher {
+    uri: AMQPUri,
+    topology: Topology,
+    timeout: Duration,
+    requests: mpsc::Receiver<Request>,
+    stopped: oneshot::Receiver<()>,
+    is_connected: watch::Sender<bool>,
+    backlog: Backlog,
+    backoff: Backoff,
+    log: Log,
+}
+
+/// The spool, and how far it is published.
+struct Backlog {
+    spool: Spool,
+    /// Nothing was appended since it was seen to be empty.
+    is_empty: bool,
+    /// Entries up to this one are confirmed.
+    confirmed: u64,
+    /// Entries in the next round: few after a failure, since a slow network may not take many in time.
+    round: usize,
+    /// Entries confirmed since it was empty.
+    published: u64,
+}
+
+/// Why a session ends.
+enum End {
+    Trouble(Unconfirmed),
+    /// The spool can't be read.
+    Spool,
+    Stopped,
+}
+
+impl From<Unconfirmed> for End {
+    fn from(why: Unconfirmed) -> Self {
+        Self::Trouble(why)
+    }
+}
+
+impl Dispatcher {
+    /// Nothing happens before [`Dispatcher::run`].
+    pub fn new(
+        uri: AMQPUri,
+        topology: Topology,
+        timeout: Duration,
+        spool: Spool,
+        requests: mpsc::Receiver<Request>,
+        stopped: oneshot::Receiver<()>,
+        is_connected: watch::Sender<bool>,
+    ) -> Self {
+        let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
+        let (backoff, log) = (Backoff::new(), Log::new(Broker::new(&uri, CLIENT_ID)));
+        Self { uri, topology, timeout, requests, stopped, is_connected, backlog, backoff, log }
+    }
+
+    /// Publishes until it is stopped: then what is in the spool, as long as there is a session.
+    pub async fn run(mut self) {
+        while let Some(mut session) = self.connect().await {
+            self.is_connected.send_replace(true);
+            let end = self.publish(&mut session).await;
+            self.is_connected.send_replace(false);
+            self.log.ended(&end);
+            match end {
+                End::Stopped => {
+                    session.close().await;
+                    break;
+                }
+                // Nothing can be published before, on another connection neither.
+                End::Trouble(Unconfirmed::Blocked) => {
+                    if !self.wait_until_unblocked(&mut session).await {
+                        break;
+                    }
+                }
+                End::Trouble(_) | End::Spool => {}
+            }
+            self.backlog.round = 1;
+            // Dropped, it closes by itself, however long that takes.
+            drop(session);
+            if !self.pause().await {
+                break;
+            }
+        }
+        self.backlog.spool.close().await;
+    }
+
+    /// Opens a session, as often as needed; `None` if stopped before.
+    async fn connect(&mut self) -> Option<Session> {
+        let Self { uri, topology, requests, stopped, backlog, backoff, log, .. } = self;
+        let opening = async {
+            loop {
+                match Session::open(uri, topology).await {
+                    Ok(session) => {
+                        log.connected();
+                        return session;
+                    }
+                    Err(error) => log.away(&error),
+                }
+                backoff.pause().await;
+            }
+        };
+        pin!(opening);
+        loop {
+            select! {
+                session = &mut opening => return Some(session),
+                Some(request) = requests.recv() => backlog.append(request, Unconfirmed::NotConnected),
+                _ = &mut *stopped => return None,
+            }
+        }
+    }
+
+    /// The pause between two sessions; false if stopped.
+    async fn pause(&mut self) -> bool {
+        let Self { requests, stopped, backlog, backoff, .. } = self;
+        let pause = backoff.pause();
+        pin!(pause);
+        loop {
+            select! {
+                () = &mut pause => return true,
+                Some(request) = requests.recv() => backlog.append(request, Unconfirmed::NotConnected),
+                _ = &mut *stopped => return false,
+            }
+        }
+    }
+
+    /// False if stopped before.
+    async fn wait_until_unblocked(&mut self, session: &mut Session) -> bool {
+        loop {
+            select! {
+                () = session.unblocked() => return true,
+                Some(request) = self.requests.recv() => self.backlog.append(request, Unconfirmed::Blocked),
+                _ = &mut self.stopped => return false,
+            }
+        }
+    }
+
+    /// Publishes what is in the spool, then what comes.
+    async fn publish(&mut self, session: &mut Session) -> End {
+        loop {
+            let round = if self.backlog.is_empty {
+                self.publish_next(session).await
+            } else {
+                self.publish_backlog(session).await
+            };
+            match round {
+                Ok(()) => self.backoff = Backoff::new(),
+                Err(end) => return end,
+            }
+        }
+    }
+
+    /// A round of logins that wait, directly; those that are not confirmed go to the spool.
+    async fn publish_next(&mut self, session: &mut Session) -> Result<(), End> {
+        let mut round = Vec::new();
+        select! {
+            _ = self.requests.recv_many(&mut round, MAX_ROUND) => {}
+            why = session.trouble() => return Err(why.into()),
+            _ = &mut self.stopped => return Err(End::Stopped),
+        }
+        let messages = round.iter().map(|request| &request.message);
+        match session.publish(&self.topology, messages, self.timeout).await {
+            Ok(()) => {
+                self.log.confirmed();
+                for request in round {
+                    // Whoever has stopped waiting need not know.
+                    let _ = request.done.send(Ok(Published::Confirmed));
+                }
+                Ok(())
+            }
+            Err(why) => {
+                for request in round {
+                    self.backlog.append(request, why);
+                }
+                Err(why.into())
+            }
+        }
+    }
+
+    /// A round from the spool. Logins that come meanwhile go behind it; except that those that come during
+    /// the last round wait for its end, or under load it would never be the last.
+    async fn publish_backlog(&mut self, session: &mut Session) -> Result<(), End> {
+        let Self { backlog, requests, .. } = self;
+        let entries = backlog.next().await.ok_or(End::Spool)?;
+        let Some((last, _)) = entries.last() else {
+            backlog.is_empty = true;
+            let published = std::mem::take(&mut backlog.published);
+            if published > 0 {
+                tracing::info!(published, "published what was spooled");
+            }
+            return Ok(());
+        };
+        let is_last_round = entries.len() < backlog.round;
+        let messages = entries.iter().map(|(_, message)| message);
+        let publishing = session.publish(&self.topology, messages, self.timeout);
+        pin!(publishing);
+        loop {
+            select! {
+                published = &mut publishing => break published?,
+                Some(request) = requests.recv(), if !is_last_round => {
+                    backlog.append(request, Unconfirmed::BehindSpool);
+                }
+            }
+        }
+        self.log.confirmed();
+        backlog.confirm(*last, entries.len());
+        Ok(())
+    }
+}
+
+impl Backlog {
+    fn append(&mut self, request: Request, why: Unconfirmed) {
+        self.is_empty = false;
+        self.spool.append(request, why);
+    }
+
+    /// The entries of the next round; `None` if they can't be read.
+    async fn next(&self) -> Option<Vec<(u64, Message)>> {
+        self.spool.read(self.confirmed, self.round).await
+    }
+
+    fn confirm(&mut self, last: u64, count: usize) {
+        self.confirmed = last;
+        self.published += count as u64;
+        self.round = (self.round * 2).min(MAX_ROUND);
+        self.spool.remove(last);
+    }
+}
+
+/// Says what has changed, once, however long an outage lasts.
+struct Log {
+    broker: Broker,
+    /// It was said that there is no connection.
+    is_away: bool,
+    /// The session has published something.
+    is_useful: bool,
+    /// A session came to nothing, and so may the next ones: they are not worth a word.
+    is_fruitless: bool,
+}
+
+impl Log {
+    fn new(broker: Broker) -> Self {
+        Self { broker, is_away: false, is_useful: false, is_fruitless: false }
+    }
+
+    fn away(&mut self, error: &lapin::Error) {
+        if !self.is_away {
+            tracing::warn!(broker = %self.broker, %error, "can't connect to the broker; trying on");
+            self.is_away = true;
+        }
+    }
+
+    fn connected(&mut self) {
+        self.is_useful = false;
+        if !self.is_fruitless {
+            self.is_away = false;
+            tracing::info!(broker = %self.broker, "connected to the broker");
+        }
+    }
+
+    fn confirmed(&mut self) {
+        self.is_useful = true;
+        if self.is_fruitless {
+            self.is_fruitless = false;
+            self.connected();
+        }
+    }
+
+    fn ended(&mut self, end: &End) {
+        let reason = match end {
+            End::Trouble(why) => &why.to_string(),
+            End::Spool => "the spool can't be read",
+            End::Stopped => return,
+        };
+        if !self.is_fruitless {
+            tracing::warn!(broker = %self.broker, reason, "lost the connection to the broker");
+        }
+        // One that breaks while nothing is published may have been useful.
+        let broke = matches!(end, End::Trouble(Unconfirmed::ConnectionBroken | Unconfirmed::Blocked));
+        self.is_fruitless |= !self.is_useful && !broke;
+    }
+}

@@ -1,0 +1,116 @@
+//! What is sent, encoded once: what waits in the spool is what would have been sent at first.
+
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldTable},
+};
+use opentelemetry::{Context, propagation::Injector};
+use proto::{
+    headers,
+    login::{HeaderCarrier, LoginMessage},
+};
+use serde::{Deserialize, Serialize};
+use std::time::{SystemTime, UNIX_EPOCH};
+use telemetry::amqp::HeadersMut;
+
+/// AMQP's delivery mode "persistent": the message survives a restart of the broker.
+const PERSISTENT: u8 = 2;
+
+/// A login message.
+// Without Debug: the body holds a mobile number.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    id: String,
+    /// The trace context of its producer span.
+    headers: Carrier,
+    body: String,
+}
+
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Carrier(Vec<(String, String)>);
+
+impl Injector for Carrier {
+    fn set(&mut self, key: &str, value: String) {
+        self.0.push((key.to_owned(), value));
+    }
+}
+
+impl Message {
+    /// The message that `mobile` has logged in, in the trace of `cx`.
+    pub fn new(cx: &Context, id: String, mobile: String) -> Self {
+        // The context travels twice: in the headers for everybody, in the body for the Go original.
+        let mut headers = Carrier::default();
+        telemetry::inject(cx, &mut headers);
+        let mut carrier = HeaderCarrier::default();
+        telemetry::inject(cx, &mut carrier);
+        let body = LoginMessage { carrier, msg: mobile }.to_json();
+        Self { id, headers, body: String::from_utf8(body).expect("JSON is UTF-8") }
+    }
+
+    /// What goes into the body.
+    pub fn body(&self) -> &[u8] {
+        self.body.as_bytes()
+    }
+
+    /// Its properties for a hand-over at `now`.
+    pub fn properties(&self, now: SystemTime) -> BasicProperties {
+        let since_1970 = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let milliseconds = i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX);
+        let mut headers = FieldTable::default();
+        for (name, value) in &self.headers.0 {
+            HeadersMut(&mut headers).set(name, value.clone());
+        }
+        headers.insert(headers::PUBLISHED_AT.into(), AMQPValue::LongLongInt(milliseconds));
+        BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_delivery_mode(PERSISTENT)
+            .with_message_id(self.id.as_str().into())
+            .with_timestamp(since_1970.as_secs())
+            .with_headers(headers)
+    }
+
+    /// For the spool.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings are always JSON")
+    }
+
+    /// From the spool; `None` if that is no message.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_hand_over_says_when_it_is() {
+        let message = Message { id: "id".to_owned(), headers: Carrier::default(), body: String::new() };
+        let properties = message.properties(UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
+        assert_eq!(*properties.timestamp(), Some(1_700_000_000));
+        let headers = properties.headers().clone().unwrap();
+        assert_eq!(
+            headers.inner()[headers::PUBLISHED_AT],
+            AMQPValue::LongLongInt(1_700_000_000_123),
+            "{headers:?}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn what_the_spool_gives_back_is_what_it_got(
+            id in ".*", body in ".*", headers in proptest::collection::vec((".*", ".*"), 0..4)
+        ) {
+            let message = Message { id, headers: Carrier(headers), body };
+            prop_assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Message::from_bytes(&bytes);
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! The message to the broker, and the hand-written span `send_msg_mq`.
+//!
+//! A login that is published was confirmed by the broker, or is in the spool on disk, from where it will
+//! be published: in order, and in its own trace.
+//!
+//! - `message`: what is sent, as first encoded
+//! - `dispatch`: the one task that all messages pass: to the broker, or to the spool and then to the broker
+//! - `session`: a connection to the broker with its channel
+//! - `spool`: the file
+
+mod dispatch;
+mod message;
+mod session;
+mod spool;
+
+use crate::TRACER;
+use dispatch::{Dispatcher, Request};
+use futures_util::future::BoxFuture;
+use lapin::uri::AMQPUri;
+use message::Message;
+use opentelemetry::{
+    Context, KeyValue,
+    trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
+};
+use proto::topology::Topology;
+use std::{
+    sync::Arc,
+    task::{self, Poll},
+    time::Duration,
+};
+use telemetry::{amqp::Broker, semconv};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::{Instant, timeout, timeout_at},
+};
+use tower::Service;
+use uuid::Uuid;
+
+pub use spool::{Limits, OpenError, Spool};
+
+/// The name of this service's connection on the broker.
+const CLIENT_ID: &str = "api";
+
+/// Logins that wait to be handed over; further ones wait for room.
+const MAX_WAITING: usize = 1024;
+
+/// A login that happened.
+// Without Debug: a mobile number is personal.
+pub struct LoginEvent {
+    /// Who logged in.
+    pub mobile: String,
+}
+
+/// How a login was published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Published {
+    /// The broker has it.
+    Confirmed,
+    /// It is on disk, because the broker did not confirm it, and will be published.
+    Spooled(Unconfirmed),
+}
+
+/// Why a login is not, or not yet, confirmed by the broker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unconfirmed {
+    /// There is no connection to the broker now.
+    #[error("not connected to the broker")]
+    NotConnected,
+    /// The broker is short of memory or disk and takes no messages (`connection.blocked`).
+    #[error("the broker takes no messages now")]
+    Blocked,
+    /// The broker did not confirm in time.
+    #[error("the broker did not confirm in time")]
+    Timeout,
+    /// The broker refused the message.
+    #[error("the broker refused the message")]
+    Nacked,
+    /// There is no queue for the message.
+    #[error("no queue takes the message")]
+    Unroutable,
+    /// The connection or the channel broke.
+    #[error("the connection to the broker broke")]
+    ConnectionBroken,
+    /// Logins before it are in the spool, and go first.
+    #[error("earlier logins go first")]
+    BehindSpool,
+}
+
+/// Why a login was not published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// The broker has not confirmed it, and the spool has no room.
+    #[error("the spool is full")]
+    SpoolFull,
+    /// The broker has not confirmed it, and it could not be written to disk.
+    #[error("the spool failed")]
+    SpoolFailed,
+}
+
+impl Unconfirmed {
+    /// A short name, for spans.
+    fn reason(self) -> &'static str {
+        match self {
+            Self::NotConnected => "not_connected",
+            Self::Blocked => "blocked",
+            Self::Timeout => "timeout",
+            Self::Nacked => "nacked",
+            Self::Unroutable => "unroutable",
+            Self::ConnectionBroken => "connection_broken",
+            Self::BehindSpool => "behind_spool",
+        }
+    }
+}
+
+impl PublishError {
+    fn error_type(self) -> &'static str {
+        match self {
+            Self::SpoolFull => "spool_full",
+            Self::SpoolFailed => "spool_failed",
+        }
+    }
+}
+
+/// Publishes logins. A clone publishes by the same connection.
+///
+/// It is a [`Service`], so layers can be put around it.
+#[derive(Clone)]
+pub struct Publisher {
+    requests: mpsc::Sender<Request>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    topology: Topology,
+    broker: Broker,
+    /// The longest that publishing may take, the spool included.
+    limit: Duration,
+    is_connected: watch::Receiver<bool>,
+    spool: spool::State,
+}
+
+/// Whether logins can be published now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Readiness {
+    /// The broker takes messages.
+    pub broker: bool,
+    /// The spool has room, and its disk works.
+    pub spool: bool,
+    /// Logins in the spool.
+    pub spooled: u64,
+}
+
+impl Readiness {
+    /// Whether a login would be published: directly, or by way of the spool.
+    pub fn is_ready(&self) -> bool {
+        self.spool || (self.broker && self.spooled == 0)
+    }
+}
+
+impl Publisher {
+    /// Connects in the background, and again whenever the connection breaks. The broker has `timeout` to
+    /// confirm a message; then it goes to the spool.
+    pub fn start(uri: AMQPUri, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
+        let broker = Broker::new(&uri, CLIENT_ID);
+        let (requests, incoming) = mpsc::channel(MAX_WAITING);
+        let (stop, stopped) = oneshot::channel();
+        let (connected, is_connected) = watch::channel(false);
+        let shared = Shared {
+            topology: topology.clone(),
+            broker,
+            // A message waits for those before it, then for its own confirm, then for the disk.
+            limit: timeout.mul_f64(2.5),
+            is_connected,
+            spool: spool.state(),
+        };
+        let spool_state = spool.state();
+        let dispatcher = Dispatcher::new(uri, topology, timeout, spool, incoming, stopped, connected);
+        let task = tokio::spawn(dispatcher.run());
+        (Self { requests, shared: Arc::new(shared) }, Publishing { stop, task, spool: spool_state })
+    }
+
+    /// Whether logins can be published now.
+    pub fn readiness(&self) -> Readiness {
+        let Shared { is_connected, spool, .. } = &*self.shared;
+        Readiness { broker: *is_connected.borrow(), spool: spool.takes(), spooled: spool.entries() }
+    }
+
+    /// Publishes a login, in its span. Cut short, it may be published nevertheless.
+    async fn publish(self, login: LoginEvent) -> Result<Published, PublishError> {
+        let message_id = Uuid::new_v4().to_string();
+        let Topology { exchange, routing_key, .. } = &self.shared.topology;
+
+        let mut span = TRACER.span_builder("send_msg_mq").with_kind(SpanKind::Producer).start(&*TRACER);
+        if span.is_recording() {
+            span.set_attributes(self.shared.broker.producer_attributes(exchange, routing_key, &message_id));
+        }
+        let cx = Context::current_with_span(span);
+
+        // It carries the context of this span, however long it may be under way.
+        let message = Message::new(&cx, message_id, login.mobile);
+        let result = self.hand_over(message).await;
+
+        let span = cx.span();
+        match result {
+            Ok(Published::Confirmed) => {
+                span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "confirmed"));
+            }
+            // Not an error: the login will be published.
+            Ok(Published::Spooled(why)) => {
+                span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "spooled"));
+                span.add_event("spooled", vec![KeyValue::new("reason", why.reason())]);
+            }
+            Err(error) => {
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.error_type()));
+                span.set_status(Status::error(error.to_string()));
+            }
+        }
+        span.end();
+        result
+    }
+
+    async fn hand_over(&self, message: Message) -> Result<Published, PublishError> {
+        let (done, outcome) = oneshot::channel();
+        let handed_over = async {
+            self.requests.send(Request { message, done }).await.ok()?;
+            outcome.await.ok()
+        };
+        // Without an outcome it may be published or not: a disk that hangs, or the end of the service.
+        timeout(self.shared.limit, handed_over).await.ok().flatten().unwrap_or(Err(PublishError::SpoolFailed))
+    }
+}
+
+impl Service<LoginEvent> for Publisher {
+    type Response = Published;
+    type Error = PublishError;
+    type Future = BoxFuture<'static, Result<Published, PublishError>>;
+
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), PublishError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, login: LoginEvent) -> Self::Future {
+        Box::pin(self.clone().publish(login))
+    }
+}
+
+/// What runs behind a [`Publisher`].
+pub struct Publishing {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+    spool: spool::State,
+}
+
+impl Publishing {
+    /// Publishes what is in the spool, until `deadline` at most and if there is a connection; the rest
+    /// stays there for the next start. To be called when nothing is published any more.
+    pub async fn close(mut self, deadline: Instant) {
+        // The task may have ended by itself, though it has no reason to.
+        let _ = self.stop.send(());
+        if timeout_at(deadline, &mut self.task).await.is_err() {
+            self.task.abort();
+        }
+        let spooled = self.spool.entries();
+        if spooled > 0 {
+            tracing::warn!(spooled, "logins stay in the spool until the next start");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A connection to the broker with its channel, set up for publishing. It is used until the first thing
+//! goes wrong; then `dispatch` opens another, which declares the topology again.
+
+use super::{CLIENT_ID, Unconfirmed, message::Message};
+use futures_util::{Stream, StreamExt, future::join_all};
+use lapin::{
+    Channel, Confirmation, Connection, Event,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    uri::AMQPUri,
+};
+use proto::{broker, topology::Topology};
+use std::{
+    pin::Pin,
+    time::{Duration, SystemTime},
+};
+use tokio::{select, time::timeout};
+
+/// An open session.
+pub struct Session {
+    connection: Connection,
+    channel: Channel,
+    events: Events,
+}
+
+type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
+
+impl Session {
+    /// Connects, and declares the topology.
+    pub async fn open(uri: &AMQPUri, topology: &Topology) -> lapin::Result<Self> {
+        let connection = broker::connect(uri, CLIENT_ID).await?;
+        let events = Box::pin(connection.events_listener());
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        topology.declare(&channel).await?;
+        Ok(Self { connection, channel, events })
+    }
+
+    /// Publishes messages in this order, and waits until all are confirmed. After an error any of them may
+    /// have been published or not, and the session is of no use any more.
+    pub async fn publish(
+        &mut self,
+        topology: &Topology,
+        messages: impl Iterator<Item = &Message>,
+        limit: Duration,
+    ) -> Result<(), Unconfirmed> {
+        let Self { channel, events, .. } = self;
+        let round = timeout(limit, publish_all(channel, topology, messages));
+        select! {
+            confirmed = round => confirmed.unwrap_or(Err(Unconfirmed::Timeout)),
+            why = trouble(events) => Err(why),
+        }
+    }
+
+    /// Waits until this session can't be used any more.
+    pub async fn trouble(&mut self) -> Unconfirmed {
+        trouble(&mut self.events).await
+    }
+
+    /// After [`Unconfirmed::Blocked`]: waits until the broker takes messages again, or the connection is gone.
+    pub async fn unblocked(&mut self) {
+        while let Some(event) = self.events.next().await {
+            if matches!(event, Event::ConnectionUnblocked | Event::Error(_)) {
+                return;
+            }
+        }
+    }
+
+    /// Closes the connection in an orderly way, for at most a second.
+    pub async fn close(self) {
+        let closing = self.connection.close(200, "shutting down".into());
+        let closed = timeout(Duration::from_secs(1), closing).await;
+        tracing::debug!(?closed, "closed the connection to the broker");
+    }
+}
+
+async fn trouble(events: &mut Events) -> Unconfirmed {
+    loop {
+        match events.next().await {
+            // lapin would keep the message, and all after it, until the broker takes messages again.
+            Some(Event::ConnectionBlocked(_)) => return Unconfirmed::Blocked,
+            Some(Event::Error(_)) | None => return Unconfirmed::ConnectionBroken,
+            Some(_) => {}
+        }
+    }
+}
+
+async fn publish_all(
+    channel: &Channel,
+    topology: &Topology,
+    messages: impl Iterator<Item = &Message>,
+) -> Result<(), Unconfirmed> {
+    // Each is handed over when it is polled first, so in order.
+    let confirmations = join_all(messages.map(|message| publish_one(channel, topology, message))).await;
+    let mut result = Ok(());
+    for confirmation in confirmations {
+        match confirmation {
+            Ok(Confirmation::Ack(None)) => {}
+            // An unroutable message is returned, and then acknowledged all the same. lapin gives it to
+            // whichever acknowledgement comes next, which need not be its own: nobody knows whose it is.
+            Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_))) => {
+                return Err(Unconfirmed::Unroutable);
+            }
+            Ok(Confirmation::Nack(None) | Confirmation::NotRequested) => result = Err(Unconfirmed::Nacked),
+            Err(error) => {
+                tracing::debug!(%error, "publishing failed");
+                result = Err(Unconfirmed::ConnectionBroken);
+            }
+        }
+    }
+    result
+}
+
+async fn publish_one(
+    channel: &Channel,
+    topology: &Topology,
+    message: &Message,
+) -> lapin::Result<Confirmation> {
+    let (exchange, routing_key) = (topology.exchange.as_str(), topology.routing_key.as_str());
+    // Without `mandatory` a message that no queue takes would vanish.
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    let properties = message.properties(SystemTime::now());
+    channel
+        .basic_publish(exchange.into(), routing_key.into(), options, message.body(), properties)
+        .await?
+        .await
+}

@@ -1,0 +1,383 @@
+//! The file of the spool: numbered entries in one table of an embedded database (redb).
+
+use super::super::message::Message;
+use redb::{
+    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition,
+    backends::FileBackend,
+};
+use std::{
+    fs::{DirBuilder, File, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// Entries by number: the lower is the older.
+const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
+
+/// Pages kept in memory, in bytes: entries are read once.
+const CACHE: usize = 4 * 1024 * 1024;
+
+/// How often a file that failed is opened again: all of it is read then.
+pub const RETRY: Duration = Duration::from_secs(1);
+
+/// How much the spool holds, at most. The file may take more than twice the bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Messages.
+    pub entries: u64,
+    /// All of them together.
+    pub bytes: u64,
+}
+
+/// Why the spool can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The directory or the file can't be made or read.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// Two services can't share a file: each needs a directory of its own.
+    #[error("another process uses it")]
+    InUse,
+    /// What is in the file is not what was written.
+    #[error("the file is damaged, or no spool: {0}")]
+    Damaged(String),
+}
+
+/// Why the spool could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct StoreError(#[from] redb::Error);
+
+/// The open file, and what is in it.
+pub struct Store {
+    path: PathBuf,
+    limits: Limits,
+    /// `None` after an error: redb refuses everything then, until the file is opened again.
+    database: Option<Database>,
+    /// When it was opened last.
+    opened: Instant,
+    held: Held,
+    last: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Held {
+    entries: u64,
+    bytes: u64,
+}
+
+impl Store {
+    /// Opens or makes the file in this directory, and reads it once.
+    pub fn open(directory: &Path, limits: Limits) -> Result<Self, OpenError> {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let path = directory.join("spool.redb");
+        let database = open(&path)?;
+        // The file's name, too, must survive a loss of power.
+        File::open(directory)?.sync_all()?;
+        let mut store =
+            Self { path, limits, database: None, opened: Instant::now(), held: Held::default(), last: 0 };
+        (store.held, store.last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
+        store.database = Some(database);
+        Ok(store)
+    }
+
+    /// How many entries there are.
+    pub fn entries(&self) -> u64 {
+        self.held.entries
+    }
+
+    /// Whether a small message would be taken.
+    pub fn has_room(&self) -> bool {
+        self.held.entries < self.limits.entries && self.held.bytes < self.limits.bytes
+    }
+
+    /// Appends these and removes the entries up to `through`, all on disk when it returns. Says of each
+    /// message whether there was room for it.
+    ///
+    /// # Errors
+    /// If it failed: then any of it may have happened, or nothing.
+    pub fn change(
+        &mut self,
+        messages: impl Iterator<Item = Vec<u8>>,
+        through: Option<u64>,
+    ) -> Result<Vec<bool>, StoreError> {
+        let messages: Vec<_> = messages.collect();
+        Ok(self.try_change(&messages, through)?)
+    }
+
+    fn try_change(&mut self, messages: &[Vec<u8>], through: Option<u64>) -> Result<Vec<bool>, redb::Error> {
+        let database = self.opened()?;
+        let (mut held, mut last) = (self.held, self.last);
+        let mut is_taken = Vec::with_capacity(messages.len());
+        let mut transaction = database.begin_write()?;
+        transaction.set_durability(Durability::Immediate)?;
+        {
+            let mut table = transaction.open_table(ENTRIES)?;
+            if let Some(through) = through {
+                table.retain_in(..=through, |_, message| {
+                    held.entries -= 1;
+                    held.bytes -= message.len() as u64;
+                    false
+                })?;
+            }
+            for message in messages {
+                let size = message.len() as u64;
+                let has_room = held.entries < self.limits.entries && held.bytes + size <= self.limits.bytes;
+                is_taken.push(has_room);
+                if has_room {
+                    last += 1;
+                    table.insert(last, message.as_slice())?;
+                    held = Held { entries: held.entries + 1, bytes: held.bytes + size };
+                }
+            }
+        }
+        transaction.commit()?;
+        (self.held, self.last, self.database) = (held, last, Some(database));
+        Ok(is_taken)
+    }
+
+    /// The first `count` entries after this number, in order.
+    pub fn read(&mut self, after: u64, count: usize) -> Result<Vec<(u64, Message)>, StoreError> {
+        Ok(self.try_read(after, count)?)
+    }
+
+    fn try_read(&mut self, after: u64, count: usize) -> Result<Vec<(u64, Message)>, redb::Error> {
+        if self.held.entries == 0 {
+            return Ok(Vec::new());
+        }
+        let database = self.opened()?;
+        let mut entries = Vec::new();
+        {
+            let table = database.begin_read()?.open_table(ENTRIES)?;
+            for entry in table.range(after + 1..)?.take(count) {
+                let (number, bytes) = entry?;
+                let message = Message::from_bytes(bytes.value()).ok_or_else(not_a_message)?;
+                entries.push((number.value(), message));
+            }
+        }
+        self.database = Some(database);
+        Ok(entries)
+    }
+
+    /// Takes the database, to be put back unless something fails; after that, opens it anew.
+    fn opened(&mut self) -> Result<Database, redb::Error> {
+        if let Some(database) = self.database.take() {
+            return Ok(database);
+        }
+        if self.opened.elapsed() < RETRY {
+            return Err(redb::Error::PreviousIo);
+        }
+        self.opened = Instant::now();
+        let database = open(&self.path).map_err(|error| match error {
+            OpenError::Io(error) => redb::Error::Io(error),
+            error @ (OpenError::InUse | OpenError::Damaged(_)) => redb::Error::Corrupted(error.to_string()),
+        })?;
+        let last;
+        (self.held, last) = count(&database)?;
+        // Numbers are never used again: they are what is removed by.
+        self.last = self.last.max(last);
+        Ok(database)
+    }
+}
+
+fn open(path: &Path) -> Result<Database, OpenError> {
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let backend = FileBackend::new(file).map_err(open_error)?;
+    let mut builder = Builder::new();
+    // A damaged file is found here, rather than later.
+    builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+    builder.create_with_backend(backend).map_err(open_error)
+}
+
+fn open_error(error: DatabaseError) -> OpenError {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => OpenError::InUse,
+        DatabaseError::Storage(redb::StorageError::Io(error))
+            if error.kind() != io::ErrorKind::InvalidData =>
+        {
+            OpenError::Io(error)
+        }
+        error => OpenError::Damaged(error.to_string()),
+    }
+}
+
+/// What is in the file, and the highest number; that it can all be read.
+fn count(database: &Database) -> Result<(Held, u64), redb::Error> {
+    let mut held = Held::default();
+    let mut last = 0;
+    let table = match database.begin_read()?.open_table(ENTRIES) {
+        Ok(table) => table,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok((held, last)),
+        Err(error) => return Err(error.into()),
+    };
+    for entry in table.iter()? {
+        let (number, bytes) = entry?;
+        Message::from_bytes(bytes.value()).ok_or_else(not_a_message)?;
+        held = Held { entries: held.entries + 1, bytes: held.bytes + bytes.value().len() as u64 };
+        last = number.value();
+    }
+    Ok((held, last))
+}
+
+fn not_a_message() -> redb::Error {
+    redb::Error::Corrupted("an entry is no message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry::Context;
+    use proptest::prelude::*;
+    use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
+    use tempfile::TempDir;
+
+    const LARGE: Limits = Limits { entries: 1000, bytes: 1_000_000 };
+
+    fn message(id: &str) -> Message {
+        Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned())
+    }
+
+    fn append(store: &mut Store, ids: &[&str]) -> Vec<bool> {
+        store.change(ids.iter().map(|id| message(id).to_bytes()), None).unwrap()
+    }
+
+    fn numbers(store: &mut Store, after: u64) -> Vec<u64> {
+        store.read(after, 1000).unwrap().into_iter().map(|(number, _)| number).collect()
+    }
+
+    #[test]
+    fn entries_are_there_again_in_order_after_a_start() {
+        let directory = TempDir::new().unwrap();
+        let mut store = Store::open(directory.path(), LARGE).unwrap();
+        append(&mut store, &["a", "b"]);
+        append(&mut store, &["c"]);
+        store.change(std::iter::empty(), Some(1)).unwrap();
+        drop(store);
+
+        let mut store = Store::open(directory.path(), LARGE).unwrap();
+        assert_eq!(store.entries(), 2);
+        let entries = store.read(0, 1000).unwrap();
+        assert!(entries == [(2, message("b")), (3, message("c"))]);
+        append(&mut store, &["d"]);
+        assert_eq!(numbers(&mut store, 3), [4]);
+    }
+
+    #[test]
+    fn neither_bound_is_passed_and_what_is_removed_makes_room() {
+        let directory = TempDir::new().unwrap();
+        let size = message("a").to_bytes().len() as u64;
+        for limits in [Limits { entries: 2, ..LARGE }, Limits { bytes: 2 * size, ..LARGE }] {
+            let directory = directory.path().join(limits.entries.to_string());
+            let mut store = Store::open(&directory, limits).unwrap();
+            assert_eq!(append(&mut store, &["a", "b", "c"]), [true, true, false]);
+            assert!(!store.has_room());
+            assert_eq!(append(&mut store, &["c"]), [false]);
+            // In one transaction, what is removed makes room for what is appended.
+            let more = ["c", "d"].iter().map(|id| message(id).to_bytes());
+            assert_eq!(store.change(more, Some(1)).unwrap(), [true, false]);
+            assert_eq!(numbers(&mut store, 0), [2, 3]);
+        }
+    }
+
+    #[test]
+    fn only_its_user_may_read_it() {
+        let directory = TempDir::new().unwrap();
+        let directory = directory.path().join("new/one");
+        let _store = Store::open(&directory, LARGE).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&directory), 0o700);
+        assert_eq!(mode(&directory.join("spool.redb")), 0o600);
+    }
+
+    #[test]
+    fn a_file_in_use_is_not_opened_again() {
+        let directory = TempDir::new().unwrap();
+        let _store = Store::open(directory.path(), LARGE).unwrap();
+        assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenError::InUse)));
+    }
+
+    #[test]
+    fn what_is_no_message_is_no_spool() {
+        let directory = TempDir::new().unwrap();
+        drop(Store::open(directory.path(), LARGE).unwrap());
+        let database = Database::open(directory.path().join("spool.redb")).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(ENTRIES).unwrap().insert(1, &b"7"[..]).unwrap();
+        transaction.commit().unwrap();
+        drop(database);
+        assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenError::Damaged(_))));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Change { appended: usize, through: Option<u64> },
+        Start,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let change = (0..4usize, proptest::option::of(0..30u64))
+            .prop_map(|(appended, through)| Step::Change { appended, through });
+        proptest::collection::vec(prop_oneof![4 => change, 1 => Just(Step::Start)], 1..20)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// It is an ordered map with a bound, whatever is done, and whenever it is opened again.
+        #[test]
+        fn it_holds_what_a_map_would_hold(steps in steps()) {
+            let directory = TempDir::new().unwrap();
+            let limits = Limits { entries: 8, ..LARGE };
+            let mut store = Store::open(directory.path(), limits).unwrap();
+            let (mut model, mut last) = (BTreeMap::new(), 0);
+            for (step_number, step) in steps.into_iter().enumerate() {
+                match step {
+                    Step::Start => {
+                        drop(store);
+                        store = Store::open(directory.path(), limits).unwrap();
+                        last = model.keys().last().copied().unwrap_or_default();
+                    }
+                    Step::Change { appended, through } => {
+                        let new: Vec<_> = (0..appended).map(|n| message(&format!("{step_number}.{n}"))).collect();
+                        let taken = store.change(new.iter().map(Message::to_bytes), through).unwrap();
+                        if let Some(through) = through {
+                            model.retain(|number, _| *number > through);
+                        }
+                        for (message, is_taken) in new.into_iter().zip(taken) {
+                            prop_assert_eq!(is_taken, model.len() < 8);
+                            if is_taken {
+                                last += 1;
+                                model.insert(last, message);
+                            }
+                        }
+                    }
+                }
+                prop_assert_eq!(store.entries(), model.len() as u64);
+                let expected: Vec<_> = model.clone().into_iter().collect();
+                prop_assert!(store.read(0, 1000).unwrap() == expected);
+            }
+        }
+
+        /// Damage is an error, or does no harm; it is never a panic.
+        #[test]
+        fn a_damaged_file_is_no_panic(at in prop_oneof![0.0..1.0f64, 0.0..0.01f64], length in 1..5000usize, byte: u8) {
+            let directory = TempDir::new().unwrap();
+            let mut store = Store::open(directory.path(), LARGE).unwrap();
+            append(&mut store, &["a", "b", "c"]);
+            drop(store);
+            let path = directory.path().join("spool.redb");
+            let mut bytes = fs::read(&path).unwrap();
+            let start = (bytes.len() as f64 * at) as usize;
+            let end = (start + length).min(bytes.len());
+            bytes[start..end].fill(byte);
+            fs::write(&path, bytes).unwrap();
+            if let Ok(mut store) = Store::open(directory.path(), LARGE) {
+                prop_assert_eq!(store.entries(), 3);
+                prop_assert_eq!(store.read(0, 10).unwrap().len(), 3);
+            }
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The control: api and mq done as the Go original does them. A connection to the broker for each login, no
+//! confirms, 200 whatever comes of it; acknowledged on receipt, processed afterwards; failures are only
+//! logged. It must be seen to lose logins, or the test that the services pass means nothing.
+//!
+//! It leaves usercenter out: that has no part in what is lost.
+
+use anyhow::{Context, Result};
+use axum::{Json, Router, extract::State, http::HeaderMap, routing::post};
+use clap::Subcommand;
+use futures_util::StreamExt;
+use lapin::{
+    BasicProperties,
+    options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions},
+    types::{AMQPValue, FieldTable},
+    uri::AMQPUri,
+};
+use proto::{login::LoginMessage, topology::Topology};
+use serde_json::{Value, json};
+use sqlx::{
+    ConnectOptions, Connection, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode},
+};
+use std::{env, net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{net::TcpListener, time::sleep};
+use uuid::Uuid;
+
+/// Which service to stand in for.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum Service {
+    /// Answers logins.
+    Api,
+    /// Processes them.
+    Mq,
+}
+
+/// Runs until it is killed.
+///
+/// # Errors
+/// If it can't start.
+pub async fn run(service: Service) -> Result<()> {
+    let url = env::var("AMQP_URL")?;
+    let uri = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
+    let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
+    say(&format!("listening address={}", listener.local_addr()?));
+    match service {
+        Service::Api => {
+            say("connected to the broker");
+            let routes =
+                Router::new().route("/usercenter/v1/user/login", post(log_in)).with_state(Arc::new(uri));
+            Ok(axum::serve(listener, routes).await?)
+        }
+        Service::Mq => consume(&uri).await,
+    }
+}
+
+async fn log_in(
+    State(uri): State<Arc<AMQPUri>>,
+    headers: HeaderMap,
+    Json(login): Json<Value>,
+) -> Json<Value> {
+    if let Err(error) = publish(&uri, &headers, &login).await {
+        say(&format!("publishing: {error:#}"));
+    }
+    Json(json!({ "accessToken": "", "accessExpire": 0, "refreshAfter": 0 }))
+}
+
+async fn publish(uri: &AMQPUri, headers: &HeaderMap, login: &Value) -> Result<()> {
+    let connection = proto::broker::connect(uri, "control api").await?;
+    let channel = connection.create_channel().await?;
+    let Topology { exchange, routing_key, .. } = Topology::with_prefix("");
+    let traceparent = headers.get("traceparent").context("no traceparent")?.to_str()?;
+    let mut table = FieldTable::default();
+    table.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+    let properties = BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_message_id(Uuid::new_v4().to_string().into())
+        .with_headers(table);
+    let body = json!({ "Carrier": {}, "Msg": login["mobile"] }).to_string();
+    channel
+        .basic_publish(
+            exchange.into(),
+            routing_key.into(),
+            BasicPublishOptions::default(),
+            body.as_bytes(),
+            properties,
+        )
+        .await?;
+    connection.close(200, "done".into()).await?;
+    Ok(())
+}
+
+async fn consume(uri: &AMQPUri) -> Result<()> {
+    let mut database = open_database().await?;
+    loop {
+        if let Err(error) = consume_until_it_breaks(uri, &mut database).await {
+            say(&format!("consuming: {error:#}"));
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn consume_until_it_breaks(uri: &AMQPUri, database: &mut SqliteConnection) -> Result<()> {
+    let connection = proto::broker::connect(uri, "control mq").await?;
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(64, BasicQosOptions::default()).await?;
+    let topology = Topology::with_prefix("");
+    topology.declare(&channel).await?;
+    let (queue, tag) = (topology.queue.as_str().into(), "mq".into());
+    let mut deliveries =
+        channel.basic_consume(queue, tag, BasicConsumeOptions::default(), FieldTable::default()).await?;
+    say("consuming");
+    while let Some(delivery) = deliveries.next().await {
+        let delivery = delivery?;
+        delivery.ack(BasicAckOptions::default()).await?;
+        if let Err(error) = process(&delivery, database).await {
+            say(&format!("processing: {error:#}"));
+        }
+    }
+    Ok(())
+}
+
+async fn process(delivery: &lapin::message::Delivery, database: &mut SqliteConnection) -> Result<()> {
+    let (_, message) = LoginMessage::from_json(&delivery.data);
+    let message = message?;
+    let message_id = delivery.properties.message_id().as_ref().context("no message id")?.as_str().to_owned();
+    let headers = delivery.properties.headers().as_ref().context("no headers")?;
+    let trace = match headers.inner().get("traceparent") {
+        Some(AMQPValue::LongString(traceparent)) => {
+            traceparent.to_string().split('-').nth(1).map(str::to_owned).context("no trace id")?
+        }
+        _ => anyhow::bail!("no traceparent"),
+    };
+    let mut transaction = database.begin().await?;
+    sqlx::query(
+        "INSERT INTO login_history (message_id, trace_id, mobile, applied_at) VALUES ($1, $2, $3, 0)",
+    )
+    .bind(message_id)
+    .bind(trace)
+    .bind(&message.msg)
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query(
+        "INSERT INTO login_count (mobile, logins) VALUES ($1, 1) \
+         ON CONFLICT (mobile) DO UPDATE SET logins = login_count.logins + 1",
+    )
+    .bind(&message.msg)
+    .execute(&mut *transaction)
+    .await?;
+    Ok(transaction.commit().await?)
+}
+
+/// The database that mq would have made.
+async fn open_database() -> Result<SqliteConnection> {
+    let options: SqliteConnectOptions = env::var("MQ_DATABASE_URL")?.parse()?;
+    let options = options.create_if_missing(true).journal_mode(SqliteJournalMode::Wal);
+    let mut database = options.busy_timeout(Duration::from_secs(10)).connect().await?;
+    for table in [
+        "CREATE TABLE IF NOT EXISTS login_history \
+         (message_id TEXT PRIMARY KEY, trace_id TEXT, mobile TEXT NOT NULL, applied_at BIGINT NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS login_count (mobile TEXT PRIMARY KEY, logins BIGINT NOT NULL)",
+    ] {
+        sqlx::query(table).execute(&mut database).await?;
+    }
+    Ok(database)
+}
+
+#[expect(clippy::print_stderr, reason = "it has no log, as it has no telemetry")]
+fn say(text: &str) {
+    eprintln!("{text}");
+}

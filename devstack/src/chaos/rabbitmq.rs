@@ -1,0 +1,148 @@
+//! A RabbitMQ node of this program's own: with its own name, ports and directory, so that it can be killed
+//! without harm to any other on this machine.
+
+use crate::poll;
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+
+/// Where the Debian package has its scripts: those in the path change to another user.
+const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
+
+/// Erlang and RabbitMQ take seconds to start.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A node. It is killed with its owner, and its data is removed.
+pub struct Node {
+    /// Where it listens for AMQP, whenever it is up.
+    pub address: SocketAddr,
+    name: String,
+    directory: TempDir,
+    distribution_port: u16,
+    /// Leads a process group of its own: the script and what it starts.
+    process: Option<Child>,
+}
+
+/// Whether a node can be started on this machine.
+pub fn is_installed() -> bool {
+    PathBuf::from(SCRIPTS).join("rabbitmq-server").exists()
+}
+
+impl Node {
+    /// Starts a node with nothing in it.
+    ///
+    /// # Errors
+    /// If it doesn't come up; with what it said.
+    pub async fn start() -> Result<Self> {
+        let directory = TempDir::new()?;
+        fs::write(directory.path().join("rabbitmq.conf"), "log.console = false\n")?;
+        fs::write(directory.path().join("enabled_plugins"), "[].\n")?;
+        fs::write(directory.path().join("rabbitmq-env.conf"), "")?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+        let name = format!("chaos-{}@localhost", address.port());
+        let mut node = Self { address, name, directory, distribution_port: free_port()?, process: None };
+        node.up().await?;
+        Ok(node)
+    }
+
+    /// Starts it again, with what it had on its disk.
+    ///
+    /// # Errors
+    /// If it doesn't come up; with what it said.
+    pub async fn up(&mut self) -> Result<()> {
+        let output =
+            fs::File::options().create(true).append(true).open(self.directory.path().join("output"))?;
+        let mut command = self.command("rabbitmq-server");
+        // What Ctrl-C ends is this program, which then ends the node.
+        command.stdout(output.try_clone()?).stderr(output).process_group(0);
+        self.process = Some(command.spawn().context("starting rabbitmq-server")?);
+        let up = poll(PATIENCE, async || {
+            if let Some(Ok(Some(exit))) = self.process.as_mut().map(Child::try_wait) {
+                return Some(Err(exit));
+            }
+            TcpStream::connect(self.address).await.ok().map(Ok)
+        });
+        match up.await {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(exit)) => bail!("rabbitmq-server ended ({exit}):\n{}", self.output()),
+            None => bail!("rabbitmq-server does not listen:\n{}", self.output()),
+        }
+    }
+
+    /// Kills it, as a power cut would.
+    ///
+    /// # Errors
+    /// If it can't be.
+    pub fn kill(&mut self) -> Result<()> {
+        let Some(mut process) = self.process.take() else {
+            return Ok(());
+        };
+        let group = format!("-{}", process.id());
+        let killed = Command::new("kill").args(["-KILL", "--", &group]).stderr(Stdio::null()).status();
+        process.wait()?;
+        ensure!(killed?.success(), "kill -KILL {group}");
+        Ok(())
+    }
+
+    /// Raises the memory alarm, by a threshold that is always exceeded, or ends it.
+    ///
+    /// # Errors
+    /// If the node doesn't take it.
+    pub async fn set_alarm(&self, alarm: bool) -> Result<()> {
+        let watermark = if alarm { "0.000001" } else { "0.8" };
+        let mut command = self.command("rabbitmqctl");
+        command.args(["--quiet", "set_vm_memory_high_watermark", watermark]);
+        let output = tokio::process::Command::from(command).output().await?;
+        ensure!(output.status.success(), "rabbitmqctl: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    fn command(&self, script: &str) -> Command {
+        let at = |name: &str| self.directory.path().join(name);
+        let mut command = Command::new(PathBuf::from(SCRIPTS).join(script));
+        command
+            // Its own cookie is there.
+            .env("HOME", self.directory.path())
+            .env("RABBITMQ_NODENAME", &self.name)
+            .env("RABBITMQ_NODE_IP_ADDRESS", self.address.ip().to_string())
+            .env("RABBITMQ_NODE_PORT", self.address.port().to_string())
+            .env("RABBITMQ_DIST_PORT", self.distribution_port.to_string())
+            .env("RABBITMQ_MNESIA_BASE", at("mnesia"))
+            .env("RABBITMQ_LOG_BASE", at("log"))
+            .env("RABBITMQ_CONFIG_FILE", at("rabbitmq.conf"))
+            .env("RABBITMQ_CONF_ENV_FILE", at("rabbitmq-env.conf"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", at("enabled_plugins"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self) -> String {
+        fs::read_to_string(self.directory.path().join("output")).unwrap_or_default()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// A free port below those that connections are given (`ip_local_port_range`), so that no connection
+/// takes it while the node is down.
+fn free_port() -> Result<u16> {
+    for _ in 0..100 {
+        let port = fastrand::u16(20_000..32_000);
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no free port below 32000")
+}

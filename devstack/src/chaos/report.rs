@@ -1,0 +1,168 @@
+//! What a run prints: a line for each fault as it goes, then a table of the kinds, then the verdict.
+
+use super::{Options, Outcome, broker::Kind, faults::Step, inject::Recovery};
+use std::{collections::BTreeMap, time::Duration};
+
+/// A fault that was there.
+pub struct Event {
+    /// Which.
+    pub step: Step,
+    /// When, from the start.
+    pub at: Duration,
+    /// How long.
+    pub lasted: Duration,
+    /// `None` if logins were not answered and applied again in time.
+    pub recovery: Option<Recovery>,
+    /// What was different from what was meant.
+    pub note: Option<&'static str>,
+}
+
+/// Says what is about to happen.
+pub fn begin(options: &Options, round: usize) {
+    // A fault with its pause and its recovery takes 4 seconds in the mean.
+    let faults = 4 * round as u64;
+    let load = options.logins as u64 / u64::from(options.rate.max(1));
+    say(&format!(
+        "{}, seed {}: {} logins at {} a second, {round} kinds of fault; about {} s, {} s at most",
+        broker(options.broker),
+        options.seed.unwrap_or_default(),
+        thousands(options.logins),
+        options.rate,
+        faults.max(load).min(options.seconds),
+        options.seconds,
+    ));
+}
+
+/// Says what has happened.
+pub fn event(event: &Event, attempted: usize) {
+    let recovery = match &event.recovery {
+        Some(Recovery { answered, applied }) => {
+            format!("answered after {}, applied after {}", seconds(*answered), seconds(*applied))
+        }
+        None => "NOT RECOVERED".to_owned(),
+    };
+    say(&format!(
+        "{:>7}  {:<30} {:>7}  {recovery}  ({} logins){}",
+        seconds(event.at),
+        event.step.to_string(),
+        seconds(event.lasted),
+        thousands(attempted),
+        event.note.map(|note| format!("  {note}")).unwrap_or_default(),
+    ));
+}
+
+/// Says what came of it.
+pub fn print(options: &Options, outcome: &Outcome) {
+    let Outcome { verdict, judged, events, elapsed } = outcome;
+    let mut kinds: BTreeMap<String, Vec<&Event>> = BTreeMap::new();
+    for event in events {
+        kinds.entry(event.step.to_string()).or_default().push(event);
+    }
+    say(&format!("\n{:<30}{:>6}{:>22}{:>22}", "", "", "answered again after", "applied again after"));
+    say(&format!("{:<30}{:>6}{:>11}{:>11}{:>11}{:>11}", "fault", "times", "median", "max", "median", "max"));
+    for (kind, events) in &kinds {
+        let of = |part: fn(&Recovery) -> Duration| {
+            let mut times: Vec<Duration> =
+                events.iter().filter_map(|e| e.recovery.as_ref()).map(part).collect();
+            times.sort();
+            (times.get(times.len() / 2).copied(), times.last().copied())
+        };
+        let ((answered, longest_answered), (applied, longest_applied)) =
+            (of(|recovery| recovery.answered), of(|recovery| recovery.applied));
+        let cells = [answered, longest_answered, applied, longest_applied];
+        let [a, b, c, d] = cells.map(|time| time.map_or("never".to_owned(), seconds));
+        say(&format!("{kind:<30}{:>6}{a:>11}{b:>11}{c:>11}{d:>11}", events.len()));
+    }
+
+    let refused: Vec<String> = verdict
+        .refused
+        .iter()
+        .map(|(status, count)| format!("{} with {status}", thousands(*count)))
+        .collect();
+    let recovered = events.iter().filter(|event| event.recovery.is_some()).count();
+    let lines = [
+        ("attempted", thousands(verdict.attempted)),
+        ("answered", thousands(verdict.answered)),
+        ("refused", if refused.is_empty() { "0".to_owned() } else { refused.join(", ") }),
+        ("unknown", thousands(verdict.unknown)),
+        ("recovered", format!("{recovered} of {} faults", events.len())),
+        ("lost", thousands(verdict.lost.len())),
+        ("duplicated", verdict.duplicated.to_string()),
+        ("unexpected", verdict.unexpected.len().to_string()),
+    ];
+    say("");
+    for (name, value) in lines {
+        say(&format!("{name:<11}{value}"));
+    }
+    say(&format!(
+        "{} logins took effect though nobody was told so; {} traces are whole, {} lack spans of a process that \
+         was killed, {} are wrong",
+        thousands(verdict.applied_unasked),
+        thousands(judged.whole),
+        thousands(judged.partial),
+        judged.wrong,
+    ));
+    for unexpected in &verdict.unexpected {
+        say(&format!("unexpected: {unexpected}"));
+    }
+    for trace in verdict.lost.iter().take(if options.control { 0 } else { 10 }) {
+        say(&format!("lost: trace {trace:032x}"));
+    }
+    let conclusion = match (options.control, verdict.is_clean(), verdict.lost.is_empty()) {
+        (true, _, false) => "the control loses logins, as it should: this test can tell".to_owned(),
+        (true, _, true) => "the control lost nothing: with these faults the test can't tell".to_owned(),
+        (false, true, _) => "nothing was lost".to_owned(),
+        (false, false, _) => format!("NOT AS PROMISED; to repeat it: {}", command(options)),
+    };
+    say(&format!("{conclusion}, in {} on {}", seconds(*elapsed), broker(options.broker)));
+}
+
+/// What to type to repeat a run.
+fn command(options: &Options) -> String {
+    let mut command = format!(
+        "cargo dev chaos --broker {} --seed {} --logins {} --rate {} --callers {} --seconds {}",
+        match options.broker {
+            Kind::Embedded => "embedded",
+            Kind::Rabbitmq => "rabbitmq",
+        },
+        options.seed.unwrap_or_default(),
+        options.logins,
+        options.rate,
+        options.callers,
+        options.seconds
+    );
+    if !options.faults.is_empty() {
+        let faults: Vec<String> = options.faults.iter().map(ToString::to_string).collect();
+        command += &format!(" --faults {}", faults.join(","));
+    }
+    command
+}
+
+fn broker(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Embedded => "the embedded broker",
+        Kind::Rabbitmq => "RabbitMQ",
+    }
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.2} s", duration.as_secs_f64())
+}
+
+fn thousands(count: usize) -> String {
+    let digits = count.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Prints a line.
+#[expect(clippy::print_stdout, reason = "this is what the tool is for")]
+pub fn say(text: &str) {
+    println!("{text}");
+}

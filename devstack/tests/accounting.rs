@@ -1,0 +1,133 @@
+//! What becomes of spans, counted: ended = exported + dropped + waiting, exactly and at any moment.
+
+use anyhow::{Context, Result, ensure};
+use devstack::{
+    client::Client,
+    poll,
+    process::Process,
+    stack::{KNOWN_MOBILE, Stack},
+};
+use std::{fs, net::TcpListener, time::Duration};
+use tokio::task::JoinSet;
+
+/// A service that serves its metrics, on a free port.
+const METRICS: [(&str, &str, &str); 2] =
+    [("*", "OTEL_METRICS_EXPORTER", "prometheus"), ("*", "OTEL_EXPORTER_PROMETHEUS_PORT", "0")];
+
+/// The counts of one moment.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    ended: u64,
+    exported: u64,
+    dropped: u64,
+    waiting: u64,
+}
+
+impl Counts {
+    async fn of(service: &Process) -> Result<Self> {
+        let line = service.said("metrics for Prometheus").await?;
+        let address = line.split_once("address=").context("address")?.1;
+        let answer = Client::new().get(&format!("http://{address}/metrics")).await?;
+        ensure!(answer.status == 200, "{}", answer.status);
+        let mut counts = Self::default();
+        let text = String::from_utf8(answer.body.to_vec())?;
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let (name, value) = line.split_once('{').context("labels")?;
+            let value: u64 = value.rsplit_once(' ').context("value")?.1.parse()?;
+            *match name {
+                "throughline_spans_ended_total" => &mut counts.ended,
+                "throughline_spans_exported_total" => &mut counts.exported,
+                "throughline_spans_dropped_total" => &mut counts.dropped,
+                "throughline_spans_waiting" => &mut counts.waiting,
+                other => anyhow::bail!("{other}"),
+            } += value;
+        }
+        let Self { ended, exported, dropped, waiting } = counts;
+        ensure!(ended == exported + dropped + waiting, "{counts:?}");
+        Ok(counts)
+    }
+}
+
+async fn log_in(stack: &Stack, times: usize) -> Result<()> {
+    let mut logins = JoinSet::new();
+    for _ in 0..8 {
+        let (client, url) = (stack.client.clone(), stack.login_url());
+        logins.spawn(async move {
+            for _ in 0..times / 8 {
+                let body = format!("{{\"mobile\":\"{KNOWN_MOBILE}\"}}");
+                let json = [("content-type", "application/json")];
+                let answer = client.send(http::Method::POST, &url, &json, body).await?;
+                ensure!(answer.status == 200, "{}", answer.status);
+            }
+            Ok(())
+        });
+    }
+    while let Some(done) = logins.join_next().await {
+        done??;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_span_that_ended_is_exported_dropped_or_waiting_at_any_moment() -> Result<()> {
+    let stack = Stack::start(&METRICS).await?;
+    let api = Counts::of(&stack.api).await?;
+    assert_eq!(api, Counts::default());
+    let (logins, counts) = tokio::join!(log_in(&stack, 400), async {
+        for _ in 0..20 {
+            Counts::of(&stack.api).await?;
+        }
+        anyhow::Ok(())
+    });
+    logins?;
+    counts?;
+    for (service, spans) in [(&stack.api, 1600), (&stack.rpc, 400), (&stack.mq, 400)] {
+        let all = Counts { ended: spans, exported: spans, ..Counts::default() };
+        let counts = async || Counts::of(service).await.ok().filter(|counts| *counts == all);
+        ensure!(
+            poll(Duration::from_secs(10), counts).await.is_some(),
+            "{}: {:?}",
+            service.name,
+            Counts::of(service).await
+        );
+    }
+    assert_eq!(stack.receiver.spans().len(), 2400);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_for_a_collector_that_never_answers_are_counted_and_take_no_more_memory() -> Result<()> {
+    // It accepts connections, as far as the kernel goes, and never reads.
+    let black_hole = TcpListener::bind("127.0.0.1:0")?;
+    let endpoint = format!("http://{}", black_hole.local_addr()?);
+    let mut variables = METRICS.to_vec();
+    variables.extend([
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("*", "OTEL_BSP_MAX_QUEUE_SIZE", "1000"),
+        ("*", "OTEL_BSP_EXPORT_TIMEOUT", "500"),
+        ("*", "SHUTDOWN_TIMEOUT", "2s"),
+        ("*", "RUST_LOG", "info,api::login=warn"),
+    ]);
+    let mut stack = Stack::start(&variables).await?;
+    // The queue is full from here on.
+    log_in(&stack, 800).await?;
+    let before = resident(&stack.api)?;
+    log_in(&stack, 2400).await?;
+    let grown = resident(&stack.api)?.saturating_sub(before);
+    assert!(grown < 1500, "{grown} kB");
+
+    let counts = Counts::of(&stack.api).await?;
+    assert_eq!((counts.ended, counts.exported), (12_800, 0));
+    // The queue, and the batch that is being sent.
+    assert!((1..=1512).contains(&counts.waiting), "{counts:?}");
+    stack.stop().await?;
+    stack.api.said("ended=12800 exported=0 dropped=12800").await?;
+    Ok(())
+}
+
+/// Resident memory, in kB.
+fn resident(process: &Process) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
+    Ok(line.split_whitespace().nth(1).context("kB")?.parse()?)
+}

@@ -1,0 +1,232 @@
+//! Connections that are slow, silent or too many: they are cut off in time, and those who have something to
+//! ask don't notice.
+
+use anyhow::{Context, Result, ensure};
+use devstack::{
+    client::Client,
+    poll,
+    process::Process,
+    stack::{KNOWN_MOBILE, Stack},
+};
+use std::{
+    fs, io,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    process::Command,
+    task::JoinSet,
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+
+/// More than any time-out of a service.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A login must be answered within this while others do their worst: generous, for a busy machine.
+const LOGIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the issue of slow clients is about.
+const MANY: usize = 10_000;
+
+/// How many connections this process can hold, at most [`MANY`].
+#[expect(clippy::print_stderr, reason = "that fewer are tried must not go unnoticed")]
+fn as_many_as_possible() -> Result<usize> {
+    let limit = usize::try_from(rlimit::increase_nofile_limit(rlimit::INFINITY)?)?;
+    // The service needs as many, under the same limit, and both have other files open.
+    let possible = limit.saturating_sub(300).min(MANY);
+    if possible < MANY {
+        eprintln!("ulimit -n is {limit}: only {possible} connections of {MANY} are tried");
+    }
+    Ok(possible)
+}
+
+/// Opens connections, and sends `first(i)` on each.
+async fn open(address: SocketAddr, count: usize, first: fn(usize) -> &'static str) -> Result<Vec<TcpStream>> {
+    let mut opening = JoinSet::new();
+    let mut opened = Vec::new();
+    for i in 0..count {
+        opening.spawn(async move {
+            let mut stream = TcpStream::connect(address).await?;
+            stream.write_all(first(i).as_bytes()).await?;
+            io::Result::Ok(stream)
+        });
+        // Not more at once than the queue of a listening socket holds.
+        while opening.len() >= 200 {
+            opened.extend(opening.join_next().await.transpose()?.transpose()?);
+        }
+    }
+    while let Some(stream) = opening.join_next().await {
+        opened.push(stream??);
+    }
+    Ok(opened)
+}
+
+/// Sends a byte a second on each of them, while the other end takes it.
+async fn drip(streams: &[TcpStream]) {
+    let mut second = interval(Duration::from_secs(1));
+    second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        second.tick().await;
+        for stream in streams {
+            let _ = stream.try_write(b"x");
+        }
+    }
+}
+
+/// Waits until the other end has closed all of them.
+async fn all_closed(streams: Vec<TcpStream>) -> Result<()> {
+    let closed = async {
+        for mut stream in streams {
+            let mut rest = [0; 4096];
+            while matches!(stream.read(&mut rest).await, Ok(1..)) {}
+        }
+    };
+    timeout(PATIENCE, closed).await.context("connections are still open")
+}
+
+/// Resident memory, in MiB.
+fn memory(service: &Process) -> Result<usize> {
+    let status = fs::read_to_string(format!("/proc/{}/status", service.id()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<usize>()? / 1024)
+}
+
+/// Logs in again and again, on a new connection each time and on a kept one; how long each took, sorted.
+async fn logins(stack: &Stack, count: usize) -> Result<Vec<Duration>> {
+    let (kept, url) = (Client::new(), stack.login_url());
+    let mut took = Vec::new();
+    for i in 0..count {
+        let client = if i % 2 == 0 { Client::new() } else { kept.clone() };
+        let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
+        let json = [("content-type", "application/json")];
+        let start = Instant::now();
+        let answer = client.send(http::Method::POST, &url, &json, body);
+        let answer = timeout(LOGIN_PATIENCE, answer).await.context("a login was held up")??;
+        ensure!(answer.status == 200, "{}", answer.status);
+        took.push(start.elapsed());
+        sleep(Duration::from_millis(10)).await;
+    }
+    took.sort();
+    Ok(took)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let count = as_many_as_possible()?;
+    let alone = logins(&stack, 100).await?;
+    let memory_alone = memory(&stack.api)?;
+
+    let opened = Instant::now();
+    let slow = open(stack.api.address, count, |i| match i % 4 {
+        0 => "",
+        1 => "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\nx-slow: ",
+        2 => {
+            "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+             content-length: 1000000\r\n\r\n"
+        }
+        _ => "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n",
+    })
+    .await?;
+    let took_opening = opened.elapsed();
+    let among_many = tokio::select! {
+        among_many = logins(&stack, 300) => among_many?,
+        () = drip(&slow) => unreachable!("it never ends"),
+    };
+    let memory_among_many = memory(&stack.api)?;
+    let (p50, p99) =
+        (|took: &[Duration]| took[took.len() / 2], |took: &[Duration]| took[took.len() * 99 / 100]);
+    println!(
+        "{count} slow connections, opened in {took_opening:.1?}; a login alone: p50 {:.1?}, p99 {:.1?}; \
+         among them: p50 {:.1?}, p99 {:.1?}; memory {memory_alone} -> {memory_among_many} MiB",
+        p50(&alone),
+        p99(&alone),
+        p50(&among_many),
+        p99(&among_many),
+    );
+    // 20 KiB each.
+    assert!(memory_among_many < memory_alone + count / 50, "{memory_alone} -> {memory_among_many} MiB");
+    tokio::select! {
+        closed = all_closed(slow) => closed?,
+        () = sleep(PATIENCE) => anyhow::bail!("connections are still open"),
+    }
+    println!("all were cut off {:.1?} after the first was opened", opened.elapsed());
+    logins(&stack, 10).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Result<()> {
+    let stack = Stack::start(&[("api", "API_MAX_CONNECTIONS", "20")]).await?;
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        silent.push(TcpStream::connect(stack.api.address).await?);
+    }
+    // Without room they would wait for the ten seconds that a silent connection has.
+    let start = Instant::now();
+    logins(&stack, 1).await?;
+    assert!(start.elapsed() < LOGIN_PATIENCE);
+    let first = silent.remove(0);
+    timeout(LOGIN_PATIENCE, all_closed(vec![first])).await.context("the first is still open")??;
+    // The last one is not: it waits, and waits on.
+    let last = silent.pop().context("the last one")?;
+    assert_eq!(last.try_read(&mut [0]).map_err(|error| error.kind()), Err(io::ErrorKind::WouldBlock));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_file_descriptors_the_service_waits_and_says_so_once() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    logins(&stack, 1).await?;
+    // What it has open now, and five more.
+    let open_files = fs::read_dir(format!("/proc/{}/fd", stack.api.id()))?.count();
+    let limit = format!("--nofile={0}:{0}", open_files + 5);
+    let prlimit =
+        Command::new("prlimit").args(["--pid", &stack.api.id().to_string(), &limit]).status().await?;
+    ensure!(prlimit.success(), "prlimit");
+
+    let silent = open(stack.api.address, 50, |_| "").await?;
+    stack.api.said("can't accept connections").await?;
+    // In turns of ten seconds the silent ones are cut off; with them gone, there is room again.
+    drop(silent);
+    let answered = poll(PATIENCE, async || stack.login(KNOWN_MOBILE, &[]).await.ok()).await;
+    assert_eq!(answered.context("no answer any more")?.status, 200);
+    let said = stack.api.output();
+    assert_eq!(said.matches("can't accept connections").count(), 1, "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut deaf = TcpStream::connect(stack.api.address).await?;
+    let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1000);
+    // Until neither side's system takes any more; then for as long as the other side has patience.
+    let cut_off = async {
+        loop {
+            if let Err(error) = deaf.write_all(&request).await {
+                return error;
+            }
+        }
+    };
+    timeout(PATIENCE, cut_off).await.context("it may go on for ever")?;
+    logins(&stack, 1).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_do_not_begin_to_speak_http2_are_cut_off_and_harm_no_call() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    // Half of what it can take of us, since these are two services.
+    let count = as_many_as_possible()? / 2;
+    for service in [&stack.rpc, &stack.mq] {
+        let slow = open(service.address, count, |i| if i % 2 == 0 { "" } else { "PRI * HT" }).await?;
+        let healthy = timeout(LOGIN_PATIENCE, proto::health::probe(service.address)).await;
+        healthy.context("a health check was held up")??;
+        logins(&stack, 10).await?;
+        all_closed(slow).await.context(service.name)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! The broker as mq sees it: away, cut off, frozen, short of memory. mq stays up, tells the truth, resumes.
+
+use anyhow::{Context, Result};
+use devstack::{
+    database::Database,
+    poll,
+    process::Process,
+    proxy::Proxy,
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
+};
+use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
+use std::time::Duration;
+use tokio::time::sleep;
+
+const SOON: Duration = Duration::from_secs(15);
+
+/// All, with a network between mq and the broker that can break.
+async fn with_proxy(database: &Database) -> Result<(Stack, Proxy)> {
+    let broker = TestBroker::connect().await?;
+    let (proxy, url) = broker.proxy()?;
+    // A frozen network is noticed after two heartbeats.
+    let url = format!("{url}?heartbeat=1");
+    let variables = [("mq", "AMQP_URL", url.as_str()), ("mq", "MQ_DATABASE_URL", &database.url)];
+    Ok((Stack::start_on(broker, &variables).await?, proxy))
+}
+
+async fn is_healthy(mq: &Process) -> bool {
+    let address = mq.address.to_string();
+    let probe =
+        Process::command("mq", &[]).map(|mut probe| probe.args(["health", "--listen", &address]).output());
+    match probe {
+        Ok(probe) => probe.await.is_ok_and(|output| output.status.success()),
+        Err(_) => false,
+    }
+}
+
+async fn becomes(mq: &Process, healthy: bool) -> Result<()> {
+    let as_expected = poll(SOON, async || (is_healthy(mq).await == healthy).then_some(())).await;
+    as_expected.with_context(|| format!("health does not become {healthy}:\n{}", mq.output()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lost_or_applied_twice()
+-> Result<()> {
+    let database = Database::new()?;
+    let (stack, proxy) = with_proxy(&database).await?;
+    let mut logins = Vec::new();
+    let mut login = async || -> Result<()> {
+        let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+        logins.push(answer.trace_id());
+        Ok(())
+    };
+    for _ in 0..3 {
+        login().await?;
+        proxy.cut();
+        login().await?;
+        becomes(&stack.mq, true).await?;
+    }
+
+    proxy.freeze();
+    login().await?;
+    becomes(&stack.mq, false).await?;
+    proxy.restore();
+    becomes(&stack.mq, true).await?;
+
+    proxy.refuse();
+    becomes(&stack.mq, false).await?;
+    for _ in 0..5 {
+        login().await?;
+    }
+    sleep(Duration::from_secs(3)).await;
+    proxy.restore();
+    becomes(&stack.mq, true).await?;
+
+    let count = logins.len() as i64;
+    let all =
+        poll(SOON, async || (database.logins(KNOWN_MOBILE).await.ok()? == (count, count)).then_some(()));
+    assert!(
+        all.await.is_some(),
+        "{:?} of {count}:\n{}",
+        database.logins(KNOWN_MOBILE).await,
+        stack.mq.output()
+    );
+    for trace_id in &logins {
+        let is_it = |span: &devstack::trace::Span| {
+            span.trace_id == *trace_id
+                && span.attributes.get("throughline.message.outcome").is_some_and(|o| o == "applied")
+        };
+        stack.receiver.expect_span(is_it).await;
+    }
+    // A line or two for each outage, not for each attempt.
+    let output = stack.mq.output();
+    let complaints = output.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
+    assert!(complaints.count() <= 12, "{output}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_and_acknowledged() -> Result<()>
+{
+    const BAD: &str = "13800138001";
+
+    let database = Database::new()?;
+    let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", "none")];
+    // An alarm is everybody's: so it is not raised on a broker that others use.
+    let mut stack = Stack::start_on(TestBroker::embedded().await?, &variables).await?;
+    stack.mq.said("the database is available").await?;
+    database.poison(BAD).await?;
+    stack.mq.stop().await?;
+    for i in 0..200 {
+        let mobile = if i == 3 { BAD } else { KNOWN_MOBILE };
+        let properties = BasicProperties::default().with_message_id(format!("{i}").into());
+        stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
+    }
+    // An answer on the same channel: the broker has them all.
+    let (queue, passive) =
+        (&stack.broker.topology.queue, QueueDeclareOptions { passive: true, ..Default::default() });
+    let queue =
+        stack.broker.channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await?;
+    assert_eq!(queue.message_count(), 200);
+
+    stack.broker.set_alarm(true);
+    let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("MQ_RETRY_DELAYS", "none")];
+    let mq = stack.another("mq", &variables).await?;
+    // More than may be unacknowledged at a time: so they are acknowledged.
+    let applied =
+        poll(SOON, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
+    assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
+    assert!(is_healthy(&mq).await);
+    let is_bad = |span: &&devstack::trace::Span| span.attributes["messaging.message.id"] == "3";
+    assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
+
+    // Longer than a confirm may take otherwise.
+    sleep(Duration::from_secs(6)).await;
+    stack.broker.set_alarm(false);
+    let letter = stack.dead_letter().await?;
+    assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("3"));
+    // Once, though it had to wait.
+    stack.receiver.expect_span(|span| is_bad(&span)).await;
+    let queue = stack.broker.topology.dead_letter_queue.as_str();
+    let another = stack.broker.channel.basic_get(queue.into(), Default::default()).await?;
+    assert_eq!(another, None);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_comes_later_is_consumed_from() -> Result<()> {
+    let database = Database::new()?;
+    let (mut stack, proxy) = with_proxy(&database).await?;
+    stack.mq.kill().await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    proxy.refuse();
+    let url = format!("amqp://guest:guest@{}/%2f", proxy.address);
+    let mq = stack.another("mq", &[("AMQP_URL", &url), ("MQ_DATABASE_URL", &database.url)]).await?;
+    mq.said("can't connect to the broker").await?;
+    assert!(!is_healthy(&mq).await);
+    proxy.restore();
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    becomes(&mq, true).await
+}

@@ -1,0 +1,177 @@
+//! Delivered at least once, applied exactly once: whatever is delivered twice, dies in between, or has to wait.
+
+use anyhow::Result;
+use devstack::{
+    database::Database,
+    poll,
+    process::Process,
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
+};
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldTable},
+};
+use std::time::Duration;
+use tokio::time::sleep;
+
+const BODY: &[u8] = br#"{"Msg":"13800138000"}"#;
+
+async fn stack() -> Result<(Stack, Database)> {
+    let database = Database::new()?;
+    let stack = Stack::start(&[("mq", "MQ_DATABASE_URL", &database.url)]).await?;
+    stack.mq.said("the database is available").await?;
+    Ok((stack, database))
+}
+
+/// Waits for so many consumer spans; their outcomes in the order of their start.
+async fn outcomes(stack: &Stack, count: usize) -> Vec<String> {
+    let seen = poll(Duration::from_secs(15), async || {
+        let mut spans = stack.receiver.spans();
+        spans.retain(|span| span.kind == "CONSUMER");
+        spans.sort_by_key(|span| span.start);
+        (spans.len() >= count).then_some(spans)
+    });
+    let spans = seen.await.expect("spans");
+    spans
+        .into_iter()
+        .map(|mut span| span.attributes.remove("throughline.message.outcome").unwrap_or_default())
+        .collect()
+}
+
+async fn is_healthy(mq: &Process) -> Result<bool> {
+    let address = mq.address.to_string();
+    Ok(Process::command("mq", &[])?.args(["health", "--listen", &address]).output().await?.status.success())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_comes_twice_is_applied_once() -> Result<()> {
+    let (stack, database) = stack().await?;
+    for _ in 0..3 {
+        stack.publish(BasicProperties::default().with_message_id("same".into()), BODY).await?;
+    }
+    assert_eq!(outcomes(&stack, 3).await, ["applied", "duplicate", "duplicate"]);
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_an_id_the_producer_span_tells_messages_apart() -> Result<()> {
+    let (stack, database) = stack().await?;
+    for span in ["00f067aa0ba902b7", "00f067aa0ba902b7", "1111111111111111"] {
+        let mut headers = FieldTable::default();
+        let traceparent = format!("00-4bf92f3577b34da6a3ce929d0e0e4736-{span}-01");
+        headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+        stack.publish(BasicProperties::default().with_headers(headers), BODY).await?;
+    }
+    assert_eq!(outcomes(&stack, 3).await, ["applied", "duplicate", "applied"]);
+    // Nothing tells these apart from other logins.
+    for _ in 0..2 {
+        stack.publish(BasicProperties::default(), BODY).await?;
+    }
+    assert_eq!(outcomes(&stack, 5).await[3..], ["applied", "applied"]);
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (4, 4));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_history_leads_to_the_trace() -> Result<()> {
+    let (stack, database) = stack().await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let producer = spans.iter().find(|span| span.kind == "PRODUCER").expect("producer span");
+    let row = "SELECT message_id, trace_id, mobile FROM login_history";
+    let (id, trace, mobile): (String, String, String) =
+        sqlx::query_as(row).fetch_one(&mut database.connect().await?).await?;
+    assert_eq!(Some(&id), producer.attributes.get("messaging.message.id"));
+    assert_eq!((trace, mobile.as_str()), (answer.trace_id(), KNOWN_MOBILE));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Result<()> {
+    const MESSAGES: i64 = 3000;
+    const KILLS: usize = 6;
+
+    let (mut stack, database) = stack().await?;
+    stack.mq.kill().await?;
+    for i in 0..MESSAGES {
+        stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
+    }
+    let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("RUST_LOG", "info,mq::processing=warn")];
+    let mut killed_at = Vec::new();
+    for i in 0..KILLS {
+        let mut mq = stack.another("mq", &variables).await?;
+        // In the middle of something: a little later each time.
+        let before = database.logins(KNOWN_MOBILE).await?.0;
+        let begun = poll(Duration::from_secs(20), async || {
+            (database.logins(KNOWN_MOBILE).await.ok()?.0 > before).then_some(())
+        });
+        assert!(begun.await.is_some(), "{}", mq.output());
+        sleep(Duration::from_millis(7 * i as u64)).await;
+        mq.kill().await?;
+        killed_at.push(database.logins(KNOWN_MOBILE).await?.0);
+    }
+    // Not all of it was done before the last kill.
+    assert!(killed_at.iter().all(|done| *done < MESSAGES), "{killed_at:?}");
+    let mq = stack.another("mq", &variables).await?;
+    let done = poll(Duration::from_secs(60), async || {
+        (database.logins(KNOWN_MOBILE).await.ok()?.0 >= MESSAGES).then_some(())
+    });
+    assert!(done.await.is_some(), "{:?} {}", database.logins(KNOWN_MOBILE).await, mq.output());
+    // Each kill left some that were applied, and not acknowledged: they came twice.
+    let is_duplicate = |outcome: &String| outcome == "duplicate";
+    let twice = poll(Duration::from_secs(10), async || {
+        outcomes(&stack, 1).await.iter().any(is_duplicate).then_some(())
+    });
+    twice.await.expect("a duplicate");
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (MESSAGES, MESSAGES));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Result<()> {
+    let (stack, database) = stack().await?;
+    assert!(is_healthy(&stack.mq).await?);
+    let lock = database.lock().await?;
+    let mut answers = Vec::new();
+    for _ in 0..5 {
+        answers.push(stack.login(KNOWN_MOBILE, &[]).await?);
+    }
+    let unhealthy =
+        poll(Duration::from_secs(10), async || (!is_healthy(&stack.mq).await.ok()?).then_some(()));
+    assert!(unhealthy.await.is_some(), "{}", stack.mq.output());
+    // Long enough for several attempts at the database.
+    sleep(Duration::from_secs(4)).await;
+    assert!(stack.receiver.spans().iter().all(|span| span.kind != "CONSUMER"));
+
+    drop(lock);
+    for answer in answers {
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+        let span = spans.iter().find(|span| span.kind == "CONSUMER").expect("consumer span");
+        assert_eq!(span.attributes["throughline.message.attempt"], "1");
+    }
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (5, 5));
+    assert!(is_healthy(&stack.mq).await?);
+    // Said once, not for each attempt.
+    let output = stack.mq.output();
+    assert_eq!(output.matches("the database is unavailable").count(), 1, "{output}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
+    let (stack, _) = stack().await?;
+    let directory = tempfile::TempDir::new()?;
+    // A file where the folder should be.
+    let folder = directory.path().join("data");
+    std::fs::write(&folder, "")?;
+    let url = format!("sqlite://{}/mq.db", folder.display());
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url)]).await?;
+    mq.said("the database is unavailable").await?;
+    assert!(!is_healthy(&mq).await?);
+    std::fs::remove_file(&folder)?;
+    mq.said("the database is available").await?;
+    let healthy = poll(Duration::from_secs(10), async || is_healthy(&mq).await.ok()?.then_some(()));
+    assert!(healthy.await.is_some(), "{}", mq.output());
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! Broken and hostile HTTP/2, byte by byte, at usercenter and at mq's health checks: the connection ends, the
+//! service lives, and memory stays where it was.
+
+use anyhow::{Context, Result};
+use devstack::{
+    client::raw,
+    stack::{KNOWN_MOBILE, Stack},
+};
+use std::{fs, time::Duration};
+use tokio::time::timeout;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+// RFC 9113, section 6.
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const WINDOW_UPDATE: u8 = 8;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4;
+
+/// `POST http://x/a` as HPACK: three fields of the static table, and a path and an authority spelled out.
+const POST: &[u8] = b"\x83\x86\x04\x02/a\x01\x01x";
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("a short payload").to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// A header field that is spelled out and not remembered.
+fn field(name: &str, value: &str) -> Vec<u8> {
+    let short = |text: &str| vec![u8::try_from(text.len()).expect("a short text")];
+    [vec![0], short(name), name.into(), short(value), value.into()].concat()
+}
+
+fn resident_kib(pid: u32) -> Result<usize> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let settings = frame(SETTINGS, 0, 0, b"");
+    let streams =
+        |each: &dyn Fn(u32) -> Vec<u8>| (0..50_000).flat_map(|i| each(2 * i + 1)).collect::<Vec<_>>();
+    let headers = |payload: &[u8]| frame(HEADERS, END_HEADERS, 1, payload);
+    let cases = [
+        // What is sent after the preface and its settings; whether that ends the connection.
+        ("no frame at all", b"\xff".repeat(100), true),
+        ("a frame larger than allowed", frame(DATA, 0, 1, &[0; 20_000]), true),
+        ("settings of an odd length", frame(SETTINGS, 0, 0, b"odd"), true),
+        ("a window of zero", frame(WINDOW_UPDATE, 0, 0, &[0; 4]), true),
+        ("a window that overflows", frame(WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0xff, 0xff]), true),
+        ("data for a stream that is not open", frame(DATA, 0, 1, b"x"), true),
+        ("a stream of the server's", frame(HEADERS, END_HEADERS, 2, POST), true),
+        ("headers that are no HPACK", headers(b"\xff\xff\xff\xff\xff\xff"), true),
+        ("an index that is not in the table", headers(b"\xbe"), true),
+        (
+            "headers cut short by another frame",
+            [frame(HEADERS, 0, 1, POST), frame(PING, 0, 0, &[0; 8])].concat(),
+            true,
+        ),
+        ("a header in capitals", headers(&[POST, &field("X-Evil", "1")].concat()), false),
+        ("a line break in a header", headers(&[POST, &field("x", "a\r\nevil: 1")].concat()), false),
+        ("transfer-encoding", headers(&[POST, &field("transfer-encoding", "chunked")].concat()), false),
+        ("no path", headers(b"\x83\x86"), false),
+        ("a flood of settings", settings.repeat(100_000), false),
+        ("a flood of pings", frame(PING, 0, 0, &[0; 8]).repeat(100_000), false),
+        (
+            "a flood of CONTINUATION",
+            [
+                frame(HEADERS, 0, 1, POST),
+                frame(CONTINUATION, 0, 1, &field("x", "y").repeat(100)).repeat(10_000),
+            ]
+            .concat(),
+            true,
+        ),
+        (
+            "empty CONTINUATION",
+            [frame(HEADERS, 0, 1, POST), frame(CONTINUATION, 0, 1, b"").repeat(100_000)].concat(),
+            true,
+        ),
+        (
+            "rapid reset (CVE-2023-44487)",
+            streams(&|id| {
+                [frame(HEADERS, END_HEADERS, id, POST), frame(RST_STREAM, 0, id, &[0, 0, 0, 8])].concat()
+            }),
+            true,
+        ),
+        ("more streams than allowed", streams(&|id| frame(HEADERS, END_HEADERS, id, POST)), false),
+    ];
+    for service in [&stack.rpc, &stack.mq] {
+        let before = resident_kib(service.id())?;
+        for (name, frames, is_fatal) in &cases {
+            let sent = [PREFACE, &settings, frames].concat();
+            let answer = timeout(Duration::from_secs(20), raw(service.address, &sent)).await;
+            let answer = answer.with_context(|| format!("{}: {name}", service.name))?;
+            // A GOAWAY frame, unless so much was sent that the connection was reset before it could be read.
+            let goes_away = answer.is_err() || answer.is_ok_and(|text| text.contains("\u{7}\0\0\0\0\0"));
+            assert!(goes_away || !is_fatal, "{}: {name}", service.name);
+            proto::health::probe(service.address)
+                .await
+                .with_context(|| format!("{}: {name}", service.name))?;
+        }
+        let grown = resident_kib(service.id())?.saturating_sub(before);
+        assert!(grown < 64 * 1024, "{}: {grown} KiB more", service.name);
+    }
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    // And all spans have ended.
+    stack.stop().await?;
+    for service in [&stack.rpc, &stack.mq] {
+        assert!(!service.output().contains("panicked"), "{}", service.output());
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! A layer of one's own in each of the places where there can be one. `docs/layers.md` quotes this file.
+
+use anyhow::Result;
+use api::{
+    publisher::{Limits, LoginEvent, Publisher, Spool},
+    router, usercenter,
+};
+use axum::{Router, body::Body, routing::get};
+use devstack::stack::{KNOWN_MOBILE, TestBroker};
+use futures_util::future::BoxFuture;
+use mq::{
+    history::{self, History},
+    processing::{Login, Processed, RecordLogin},
+};
+use proto::usercenter::v1::{
+    GetUserByMobileRequest, GetUserByMobileResponse,
+    usercenter_client::UsercenterClient,
+    usercenter_server::{Usercenter, UsercenterServer},
+};
+use std::{
+    sync::mpsc::{self, Receiver, Sender},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+use tokio::net::TcpListener;
+use tonic::{
+    Code, Request, Response, Status,
+    transport::{Endpoint, Server, server::TcpIncoming},
+};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
+
+/// Tells how long each request took.
+#[derive(Clone)]
+struct TimedLayer {
+    name: &'static str,
+    times: Sender<(&'static str, Duration)>,
+}
+
+impl<S> Layer<S> for TimedLayer {
+    type Service = Timed<S>;
+
+    fn layer(&self, inner: S) -> Timed<S> {
+        Timed { inner, layer: self.clone() }
+    }
+}
+
+/// A service in the [`TimedLayer`].
+#[derive(Clone)]
+struct Timed<S> {
+    inner: S,
+    layer: TimedLayer,
+}
+
+impl<S, Request> Service<Request> for Timed<S>
+where
+    S: Service<Request, Future: Send + 'static>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<S::Response, S::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let TimedLayer { name, times } = self.layer.clone();
+        let began = Instant::now();
+        let outcome = self.inner.call(request);
+        Box::pin(async move {
+            let outcome = outcome.await;
+            // Nobody may be listening any more.
+            let _ = times.send((name, began.elapsed()));
+            outcome
+        })
+    }
+}
+
+/// Layers with these names, and where their times arrive.
+fn timed<const N: usize>(names: [&'static str; N]) -> ([TimedLayer; N], Receiver<(&'static str, Duration)>) {
+    let (times, received) = mpsc::channel();
+    (names.map(|name| TimedLayer { name, times: times.clone() }), received)
+}
+
+/// Checks that requests ended in the layers of these names, in this order: in an inner one before an outer one.
+fn assert_ended(times: &Receiver<(&'static str, Duration)>, names: &[&str]) {
+    let ended: Vec<_> = times.try_iter().collect();
+    assert_eq!(ended.iter().map(|(name, _)| *name).collect::<Vec<_>>(), names);
+}
+
+#[tokio::test]
+async fn around_the_http_service() -> Result<()> {
+    let ([outer, inner], times) = timed(["outer", "inner"]);
+    let limits = router::Limits { max_in_flight: 10, deadline: Duration::from_secs(3) };
+    let routes: Router = Router::new().route("/hello", get(async || "hello"));
+
+    let app = router::in_layers(routes.layer(ServiceBuilder::new().layer(outer).layer(inner)), limits);
+
+    app.oneshot(http::Request::get("/hello").body(Body::empty())?).await?;
+    assert_ended(&times, &["inner", "outer"]);
+    Ok(())
+}
+
+/// A usercenter that is never well.
+struct Unwell;
+
+#[tonic::async_trait]
+impl Usercenter for Unwell {
+    async fn get_user_by_mobile(
+        &self,
+        _: Request<GetUserByMobileRequest>,
+    ) -> Result<Response<GetUserByMobileResponse>, Status> {
+        Err(Status::unavailable("not well"))
+    }
+}
+
+#[tokio::test]
+async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
+    let ([outer, inner], served) = timed(["outer", "inner"]);
+    let limits = rpc::layers::Limits { max_in_flight: 10, deadline: Duration::from_secs(2) };
+    let service = UsercenterServer::new(Unwell);
+
+    let server =
+        rpc::layers::in_layers(Server::builder(), limits).layer(outer).layer(inner).add_service(service);
+
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+
+    let ([call, attempt], called) = timed(["call", "attempt"]);
+    let endpoint = Endpoint::from_shared(url)?;
+    let limits = usercenter::Limits {
+        timeout: Duration::from_secs(2),
+        attempts: 2,
+        circuit_pause: Duration::from_secs(1),
+    };
+
+    let channel = attempt.layer(endpoint.connect_lazy());
+    let client = call.layer(usercenter::in_layers(endpoint.uri(), limits, channel));
+
+    let lookup = GetUserByMobileRequest { mobile: KNOWN_MOBILE.to_owned() };
+    let outcome = UsercenterClient::new(client).get_user_by_mobile(lookup).await;
+    assert_eq!(outcome.expect_err("a failure").code(), Code::Unavailable);
+    assert_ended(&called, &["attempt", "attempt", "call"]);
+    assert_ended(&served, &["inner", "outer", "inner", "outer"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn around_the_publisher() -> Result<()> {
+    let ([outer, inner], times) = timed(["outer", "inner"]);
+    let (broker, data) = (TestBroker::connect().await?, tempfile::tempdir()?);
+    let uri = proto::broker::parse_url(&broker.url).map_err(anyhow::Error::msg)?;
+    let spool = Spool::open(data.path(), Limits { entries: 10, bytes: 10_000 })?;
+    let limit = Duration::from_secs(2);
+    let (publisher, publishing) = Publisher::start(uri, broker.topology.clone(), limit, spool);
+
+    let publisher = ServiceBuilder::new().layer(outer).layer(inner).service(publisher);
+
+    publisher.oneshot(LoginEvent { mobile: KNOWN_MOBILE.to_owned() }).await?;
+    assert_ended(&times, &["inner", "outer"]);
+    publishing.close(tokio::time::Instant::now() + limit).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn around_the_processing_of_a_message() -> Result<()> {
+    let ([outer, inner], times) = timed(["outer", "inner"]);
+    let data = tempfile::tempdir()?;
+    let url = format!("sqlite://{}", data.path().join("mq.db").display());
+    let history = History::start(history::parse_url(&url).map_err(anyhow::Error::msg)?);
+
+    let processing = ServiceBuilder::new().layer(outer).layer(inner).service(RecordLogin::new(history));
+
+    let login =
+        Login { message_id: "1".to_owned(), trace_id: None, mobile: KNOWN_MOBILE.to_owned(), attempt: 1 };
+    for processed in [Processed::Applied, Processed::Duplicate] {
+        assert_eq!(processing.clone().oneshot(login.clone()).await?, processed);
+    }
+    assert_ended(&times, &["inner", "outer", "inner", "outer"]);
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! The broker goes away, in every way that it can: logins are answered all the same, and reach it later, in
+//! order and in their own traces.
+
+use anyhow::{Context, Result};
+use devstack::{
+    client::Answer,
+    poll,
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
+    trace::Span,
+};
+use lapin::{
+    options::{
+        BasicGetOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// For what must be normal again within seconds, on a busy machine.
+const SOON: Duration = Duration::from_secs(20);
+
+async fn login(stack: &Stack) -> Result<Answer> {
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200, "{:?}\n{}", answer.json(), stack.api.output());
+    Ok(answer)
+}
+
+/// Waits until the trace is complete; returns its producer span.
+async fn delivered(stack: &Stack, login: &Answer) -> Span {
+    let spans = stack.receiver.expect_tree(&login.trace_id(), LOGIN_TREE).await;
+    spans.into_iter().find(|span| span.kind == "PRODUCER").expect("a producer span")
+}
+
+/// The producer span of a login, delivered or not.
+async fn producer(stack: &Stack, login: &Answer) -> Span {
+    let trace = login.trace_id();
+    stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "PRODUCER").await
+}
+
+/// Why the login was spooled, as its producer span says, which is no error.
+fn why_spooled(producer: &Span) -> &str {
+    assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
+    assert_eq!(producer.status, "UNSET");
+    let spooled = producer.events.iter().find(|(name, _)| name == "spooled");
+    &spooled.expect("an event").1["reason"]
+}
+
+fn assert_confirmed(producer: &Span) {
+    assert_eq!(producer.attributes["throughline.publish.outcome"], "confirmed", "{producer:#?}");
+    assert_eq!(producer.events, []);
+}
+
+async fn ready(stack: &Stack) -> Result<(u16, Value)> {
+    let answer = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await?;
+    Ok((answer.status.as_u16(), answer.json()))
+}
+
+/// Waits until nothing is in the spool, and the next login is confirmed by the broker.
+async fn normal_again(stack: &Stack) -> Result<()> {
+    let normal = json!({"usercenter": true, "broker": true, "spool": true, "spooled": 0, "stopping": false});
+    let is_normal = poll(SOON, async || (ready(stack).await.ok()? == (200, normal.clone())).then_some(()));
+    is_normal.await.with_context(|| format!("not normal again:\n{}", stack.api.output()))?;
+    assert_confirmed(&delivered(stack, &login(stack).await?).await);
+    Ok(())
+}
+
+/// A second queue on the exchange, that sees what the consumer sees.
+async fn tap(broker: &TestBroker, arguments: FieldTable) -> Result<String> {
+    let tap = format!("{}tap", broker.prefix);
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
+    broker.channel.queue_declare(tap.as_str().into(), options, arguments).await?;
+    let (exchange, key) = (broker.topology.exchange.as_str(), broker.topology.routing_key.as_str());
+    let bind = QueueBindOptions::default();
+    broker
+        .channel
+        .queue_bind(tap.as_str().into(), exchange.into(), key.into(), bind, FieldTable::default())
+        .await?;
+    Ok(tap)
+}
+
+/// The trace ids of the messages in a queue, in its order; of one that comes twice, the first.
+async fn trace_ids(broker: &TestBroker, queue: &str) -> Result<Vec<String>> {
+    let mut trace_ids = Vec::new();
+    while let Some(message) = broker.channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await?
+    {
+        let headers = message.properties.headers().clone().unwrap_or_default();
+        let Some(AMQPValue::LongString(traceparent)) = headers.inner().get("traceparent") else {
+            anyhow::bail!("{headers:?}");
+        };
+        let trace_id = traceparent.to_string().split('-').nth(1).context("a trace id")?.to_owned();
+        if !trace_ids.contains(&trace_id) {
+            trace_ids.push(trace_id);
+        }
+    }
+    Ok(trace_ids)
+}
+
+/// Lines of api's log that say that something is wrong.
+fn complaints(stack: &Stack) -> Vec<String> {
+    let output = stack.api.output();
+    output.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_of_an_outage_are_delivered_in_order_each_in_its_own_trace() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
+    let tap = tap(&stack.broker, FieldTable::default()).await?;
+    let mut logins = vec![login(&stack).await?];
+    proxy.refuse();
+    for _ in 0..40 {
+        logins.push(login(&stack).await?);
+    }
+    assert_eq!(
+        ready(&stack).await?,
+        (200, json!({"usercenter": true, "broker": false, "spool": true, "spooled": 40, "stopping": false}))
+    );
+    assert!(complaints(&stack).len() < 10, "{:#?}", complaints(&stack));
+
+    proxy.restore();
+    for _ in 0..40 {
+        logins.push(login(&stack).await?);
+    }
+    normal_again(&stack).await?;
+    for (number, login) in logins.iter().enumerate() {
+        let producer = delivered(&stack, login).await;
+        match number {
+            0 => assert_confirmed(&producer),
+            1..=40 => assert!(["connection_broken", "not_connected"].contains(&why_spooled(&producer))),
+            _ => {}
+        }
+    }
+    let answered: Vec<String> = logins.iter().map(Answer::trace_id).collect();
+    assert_eq!(trace_ids(&stack.broker, &tap).await?[..answered.len()], answered);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_broker_at_the_start_logins_are_taken_and_delivered_when_it_comes() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let (proxy, url) = stack.broker.proxy()?;
+    proxy.refuse();
+    stack.api = stack.another("api", &[("AMQP_URL", &url)]).await?;
+    stack.api.said("can't connect to the broker").await?;
+    assert_eq!(
+        ready(&stack).await?,
+        (200, json!({"usercenter": true, "broker": false, "spool": true, "spooled": 0, "stopping": false}))
+    );
+    let login = login(&stack).await?;
+    assert_eq!(why_spooled(&producer(&stack, &login).await), "not_connected");
+    proxy.restore();
+    normal_again(&stack).await?;
+    delivered(&stack, &login).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_cut_under_load_costs_nothing() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
+    let tap = tap(&stack.broker, FieldTable::default()).await?;
+    let mut logins = Vec::new();
+    for round in 0..5 {
+        let cut = async {
+            if round > 0 {
+                proxy.cut();
+            }
+            Ok(())
+        };
+        let load = async {
+            let logins = (0..20).map(|_| login(&stack));
+            futures_util::future::try_join_all(logins).await
+        };
+        let (load, ()) = tokio::try_join!(load, cut)?;
+        logins.extend(load);
+    }
+    normal_again(&stack).await?;
+    for login in &logins {
+        producer(&stack, login).await;
+    }
+    let delivered = trace_ids(&stack.broker, &tap).await?;
+    for login in &logins {
+        assert!(delivered.contains(&login.trace_id()), "{} of {}", delivered.len(), logins.len());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_network_delays_one_round_of_logins_and_no_more() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
+    login(&stack).await?;
+    proxy.freeze();
+    let start = Instant::now();
+    let first = login(&stack).await?;
+    let took = start.elapsed();
+    assert!(took > Duration::from_millis(900) && took < Duration::from_millis(2500), "{took:?}");
+    assert_eq!(why_spooled(&producer(&stack, &first).await), "timeout");
+
+    let start = Instant::now();
+    let mut later = Vec::new();
+    for _ in 0..10 {
+        later.push(login(&stack).await?);
+    }
+    // All ten together take less than one that waits for a confirm.
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(ready(&stack).await?.1["broker"], false);
+
+    proxy.restore();
+    normal_again(&stack).await?;
+    for login in &later {
+        assert_eq!(why_spooled(&delivered(&stack, login).await), "not_connected");
+    }
+    Ok(())
+}
+
+/// RabbitMQ's alarm would concern everybody who uses it: this runs on the embedded broker only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again() -> Result<()> {
+    let stack = Stack::start_on(TestBroker::embedded().await?, &[]).await?;
+    login(&stack).await?;
+    stack.broker.set_alarm(true);
+    let start = Instant::now();
+    let mut logins = Vec::new();
+    for _ in 0..5 {
+        logins.push(login(&stack).await?);
+    }
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    stack.api.said("the broker takes no messages now").await?;
+    assert_eq!(ready(&stack).await?.1["broker"], false);
+
+    stack.broker.set_alarm(false);
+    normal_again(&stack).await?;
+    for login in &logins {
+        let login = producer(&stack, login).await;
+        assert_eq!(why_spooled(&login), "blocked");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_without_a_queue_waits_until_the_topology_is_there_again() -> Result<()> {
+    let stack = Stack::start(&[("api", "RUST_LOG", "info,lapin=info")]).await?;
+    let topology = &stack.broker.topology;
+    let (queue, exchange, key) = (&topology.queue, &topology.exchange, &topology.routing_key);
+    let unbound = stack.broker.channel.queue_unbind(
+        queue.as_str().into(),
+        exchange.as_str().into(),
+        key.as_str().into(),
+        FieldTable::default(),
+    );
+    unbound.await?;
+    let login = login(&stack).await?;
+    assert_eq!(why_spooled(&delivered(&stack, &login).await), "unroutable");
+    normal_again(&stack).await?;
+    // lapin would log what is returned to it, body and all.
+    assert!(!stack.api.output().contains("BasicReturnMessage"), "{}", stack.api.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    // It would declare everything as well.
+    stack.mq.stop().await?;
+    let channel = &stack.broker.channel;
+    let (queue, exchange) = (&stack.broker.topology.queue, &stack.broker.topology.exchange);
+    channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
+    let without_queue = login(&stack).await?;
+    assert_eq!(why_spooled(&producer(&stack, &without_queue).await), "unroutable");
+    let messages = async |expected: u32| {
+        poll(SOON, async || {
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+            // Passive, for a queue that is not there, it would close the channel.
+            let normal = ready(&stack).await.ok()?.1["spooled"] == 0;
+            if !normal {
+                return None;
+            }
+            let queue = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+            (queue.ok()?.message_count() == expected).then_some(())
+        })
+        .await
+        .with_context(|| format!("not {expected} messages:\n{}", stack.api.output()))
+    };
+    messages(1).await?;
+
+    channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await?;
+    let without_exchange = login(&stack).await?;
+    assert_eq!(why_spooled(&producer(&stack, &without_exchange).await), "connection_broken");
+    messages(2).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_time() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    // A queue that is full refuses for all queues of the exchange.
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let tap = tap(&stack.broker, arguments).await?;
+    login(&stack).await?;
+    let refused = login(&stack).await?;
+    assert_eq!(why_spooled(&producer(&stack, &refused).await), "nacked");
+
+    // Offered again at least five times: the consumer's queue takes it each time.
+    let trace = refused.trace_id();
+    let offered = poll(SOON, async || {
+        let spans = stack.receiver.trace(&trace);
+        (spans.iter().filter(|span| span.kind == "CONSUMER").count() > 5).then_some(())
+    });
+    offered.await.context("it is not offered again")?;
+    assert!(complaints(&stack).len() < 5, "{:#?}", complaints(&stack));
+
+    stack.broker.channel.queue_delete(tap.as_str().into(), QueueDeleteOptions::default()).await?;
+    normal_again(&stack).await
+}

@@ -1,0 +1,348 @@
+//! usercenter slow, failing or away, and more requests than can be served: what the caller gets, what reaches
+//! usercenter, and what the trace says.
+
+use anyhow::Result;
+use devstack::{
+    client::Answer,
+    poll,
+    stack::{KNOWN_MOBILE, Stack},
+    trace::Span,
+};
+use futures_util::{future::join_all, stream};
+use http::uri::PathAndQuery;
+use proto::usercenter::v1::{
+    GetUserByMobileRequest, GetUserByMobileResponse, User,
+    usercenter_client::UsercenterClient,
+    usercenter_server::{Usercenter, UsercenterServer},
+};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tonic::{
+    Code, Request, Response, Status,
+    transport::{Channel, server::TcpIncoming},
+};
+use tonic_prost::ProstCodec;
+
+/// How a stand-in for usercenter answers a call, by the number of the call, from 1.
+type Script = Box<dyn FnMut(usize) -> Reply + Send>;
+
+#[derive(Clone)]
+enum Reply {
+    User,
+    Error(Code),
+    /// A user, once there is a permit.
+    After(Arc<Semaphore>),
+    Never,
+}
+
+/// A stand-in for usercenter.
+#[derive(Clone)]
+struct Fake {
+    url: String,
+    script: Arc<Mutex<Script>>,
+    /// The `grpc-timeout` of each call so far.
+    calls: Arc<Mutex<Vec<Duration>>>,
+}
+
+impl Fake {
+    async fn start(script: impl FnMut(usize) -> Reply + Send + 'static) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let fake = Self { url, script: Arc::new(Mutex::new(Box::new(script))), calls: Arc::default() };
+        let server = tonic::transport::Server::builder().add_service(UsercenterServer::new(fake.clone()));
+        tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+        Ok(fake)
+    }
+
+    fn follow(&self, script: impl FnMut(usize) -> Reply + Send + 'static) {
+        *self.script.lock().expect("no panic while it is held") = Box::new(script);
+    }
+
+    fn calls(&self) -> Vec<Duration> {
+        self.calls.lock().expect("no panic while it is held").clone()
+    }
+}
+
+#[tonic::async_trait]
+impl Usercenter for Fake {
+    async fn get_user_by_mobile(
+        &self,
+        request: Request<GetUserByMobileRequest>,
+    ) -> Result<Response<GetUserByMobileResponse>, Status> {
+        let timeout = request.metadata().get("grpc-timeout").expect("a deadline").to_str().expect("text");
+        let micros = timeout.strip_suffix('u').and_then(|micros| micros.parse().ok()).expect("microseconds");
+        let call = {
+            let mut calls = self.calls.lock().expect("no panic while it is held");
+            calls.push(Duration::from_micros(micros));
+            calls.len()
+        };
+        let reply = (self.script.lock().expect("no panic while it is held"))(call);
+        match reply {
+            Reply::User => {}
+            Reply::Error(code) => return Err(Status::new(code, "internal detail")),
+            Reply::After(permits) => permits.acquire().await.expect("never closed").forget(),
+            Reply::Never => std::future::pending().await,
+        }
+        let user = User { id: 1, nickname: "Ada".to_owned() };
+        Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))
+    }
+}
+
+/// The services, with api asking `fake`.
+async fn stack(fake: &Fake, variables: &[(&str, &str)]) -> Result<Stack> {
+    let mut all = vec![("api", "USERCENTER_URL", fake.url.as_str())];
+    all.extend(variables.iter().map(|(name, value)| ("api", *name, *value)));
+    Stack::start(&all).await
+}
+
+fn assert_problem(answer: &Answer, status: u16, kind: &str) {
+    let body = answer.json();
+    assert_eq!(answer.status, status, "{body}");
+    assert_eq!(body["type"], format!("urn:throughline:problem:{kind}"));
+    assert_eq!(body["traceId"], answer.trace_id());
+    assert_eq!(answer.header("retry-after"), if status == 503 { "1" } else { "" });
+}
+
+fn client_span(spans: &[Span]) -> &Span {
+    spans.iter().find(|span| span.kind == "CLIENT").expect("client span")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_is_given_the_time_that_the_request_has_left() -> Result<()> {
+    let fake = Fake::start(|_| Reply::Never).await?;
+    let stack = stack(&fake, &[("API_DEADLINE", "400ms"), ("USERCENTER_TIMEOUT", "10s")]).await?;
+    let began = Instant::now();
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let took = began.elapsed();
+    assert_problem(&answer, 504, "usercenter-timeout");
+    assert!((Duration::from_millis(400)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    let told = fake.calls();
+    assert!(told.len() == 1 && told[0] <= Duration::from_millis(400) && !told[0].is_zero(), "{told:?}");
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=504
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=DEADLINE_EXCEEDED
+    ";
+    stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_safe_to_repeat_is_tried_again_and_one_span_tells_of_each_attempt() -> Result<()> {
+    let fake = Fake::start(|call| match call {
+        1 | 2 => Reply::Error(Code::Unavailable),
+        _ => Reply::User,
+    })
+    .await?;
+    let stack = stack(&fake, &[]).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200);
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT
+          api local INTERNAL
+          api send_msg_mq PRODUCER
+            mq mq_consumer_msg CONSUMER
+    ";
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    let span = client_span(&spans);
+    assert_eq!(span.attributes["rpc.status_code"], "OK");
+    assert_eq!(span.events.len(), 2, "{:?}", span.events);
+    for ((name, attributes), attempt) in span.events.iter().zip(2..) {
+        assert_eq!(name, "retry");
+        assert_eq!(attributes["attempt"], attempt.to_string());
+        assert_eq!(attributes["rpc.status_code"], "UNAVAILABLE");
+        assert!(attributes["pause_ms"].parse::<u64>()? > 0);
+    }
+    let told = fake.calls();
+    assert!(told.is_sorted_by(|earlier, later| earlier > later), "less time for each attempt: {told:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_usercenter_has_decided_is_not_tried_again() -> Result<()> {
+    let fake = Fake::start(|_| Reply::Error(Code::NotFound)).await?;
+    let stack = stack(&fake, &[]).await?;
+    for (code, status, kind) in [
+        (Code::NotFound, 401, "unknown-user"),
+        (Code::InvalidArgument, 422, "invalid-mobile"),
+        (Code::Internal, 502, "usercenter-failed"),
+    ] {
+        let before = fake.calls().len();
+        fake.follow(move |_| Reply::Error(code));
+        assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, status, kind);
+        assert_eq!(fake.calls().len() - before, 1, "{code:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_are_as_many_as_are_set_and_as_there_is_time_for() -> Result<()> {
+    let fake = Fake::start(|_| Reply::Error(Code::Unavailable)).await?;
+    let once = stack(&fake, &[("USERCENTER_ATTEMPTS", "1")]).await?;
+    assert_problem(&once.login(KNOWN_MOBILE, &[]).await?, 503, "usercenter-unavailable");
+    assert_eq!(fake.calls().len(), 1);
+
+    let fake = Fake::start(|_| Reply::Error(Code::Unavailable)).await?;
+    // The shortest pauses before five attempts make 187 ms.
+    let hurried = stack(&fake, &[("USERCENTER_ATTEMPTS", "5"), ("USERCENTER_TIMEOUT", "150ms")]).await?;
+    let answer = hurried.login(KNOWN_MOBILE, &[]).await?;
+    assert_problem(&answer, 503, "usercenter-unavailable");
+    assert!(fake.calls().len() < 5, "{:?}", fake.calls());
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=503
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=UNAVAILABLE
+    ";
+    let spans = hurried.receiver.expect_tree(&answer.trace_id(), tree).await;
+    assert_eq!(client_span(&spans).events.len() + 1, fake.calls().len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
+    const OPENS_AFTER: usize = 20;
+    let fake = Fake::start(|_| Reply::Error(Code::Unavailable)).await?;
+    let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", "1"), ("USERCENTER_CIRCUIT_PAUSE", "2s")]).await?;
+    for _ in 0..OPENS_AFTER {
+        assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 503, "usercenter-unavailable");
+    }
+    let opened = Instant::now();
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_problem(&answer, 503, "usercenter-circuit-open");
+    assert_eq!(fake.calls().len(), OPENS_AFTER);
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=503
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=circuit_open
+    ";
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    assert_eq!(client_span(&spans).events[0].0, "circuit_open");
+
+    // Half-open: one call passes, fails, and none does for another pause.
+    let probed = poll(Duration::from_secs(20), async || {
+        stack.login(KNOWN_MOBILE, &[]).await.expect("an answer");
+        (fake.calls().len() > OPENS_AFTER).then(|| opened.elapsed())
+    });
+    assert!(probed.await.expect("a probe") >= Duration::from_millis(1800));
+    assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 503, "usercenter-circuit-open");
+    assert_eq!(fake.calls().len(), OPENS_AFTER + 1);
+
+    fake.follow(|_| Reply::User);
+    let well = poll(Duration::from_secs(20), async || {
+        stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)
+    });
+    assert!(well.await.is_some(), "{}", stack.api.output());
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    stack.api.said("circuit closed").await?;
+    assert_eq!(stack.api.output().matches("circuit opened").count(), 1, "{}", stack.api.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_requests_than_may_be_in_flight_are_refused_at_once_and_the_others_served() -> Result<()> {
+    let permits = Arc::new(Semaphore::new(0));
+    let gate = permits.clone();
+    let fake = Fake::start(move |_| Reply::After(gate.clone())).await?;
+    let stack = stack(&fake, &[("API_MAX_IN_FLIGHT", "2")]).await?;
+    let two = join_all((0..2).map(|_| stack.login(KNOWN_MOBILE, &[])));
+    let third = async {
+        let both = poll(Duration::from_secs(20), async || (fake.calls().len() == 2).then_some(()));
+        both.await.expect("two calls");
+        let answer = stack.login(KNOWN_MOBILE, &[]).await.expect("an answer");
+        let alive = stack.client.get(&format!("http://{}/healthz", stack.api.address)).await;
+        permits.add_permits(2);
+        (answer, alive.expect("an answer"))
+    };
+    let (served, (refused, alive)) = tokio::join!(two, third);
+    assert!(served.into_iter().all(|answer| answer.is_ok_and(|answer| answer.status == 200)));
+    assert_eq!(alive.status, 200);
+    assert_problem(&refused, 503, "overloaded");
+    let tree = "api POST /usercenter/v1/user/login SERVER ERROR error.type=overloaded";
+    stack.receiver.expect_tree(&refused.trace_id(), tree).await;
+    Ok(())
+}
+
+const METHOD: &str = "/usercenter.v1.Usercenter/GetUserByMobile";
+
+/// A call whose message never comes, so that it stays in flight.
+async fn stalled(channel: Channel, traceparent: &str, timeout: Option<&str>) -> Result<(), Status> {
+    let mut client = tonic::client::Grpc::new(channel);
+    client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+    let mut request = Request::new(stream::pending::<GetUserByMobileRequest>());
+    request.metadata_mut().insert("traceparent", traceparent.parse().expect("a value"));
+    if let Some(timeout) = timeout {
+        request.metadata_mut().insert("grpc-timeout", timeout.parse().expect("a value"));
+    }
+    let codec = ProstCodec::<GetUserByMobileRequest, GetUserByMobileResponse>::default();
+    client.client_streaming(request, PathAndQuery::from_static(METHOD), codec).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy() -> Result<()> {
+    let variables = [("rpc", "USERCENTER_MAX_IN_FLIGHT", "1"), ("rpc", "USERCENTER_DEADLINE", "1h")];
+    let stack = Stack::start(&variables).await?;
+    let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let stalling = channel.clone();
+    let in_flight = tokio::spawn(async move {
+        // Refused itself, if a call below was quicker.
+        while let Err(status) = stalled(stalling.clone(), parent, None).await {
+            assert_eq!(status.code(), Code::Unavailable);
+        }
+    });
+
+    let mut client = UsercenterClient::new(channel);
+    let refused = poll(Duration::from_secs(20), async || {
+        let lookup = GetUserByMobileRequest { mobile: KNOWN_MOBILE.to_owned() };
+        client.get_user_by_mobile(lookup).await.err()
+    });
+    assert_eq!(refused.await.expect("a refusal").code(), Code::Unavailable);
+    let health =
+        devstack::process::Process::command("rpc", &[("USERCENTER_LISTEN", &stack.rpc.address.to_string())])?
+            .arg("health")
+            .status()
+            .await?;
+    assert!(health.success());
+
+    // api says so, too, after its attempts.
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_problem(&answer, 503, "usercenter-unavailable");
+    let refusal = "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=overloaded";
+    let tree = format!(
+        "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=503
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=UNAVAILABLE
+            {refusal}
+            {refusal}
+            {refusal}
+        "
+    );
+    stack.receiver.expect_tree(&answer.trace_id(), &tree).await;
+    in_flight.abort();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usercenter_ends_a_call_at_its_own_deadline_or_the_callers() -> Result<()> {
+    let stack = Stack::start(&[("rpc", "USERCENTER_DEADLINE", "600ms")]).await?;
+    let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
+    let tree =
+        "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=deadline_exceeded";
+    for (trace, timeout, at_least, less_than) in [
+        ("4bf92f3577b34da6a3ce929d0e0e4731", None, 600, 3000),
+        ("4bf92f3577b34da6a3ce929d0e0e4732", Some("200m"), 190, 600),
+    ] {
+        let parent = format!("00-{trace}-00f067aa0ba902b7-01");
+        let status = stalled(channel.clone(), &parent, timeout).await.expect_err("no answer");
+        if timeout.is_none() {
+            // With it, tonic's client gives up at the same moment.
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+        }
+        let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", trace, tree).await;
+        assert_eq!(spans[0].attributes["rpc.status_code"], "DEADLINE_EXCEEDED");
+        let millis = (spans[0].end - spans[0].start) / 1_000_000;
+        assert!((at_least..less_than).contains(&millis), "{millis}");
+    }
+    Ok(())
+}

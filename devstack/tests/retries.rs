@@ -1,0 +1,262 @@
+//! A message that fails: its attempts, seen in its trace, and its end as a dead letter.
+
+use anyhow::{Context, Result};
+use devstack::{
+    database::Database,
+    poll,
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
+    trace::Span,
+};
+use lapin::{
+    BasicProperties,
+    options::{BasicGetOptions, BasicNackOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
+};
+use std::time::Duration;
+
+/// Known as well, and made to fail.
+const POISONED: &str = "13800138001";
+
+/// A login whose message fails so many times.
+fn tree(failures: usize) -> String {
+    let failed = "            mq mq_consumer_msg CONSUMER ERROR error.type=refused_by_database\n";
+    LOGIN_TREE.replace("        mq mq_consumer_msg CONSUMER\n", &failed[4..].repeat(failures))
+}
+
+fn attempts(spans: &[Span]) -> Vec<&Span> {
+    let mut attempts: Vec<_> = spans.iter().filter(|span| span.kind == "CONSUMER").collect();
+    attempts.sort_by_key(|span| span.start);
+    attempts
+}
+
+fn number(span: &Span, attribute: &str) -> i64 {
+    span.attributes[&format!("throughline.message.{attribute}")].parse().expect("a number")
+}
+
+fn outcome(span: &Span) -> &str {
+    &span.attributes["throughline.message.outcome"]
+}
+
+async fn poisoned(delays: &str) -> Result<(Stack, Database)> {
+    let database = Database::new()?;
+    let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", delays)];
+    let stack = Stack::start(&variables).await?;
+    stack.mq.said("the database is available").await?;
+    database.poison(POISONED).await?;
+    Ok((stack, database))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_letter() -> Result<()> {
+    let delays = [200, 500, 1100];
+    let (stack, database) = poisoned("200ms,500ms,1100ms").await?;
+    let answer = stack.login(POISONED, &[]).await?;
+    assert_eq!(answer.status, 200);
+    // Others are not held up.
+    let other = stack.login(KNOWN_MOBILE, &[]).await?;
+    let others = stack.receiver.expect_tree(&other.trace_id(), LOGIN_TREE).await;
+
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), &tree(4)).await;
+    let attempts = attempts(&spans);
+    for (i, span) in attempts.iter().enumerate() {
+        assert_eq!(number(span, "attempt"), i as i64 + 1);
+        assert!(span.status_message.contains("1811"), "{}", span.status_message);
+        match delays.get(i) {
+            Some(delay) => {
+                assert_eq!((outcome(span), number(span, "retry_delay_ms")), ("retry", *delay));
+                let next = attempts[i + 1];
+                let pause = (next.start - span.start) / 1_000_000;
+                assert!(pause >= *delay as u64, "{pause} ms before attempt {}", i + 2);
+                assert!(number(next, "time_in_queue_ms") >= *delay, "{next:#?}");
+            }
+            None => assert_eq!(outcome(span), "dead_letter"),
+        }
+    }
+    assert!(others.iter().all(|span| span.end < attempts[3].start));
+
+    let letter = stack.dead_letter().await?;
+    let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+    assert_eq!(headers["x-dead-letter-reason"], AMQPValue::LongString("refused_by_database".into()));
+    assert_eq!(headers["x-dead-letter-attempts"], AMQPValue::LongInt(4));
+    let producer = spans.iter().find(|span| span.kind == "PRODUCER").context("producer span")?;
+    let traceparent = format!("00-{}-{}-01", producer.trace_id, producer.span_id);
+    assert_eq!(headers["traceparent"], AMQPValue::LongString(traceparent.into()));
+    let id = letter.properties.message_id().as_ref().map(|id| id.to_string());
+    assert_eq!(id.as_ref(), producer.attributes.get("messaging.message.id"));
+    assert_eq!(*letter.properties.delivery_mode(), Some(2));
+
+    assert_eq!(database.logins(POISONED).await?, (0, 0));
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
+    // The database's error text has the number.
+    assert!(!stack.mq.output().contains(POISONED), "{}", stack.mq.output());
+    assert!(!format!("{:?}", stack.receiver.spans()).contains(POISONED));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_succeeds_at_a_later_attempt_is_applied_once() -> Result<()> {
+    let (stack, database) = poisoned("500ms,60s").await?;
+    let answer = stack.login(POISONED, &[]).await?;
+    stack.receiver.expect_tree(&answer.trace_id(), &tree(1)).await;
+    database.cure().await?;
+    let two = tree(1).trim_end().to_owned() + "\n        mq mq_consumer_msg CONSUMER\n";
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), &two).await;
+    let attempts = attempts(&spans);
+    assert_eq!((outcome(attempts[0]), outcome(attempts[1])), ("retry", "applied"));
+    assert_eq!(number(attempts[1], "attempt"), 2);
+    assert_eq!(database.logins(POISONED).await?, (1, 1));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_messages_that_are_taken_together_only_those_fail_that_are_to_blame() -> Result<()> {
+    let (mut stack, database) = poisoned("none").await?;
+    stack.mq.stop().await?;
+    for i in 0..60 {
+        let mobile = if i % 10 == 5 { POISONED } else { KNOWN_MOBILE };
+        let properties = BasicProperties::default().with_message_id(format!("message-{i}").into());
+        stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
+    }
+    let _mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url), ("MQ_RETRY_DELAYS", "none")]).await?;
+    let mut dead = Vec::new();
+    for _ in 0..6 {
+        let letter = stack.dead_letter().await?;
+        dead.push(letter.properties.message_id().as_ref().map(|id| id.to_string()).context("id")?);
+    }
+    dead.sort();
+    let mut expected: Vec<_> = (0..6).map(|i| format!("message-{}", i * 10 + 5)).collect();
+    expected.sort();
+    assert_eq!(dead, expected);
+    let applied = poll(Duration::from_secs(10), async || {
+        (database.logins(KNOWN_MOBILE).await.ok()? == (54, 54)).then_some(())
+    });
+    assert!(applied.await.is_some(), "{:?}", database.logins(KNOWN_MOBILE).await);
+    assert_eq!(database.logins(POISONED).await?, (0, 0));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
+    let (stack, database) = poisoned("300ms").await?;
+    let topology = &stack.broker.topology;
+    // The connection that publishes is open by then.
+    let answer = stack.login(POISONED, &[]).await?;
+    stack.receiver.expect_tree(&answer.trace_id(), &tree(2)).await;
+    let retry_queue = topology.retry_queue(Duration::from_millis(300));
+    for queue in [&retry_queue, &topology.dead_letter_queue] {
+        let options = QueueDeleteOptions::default();
+        stack.broker.channel.queue_delete(queue.as_str().into(), options).await?;
+    }
+    let answer = stack.login(POISONED, &[]).await?;
+    stack.receiver.expect_tree(&answer.trace_id(), &tree(2)).await;
+    stack.dead_letter().await?;
+
+    // And the one that is consumed.
+    let options = QueueDeleteOptions::default();
+    stack.broker.channel.queue_delete(topology.queue.as_str().into(), options).await?;
+    stack.mq.said("the broker cancelled the consumer").await?;
+    database.cure().await?;
+    let consumed = poll(Duration::from_secs(10), async || {
+        let answer = stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)?;
+        let is_it = |span: &Span| span.trace_id == answer.trace_id() && span.kind == "CONSUMER";
+        poll(Duration::from_secs(1), async || stack.receiver.spans().iter().any(is_it).then_some(())).await
+    });
+    assert!(consumed.await.is_some(), "{}", stack.mq.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Result<()> {
+    let (mut stack, database) = poisoned("60s").await?;
+    stack.mq.stop().await?;
+    // As if deliveries of these had come to nothing before: the bound is 20.
+    let mut connection = database.connect().await?;
+    for (id, redeliveries) in [("harmless", 19), ("deadly", 20)] {
+        let properties = BasicProperties::default().with_message_id(id.into());
+        stack.publish(properties, format!(r#"{{"Msg":"{KNOWN_MOBILE}"}}"#).as_bytes()).await?;
+        let insert = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, $2)";
+        sqlx::query(insert).bind(id).bind(redeliveries).execute(&mut connection).await?;
+    }
+    // Taken by a consumer that died: this one.
+    let queue = stack.broker.topology.queue.as_str();
+    let mut taken = Vec::new();
+    for _ in 0..2 {
+        let got = stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await?;
+        taken.push(got.context("a message")?);
+    }
+    for message in taken {
+        message.nack(BasicNackOptions { requeue: true, multiple: false }).await?;
+    }
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url), ("MQ_RETRY_DELAYS", "60s")]).await?;
+
+    let span = stack.receiver.expect_span(|span| span.attributes["messaging.message.id"] == "deadly").await;
+    assert_eq!(
+        (span.attributes["error.type"].as_str(), outcome(&span)),
+        ("redelivered_too_often", "dead_letter")
+    );
+    let span = stack.receiver.expect_span(|span| span.attributes["messaging.message.id"] == "harmless").await;
+    assert_eq!((span.status, outcome(&span)), ("UNSET", "applied"));
+    let letter = stack.dead_letter().await?;
+    assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("deadly"));
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
+    // Both have a result: nothing is left to be counted.
+    let counts = "SELECT COUNT(*) FROM redelivery_count";
+    let counts: i64 = sqlx::query_scalar(counts).fetch_one(&mut connection).await?;
+    assert_eq!(counts, 0, "{}", mq.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_headers_of_ours_do_no_harm() -> Result<()> {
+    let (stack, _database) = poisoned("60s").await?;
+    for (i, value) in [
+        AMQPValue::LongLongInt(i64::MAX),
+        AMQPValue::LongLongInt(i64::MIN),
+        AMQPValue::LongString("x".into()),
+        AMQPValue::FieldTable(FieldTable::default()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut headers = FieldTable::default();
+        for name in ["x-attempt", "x-published-at-ms", "x-dead-letter-reason", "x-dead-letter-attempts"] {
+            headers.insert(name.into(), value.clone());
+        }
+        for (kind, mobile) in [("good", KNOWN_MOBILE), ("bad", POISONED)] {
+            let id = format!("{kind}-{i}");
+            let properties =
+                BasicProperties::default().with_message_id(id.as_str().into()).with_headers(headers.clone());
+            stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
+            let span = stack.receiver.expect_span(|span| span.attributes["messaging.message.id"] == id).await;
+            // An attempt beyond all others is the last.
+            let expected = match (kind, i) {
+                ("good", _) => "applied",
+                (_, 0) => "dead_letter",
+                _ => "retry",
+            };
+            assert_eq!(outcome(&span), expected, "{value:?}");
+            let time = span.attributes.get("throughline.message.time_in_queue_ms");
+            assert!(time.is_none_or(|time| time.parse::<i64>().expect("a number") >= 0), "{time:?}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_that_leave_no_room_for_ours_are_left_out() -> Result<()> {
+    /// Properties must fit into one frame, of 128 KiB by default.
+    const LONG: usize = 131_072 - 64;
+
+    let stack = Stack::start(&[]).await?;
+    let mut headers = FieldTable::default();
+    headers.insert("x-long".into(), AMQPValue::LongString("x".repeat(LONG).into()));
+    let properties = BasicProperties::default().with_message_id("long".into()).with_headers(headers);
+    stack.publish(properties, b"not json").await?;
+    let letter = stack.dead_letter().await?;
+    assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("long"));
+    let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+    assert_eq!(headers["x-dead-letter-reason"], AMQPValue::LongString("not_a_json_object".into()));
+    assert_eq!(headers["x-headers-left-out"], AMQPValue::Boolean(true));
+    assert!(!headers.contains_key("x-long"));
+    Ok(())
+}

@@ -1,0 +1,331 @@
+//! The file that keeps logins while the broker is away: full, on a full disk, in use, damaged, and after a
+//! process that died.
+
+use anyhow::{Context, Result};
+use devstack::{
+    client::Client,
+    poll,
+    process::Process,
+    proxy::Proxy,
+    stack::{KNOWN_MOBILE, Stack},
+};
+use lapin::{
+    options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::json;
+use std::{
+    collections::HashSet,
+    fs,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
+use tokio::{process::Command, task::JoinSet, time::sleep};
+
+const SOON: Duration = Duration::from_secs(20);
+
+async fn spooled(stack: &Stack) -> Option<u64> {
+    let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
+    ready.json()["spooled"].as_u64()
+}
+
+async fn drained(stack: &Stack) -> Result<()> {
+    let empty = poll(SOON, async || (spooled(stack).await? == 0).then_some(()));
+    empty.await.with_context(|| format!("not drained:\n{}", stack.api.output()))
+}
+
+/// Replaces api by one that reaches the broker through a proxy, with these variables.
+async fn behind_proxy(stack: &mut Stack, variables: &[(&str, &str)]) -> Result<Proxy> {
+    let (proxy, url) = stack.broker.proxy()?;
+    let variables = [&[("AMQP_URL", url.as_str())], variables].concat();
+    stack.api = stack.another("api", &variables).await?;
+    stack.api.said("connected to the broker").await?;
+    Ok(proxy)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_ENTRIES", "3")]).await?;
+    proxy.refuse();
+    for _ in 0..3 {
+        assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    }
+    for _ in 0..5 {
+        let refused = stack.login(KNOWN_MOBILE, &[]).await?;
+        assert_eq!(refused.status, 503);
+        assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-full");
+        assert_eq!(refused.header("retry-after"), "1");
+        let tree = "
+            api POST /usercenter/v1/user/login SERVER ERROR error.type=503
+              api usercenter.v1.Usercenter/GetUserByMobile CLIENT
+                usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
+              api local INTERNAL
+              api send_msg_mq PRODUCER ERROR error.type=spool_full
+        ";
+        stack.receiver.expect_tree(&refused.trace_id(), tree).await;
+    }
+    stack.api.said("the spool is full").await?;
+    assert_eq!(stack.api.output().matches("the spool is full").count(), 1);
+    let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await?;
+    assert_eq!(
+        (ready.status.as_u16(), ready.json()),
+        (503, json!({"usercenter": true, "broker": false, "spool": false, "spooled": 3, "stopping": false}))
+    );
+
+    proxy.restore();
+    drained(&stack).await?;
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    stack.api.said("the spool has room again").await?;
+    Ok(())
+}
+
+/// The largest file that the process may write, from now on.
+async fn limit_files(process: &Process, bytes: &str) -> Result<()> {
+    let pid = process.id().to_string();
+    let limited =
+        Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:")]).status().await?;
+    anyhow::ensure!(limited.success(), "prlimit: {limited}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let (proxy, url) = stack.broker.proxy()?;
+    // A write beyond the limit then fails, as on a full disk; otherwise it would end the process.
+    let script = "trap '' XFSZ; exec \"$0\"";
+    let data = TempDir::new()?;
+    let directory = data.path().to_string_lossy();
+    let rpc = format!("http://{}", stack.rpc.address);
+    let otlp = format!("http://{}", stack.receiver.grpc);
+    let variables = [
+        ("AMQP_URL", url.as_str()),
+        ("AMQP_PREFIX", &stack.broker.prefix),
+        ("USERCENTER_URL", &rpc),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp),
+        ("API_DATA_DIR", &directory),
+    ];
+    stack.api = Process::start_by(script, "api", &variables).await?;
+    stack.api.said("connected to the broker").await?;
+    proxy.refuse();
+    let mut answered = HashSet::new();
+    let login = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(login.status, 200);
+    answered.insert(login.trace_id());
+
+    let size = fs::metadata(data.path().join("spool.redb"))?.len();
+    limit_files(&stack.api, &size.to_string()).await?;
+    let refused = poll(SOON, async || {
+        let logins = (0..20).map(|_| stack.login(KNOWN_MOBILE, &[]));
+        let logins = futures_util::future::try_join_all(logins).await.ok()?;
+        answered.extend(logins.iter().filter(|login| login.status == 200).map(|login| login.trace_id()));
+        logins.into_iter().find(|login| login.status != 200)
+    });
+    let refused = refused.await.context("the disk is not full")?;
+    assert_eq!(refused.status, 503);
+    assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-failed");
+    assert_eq!(refused.header("retry-after"), "1");
+    stack.api.said("the spool failed").await?;
+
+    limit_files(&stack.api, "unlimited").await?;
+    let taken = poll(SOON, async || {
+        let login = stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|login| login.status == 200);
+        login.map(|login| login.trace_id())
+    });
+    answered.insert(taken.await.with_context(|| format!("still refused:\n{}", stack.api.output()))?);
+    stack.api.said("the spool works again").await?;
+
+    proxy.restore();
+    drained(&stack).await?;
+    for trace_id in answered {
+        stack.receiver.expect_span(|span| span.trace_id == trace_id && span.kind == "CONSUMER").await;
+    }
+    Ok(())
+}
+
+/// A queue beside the consumer's, for all that is published.
+async fn tap(stack: &Stack) -> Result<String> {
+    let tap = format!("{}tap", stack.broker.prefix);
+    let (channel, topology) = (&stack.broker.channel, &stack.broker.topology);
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
+    channel.queue_declare(tap.as_str().into(), options, FieldTable::default()).await?;
+    let (exchange, key) = (topology.exchange.as_str(), topology.routing_key.as_str());
+    let bind = QueueBindOptions::default();
+    channel.queue_bind(tap.as_str().into(), exchange.into(), key.into(), bind, FieldTable::default()).await?;
+    Ok(tap)
+}
+
+/// The trace ids of all that is in the queue, each once.
+async fn trace_ids(stack: &Stack, queue: &str) -> Result<HashSet<String>> {
+    let mut trace_ids = HashSet::new();
+    let options = BasicGetOptions { no_ack: true };
+    while let Some(message) = stack.broker.channel.basic_get(queue.into(), options).await? {
+        let headers = message.properties.headers().clone().unwrap_or_default();
+        let Some(AMQPValue::LongString(traceparent)) = headers.inner().get("traceparent") else {
+            anyhow::bail!("{headers:?}");
+        };
+        trace_ids.extend(traceparent.to_string().split('-').nth(1).map(str::to_owned));
+    }
+    Ok(trace_ids)
+}
+
+/// Eight callers, until the service dies under them. What was answered with 200 is noted at once.
+struct Load(JoinSet<()>);
+
+impl Load {
+    fn start(url: &str, answered: &Arc<Mutex<HashSet<String>>>) -> Self {
+        let mut callers = JoinSet::new();
+        for _ in 0..8 {
+            let (url, answered, client) = (url.to_owned(), answered.clone(), Client::new());
+            callers.spawn(async move {
+                let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
+                let json = [("content-type", "application/json")];
+                while let Ok(login) = client.send(http::Method::POST, &url, &json, body.clone()).await {
+                    assert_eq!(login.status, 200, "{:?}", login.json());
+                    answered.lock().expect("no caller has panicked").insert(login.trace_id());
+                }
+            });
+        }
+        Self(callers)
+    }
+
+    async fn end(mut self) -> Result<()> {
+        while let Some(caller) = self.0.join_next().await {
+            caller?;
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answered() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let tap = tap(&stack).await?;
+    let data = TempDir::new()?;
+    let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
+    let answered = Arc::new(Mutex::new(HashSet::new()));
+    let mut spooled_at_the_end = 0;
+    // With the broker there, then away, then back while the spool is drained, and at all times between.
+    for round in 0..12_u64 {
+        let proxy = behind_proxy(&mut stack, &variables).await?;
+        let before = answered.lock().unwrap().len();
+        let load = Load::start(&stack.login_url(), &answered);
+        let more = async |count: usize| {
+            poll(SOON, async || (answered.lock().unwrap().len() >= before + count).then_some(())).await
+        };
+        more(20).await.context("no logins")?;
+        if round % 3 > 0 {
+            proxy.refuse();
+            more(60).await.context("no logins without the broker")?;
+        }
+        if round % 3 > 1 {
+            proxy.restore();
+            // Not to wait for something: to be somewhere else each time.
+            sleep(Duration::from_millis(100 + 23 * round)).await;
+        }
+        spooled_at_the_end += spooled(&stack).await.unwrap_or_default();
+        stack.api.kill().await?;
+        load.end().await?;
+    }
+    assert!(spooled_at_the_end > 0, "it has never died with anything in the spool");
+
+    let _proxy = behind_proxy(&mut stack, &variables).await?;
+    drained(&stack).await?;
+    let answered = answered.lock().unwrap().clone();
+    let delivered = trace_ids(&stack, &tap).await?;
+    let lost = answered.difference(&delivered).count();
+    assert_eq!(lost, 0, "of {} answered", answered.len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next_start() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let data = TempDir::new()?;
+    let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
+    let proxy = behind_proxy(&mut stack, &variables).await?;
+    proxy.refuse();
+    let mut logins = Vec::new();
+    for _ in 0..5 {
+        logins.push(stack.login(KNOWN_MOBILE, &[]).await?);
+    }
+    let start = Instant::now();
+    assert!(stack.api.stop().await?.success());
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    let said = stack.api.said("logins stay in the spool until the next start").await?;
+    assert!(said.contains("spooled=5"), "{said}");
+
+    let _proxy = behind_proxy(&mut stack, &variables).await?;
+    for login in logins {
+        let trace = login.trace_id();
+        stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
+    }
+    Ok(())
+}
+
+/// Starts api with this directory; its exit code, and what it said.
+async fn ends(directory: &str, variables: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
+    let basics = [
+        ("API_DATA_DIR", directory),
+        ("API_LISTEN", "127.0.0.1:0"),
+        ("AMQP_URL", "amqp://127.0.0.1:1"),
+        ("OTEL_TRACES_EXPORTER", "none"),
+    ];
+    let output = Process::command("api", &[&basics[..], variables].concat())?.output().await?;
+    Ok((output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spool_that_cannot_be_opened_is_a_failure_that_says_why() -> Result<()> {
+    let data = TempDir::new()?;
+    let directory = data.path().to_string_lossy().into_owned();
+    let variables =
+        [("API_DATA_DIR", &*directory), ("AMQP_URL", "amqp://127.0.0.1:1"), ("OTEL_TRACES_EXPORTER", "none")];
+    let mut service = Process::start("api", &variables).await?;
+    service.said("can't connect to the broker").await?;
+    let (code, said) = ends(&directory, &[]).await?;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(&format!("opening the spool in {directory}: another process uses it")), "{said}");
+    assert!(service.stop().await?.success());
+
+    let file = data.path().join("spool.redb");
+    fs::write(&file, "no spool")?;
+    let (code, said) = ends(&directory, &[]).await?;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("the file is damaged, or no spool"), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+
+    let (code, said) = ends(&file.to_string_lossy(), &[]).await?;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("File exists"), "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bounds_of_the_spool_that_are_none_end_the_service_with_2() -> Result<()> {
+    for variable in ["API_SPOOL_MAX_ENTRIES", "API_SPOOL_MAX_BYTES"] {
+        for value in ["0", "-1", "many"] {
+            let data = TempDir::new()?;
+            let directory = data.path().join("unmade");
+            let (code, said) = ends(&directory.to_string_lossy(), &[(variable, value)]).await?;
+            assert_eq!(code, Some(2), "{variable}={value}: {said}");
+            assert!(!directory.exists());
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bytes_of_the_spool_are_bounded_as_well() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "1000")]).await?;
+    proxy.refuse();
+    let refused = poll(SOON, async || {
+        let login = stack.login(KNOWN_MOBILE, &[]).await.ok()?;
+        (login.status == 503).then_some(login)
+    });
+    let refused = refused.await.context("it takes everything")?;
+    assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-full");
+    assert!(spooled(&stack).await.is_some_and(|entries| (1..5).contains(&entries)));
+    Ok(())
+}

@@ -1,0 +1,251 @@
+//! One delivery: the hand-written span `mq_consumer_msg`, the processing, and what becomes of the message.
+
+use crate::{
+    failure::Failure,
+    history::History,
+    processing::{Login, Processed},
+    properties,
+    publisher::Publisher,
+};
+use futures_util::FutureExt as _;
+use lapin::{message::Delivery, types::AMQPValue};
+use opentelemetry::{
+    Context, KeyValue,
+    context::FutureExt as _,
+    global::{self, BoxedTracer},
+    trace::{Span, SpanContext, Status, TraceContextExt, Tracer},
+};
+use proto::{
+    headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON},
+    login::LoginMessage,
+    topology::Topology,
+};
+use std::{panic::AssertUnwindSafe, sync::LazyLock, time::Duration};
+use telemetry::{
+    amqp::{self, Broker, Relation},
+    semconv,
+};
+use tower::{BoxError, Service, ServiceExt};
+use uuid::Uuid;
+
+/// Makes the hand-written span of this service.
+static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("mq"));
+
+/// How often in a row a message may be delivered again for want of a result, be it that the connection was
+/// cut, be it that the process died. What kills the process must not do so for ever.
+const MAX_REDELIVERIES: i64 = 20;
+
+/// What every attempt needs.
+pub struct Attempts<S> {
+    /// What is done with a login.
+    pub processing: S,
+    /// Where redeliveries are counted.
+    pub history: History,
+    /// For messages that failed.
+    pub publisher: Publisher,
+    /// The names of the queues.
+    pub topology: Topology,
+    /// How spans relate to their producers'.
+    pub relation: Relation,
+    /// The pause after each attempt but the last.
+    pub retry_delays: Vec<Duration>,
+    /// The broker, as spans name it.
+    pub broker: Broker,
+}
+
+/// What is to be done with a delivery when its attempt is over.
+pub enum Outcome {
+    /// Nothing but to acknowledge it.
+    Settled,
+    /// To publish it to another queue first ([`Attempts::hand_on`]); its span ends with that.
+    Failed(Failed),
+}
+
+/// A message that failed, and what becomes of it.
+pub struct Failed {
+    cx: Context,
+    message_id: String,
+    attempt: u32,
+    fate: Fate,
+}
+
+#[derive(Clone, Copy)]
+enum Fate {
+    /// Another attempt, after this time.
+    Retry(Duration),
+    /// None; it is kept for a person to look at, with the reason.
+    DeadLetter(&'static str),
+}
+
+impl<S> Attempts<S>
+where
+    S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
+{
+    /// Processes a delivery in its span. Cut short, it leaves the message in the queue: it will be
+    /// delivered again.
+    pub async fn process(&self, delivery: &Delivery) -> Outcome {
+        let (carrier, message) = LoginMessage::from_json(&delivery.data);
+        let (producer, source) = amqp::extract(delivery.properties.headers().as_ref(), &carrier);
+        let producer_span = producer.span().span_context().clone();
+        let message_id = message_id(delivery, &producer_span);
+        let attempt = properties::attempt(&delivery.properties);
+
+        let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
+        let mut span = TRACER.build_with_context(builder, &parent);
+        if span.is_recording() {
+            let queue = &self.topology.queue;
+            span.set_attributes(self.broker.consumer_attributes(delivery, queue, source, &message_id));
+            span.set_attribute(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
+            if let Some(published_at) = properties::published_at(&delivery.properties) {
+                // By this machine's clock it may not even be published yet.
+                let time = published_at.elapsed().unwrap_or_default();
+                span.set_attribute(milliseconds(semconv::MESSAGE_TIME_IN_QUEUE, time));
+            }
+        }
+        let cx = parent.with_span(span);
+
+        let login = message.map(|message| Login {
+            message_id: message_id.clone(),
+            trace_id: producer_span.is_valid().then(|| producer_span.trace_id().to_string()),
+            mobile: message.msg,
+            attempt,
+        });
+        let processed = async { self.call(login?, delivery.redelivered).await };
+        match processed.with_context(cx.clone()).await {
+            Ok(processed) => {
+                let outcome = match processed {
+                    Processed::Applied => "applied",
+                    Processed::Duplicate => "duplicate",
+                };
+                cx.span().set_attribute(KeyValue::new(semconv::MESSAGE_OUTCOME, outcome));
+                cx.span().end();
+                Outcome::Settled
+            }
+            Err(failure) => Outcome::Failed(self.fail(cx, message_id, attempt, &failure)),
+        }
+    }
+
+    /// Calls the service. Before, if a delivery of the message came to nothing, that is counted on disk.
+    async fn call(&self, login: Login, redelivered: bool) -> Result<Processed, Failure> {
+        let message_id = login.message_id.clone();
+        if redelivered && self.history.count_redelivery(message_id.clone()).await? > MAX_REDELIVERIES {
+            self.history.forget_redeliveries(message_id).await?;
+            return Err(Failure::redelivered_too_often());
+        }
+        let called = AssertUnwindSafe(self.processing.clone().oneshot(login)).catch_unwind().await;
+        if redelivered {
+            self.history.forget_redeliveries(message_id).await?;
+        }
+        match called {
+            Ok(processed) => processed.map_err(|error| Failure::of_processing(&*error.into())),
+            Err(_) => Err(Failure::panicked()),
+        }
+    }
+
+    /// Decides what becomes of a message whose attempt failed.
+    fn fail(&self, cx: Context, message_id: String, attempt: u32, failure: &Failure) -> Failed {
+        let Failure { reason, text, is_final } = failure;
+        let span = cx.span();
+        span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, *reason));
+        span.set_status(Status::error(text.clone()));
+
+        let _attached = cx.clone().attach();
+        // The first attempt is followed by the first delay.
+        let delay = usize::try_from(attempt - 1).ok().and_then(|i| self.retry_delays.get(i));
+        let fate = match delay.filter(|_| !is_final) {
+            Some(delay) => {
+                tracing::info!(attempt, reason, ?delay, "an attempt failed, another follows: {text}");
+                Fate::Retry(*delay)
+            }
+            None => {
+                tracing::warn!(attempt, reason, "dead letter: {text}");
+                Fate::DeadLetter(reason)
+            }
+        };
+        Failed { cx: cx.clone(), message_id, attempt, fate }
+    }
+
+    /// Publishes a message that failed to the queue where it goes; afterwards it may be acknowledged.
+    pub async fn hand_on(&self, delivery: &Delivery, failed: Failed) {
+        let Failed { cx, message_id, attempt, fate } = failed;
+        let number = |attempt| AMQPValue::LongInt(i32::try_from(attempt).unwrap_or(i32::MAX));
+        let (queue, headers) = match fate {
+            Fate::Retry(delay) => (self.topology.retry_queue(delay), vec![(ATTEMPT, number(attempt + 1))]),
+            Fate::DeadLetter(reason) => {
+                let reason = AMQPValue::LongString(reason.into());
+                let headers = vec![(DEAD_LETTER_REASON, reason), (DEAD_LETTER_ATTEMPTS, number(attempt))];
+                (self.topology.dead_letter_queue.clone(), headers)
+            }
+        };
+        let properties = properties::again(&delivery.properties, &message_id, headers);
+        let published = self.publisher.publish_until_confirmed(&queue, &properties, &delivery.data);
+        published.with_context(cx.clone()).await;
+
+        let span = cx.span();
+        match fate {
+            Fate::Retry(delay) => {
+                span.set_attribute(KeyValue::new(semconv::MESSAGE_OUTCOME, "retry"));
+                span.set_attribute(milliseconds(semconv::MESSAGE_RETRY_DELAY, delay));
+            }
+            Fate::DeadLetter(_) => {
+                span.set_attribute(KeyValue::new(semconv::MESSAGE_OUTCOME, "dead_letter"));
+            }
+        }
+        span.end();
+    }
+}
+
+/// The message's own id, or else one that is the same for each of its deliveries: that of the producer's
+/// span, which is one for each message. Without both, a second delivery can't be told from another login.
+pub fn message_id(delivery: &Delivery, producer: &SpanContext) -> String {
+    match delivery.properties.message_id() {
+        Some(id) if !id.as_str().is_empty() => id.to_string(),
+        _ if producer.is_valid() => format!("{}-{}", producer.trace_id(), producer.span_id()),
+        _ => Uuid::new_v4().to_string(),
+    }
+}
+
+fn milliseconds(key: &'static str, duration: Duration) -> KeyValue {
+    KeyValue::new(key, i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+    use tower::service_fn;
+
+    /// The fate of a login whose processing is `processing`.
+    async fn fate<S>(processing: S) -> Fate
+    where
+        S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
+    {
+        let directory = TempDir::new().unwrap();
+        let database = format!("sqlite://{}", directory.path().join("mq.db").display());
+        let uri = proto::broker::parse_url(proto::broker::DEFAULT_URL).unwrap();
+        let topology = Topology::with_prefix("");
+        let attempts = Attempts {
+            processing,
+            history: History::start(crate::history::parse_url(&database).unwrap()),
+            broker: Broker::new(&uri, "test"),
+            publisher: Publisher::new(uri, topology.clone(), Vec::new()),
+            topology,
+            relation: Relation::Parent,
+            retry_delays: vec![Duration::from_secs(1)],
+        };
+        let body = br#"{"Msg":"13800138000"}"#.to_vec();
+        let delivery = Delivery::mock(1, "e".into(), "k".into(), false, body);
+        match attempts.process(&delivery).await {
+            Outcome::Failed(failed) => failed.fate,
+            Outcome::Settled => panic!("it is settled"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_and_an_error_of_a_layer_fail_the_message_and_are_tried_again() {
+        let panics = service_fn(async |_| -> Result<Processed, BoxError> { panic!("on purpose") });
+        assert!(matches!(fate(panics).await, Fate::Retry(_)));
+        let fails = service_fn(async |_| Err::<Processed, BoxError>("on purpose".into()));
+        assert!(matches!(fate(fails).await, Fate::Retry(_)));
+    }
+}

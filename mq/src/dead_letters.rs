@@ -1,0 +1,276 @@
+//! What an operator does with messages that were given up: `mq dead-letters list|show|replay`.
+//!
+//! AMQP has no way to look into a queue. So messages are taken without an acknowledgement, and go back to
+//! their places when the connection ends. Meanwhile nobody else sees them.
+
+use crate::{
+    attempt,
+    config::{Config, DeadLetters},
+    properties,
+    publisher::Publisher,
+};
+use anyhow::{Context as _, bail, ensure};
+use lapin::{
+    Channel, Connection,
+    message::Delivery,
+    options::{BasicAckOptions, BasicGetOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use opentelemetry::{
+    Context, global,
+    trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
+};
+use proto::{broker, login::LoginMessage, topology::Topology};
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
+use telemetry::amqp::{self, Broker, HeadersMut};
+use tokio::time::timeout;
+
+/// The name of the connection on the broker.
+const CLIENT_ID: &str = "mq-dead-letters";
+
+/// How long the broker may take for one step.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Does what is asked for, and prints what there is to tell.
+///
+/// # Errors
+/// If the broker can't be reached, or if there is no such message.
+pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
+    let uri = config.amqp_uri().map_err(anyhow::Error::msg)?;
+    let broker = Broker::new(&uri, CLIENT_ID);
+    let topology = Topology::with_prefix(&config.amqp_prefix);
+    let connection = broker::connect(&uri, CLIENT_ID).await;
+    let connection = connection.with_context(|| format!("connecting to the broker at {broker}"))?;
+    let mut letters = Letters::open(&connection, topology.dead_letter_queue.clone()).await?;
+
+    let done = match command {
+        DeadLetters::List => list(&mut letters).await,
+        DeadLetters::Show { message_id, body } => show(&mut letters, message_id, *body).await,
+        DeadLetters::Replay { message_id, .. } => {
+            // It publishes to the main exchange only.
+            let publisher = Publisher::new(uri, topology.clone(), Vec::new());
+            let replay = Replay { publisher, topology, broker };
+            let done = replay.run(&mut letters, message_id.as_deref()).await;
+            replay.publisher.close().await;
+            done
+        }
+    };
+    // What was taken and not replayed goes back to its place.
+    connection.close(200, "done".into()).await.context("closing the connection to the broker")?;
+    done
+}
+
+async fn list(letters: &mut Letters) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    let mut line = |id: &str, reason: &str, attempts: &str, since: &str, trace_id: &str| {
+        writeln!(out, "{id:<36}  {reason:<21}  {attempts:>8}  {since:<24}  {trace_id}")
+    };
+    line("MESSAGE ID", "REASON", "ATTEMPTS", "SINCE", "TRACE ID")?;
+    while let Some(letter) = letters.next().await? {
+        line(
+            &letter.message_id(),
+            &letter.reason(),
+            &letter.attempts(),
+            &letter.since(),
+            &letter.trace_id(),
+        )?;
+    }
+    Ok(())
+}
+
+async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyhow::Result<()> {
+    while let Some(letter) = letters.next().await? {
+        if !letter.has_id(message_id) {
+            continue;
+        }
+        let mut out = io::stdout().lock();
+        writeln!(out, "message id  {}", letter.message_id())?;
+        writeln!(out, "reason      {}", letter.reason())?;
+        writeln!(out, "attempts    {}", letter.attempts())?;
+        writeln!(out, "since       {}", letter.since())?;
+        writeln!(out, "trace id    {}", letter.trace_id())?;
+        writeln!(out, "body        {} bytes", letter.0.data.len())?;
+        writeln!(out, "\nproperties")?;
+        for (name, value) in letter.properties() {
+            writeln!(out, "  {name}: {}", printable(&value))?;
+        }
+        writeln!(out, "\nheaders")?;
+        for (name, value) in letter.0.properties.headers().iter().flat_map(FieldTable::inner) {
+            let value = match value {
+                AMQPValue::LongString(text) => text.to_string(),
+                other => format!("{other:?}"),
+            };
+            writeln!(out, "  {}: {}", printable(name.as_str()), printable(&value))?;
+        }
+        if with_body {
+            writeln!(out, "\n{}", printable(&String::from_utf8_lossy(&letter.0.data)))?;
+        }
+        return Ok(());
+    }
+    bail!("there is no dead letter with this message id")
+}
+
+/// Publishes dead letters to where they came from first.
+struct Replay {
+    publisher: Publisher,
+    topology: Topology,
+    broker: Broker,
+}
+
+impl Replay {
+    /// Those with this id, or all.
+    async fn run(&self, letters: &mut Letters, message_id: Option<&str>) -> anyhow::Result<()> {
+        let mut count = 0;
+        while let Some(letter) = letters.next().await? {
+            if message_id.is_some_and(|wanted| !letter.has_id(wanted)) {
+                continue;
+            }
+            self.publish(&letter).await.with_context(|| format!("after {count} messages"))?;
+            count += 1;
+            writeln!(io::stdout(), "replayed {}", letter.message_id())?;
+        }
+        ensure!(count > 0 || message_id.is_none(), "there is no dead letter with this message id");
+        Ok(())
+    }
+
+    /// In the trace of the message: as a child of whoever published it last, and the parent of its next
+    /// attempt.
+    async fn publish(&self, Letter(letter): &Letter) -> anyhow::Result<()> {
+        let producer = Letter::producer(letter);
+        let message_id = attempt::message_id(letter, producer.span().span_context());
+        let Topology { exchange, routing_key, .. } = &self.topology;
+        let tracer = global::tracer("mq");
+        let builder = tracer.span_builder("replay_msg_mq").with_kind(SpanKind::Producer);
+        let mut span = builder.start_with_context(&tracer, &producer);
+        if span.is_recording() {
+            span.set_attributes(self.broker.producer_attributes(exchange, routing_key, &message_id));
+        }
+        let cx = producer.with_span(span);
+
+        let mut headers = FieldTable::default();
+        telemetry::inject(&cx, &mut HeadersMut(&mut headers));
+        let headers = headers.inner().iter().map(|(name, value)| (name.as_str(), value.clone()));
+        let properties = properties::again(&letter.properties, &message_id, headers);
+        let publish = self.publisher.publish(exchange, routing_key, properties, &letter.data);
+        let published = timeout(PATIENCE, publish).await;
+        let published = published.context("waiting for the broker's confirm").flatten();
+        if let Err(error) = &published {
+            cx.span().set_status(Status::error(format!("{error:#}")));
+        }
+        cx.span().end();
+        published?;
+        letter.ack(BasicAckOptions::default()).await?;
+        Ok(())
+    }
+}
+
+/// The dead letters that were there at the start, the oldest first.
+struct Letters {
+    channel: Channel,
+    queue: String,
+    left: u32,
+}
+
+impl Letters {
+    async fn open(connection: &Connection, queue: String) -> anyhow::Result<Self> {
+        let channel = connection.create_channel().await?;
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let declared = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+        let left = declared.context("looking for the dead-letter queue")?.message_count();
+        Ok(Self { channel, queue, left })
+    }
+
+    /// A replayed message may be back in the queue soon: it isn't among these.
+    async fn next(&mut self) -> anyhow::Result<Option<Letter>> {
+        let Some(left) = self.left.checked_sub(1) else {
+            return Ok(None);
+        };
+        self.left = left;
+        let got = self.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
+        let got = timeout(PATIENCE, got).await.context("waiting for the broker")??;
+        Ok(got.map(|message| Letter(message.delivery)))
+    }
+}
+
+/// A dead letter, its parts fit to be printed.
+struct Letter(Delivery);
+
+impl Letter {
+    fn producer(delivery: &Delivery) -> Context {
+        let (carrier, _) = LoginMessage::from_json(&delivery.data);
+        amqp::extract(delivery.properties.headers().as_ref(), &carrier).0
+    }
+
+    fn has_id(&self, message_id: &str) -> bool {
+        self.0.properties.message_id().as_ref().is_some_and(|id| id.as_str() == message_id)
+    }
+
+    fn message_id(&self) -> String {
+        let id = self.0.properties.message_id().as_ref();
+        id.map_or_else(|| "-".to_owned(), |id| printable(id.as_str()))
+    }
+
+    fn reason(&self) -> String {
+        properties::dead_letter_reason(&self.0.properties)
+            .map_or_else(|| "-".to_owned(), |reason| printable(&reason))
+    }
+
+    fn attempts(&self) -> String {
+        properties::dead_letter_attempts(&self.0.properties)
+            .map_or_else(|| "-".to_owned(), |attempts| attempts.to_string())
+    }
+
+    fn since(&self) -> String {
+        properties::published_at(&self.0.properties)
+            .map_or_else(|| "-".to_owned(), |since| humantime::format_rfc3339_millis(since).to_string())
+    }
+
+    fn trace_id(&self) -> String {
+        let producer = Self::producer(&self.0);
+        let span = producer.span();
+        let span_context = span.span_context();
+        if span_context.is_valid() { span_context.trace_id().to_string() } else { "-".to_owned() }
+    }
+
+    /// All but the headers and the message id.
+    fn properties(&self) -> Vec<(&'static str, String)> {
+        let properties = &self.0.properties;
+        let texts = [
+            ("content-type", properties.content_type()),
+            ("content-encoding", properties.content_encoding()),
+            ("correlation-id", properties.correlation_id()),
+            ("reply-to", properties.reply_to()),
+            ("type", properties.kind()),
+            ("app-id", properties.app_id()),
+            ("cluster-id", properties.cluster_id()),
+        ];
+        let numbers = [
+            ("delivery-mode", (*properties.delivery_mode()).map(u64::from)),
+            ("priority", (*properties.priority()).map(u64::from)),
+            ("timestamp", *properties.timestamp()),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?.to_string())));
+        let numbers = numbers.into_iter().filter_map(|(name, value)| Some((name, value?.to_string())));
+        texts.chain(numbers).collect()
+    }
+}
+
+/// Without the control characters by which a message could take over the terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_not_printed() {
+        assert_eq!(printable("a\x1b[2Jb\r\nü\u{9b}"), "a\\u{1b}[2Jb\\r\\nü\\u{9b}");
+    }
+}

@@ -1,0 +1,77 @@
+//! Why an attempt failed: what its span, the log and the dead letter tell.
+
+use crate::history::Refused;
+use proto::login::LoginMessageError;
+use std::error::Error;
+use telemetry::semconv;
+
+/// Why an attempt failed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// A short name of bounded cardinality, for `error.type` and the dead-letter header.
+    pub reason: &'static str,
+    /// For the span and the log: nothing of the message's content.
+    pub text: String,
+    /// Whether another attempt would end like this one.
+    pub is_final: bool,
+}
+
+impl Failure {
+    /// The service returned an error: its own, or one of a layer around it.
+    pub fn of_processing(error: &(dyn Error + Send + Sync + 'static)) -> Self {
+        match error.downcast_ref::<Refused>() {
+            Some(refused) => refused.clone().into(),
+            // The text of an error that is not known here may hold anything.
+            None => Self::passing(semconv::OTHER, "the processing failed"),
+        }
+    }
+
+    /// The service panicked.
+    pub fn panicked() -> Self {
+        Self::passing(semconv::PANIC, "the processing panicked")
+    }
+
+    /// The message was delivered again and again, without a result of the processing.
+    pub fn redelivered_too_often() -> Self {
+        let text = "delivered too often without a result".to_owned();
+        Self { reason: "redelivered_too_often", text, is_final: true }
+    }
+
+    fn passing(reason: &'static str, text: &str) -> Self {
+        Self { reason, text: text.to_owned(), is_final: false }
+    }
+}
+
+impl From<LoginMessageError> for Failure {
+    fn from(error: LoginMessageError) -> Self {
+        Self { reason: error.reason(), text: error.to_string(), is_final: true }
+    }
+}
+
+impl From<Refused> for Failure {
+    fn from(error: Refused) -> Self {
+        // Not final: what the rules in the database allow can be changed there, without a new release.
+        Self::passing("refused_by_database", &error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_of_an_unknown_error_is_not_shown() {
+        let error: tower::BoxError = "no such number: 13800138000".into();
+        let failure = Failure::of_processing(&*error);
+        assert_eq!((failure.reason, failure.is_final), ("_OTHER", false));
+        assert!(!failure.text.contains("138"), "{failure:?}");
+    }
+
+    #[test]
+    fn an_error_of_the_database_tells_its_code() {
+        let error: tower::BoxError = Refused { code: "1811".to_owned() }.into();
+        let failure = Failure::of_processing(&*error);
+        assert_eq!(failure.reason, "refused_by_database");
+        assert!(failure.text.contains("1811"), "{failure:?}");
+    }
+}

@@ -1,0 +1,199 @@
+//! The connection to the database, and every statement: what runs on SQLite here runs on PostgreSQL, too.
+
+use super::Refused;
+use crate::processing::Login;
+use anyhow::Context;
+use sqlx::{
+    ConnectOptions, Connection, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use std::{
+    fs::DirBuilder,
+    os::unix::fs::DirBuilderExt,
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+const TABLES: [&str; 3] = [
+    "CREATE TABLE IF NOT EXISTS login_history (
+        message_id TEXT PRIMARY KEY,
+        trace_id TEXT,
+        mobile TEXT NOT NULL,
+        applied_at BIGINT NOT NULL -- milliseconds since 1970
+    )",
+    "CREATE TABLE IF NOT EXISTS login_count (mobile TEXT PRIMARY KEY, logins BIGINT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS redelivery_count (message_id TEXT PRIMARY KEY, redeliveries BIGINT NOT NULL)",
+];
+
+/// How long another process may hold the database before it counts as unavailable.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A change to be committed.
+pub enum Change {
+    /// A login takes effect; 1, or 0 if it had before.
+    Apply(Login),
+    /// A message was delivered once more; how often by now.
+    CountRedelivery(String),
+    /// It does not matter any more how often; how many counts there were.
+    ForgetRedeliveries(String),
+}
+
+/// The database, opened when it is needed.
+pub struct Store {
+    options: SqliteConnectOptions,
+    connection: Option<SqliteConnection>,
+}
+
+/// Reads `sqlite://path`.
+///
+/// # Errors
+/// Says what is expected and not what was given, which may hold a password when it is another database's.
+pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
+    let expected = "expected sqlite://path/to/file.db";
+    let path = url.strip_prefix("sqlite://").ok_or(expected)?;
+    // In memory nothing would survive the process.
+    if path.is_empty() || path.starts_with('?') || url.contains(":memory:") || url.contains("mode=memory") {
+        return Err(expected);
+    }
+    let options: SqliteConnectOptions = url.parse().map_err(|_| expected)?;
+    Ok(options
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        // With NORMAL, a commit in WAL mode could be lost with the power, after its message was acked.
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        // A line for each statement while the database is slow would be a flood.
+        .disable_statement_logging())
+}
+
+impl Store {
+    /// A database that is not open yet.
+    pub fn new(options: SqliteConnectOptions) -> Self {
+        Self { options, connection: None }
+    }
+
+    /// Commits all changes in one transaction, but those that the database refuses for what they are.
+    ///
+    /// # Errors
+    /// If the database can't be used now. Then nothing has changed; or, if it failed at the very end, all
+    /// has, which does no harm: a login that is applied again is a duplicate.
+    pub async fn commit(&mut self, changes: &[Change]) -> anyhow::Result<Vec<Result<i64, Refused>>> {
+        // Taken: a connection that failed is not used again.
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => open(&self.options).await?,
+        };
+        let answers = commit(&mut connection, changes).await.context("committing to the database")?;
+        self.connection = Some(connection);
+        Ok(answers)
+    }
+}
+
+async fn open(options: &SqliteConnectOptions) -> anyhow::Result<SqliteConnection> {
+    let file = options.get_filename();
+    if let Some(directory) = file.parent().filter(|directory| *directory != Path::new("")) {
+        // Who logged in when is nobody else's business.
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        created.with_context(|| format!("creating {}", directory.display()))?;
+    }
+    let opening = || format!("opening {}", file.display());
+    let mut connection = options.connect().await.with_context(opening)?;
+    for table in TABLES {
+        sqlx::query(table).execute(&mut connection).await.with_context(opening)?;
+    }
+    Ok(connection)
+}
+
+async fn commit(
+    connection: &mut SqliteConnection,
+    changes: &[Change],
+) -> sqlx::Result<Vec<Result<i64, Refused>>> {
+    let mut answers = Vec::with_capacity(changes.len());
+    let mut transaction = connection.begin().await?;
+    for change in changes {
+        match apply(&mut transaction, change).await {
+            Ok(answer) => answers.push(Ok(answer)),
+            // Rare, so that all others are spared the savepoints.
+            Err(error) if code_of_refusal(&error).is_some() => {
+                transaction.rollback().await?;
+                return commit_but_refused(connection, changes).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    transaction.commit().await?;
+    Ok(answers)
+}
+
+/// The same, with a savepoint for each change: what is refused takes back itself and nothing else.
+async fn commit_but_refused(
+    connection: &mut SqliteConnection,
+    changes: &[Change],
+) -> sqlx::Result<Vec<Result<i64, Refused>>> {
+    let mut answers = Vec::with_capacity(changes.len());
+    let mut transaction = connection.begin().await?;
+    for change in changes {
+        let mut savepoint = transaction.begin().await?;
+        match apply(&mut savepoint, change).await {
+            Ok(answer) => {
+                savepoint.commit().await?;
+                answers.push(Ok(answer));
+            }
+            Err(error) => {
+                let code = code_of_refusal(&error).ok_or(error)?;
+                savepoint.rollback().await?;
+                answers.push(Err(Refused { code }));
+            }
+        }
+    }
+    transaction.commit().await?;
+    Ok(answers)
+}
+
+async fn apply(connection: &mut SqliteConnection, change: &Change) -> sqlx::Result<i64> {
+    match change {
+        Change::Apply(login) => record(connection, login).await,
+        Change::CountRedelivery(message_id) => {
+            let count = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) \
+                         ON CONFLICT (message_id) DO UPDATE SET redeliveries = redelivery_count.redeliveries + 1 \
+                         RETURNING redeliveries";
+            sqlx::query_scalar(count).bind(message_id).fetch_one(connection).await
+        }
+        Change::ForgetRedeliveries(message_id) => {
+            let forget = "DELETE FROM redelivery_count WHERE message_id = $1";
+            let forgotten = sqlx::query(forget).bind(message_id).execute(connection).await?;
+            Ok(forgotten.rows_affected().cast_signed())
+        }
+    }
+}
+
+/// The effect of a login, with the proof that it was applied: both or neither.
+async fn record(connection: &mut SqliteConnection, login: &Login) -> sqlx::Result<i64> {
+    let record = "INSERT INTO login_history (message_id, trace_id, mobile, applied_at) VALUES ($1, $2, $3, $4) \
+                  ON CONFLICT DO NOTHING";
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let recorded = sqlx::query(record)
+        .bind(&login.message_id)
+        .bind(&login.trace_id)
+        .bind(&login.mobile)
+        .bind(i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
+        .execute(&mut *connection)
+        .await?;
+    if recorded.rows_affected() == 0 {
+        return Ok(0);
+    }
+    let count = "INSERT INTO login_count (mobile, logins) VALUES ($1, 1) \
+                 ON CONFLICT (mobile) DO UPDATE SET logins = login_count.logins + 1";
+    sqlx::query(count).bind(&login.mobile).execute(connection).await?;
+    Ok(1)
+}
+
+/// The code of an error that is due to the content of a row, and not to the state of the database.
+fn code_of_refusal(error: &sqlx::Error) -> Option<String> {
+    /// SQLite's primary result codes (the low byte of the extended ones): TOOBIG, CONSTRAINT, MISMATCH.
+    const OF_THE_ROW: [i32; 3] = [18, 19, 20];
+
+    let code = error.as_database_error()?.code()?;
+    let primary = code.parse::<i32>().ok()? & 0xff;
+    OF_THE_ROW.contains(&primary).then(|| code.into_owned())
+}

@@ -1,0 +1,205 @@
+//! The properties of a message: what a consumer reads from them, and what they become when the message is
+//! published once more, to a retry queue, to the dead-letter queue or back.
+
+use amq_protocol::frame::WriteContext;
+use lapin::{
+    BasicProperties,
+    protocol::basic::gen_properties,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, HEADERS_LEFT_OUT, PUBLISHED_AT};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// AMQP's delivery mode "persistent": the message survives a restart of the broker.
+const PERSISTENT: u8 = 2;
+
+/// Which attempt this delivery is, from 1. Whoever publishes can write anything into the header.
+pub fn attempt(properties: &BasicProperties) -> u32 {
+    let attempt = header(properties, ATTEMPT).and_then(integer).unwrap_or(1);
+    u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
+}
+
+/// How many attempts a dead letter has had.
+pub fn dead_letter_attempts(properties: &BasicProperties) -> Option<i64> {
+    header(properties, DEAD_LETTER_ATTEMPTS).and_then(integer)
+}
+
+/// Why a dead letter is one.
+pub fn dead_letter_reason(properties: &BasicProperties) -> Option<String> {
+    match header(properties, DEAD_LETTER_REASON)? {
+        AMQPValue::LongString(reason) => Some(reason.to_string()),
+        _ => None,
+    }
+}
+
+/// When the message was given to the broker, this time.
+pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
+    let milliseconds =
+        header(properties, PUBLISHED_AT).and_then(integer).and_then(|ms| u64::try_from(ms).ok());
+    let since_1970 = match milliseconds {
+        Some(milliseconds) => Duration::from_millis(milliseconds),
+        None => Duration::from_secs((*properties.timestamp())?),
+    };
+    UNIX_EPOCH.checked_add(since_1970)
+}
+
+/// What a message is published with once more: all that it had, and `headers`, except for what the broker
+/// would act upon.
+///
+/// - `expiration`: a dead letter must stay. RabbitMQ takes it away, too, when it dead-letters.
+/// - `user-id`: the broker refuses any but the user of the connection.
+/// - the headers `CC` and `BCC`: they would send each copy to more queues.
+///
+/// Headers that leave no room for ours are left out, and a header says so.
+pub fn again<'a>(
+    original: &BasicProperties,
+    message_id: &str,
+    headers: impl IntoIterator<Item = (&'a str, AMQPValue)>,
+) -> BasicProperties {
+    let mut kept = BasicProperties::default();
+    for (value, set) in [
+        (original.content_type(), BasicProperties::with_content_type as fn(_, _) -> _),
+        (original.content_encoding(), BasicProperties::with_content_encoding),
+        (original.correlation_id(), BasicProperties::with_correlation_id),
+        (original.reply_to(), BasicProperties::with_reply_to),
+        (original.kind(), BasicProperties::with_type),
+        (original.app_id(), BasicProperties::with_app_id),
+        (original.cluster_id(), BasicProperties::with_cluster_id),
+    ] {
+        if let Some(value) = value {
+            kept = set(kept, value.clone());
+        }
+    }
+    if let Some(priority) = *original.priority() {
+        kept = kept.with_priority(priority);
+    }
+    if let Some(timestamp) = *original.timestamp() {
+        kept = kept.with_timestamp(timestamp);
+    }
+    let mut added: Vec<_> = headers.into_iter().collect();
+    added.push((PUBLISHED_AT, now()));
+    let kept = kept.with_delivery_mode(PERSISTENT).with_message_id(message_id.into());
+    let full = kept.clone().with_headers(with_headers_of(original, &added));
+    if fits(&full) {
+        return full;
+    }
+    // Published with them, it would end the connection each time.
+    added.push((HEADERS_LEFT_OUT, AMQPValue::Boolean(true)));
+    kept.with_headers(with_headers_of(&BasicProperties::default(), &added))
+}
+
+/// `added`, and those that `original` has besides.
+fn with_headers_of(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
+    const LEFT_OUT: [&str; 5] = ["CC", "BCC", ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];
+
+    let had = original.headers().iter().flat_map(FieldTable::inner);
+    // Whatever its case: a trace header that is there twice counts as malformed.
+    let is_replaced = |name: &str| added.iter().any(|(added, _)| added.eq_ignore_ascii_case(name));
+    let kept = had.filter(|(name, _)| !LEFT_OUT.contains(&name.as_str()) && !is_replaced(name.as_str()));
+    let added = added.iter().map(|(name, value)| ((*name).into(), value.clone()));
+    let headers: BTreeMap<ShortString, AMQPValue> =
+        kept.map(|(name, value)| (name.clone(), value.clone())).chain(added).collect();
+    headers.into()
+}
+
+/// Whether they fit into one frame, as they must, and leave room for the `x-death` of the retry queues. The
+/// frame has 128 KiB by default.
+fn fits(properties: &BasicProperties) -> bool {
+    const LONGEST: usize = 120 * 1024;
+
+    let written = gen_properties(properties)(WriteContext::from(Vec::new()));
+    written.is_ok_and(|written| written.write.len() <= LONGEST)
+}
+
+fn now() -> AMQPValue {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    AMQPValue::LongLongInt(i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
+}
+
+fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPValue> {
+    properties.headers().as_ref()?.inner().get(name)
+}
+
+/// A number, whichever of AMQP's types the client's language made of it.
+fn integer(value: &AMQPValue) -> Option<i64> {
+    match *value {
+        AMQPValue::ShortShortInt(n) => Some(n.into()),
+        AMQPValue::ShortShortUInt(n) => Some(n.into()),
+        AMQPValue::ShortInt(n) => Some(n.into()),
+        AMQPValue::ShortUInt(n) => Some(n.into()),
+        AMQPValue::LongInt(n) => Some(n.into()),
+        AMQPValue::LongUInt(n) => Some(n.into()),
+        AMQPValue::LongLongInt(n) => Some(n),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_header(name: &str, value: AMQPValue) -> BasicProperties {
+        let mut headers = FieldTable::default();
+        headers.insert(name.into(), value);
+        BasicProperties::default().with_headers(headers)
+    }
+
+    #[test]
+    fn an_attempt_that_is_no_count_is_the_first() {
+        assert_eq!(attempt(&BasicProperties::default()), 1);
+        for (value, expected) in [
+            (AMQPValue::LongInt(3), 3),
+            (AMQPValue::LongInt(-3), 1),
+            (AMQPValue::LongLongInt(i64::MAX), u32::MAX),
+            (AMQPValue::LongLongInt(i64::MIN), 1),
+            (AMQPValue::LongString("3".into()), 1),
+            (AMQPValue::Void, 1),
+        ] {
+            assert_eq!(attempt(&with_header(ATTEMPT, value.clone())), expected, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn the_time_of_publishing_is_in_the_header_or_else_in_the_property() {
+        let property = BasicProperties::default().with_timestamp(7);
+        assert_eq!(published_at(&property), Some(UNIX_EPOCH + Duration::from_secs(7)));
+        let both = with_header(PUBLISHED_AT, AMQPValue::LongLongInt(7_500)).with_timestamp(7);
+        assert_eq!(published_at(&both), Some(UNIX_EPOCH + Duration::from_millis(7_500)));
+        assert_eq!(published_at(&BasicProperties::default()), None);
+        assert_eq!(published_at(&with_header(PUBLISHED_AT, AMQPValue::LongLongInt(-1))), None);
+        assert_eq!(published_at(&BasicProperties::default().with_timestamp(u64::MAX)), None);
+    }
+
+    #[test]
+    fn published_again_it_has_all_that_it_had_but_what_the_broker_acts_upon() {
+        let original = with_header("x-mine", AMQPValue::LongInt(7))
+            .with_content_type("a".into())
+            .with_content_encoding("b".into())
+            .with_correlation_id("c".into())
+            .with_reply_to("d".into())
+            .with_type("e".into())
+            .with_app_id("f".into())
+            .with_cluster_id("g".into())
+            .with_priority(5)
+            .with_timestamp(6);
+        let mut headers = original.headers().clone().unwrap();
+        headers.insert("CC".into(), AMQPValue::Void);
+        headers.insert(ATTEMPT.into(), AMQPValue::LongInt(2));
+        let acted_upon = original
+            .clone()
+            .with_headers(headers)
+            .with_expiration("1000".into())
+            .with_user_id("somebody".into());
+
+        let copy = again(&acted_upon, "id", []);
+        let headers = copy.headers().clone().unwrap();
+        assert!(headers.contains_key(PUBLISHED_AT));
+        assert_eq!(headers.inner().len(), 2, "{headers:?}");
+        assert_eq!(headers.inner()["x-mine"], AMQPValue::LongInt(7));
+        let expected = original.with_delivery_mode(2).with_message_id("id".into()).with_headers(headers);
+        assert_eq!(copy, expected);
+    }
+}

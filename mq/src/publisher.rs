@@ -1,0 +1,133 @@
+//! Publishes messages once more, each confirmed before its original is acknowledged.
+//!
+//! On a connection of its own: a broker short of memory or disk stops to read from connections that
+//! publish, and with them the acknowledgements that they carry.
+
+use anyhow::{Context, bail};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    uri::AMQPUri,
+};
+use proto::{
+    broker::{self, Backoff},
+    topology::Topology,
+};
+use std::{pin::pin, time::Duration};
+use tokio::{sync::Mutex, time::timeout};
+
+/// The name of the connection on the broker.
+const CLIENT_ID: &str = "mq-publisher";
+
+/// How long the broker may take to confirm a message.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Publishes to the queues of a topology.
+pub struct Publisher {
+    uri: AMQPUri,
+    topology: Topology,
+    retry_delays: Vec<Duration>,
+    /// Opened with the first message, and anew after a failure.
+    session: Mutex<Option<Session>>,
+}
+
+struct Session {
+    connection: Connection,
+    channel: Channel,
+}
+
+impl Publisher {
+    /// Opens nothing yet.
+    pub fn new(uri: AMQPUri, topology: Topology, retry_delays: Vec<Duration>) -> Self {
+        Self { uri, topology, retry_delays, session: Mutex::default() }
+    }
+
+    /// Publishes a message, again and again until the broker has confirmed it. It may be there more than
+    /// once then.
+    pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
+        let mut backoff = Backoff::new();
+        let mut was_told = false;
+        while let Err(error) = self.publish("", queue, properties.clone(), body).await {
+            // Once, not for every attempt.
+            if !std::mem::replace(&mut was_told, true) {
+                tracing::warn!(queue, "can't publish a message; trying on: {error:#}");
+            }
+            backoff.pause().await;
+        }
+    }
+
+    /// Publishes a message; returns once the broker has confirmed it.
+    ///
+    /// # Errors
+    /// If it did not. It may have the message nevertheless.
+    pub async fn publish(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        properties: BasicProperties,
+        body: &[u8],
+    ) -> anyhow::Result<()> {
+        // One at a time: with several under way, lapin may take the return of one for that of another, and
+        // a message that no queue took would pass for confirmed.
+        let mut current = self.session.lock().await;
+        // Taken: after a failure the next one opens another, and declares what may have been deleted.
+        let session = match current.take() {
+            Some(session) => session,
+            None => self.open().await?,
+        };
+        session.publish(exchange, routing_key, properties, body).await?;
+        *current = Some(session);
+        Ok(())
+    }
+
+    /// Closes the connection in an orderly way.
+    pub async fn close(&self) {
+        if let Some(session) = self.session.lock().await.take() {
+            let closed = session.connection.close(200, "done".into()).await;
+            tracing::debug!(?closed, "closed the publishing connection");
+        }
+    }
+
+    async fn open(&self) -> lapin::Result<Session> {
+        let connection = broker::connect(&self.uri, CLIENT_ID).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        self.topology.declare(&channel).await?;
+        self.topology.declare_retry_queues(&channel, &self.retry_delays).await?;
+        Ok(Session { connection, channel })
+    }
+}
+
+impl Session {
+    async fn publish(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        properties: BasicProperties,
+        body: &[u8],
+    ) -> anyhow::Result<()> {
+        // Without `mandatory` a message that no queue takes would vanish.
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let confirmed = async {
+            let sent =
+                self.channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties);
+            sent.await?.await
+        };
+        let mut confirmed = pin!(confirmed);
+        let confirmation = loop {
+            match timeout(CONFIRM_TIMEOUT, &mut confirmed).await {
+                Ok(confirmation) => break confirmation?,
+                // It is on its way, and will be taken when the broker takes messages again. To publish it
+                // on another connection would only make it two.
+                Err(_) if self.connection.status().blocked() => {}
+                Err(elapsed) => return Err(elapsed).context("waiting for the broker's confirm"),
+            }
+        };
+        match confirmation {
+            Confirmation::Ack(None) => Ok(()),
+            // An unroutable message is returned, and then acked all the same.
+            Confirmation::Ack(Some(_)) => bail!("the message was returned as unroutable"),
+            Confirmation::Nack(_) | Confirmation::NotRequested => bail!("the broker refused the message"),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! A gRPC client's deadline: the whole call, with its retries, and up to the last byte of its answer.
+
+use crate::Deadline;
+use http::{Request, Response};
+use opentelemetry::context::{FutureExt, WithContext};
+use pin_project_lite::pin_project;
+use std::{
+    pin::Pin,
+    task::{self, Poll, ready},
+    time::Duration,
+};
+use tokio::time::{Timeout, timeout_at};
+use tonic::Status;
+use tower::{Layer, Service, ServiceExt, util::Oneshot};
+
+/// Gives a call so much time, or what is left to the request that it is made for if that is less. Then it is
+/// dropped, which cancels it at the server, and DEADLINE_EXCEEDED is the outcome.
+#[derive(Clone)]
+pub struct CallDeadlineLayer {
+    limit: Duration,
+}
+
+impl CallDeadlineLayer {
+    /// At most `limit` for a call.
+    pub fn new(limit: Duration) -> Self {
+        Self { limit }
+    }
+}
+
+impl<S> Layer<S> for CallDeadlineLayer {
+    type Service = CallDeadline<S>;
+
+    fn layer(&self, inner: S) -> CallDeadline<S> {
+        CallDeadline { inner, limit: self.limit }
+    }
+}
+
+/// A client in the [`CallDeadlineLayer`].
+#[derive(Clone)]
+pub struct CallDeadline<S> {
+    inner: S,
+    limit: Duration,
+}
+
+impl<S, R, B> Service<Request<R>> for CallDeadline<S>
+where
+    S: Service<Request<R>, Response = Response<B>, Error = Status> + Clone,
+{
+    type Response = Response<B>;
+    type Error = Status;
+    type Future = ResponseFuture<Oneshot<S, Request<R>>>;
+
+    /// Always: to wait for what is inside is part of the call, and of its time.
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        let deadline = Deadline::within(self.limit);
+        let call = self.inner.clone().oneshot(request).with_context(deadline.context());
+        ResponseFuture { call: timeout_at(deadline.0, call) }
+    }
+}
+
+pin_project! {
+    /// An outcome in time.
+    pub struct ResponseFuture<F> {
+        #[pin]
+        call: Timeout<WithContext<F>>,
+    }
+}
+
+impl<F, B> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<B>, Status>>,
+{
+    type Output = Result<Response<B>, Status>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
+        let in_time = ready!(self.project().call.poll(cx));
+        Poll::Ready(in_time.unwrap_or_else(|_| Err(Status::deadline_exceeded("the deadline has passed"))))
+    }
+}

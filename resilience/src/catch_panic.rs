@@ -1,0 +1,91 @@
+//! A handler that panics: the caller gets an answer, the connection and the process live on.
+//!
+//! It is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http has
+//! such a layer, too; that one puts every body into a box and logs the panic's message, whatever is in it.
+
+use crate::Rejection;
+use futures_util::{FutureExt, future::CatchUnwind};
+use http::{Request, Response};
+use pin_project_lite::pin_project;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    task::{self, Poll, ready},
+};
+use tower::{Layer, Service};
+
+/// Answers in place of a handler that panics. A body that panics while it is sent still breaks off.
+#[derive(Clone)]
+pub struct CatchPanicLayer<A> {
+    answer: A,
+}
+
+impl<A> CatchPanicLayer<A> {
+    /// With this answer.
+    pub fn new(answer: A) -> Self {
+        Self { answer }
+    }
+}
+
+impl<S, A: Clone> Layer<S> for CatchPanicLayer<A> {
+    type Service = CatchPanic<S, A>;
+
+    fn layer(&self, inner: S) -> CatchPanic<S, A> {
+        CatchPanic { inner, answer: self.answer.clone() }
+    }
+}
+
+/// A service in the [`CatchPanicLayer`].
+#[derive(Clone)]
+pub struct CatchPanic<S, A> {
+    inner: S,
+    answer: A,
+}
+
+impl<S, A, R, B> Service<Request<R>> for CatchPanic<S, A>
+where
+    S: Service<Request<R>, Response = Response<B>>,
+    A: Fn(Rejection) -> Response<B> + Clone,
+{
+    type Response = Response<B>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, A>;
+
+    fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        // What a panic leaves behind is this one request's, and is dropped with it.
+        let called = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
+        let future = called.ok().map(|future| AssertUnwindSafe(future).catch_unwind());
+        ResponseFuture { future, answer: self.answer.clone() }
+    }
+}
+
+pin_project! {
+    /// An answer to come, whatever happens.
+    pub struct ResponseFuture<F, A> {
+        // None if not even the future could be had.
+        #[pin]
+        future: Option<CatchUnwind<AssertUnwindSafe<F>>>,
+        answer: A,
+    }
+}
+
+impl<F, A, B, E> Future for ResponseFuture<F, A>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    A: Fn(Rejection) -> Response<B>,
+{
+    type Output = Result<Response<B>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let caught = match this.future.as_pin_mut() {
+            Some(future) => ready!(future.poll(cx)).ok(),
+            None => None,
+        };
+        Poll::Ready(caught.unwrap_or_else(|| Ok(Rejection::Panic.answer(this.answer))))
+    }
+}

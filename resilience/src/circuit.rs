@@ -1,0 +1,294 @@
+//! A circuit: whether what it leads to is worth calling. It knows no protocol; [`crate::CircuitBreaker`]
+//! tells it what became of calls.
+
+use crate::Deadline;
+use std::{
+    error::Error,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use telemetry::ErrorType;
+use tokio::time::Instant;
+
+/// Closed, calls pass. It opens when the outcomes of at least 20 calls of the last 10 s are known and half of
+/// them are failures; then none passes for a pause. After that one may pass: its outcome closes the circuit
+/// again, or opens it for another pause.
+#[derive(Debug)]
+pub struct Circuit {
+    name: &'static str,
+    pause: Duration,
+    state: Mutex<State>,
+}
+
+/// How far back calls count.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Fewer say nothing: of two calls one may fail.
+const MIN_CALLS: u32 = 20;
+
+#[derive(Debug)]
+enum State {
+    Closed(Window),
+    Open { until: Instant },
+    HalfOpen,
+}
+
+/// There is no point in calling now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the circuit is open")]
+pub struct CircuitOpen {
+    /// For so long.
+    pub retry_after: Duration,
+    #[source]
+    error_type: ErrorType,
+}
+
+impl CircuitOpen {
+    fn new(retry_after: Duration) -> Self {
+        Self { retry_after, error_type: ErrorType("circuit_open") }
+    }
+
+    /// Whether this is why a call failed.
+    pub fn of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        let mut source = Some(error);
+        while let Some(error) = source {
+            if let Some(open) = error.downcast_ref::<Self>() {
+                return Some(open);
+            }
+            source = error.source();
+        }
+        None
+    }
+}
+
+impl Circuit {
+    /// A closed circuit. `name` is what it leads to, for the log; once open, it stays so for `pause`.
+    pub fn new(name: &'static str, pause: Duration) -> Self {
+        Self { name, pause, state: Mutex::new(State::Closed(Window::new(Instant::now()))) }
+    }
+
+    /// Asks for leave to call.
+    ///
+    /// # Errors
+    /// If the circuit is open.
+    pub fn enter(self: &Arc<Self>) -> Result<Permission, CircuitOpen> {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let is_probe = match *state {
+            State::Closed(_) => false,
+            State::Open { until } if until <= now => {
+                *state = State::HalfOpen;
+                true
+            }
+            State::Open { until } => return Err(CircuitOpen::new(until - now)),
+            // The probe is under way.
+            State::HalfOpen => return Err(CircuitOpen::new(self.pause)),
+        };
+        Ok(Permission {
+            circuit: self.clone(),
+            is_probe,
+            deadline: Deadline::current(),
+            outcome: Outcome::Unknown,
+        })
+    }
+
+    fn record(&self, outcome: Outcome, is_probe: bool) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        match &mut *state {
+            State::Closed(window) => {
+                let failed = match outcome {
+                    Outcome::Success => false,
+                    Outcome::Failure => true,
+                    Outcome::Unknown => return,
+                };
+                let Counts { calls, failures } = window.add(now, failed);
+                if calls >= MIN_CALLS && failures * 2 >= calls {
+                    *state = State::Open { until: now + self.pause };
+                    tracing::warn!(to = self.name, calls, failures, "circuit opened");
+                }
+            }
+            State::HalfOpen if is_probe => match outcome {
+                Outcome::Success => {
+                    *state = State::Closed(Window::new(now));
+                    tracing::info!(to = self.name, "circuit closed");
+                }
+                // Not another line for each pause of an outage.
+                Outcome::Failure => *state = State::Open { until: now + self.pause },
+                // The next call is the probe.
+                Outcome::Unknown => *state = State::Open { until: now },
+            },
+            // A call from before it opened.
+            State::Open { .. } | State::HalfOpen => {}
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Leave to make one call. Dropped without a word, the call was given up: a failure if its deadline had
+/// passed, else nothing that says anything of the other side.
+#[must_use = "the circuit counts what becomes of the call"]
+#[derive(Debug)]
+pub struct Permission {
+    circuit: Arc<Circuit>,
+    is_probe: bool,
+    deadline: Option<Deadline>,
+    outcome: Outcome,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    Success,
+    Failure,
+    Unknown,
+}
+
+impl Permission {
+    /// The other side is well.
+    pub fn succeeded(mut self) {
+        self.outcome = Outcome::Success;
+    }
+
+    /// It is not.
+    pub fn failed(mut self) {
+        self.outcome = Outcome::Failure;
+    }
+}
+
+impl Drop for Permission {
+    fn drop(&mut self) {
+        let is_late = self.deadline.is_some_and(|deadline| deadline.remaining().is_zero());
+        let outcome = match self.outcome {
+            Outcome::Unknown if is_late => Outcome::Failure,
+            outcome => outcome,
+        };
+        self.circuit.record(outcome, self.is_probe);
+    }
+}
+
+/// Calls and failures of the last [`WINDOW`], a tenth of it at a time.
+#[derive(Debug)]
+struct Window {
+    tenths: [Counts; 10],
+    /// Of `tenths`, the one for now, and when it began.
+    now: usize,
+    began: Instant,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Counts {
+    calls: u32,
+    failures: u32,
+}
+
+impl Window {
+    fn new(now: Instant) -> Self {
+        Self { tenths: Default::default(), now: 0, began: now }
+    }
+
+    /// Counts a call; returns the sums.
+    fn add(&mut self, now: Instant, failed: bool) -> Counts {
+        let tenth = WINDOW / 10;
+        if now.duration_since(self.began) >= WINDOW {
+            *self = Self::new(now);
+        }
+        while now.duration_since(self.began) >= tenth {
+            self.began += tenth;
+            self.now = (self.now + 1) % self.tenths.len();
+            self.tenths[self.now] = Counts::default();
+        }
+        let counts = &mut self.tenths[self.now];
+        counts.calls += 1;
+        counts.failures += u32::from(failed);
+        self.tenths.iter().fold(Counts::default(), |sum, counts| Counts {
+            calls: sum.calls + counts.calls,
+            failures: sum.failures + counts.failures,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::advance;
+
+    const PAUSE: Duration = Duration::from_secs(1);
+
+    fn opened() -> Arc<Circuit> {
+        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        for _ in 0..MIN_CALLS {
+            circuit.enter().unwrap().failed();
+        }
+        circuit
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_opens_when_half_of_enough_calls_fail() {
+        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        for call in 1..MIN_CALLS {
+            let permission = circuit.enter().unwrap();
+            if call % 2 == 0 { permission.failed() } else { permission.succeeded() }
+        }
+        circuit.enter().unwrap().failed();
+        assert_eq!(circuit.enter().unwrap_err(), CircuitOpen::new(PAUSE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn fewer_failures_and_old_ones_leave_it_closed() {
+        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        for call in 0..1000 {
+            let permission = circuit.enter().unwrap();
+            if call % 3 == 0 { permission.failed() } else { permission.succeeded() }
+        }
+        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        for _ in 0..1000 {
+            circuit.enter().unwrap().failed();
+            advance(WINDOW / 10).await;
+        }
+        assert!(circuit.enter().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_probe_passes_after_the_pause_and_decides() {
+        let circuit = opened();
+        advance(PAUSE - Duration::from_millis(1)).await;
+        assert!(circuit.enter().is_err());
+        advance(Duration::from_millis(1)).await;
+        let probe = circuit.enter().unwrap();
+        assert!(circuit.enter().is_err(), "one at a time");
+        probe.failed();
+        assert!(circuit.enter().is_err(), "another pause");
+
+        advance(PAUSE).await;
+        circuit.enter().unwrap().succeeded();
+        // Closed, and what was before is forgotten.
+        circuit.enter().unwrap().failed();
+        assert!(circuit.enter().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_is_given_up_makes_room_for_the_next() {
+        let circuit = opened();
+        advance(PAUSE).await;
+        drop(circuit.enter().unwrap());
+        circuit.enter().unwrap().succeeded();
+        assert!(circuit.enter().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_is_dropped_at_its_deadline_has_failed() {
+        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let _attached = Deadline::within(Duration::from_secs(1)).context().attach();
+        for _ in 0..MIN_CALLS {
+            drop(circuit.enter().unwrap());
+        }
+        assert!(circuit.enter().is_ok(), "given up before the deadline");
+        let late: Vec<_> = (0..MIN_CALLS).map(|_| circuit.enter().unwrap()).collect();
+        advance(Duration::from_secs(1)).await;
+        drop(late);
+        assert!(circuit.enter().is_err());
+    }
+}

@@ -1,0 +1,138 @@
+//! A circuit around a gRPC client: which statuses are failures, and what a call gets that may not pass.
+
+use crate::{Circuit, CircuitOpen, circuit::Permission};
+use http::{Request, Response};
+use opentelemetry::{KeyValue, trace::get_active_span};
+use pin_project_lite::pin_project;
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{self, Poll, ready},
+};
+use tonic::{Code, Status};
+use tower::{Layer, Service, ServiceExt, util::Oneshot};
+
+/// Lets calls pass while the circuit is closed. While it is open, their outcome is UNAVAILABLE at once, with
+/// [`CircuitOpen`] as source.
+#[derive(Clone)]
+pub struct CircuitBreakerLayer {
+    circuit: Arc<Circuit>,
+}
+
+impl CircuitBreakerLayer {
+    /// One circuit for all clients made by this layer.
+    pub fn new(circuit: Circuit) -> Self {
+        Self { circuit: Arc::new(circuit) }
+    }
+}
+
+impl<S> Layer<S> for CircuitBreakerLayer {
+    type Service = CircuitBreaker<S>;
+
+    fn layer(&self, inner: S) -> CircuitBreaker<S> {
+        CircuitBreaker { inner, circuit: self.circuit.clone() }
+    }
+}
+
+/// A client in the [`CircuitBreakerLayer`].
+#[derive(Clone)]
+pub struct CircuitBreaker<S> {
+    inner: S,
+    circuit: Arc<Circuit>,
+}
+
+impl<S, R, B> Service<Request<R>> for CircuitBreaker<S>
+where
+    S: Service<Request<R>, Response = Response<B>, Error = Status> + Clone,
+{
+    type Response = Response<B>;
+    type Error = Status;
+    type Future = ResponseFuture<Oneshot<S, Request<R>>>;
+
+    /// Always: while the circuit is open, nobody waits for a connection.
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        match self.circuit.enter() {
+            Ok(permission) => ResponseFuture::Calling {
+                call: self.inner.clone().oneshot(request),
+                permission: Some(permission),
+            },
+            Err(open) => ResponseFuture::Refused { open },
+        }
+    }
+}
+
+pin_project! {
+    /// An outcome, or the refusal.
+    #[project = ResponseProjection]
+    pub enum ResponseFuture<F> {
+        /// On its way.
+        Calling {
+            #[pin]
+            call: F,
+            // Until the outcome is known.
+            permission: Option<Permission>,
+        },
+        /// The circuit is open.
+        Refused { open: CircuitOpen },
+    }
+}
+
+impl<F, B> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<B>, Status>>,
+{
+    type Output = Result<Response<B>, Status>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
+        match self.project() {
+            ResponseProjection::Calling { call, permission } => {
+                let outcome = ready!(call.poll(cx));
+                if let Some(permission) = permission.take() {
+                    match &outcome {
+                        Err(status) if is_failure(status.code()) => permission.failed(),
+                        Ok(_) | Err(_) => permission.succeeded(),
+                    }
+                }
+                Poll::Ready(outcome)
+            }
+            ResponseProjection::Refused { open } => Poll::Ready(Err(refusal(*open))),
+        }
+    }
+}
+
+fn refusal(open: CircuitOpen) -> Status {
+    let retry_after = i64::try_from(open.retry_after.as_millis()).unwrap_or(i64::MAX);
+    get_active_span(|span| {
+        span.add_event("circuit_open", vec![KeyValue::new("retry_after_ms", retry_after)]);
+    });
+    let mut status = Status::unavailable(open.to_string());
+    status.set_source(Arc::new(open));
+    status
+}
+
+/// Whether a status says that the server is not well. The others say that it is: it has judged the request.
+fn is_failure(code: Code) -> bool {
+    match code {
+        Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::ResourceExhausted
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss => true,
+        Code::Ok
+        | Code::Cancelled
+        | Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::FailedPrecondition
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::Unauthenticated => false,
+    }
+}

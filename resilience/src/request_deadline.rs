@@ -1,0 +1,100 @@
+//! A server's deadline: by then there is an answer, from the handler or from here.
+
+use crate::{Deadline, Rejection};
+use http::{Request, Response};
+use opentelemetry::context::{FutureExt, WithContext};
+use pin_project_lite::pin_project;
+use std::{
+    pin::Pin,
+    task::{self, Poll, ready},
+    time::Duration,
+};
+use tokio::time::{Timeout, timeout_at};
+use tower::{Layer, Service};
+
+/// Gives a handler so much time, or what the caller gives it by `grpc-timeout` if that is less. The handler
+/// finds it as [`Deadline::current`], and so do the layers of the clients that it uses. After that it is
+/// dropped, which ends its spans, and the caller is told.
+#[derive(Clone)]
+pub struct DeadlineLayer<A> {
+    limit: Duration,
+    answer: A,
+}
+
+impl<A> DeadlineLayer<A> {
+    /// At most `limit` from the end of a request's headers to those of its answer.
+    pub fn new(limit: Duration, answer: A) -> Self {
+        Self { limit, answer }
+    }
+}
+
+impl<S, A: Clone> Layer<S> for DeadlineLayer<A> {
+    type Service = RequestDeadline<S, A>;
+
+    fn layer(&self, inner: S) -> RequestDeadline<S, A> {
+        RequestDeadline { inner, limit: self.limit, answer: self.answer.clone() }
+    }
+}
+
+/// A service in the [`DeadlineLayer`].
+#[derive(Clone)]
+pub struct RequestDeadline<S, A> {
+    inner: S,
+    limit: Duration,
+    answer: A,
+}
+
+/// tonic's own server drops a call when `grpc-timeout` has passed, and that as CANCELLED. It stands outside
+/// of all layers, so the answer of this one must be there before.
+const BEFORE_TONIC: Duration = Duration::from_millis(3);
+
+impl<S, A, R, B> Service<Request<R>> for RequestDeadline<S, A>
+where
+    S: Service<Request<R>, Response = Response<B>>,
+    A: Fn(Rejection) -> Response<B> + Clone,
+{
+    type Response = Response<B>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, A>;
+
+    fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        let asked = Deadline::read(request.headers()).map(|asked| asked.saturating_sub(BEFORE_TONIC));
+        let deadline = Deadline::within(asked.map_or(self.limit, |asked| asked.min(self.limit)));
+        let cx = deadline.context();
+        let future = {
+            let _attached = cx.clone().attach();
+            self.inner.call(request)
+        };
+        ResponseFuture {
+            future: timeout_at(deadline.0, future.with_context(cx)),
+            answer: self.answer.clone(),
+        }
+    }
+}
+
+pin_project! {
+    /// An answer in time.
+    pub struct ResponseFuture<F, A> {
+        #[pin]
+        future: Timeout<WithContext<F>>,
+        answer: A,
+    }
+}
+
+impl<F, A, B, E> Future for ResponseFuture<F, A>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    A: Fn(Rejection) -> Response<B>,
+{
+    type Output = Result<Response<B>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let in_time = ready!(this.future.poll(cx));
+        Poll::Ready(in_time.unwrap_or_else(|_| Ok(Rejection::DeadlineExceeded.answer(this.answer))))
+    }
+}

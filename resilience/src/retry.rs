@@ -1,0 +1,172 @@
+//! Retries of what is safe to repeat, within the deadline and within a budget.
+//!
+//! With tower's budget, but without its `Retry`: that wants a request which can be cloned before it is sent,
+//! and its backoff, cloned for each call, would repeat the same "random" pauses.
+
+use crate::{CircuitOpen, Deadline, unary::MAX_MESSAGE};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::{BodyExt, Limited};
+use opentelemetry::{KeyValue, trace::get_active_span};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{self, Poll},
+    time::Duration,
+};
+use telemetry::{grpc::code_name, semconv};
+use tokio::time::sleep;
+use tonic::{Code, Status};
+use tower::{
+    BoxError, Layer, Service, ServiceExt,
+    retry::budget::{Budget, TpsBudget},
+};
+
+/// Calls again what ended with UNAVAILABLE: the server did not serve it, or it is not known whether it did.
+/// So only methods are repeated that were said to be idempotent. The pauses between attempts grow, and no two
+/// callers have the same. The call has one span; an event `retry` in it tells of each attempt after the first.
+#[derive(Clone)]
+pub struct RetryLayer {
+    idempotent: &'static [&'static str],
+    attempts: u32,
+    budget: Arc<TpsBudget>,
+}
+
+/// The pause before the second attempt, on average; it doubles from one to the next.
+const FIRST_PAUSE: Duration = Duration::from_millis(25);
+
+impl RetryLayer {
+    /// Repeats these methods (`/package.Service/Method`), at most so many attempts in all.
+    pub fn new(idempotent: &'static [&'static str], attempts: u32) -> Self {
+        // One retry for five calls, and ten a second besides: an outage is not made worse by trying.
+        let budget = Arc::new(TpsBudget::new(Duration::from_secs(10), 10, 0.2));
+        Self { idempotent, attempts, budget }
+    }
+}
+
+impl<S> Layer<S> for RetryLayer {
+    type Service = Retry<S>;
+
+    fn layer(&self, inner: S) -> Retry<S> {
+        Retry { inner, layer: self.clone() }
+    }
+}
+
+/// A client in the [`RetryLayer`].
+#[derive(Clone)]
+pub struct Retry<S> {
+    inner: S,
+    layer: RetryLayer,
+}
+
+impl<S, B, R> Service<Request<B>> for Retry<S>
+where
+    S: Service<Request<Bytes>, Response = Response<R>, Error = Status> + Clone + Send + 'static,
+    S::Future: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<R>;
+    type Error = Status;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<R>, Status>> + Send>>;
+
+    /// Always: each attempt waits for a connection of its own.
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let Self { inner, layer } = self.clone();
+        Box::pin(async move {
+            let (head, message) = request.into_parts();
+            let message = Limited::new(message, MAX_MESSAGE).collect().await.map_err(Status::from_error)?;
+            let request = Request::from_parts(head, message.to_bytes());
+            if !layer.idempotent.contains(&request.uri().path()) {
+                return inner.oneshot(request).await;
+            }
+
+            let mut attempt = 1;
+            loop {
+                let failed = match inner.clone().oneshot(copy(&request)).await {
+                    Err(status) if status.code() == Code::Unavailable => status,
+                    outcome => {
+                        layer.budget.deposit();
+                        return outcome;
+                    }
+                };
+                let Some(pause) = layer.pause_after(attempt, &failed) else {
+                    return Err(failed);
+                };
+                attempt += 1;
+                get_active_span(|span| {
+                    let failure = KeyValue::new(semconv::RPC_STATUS_CODE, code_name(failed.code()));
+                    let pause =
+                        KeyValue::new("pause_ms", i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
+                    span.add_event(
+                        "retry",
+                        vec![KeyValue::new("attempt", i64::from(attempt)), failure, pause],
+                    );
+                });
+                sleep(pause).await;
+            }
+        })
+    }
+}
+
+impl RetryLayer {
+    /// How long to wait after the attempt that `failed`; `None` if that was the last one.
+    fn pause_after(&self, attempt: u32, failed: &Status) -> Option<Duration> {
+        if attempt >= self.attempts || CircuitOpen::of(failed).is_some() {
+            return None;
+        }
+        let pause = FIRST_PAUSE.mul_f64(2_f64.powi(attempt as i32 - 1) * (0.5 + fastrand::f64()));
+        if Deadline::current().is_some_and(|deadline| deadline.remaining() <= pause) {
+            return None;
+        }
+        self.budget.withdraw().then_some(pause)
+    }
+}
+
+/// Extensions stay behind: they are of this process.
+fn copy(request: &Request<Bytes>) -> Request<Bytes> {
+    let mut copy = Request::new(request.body().clone());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_is_not_multiplied_and_successes_earn_retries() {
+        let layer = RetryLayer::new(&[], 5);
+        let failed = Status::unavailable("");
+        let retries = || (0..1000).filter(|_| layer.pause_after(1, &failed).is_some()).count();
+        // Ten a second, for the ten seconds that the budget looks back.
+        assert_eq!(retries(), 100);
+        (0..50).for_each(|_| layer.budget.deposit());
+        assert_eq!(retries(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_grow_and_differ_and_fit_into_the_time_that_is_left() {
+        let layer = RetryLayer::new(&[], 5);
+        let failed = Status::unavailable("");
+        for (attempt, average) in [(1, 25), (2, 50), (3, 100), (4, 200)] {
+            let average = Duration::from_millis(average);
+            let pauses: Vec<_> = (0..10).filter_map(|_| layer.pause_after(attempt, &failed)).collect();
+            assert_eq!(pauses.len(), 10);
+            assert!(pauses.iter().all(|pause| (average / 2..average * 3 / 2).contains(pause)), "{pauses:?}");
+            assert!(pauses.iter().any(|pause| *pause != pauses[0]), "{pauses:?}");
+        }
+        assert_eq!(layer.pause_after(5, &failed), None, "the fifth was the last");
+
+        let _attached = Deadline::within(Duration::from_millis(12)).context().attach();
+        assert_eq!(layer.pause_after(1, &failed), None);
+    }
+}

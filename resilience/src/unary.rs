@@ -1,0 +1,95 @@
+//! What the layers of a gRPC client stand on: a call as one message there and one back.
+//!
+//! gRPC tells the outcome of a call in the trailers of the answer, after the message. A layer that wants to
+//! know whether a call failed would have to follow the body to its end; behind this one it is a [`Result`].
+
+use crate::Deadline;
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::Body;
+use http_body_util::{BodyExt, Collected, Full, Limited};
+use std::{
+    pin::Pin,
+    task::{self, Poll},
+};
+use telemetry::grpc::transport_status;
+use tonic::{Code, Status};
+use tower::{BoxError, Layer, Service};
+
+/// Collects the answer, which may have 4 MiB, and makes each outcome but OK an error; tells the server
+/// how much time is left. For unary calls only: a stream would come all at once, at its end.
+#[derive(Clone)]
+pub struct UnaryLayer;
+
+/// The longest message in bytes: tonic's own limit.
+pub(crate) const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+
+impl<S> Layer<S> for UnaryLayer {
+    type Service = Unary<S>;
+
+    fn layer(&self, inner: S) -> Unary<S> {
+        Unary { inner }
+    }
+}
+
+/// A channel in the [`UnaryLayer`].
+#[derive(Clone)]
+pub struct Unary<S> {
+    inner: S,
+}
+
+impl<S, B> Service<Request<Bytes>> for Unary<S>
+where
+    S: Service<Request<tonic::body::Body>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<Collected<Bytes>>;
+    type Error = Status;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
+        self.inner.poll_ready(cx).map_err(|error| transport_status(error.into()))
+    }
+
+    fn call(&mut self, request: Request<Bytes>) -> Self::Future {
+        let mut request = request.map(|message| tonic::body::Body::new(Full::new(message)));
+        if let Some(deadline) = Deadline::current() {
+            // Here, and not where it is set: a second attempt has less time.
+            deadline.write(request.headers_mut());
+        }
+        let response = self.inner.call(request);
+        Box::pin(async move {
+            let (head, body) = response.await.map_err(|error| transport_status(error.into()))?.into_parts();
+            // Without a message the status is in the headers.
+            outcome(&head.headers).unwrap_or(Ok(()))?;
+            let body = Limited::new(body, MAX_MESSAGE).collect().await.map_err(transport_status)?;
+            let outcome = body.trailers().and_then(outcome).or_else(|| outcome(&head.headers));
+            outcome.unwrap_or_else(|| Err(no_status(head.status)))?;
+            Ok(Response::from_parts(head, body))
+        })
+    }
+}
+
+/// The status in headers or trailers, if there is one.
+fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
+    let code = headers.get(Status::GRPC_STATUS)?;
+    if Code::from_bytes(code.as_bytes()) == Code::Ok {
+        return Some(Ok(()));
+    }
+    // tonic panics at details that are not base64. Nothing here reads them.
+    let mut headers = headers.clone();
+    headers.remove(Status::GRPC_STATUS_DETAILS);
+    Status::from_header_map(&headers).map(Err)
+}
+
+/// An answer that is none of gRPC's, or one that broke off (gRPC, "HTTP to gRPC Status Code Mapping").
+fn no_status(http: StatusCode) -> Status {
+    let code = match http.as_u16() {
+        429 | 502 | 503 | 504 => Code::Unavailable,
+        _ => Code::Unknown,
+    };
+    Status::new(code, format!("no gRPC status, HTTP {http}"))
+}

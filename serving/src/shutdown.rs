@@ -1,0 +1,186 @@
+//! From the signal to exit, by one deadline.
+//!
+//! The order is the same in every service:
+//!
+//! 1. The service says that it is not ready, and goes on serving, until whoever sends it requests has
+//!    noticed (`SHUTDOWN_DELAY`).
+//! 2. It takes nothing new, and finishes what is in hand: requests, calls, deliveries.
+//! 3. It closes what these needed: the publisher with its spool, the connection to the broker.
+//! 4. It sends the last spans.
+//!
+//! A step that is done early leaves its time to the next ones; a step that is not is cut off, so that the
+//! next ones have theirs. `SHUTDOWN_TIMEOUT` bounds all of it.
+
+use clap::Args;
+use std::{io, time::Duration};
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    time::{Instant, sleep_until},
+};
+
+/// How long a service takes to end.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Options {
+    /// From the signal to stop until exit, at most.
+    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
+    pub shutdown_timeout: Duration,
+
+    /// How long to go on serving after that signal, not ready, so that a balancer looks elsewhere first. A
+    /// part of the time-out.
+    #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = humantime::parse_duration)]
+    pub shutdown_delay: Duration,
+}
+
+impl Options {
+    /// Whether the one fits into the other.
+    ///
+    /// # Errors
+    /// If not; says what is expected.
+    pub fn check(&self) -> Result<(), String> {
+        if self.shutdown_delay.is_zero() || self.shutdown_delay < self.shutdown_timeout {
+            Ok(())
+        } else {
+            Err("SHUTDOWN_DELAY must be shorter than SHUTDOWN_TIMEOUT, of which it is a part".to_owned())
+        }
+    }
+}
+
+/// By when each step is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Schedule {
+    /// Until then new work is taken.
+    pub serve_until: Instant,
+    /// Requests, calls and deliveries that are not finished by then are cut off.
+    pub finish_by: Instant,
+    /// What they needed is closed by then.
+    pub close_by: Instant,
+    /// The spans are sent by then, or lost.
+    pub exit_by: Instant,
+}
+
+impl Schedule {
+    /// Of the time behind the delay, three fifths are for work in hand and a tenth for closing; the rest is
+    /// for spans, the last of which matter most.
+    fn new(signalled: Instant, options: Options) -> Self {
+        let serve_until = signalled + options.shutdown_delay;
+        let left = options.shutdown_timeout.saturating_sub(options.shutdown_delay);
+        Self {
+            serve_until,
+            finish_by: serve_until + left.mul_f64(0.6),
+            close_by: serve_until + left.mul_f64(0.7),
+            exit_by: serve_until + left,
+        }
+    }
+}
+
+/// Tells each part of a service when it is over.
+#[derive(Debug, Clone)]
+pub struct Shutdown {
+    options: Options,
+    signalled: watch::Receiver<Option<Instant>>,
+}
+
+impl Shutdown {
+    /// Begins with SIGTERM or SIGINT, which from now on don't end the process at once.
+    ///
+    /// # Errors
+    /// If the system has no such signals.
+    pub fn on_signal(options: Options) -> io::Result<Self> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let (sender, signalled) = watch::channel(None);
+        tokio::spawn(async move {
+            select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            sender.send_replace(Some(Instant::now()));
+            // The last to know of it is the end of the process.
+            sender.closed().await;
+        });
+        Ok(Self { options, signalled })
+    }
+
+    /// Whether the signal has come: the service is not ready any more.
+    pub fn has_begun(&self) -> bool {
+        self.signalled.borrow().is_some()
+    }
+
+    /// Waits for the signal.
+    pub async fn begun(&self) -> Schedule {
+        let mut signalled = self.signalled.clone();
+        match signalled.wait_for(Option::is_some).await {
+            Ok(signalled) => Schedule::new(signalled.unwrap_or_else(Instant::now), self.options),
+            // The task that waits for signals ends with the runtime only.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Waits until no new work may be taken: the signal and the delay.
+    pub async fn stopped(&self) -> Schedule {
+        let schedule = self.begun().await;
+        sleep_until(schedule.serve_until).await;
+        schedule
+    }
+
+    /// What is left of the time-out: for spans, when all else is closed. A service that ends for another
+    /// reason than a signal has all of it.
+    pub fn time_left(&self) -> Duration {
+        let signalled = self.signalled.borrow().unwrap_or_else(Instant::now);
+        Schedule::new(signalled, self.options).exit_by.saturating_duration_since(Instant::now())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(timeout: u64, delay: u64) -> Options {
+        Options { shutdown_timeout: Duration::from_secs(timeout), shutdown_delay: Duration::from_secs(delay) }
+    }
+
+    #[test]
+    fn steps_follow_each_other_and_end_at_one_deadline() {
+        let signalled = Instant::now();
+        for (timeout, delay) in [(8, 0), (30, 5), (1, 0), (0, 0)] {
+            let Schedule { serve_until, finish_by, close_by, exit_by } =
+                Schedule::new(signalled, options(timeout, delay));
+            assert_eq!(serve_until, signalled + Duration::from_secs(delay));
+            assert!(serve_until <= finish_by && finish_by <= close_by && close_by <= exit_by);
+            assert_eq!(exit_by, signalled + Duration::from_secs(timeout));
+        }
+    }
+
+    #[test]
+    fn every_step_has_time_of_its_own_even_if_those_before_it_took_all_of_theirs() {
+        let schedule = Schedule::new(Instant::now(), options(10, 5));
+        assert_eq!(schedule.finish_by - schedule.serve_until, Duration::from_secs(3));
+        assert_eq!(schedule.close_by - schedule.finish_by, Duration::from_millis(500));
+        assert_eq!(schedule.exit_by - schedule.close_by, Duration::from_millis(1500));
+    }
+
+    #[test]
+    fn a_delay_that_leaves_no_time_is_refused() {
+        assert!(options(8, 8).check().is_err());
+        assert!(options(8, 9).check().is_err());
+        assert!(options(8, 7).check().is_ok());
+        // At once, then.
+        assert!(options(0, 0).check().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_delay_is_between_the_signal_and_the_stop() {
+        let (sender, signalled) = watch::channel(None);
+        let shutdown = Shutdown { options: options(8, 5), signalled };
+        assert!(!shutdown.has_begun());
+        assert_eq!(shutdown.time_left(), Duration::from_secs(8));
+
+        let begun = Instant::now();
+        sender.send_replace(Some(begun));
+        assert!(shutdown.has_begun());
+        shutdown.begun().await;
+        assert_eq!(Instant::now(), begun);
+        shutdown.stopped().await;
+        assert_eq!(Instant::now(), begun + Duration::from_secs(5));
+        assert_eq!(shutdown.time_left(), Duration::from_secs(3));
+    }
+}

@@ -1,0 +1,127 @@
+//! Which connections wait for their client, so that one of them can go when a new one finds no room.
+//!
+//! The one that has waited longest goes. A client with something to ask gets in, however many there are
+//! that only hold on: they push each other out. A connection that has a request never goes.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::Notify;
+
+/// The connections that wait, in the order in which they began to.
+#[derive(Clone, Default)]
+pub struct Waiting(Arc<Mutex<Queue>>);
+
+#[derive(Default)]
+struct Queue {
+    next: u64,
+    waiting: BTreeMap<u64, Arc<Notify>>,
+}
+
+/// The place of one connection.
+pub struct Place {
+    queue: Waiting,
+    /// Its number in the queue; `None` while it has a request.
+    number: Mutex<Option<u64>>,
+    go: Arc<Notify>,
+}
+
+impl Waiting {
+    /// The place of a new connection, which waits for its first request.
+    pub fn enter(&self) -> Arc<Place> {
+        let place = Place { queue: self.clone(), number: Mutex::new(None), go: Arc::default() };
+        place.wait();
+        Arc::new(place)
+    }
+
+    /// Tells the connection that has waited longest to go, if one waits.
+    pub fn let_go(&self) {
+        if let Some((_, go)) = lock(&self.0).waiting.pop_first() {
+            go.notify_one();
+        }
+    }
+}
+
+impl Place {
+    /// A request has come: until the guard is dropped the connection does not wait.
+    pub fn has_request(self: &Arc<Self>) -> HasRequest {
+        self.leave();
+        HasRequest(self.clone())
+    }
+
+    /// Waits until this connection has to go.
+    pub async fn must_go(&self) {
+        self.go.notified().await;
+    }
+
+    fn wait(&self) {
+        let mut queue = lock(&self.queue.0);
+        let number = queue.next;
+        queue.next += 1;
+        queue.waiting.insert(number, self.go.clone());
+        *lock(&self.number) = Some(number);
+    }
+
+    fn leave(&self) {
+        if let Some(number) = lock(&self.number).take() {
+            lock(&self.queue.0).waiting.remove(&number);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// A request is being answered.
+pub struct HasRequest(Arc<Place>);
+
+impl Drop for HasRequest {
+    fn drop(&mut self) {
+        self.0.wait();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    fn went(place: &Place) -> bool {
+        place.must_go().now_or_never().is_some()
+    }
+
+    #[test]
+    fn the_one_that_has_waited_longest_goes() {
+        let waiting = Waiting::default();
+        let [first, second] = [waiting.enter(), waiting.enter()];
+        // It begins to wait anew.
+        drop(first.has_request());
+        waiting.let_go();
+        assert!(went(&second) && !went(&first));
+        waiting.let_go();
+        assert!(went(&first));
+    }
+
+    #[test]
+    fn one_that_has_a_request_or_is_closed_does_not_go() {
+        let waiting = Waiting::default();
+        let [busy, closed] = [waiting.enter(), waiting.enter()];
+        let request = busy.has_request();
+        drop(closed);
+        waiting.let_go();
+        assert!(!went(&busy));
+        drop(request);
+        waiting.let_go();
+        assert!(went(&busy));
+        drop(busy);
+        assert!(lock(&waiting.0).waiting.is_empty());
+    }
+}

@@ -1,0 +1,97 @@
+//! One variable, read as what it should be; an error names it.
+
+use super::ConfigError;
+use http::{Uri, uri::Scheme};
+use std::{ffi::OsString, str::FromStr, time::Duration};
+
+/// The variables, by name; tests bring their own.
+pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
+
+impl Environment<'_> {
+    /// The value; `None` if unset or empty, which the specification says is the same.
+    pub fn get(&self, variable: &str) -> Result<Option<String>, ConfigError> {
+        let Some(value) = (self.0)(variable) else {
+            return Ok(None);
+        };
+        let value = value.into_string().map_err(|_| ConfigError::new(variable, "is not UTF-8"))?;
+        Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
+    }
+
+    /// The first of `variables` that is set: the specific name before the general one.
+    pub fn first<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
+        for variable in variables {
+            if let Some(value) = self.get(variable)? {
+                return Ok(Some((variable, value)));
+            }
+        }
+        Ok(None)
+    }
+
+    pub fn parse<T: FromStr>(&self, variable: &str, expected: &str) -> Result<Option<T>, ConfigError> {
+        self.get(variable)?.map(|value| parse(variable, &value, expected)).transpose()
+    }
+
+    pub fn number<T: FromStr>(&self, variables: &[&str], default: T) -> Result<T, ConfigError> {
+        match self.first(variables)? {
+            Some((variable, value)) => parse(variable, &value, "a whole number"),
+            None => Ok(default),
+        }
+    }
+
+    /// Milliseconds; zero means no limit.
+    pub fn timeout(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
+        Ok(match self.number(variables, default)? {
+            0 => Duration::MAX,
+            milliseconds => Duration::from_millis(milliseconds),
+        })
+    }
+
+    pub fn boolean(&self, variable: &str) -> Result<bool, ConfigError> {
+        match self.get(variable)?.map(|value| value.to_ascii_lowercase()).as_deref() {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(other) => Err(unknown(variable, other, "true, false")),
+        }
+    }
+
+    /// Comma-separated names, each kept once.
+    pub fn list(&self, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
+        let list = self.get(variable)?.unwrap_or_else(|| default.to_owned());
+        let mut names: Vec<String> = Vec::new();
+        for name in list.split(',').map(str::trim) {
+            if !names.iter().any(|known| known == name) {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// An absolute URL. A missing scheme is an error, since libraries disagree on which one is meant.
+    pub fn endpoint<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, Uri)>, ConfigError> {
+        let Some((variable, value)) = self.first(variables)? else {
+            return Ok(None);
+        };
+        let malformed = |problem: &str| Err(ConfigError::new(variable, problem));
+        let Ok(endpoint) = value.parse::<Uri>() else {
+            return malformed("expected a URL like http://127.0.0.1:4317");
+        };
+        match (endpoint.scheme(), endpoint.authority()) {
+            (Some(_), Some(authority)) if authority.as_str().contains('@') => {
+                malformed("credentials belong into OTEL_EXPORTER_OTLP_HEADERS, not into the URL")
+            }
+            (Some(scheme), Some(_)) if *scheme == Scheme::HTTP => Ok(Some((variable, endpoint))),
+            (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => {
+                malformed("https is not supported: send to a collector nearby, and let it speak TLS")
+            }
+            _ => malformed("expected a URL with its scheme, like http://127.0.0.1:4317"),
+        }
+    }
+}
+
+pub(super) fn parse<T: FromStr>(variable: &str, value: &str, expected: &str) -> Result<T, ConfigError> {
+    value.parse().map_err(|_| ConfigError::new(variable, format!("expected {expected}, found {value:?}")))
+}
+
+pub(super) fn unknown(variable: &str, value: &str, known: &str) -> ConfigError {
+    ConfigError::new(variable, format!("unknown value {value:?}; known are {known}"))
+}
