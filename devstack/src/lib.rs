@@ -6,6 +6,7 @@
 //! - [`backend`]: a trace backend in memory, with Jaeger's query API
 //! - [`trace`]: spans as they were received, drawn as a tree
 //! - [`broker`]: an AMQP 0-9-1 broker
+//! - [`rabbitmq`]: a RabbitMQ node of this program's own
 //! - [`process`]: the services as real processes
 //! - [`proxy`]: a TCP proxy that fails as networks do
 //! - [`database`]: mq's database, looked into and spoiled
@@ -28,6 +29,7 @@ pub mod jaeger;
 mod orphans;
 pub mod process;
 pub mod proxy;
+pub mod rabbitmq;
 pub mod receiver;
 pub mod stack;
 pub mod trace;

@@ -225,7 +225,7 @@ impl TestBroker {
     /// If there is no broker at `AMQP_URL`.
     pub async fn connect() -> Result<Self> {
         match env::var("AMQP_URL") {
-            Ok(url) => Self::connect_to(url, None).await,
+            Ok(url) => Self::at(url).await,
             Err(_) => Self::embedded().await,
         }
     }
@@ -245,7 +245,15 @@ impl TestBroker {
     /// If there is none.
     pub async fn rabbitmq() -> Result<Self> {
         let url = env::var("AMQP_URL").unwrap_or_else(|_| proto::broker::DEFAULT_URL.to_owned());
-        Self::connect_to(url, None).await.context("start RabbitMQ here, or name one by AMQP_URL")
+        Self::at(url).await.context("start RabbitMQ here, or name one by AMQP_URL")
+    }
+
+    /// Connects to the one at `url`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub async fn at(url: String) -> Result<Self> {
+        Self::connect_to(url, None).await
     }
 
     async fn connect_to(url: String, embedded: Option<Broker>) -> Result<Self> {

@@ -11,7 +11,10 @@ use tokio::{
 };
 
 const BODY: &str = r#"{"mobile":"13800138000"}"#;
-const WARM_UP: u64 = 2;
+
+/// The beginning of a load, when connections open and what others have pushed out of the caches comes back:
+/// these logins count, but not how long they took.
+const LEAD_IN: Duration = Duration::from_millis(500);
 
 /// A load on the service.
 pub struct Load {
@@ -19,40 +22,29 @@ pub struct Load {
     pub rate: Option<u32>,
     /// Connections at the same time.
     pub connections: usize,
-    /// How long to measure.
+    /// How long.
     pub seconds: u64,
 }
 
 /// What was answered.
+#[derive(Default)]
 pub struct Report {
     /// Logins answered with 200.
     pub logins: u64,
     /// Logins answered otherwise.
     pub failed: u64,
     /// How long it took.
-    pub seconds: f64,
-    /// How long each took, by the second in which it was due.
-    pub latencies: Vec<Vec<Duration>>,
+    elapsed: Duration,
+    /// How long each took that was due after the lead-in; sorted.
+    latencies: Vec<Duration>,
 }
 
 impl Load {
-    /// The same load, unmeasured, for two seconds.
-    ///
-    /// # Errors
-    /// If a connection breaks.
-    pub async fn warm_up(&self, address: SocketAddr) -> Result<Report> {
-        self.drive(address, WARM_UP).await
-    }
-
-    /// The load, measured.
+    /// Puts the load on the service at `address`.
     ///
     /// # Errors
     /// If a connection breaks.
     pub async fn run(&self, address: SocketAddr) -> Result<Report> {
-        self.drive(address, self.seconds).await
-    }
-
-    async fn drive(&self, address: SocketAddr, seconds: u64) -> Result<Report> {
         let start = Instant::now() + Duration::from_millis(50);
         let mut connections = JoinSet::new();
         for i in 0..self.connections {
@@ -60,19 +52,31 @@ impl Load {
             let beat =
                 self.rate.map(|rate| Duration::from_secs_f64(self.connections as f64 / f64::from(rate)));
             let first = start + beat.unwrap_or_default().mul_f64(i as f64 / self.connections as f64);
-            connections.spawn(connection(address, beat, first, start, seconds));
+            connections.spawn(connection(address, beat, first, start, self.seconds));
         }
-        let mut report = Report::new(seconds);
+        let mut report = Report::default();
         while let Some(connection) = connections.join_next().await {
             let one = connection??;
             report.logins += one.logins;
             report.failed += one.failed;
-            for (all, one) in report.latencies.iter_mut().zip(&one.latencies) {
-                all.extend(one);
-            }
+            report.latencies.extend(one.latencies);
         }
-        report.seconds = start.elapsed().as_secs_f64();
+        report.elapsed = start.elapsed();
+        report.latencies.sort_unstable();
         Ok(report)
+    }
+}
+
+impl Report {
+    /// Logins a second.
+    pub fn throughput(&self) -> f64 {
+        self.logins as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// What this part of the logins did not take longer than.
+    pub fn latency(&self, quantile: f64) -> Duration {
+        let at = (self.latencies.len() as f64 * quantile) as usize;
+        self.latencies.get(at).copied().unwrap_or_default()
     }
 }
 
@@ -91,7 +95,7 @@ async fn connection(
          content-length: {}\r\n\r\n{BODY}",
         BODY.len()
     );
-    let mut report = Report::new(seconds);
+    let mut report = Report::default();
     let mut buffer = Vec::with_capacity(4096);
     let mut due = first;
     loop {
@@ -112,9 +116,9 @@ async fn connection(
         } else {
             report.failed += 1;
         }
-        let second = usize::try_from(start.saturating_duration_since(begin).as_secs())?;
-        let last = report.latencies.len() - 1;
-        report.latencies[second.min(last)].push(start.elapsed());
+        if start >= begin + LEAD_IN {
+            report.latencies.push(start.elapsed());
+        }
         due = beat.map_or(due, |beat| due + beat);
     }
 }
@@ -135,11 +139,5 @@ pub(crate) async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>
             ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
         }
         return Ok(status);
-    }
-}
-
-impl Report {
-    fn new(seconds: u64) -> Self {
-        Self { logins: 0, failed: 0, seconds: 0.0, latencies: (0..seconds).map(|_| Vec::new()).collect() }
     }
 }

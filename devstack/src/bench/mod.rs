@@ -1,26 +1,25 @@
 //! What tracing costs: the three services as processes, a real broker, a collector that only counts, and
 //! a load generator, all on this machine.
 //!
-//! Each round starts every variant afresh, one after the other, under the same load; the figures are
-//! medians over the rounds, and ratios are taken within a round, so that a machine that is slower for
-//! a while is slower for all. The last variant is the first one again: how far its ratios are from 1 is
-//! how much the others mean.
-//!
-//! p50 and p99 are medians over the seconds of a run: a machine that is stopped for a moment, as virtual
-//! ones are, spoils one second and not the run.
+//! Each round starts every variant afresh. Then they take turns of a few seconds under the same load, in an
+//! order that chance decides, while the others are idle; a lap is one turn of each. What two variants cost is
+//! compared within a lap, so a machine, and a disk most of all, that is slower for a while is slower for all;
+//! and there are enough laps to say how far a figure can be trusted. The last variant is the first one again:
+//! how far its ratios are from 1 is what the method cannot tell apart.
 
 pub mod backend;
 pub mod broker;
 pub(crate) mod load;
+mod running;
 mod sink;
 
-use crate::{process::Process, stack::TestBroker};
-use anyhow::{Context, Result, ensure};
+use crate::rabbitmq::Node;
+use anyhow::{Context, Result};
 use clap::Args;
 use load::{Load, Report};
-use sink::Sink;
-use std::{fs, net::TcpListener, time::Duration};
-use tokio::try_join;
+use running::{Costs, Place, Running};
+use std::{fmt, fs, path::Path, time::Duration};
+use tempfile::TempDir;
 
 /// How to measure.
 #[derive(Args)]
@@ -31,16 +30,26 @@ pub struct Options {
     /// Connections in the closed loop.
     #[arg(long, default_value_t = 32)]
     connections: usize,
-    /// Rounds; each runs every variant.
+    /// Rounds; each starts every variant afresh.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Seconds of measurement, after two of warm-up.
-    #[arg(long, default_value_t = 10)]
+    /// Laps in a round; in each, every variant has a turn.
+    #[arg(long, default_value_t = 8)]
+    laps: usize,
+    /// Seconds of a turn.
+    #[arg(long, default_value_t = 2)]
     seconds: u64,
+    /// Keep all that the broker and the services write in memory (/dev/shm), with a RabbitMQ of its own: how
+    /// long a disk takes to sync varies more than what is measured here.
+    #[arg(long)]
+    in_memory: bool,
     /// Only this part: paced or closed.
     #[arg(long)]
     only: Option<String>,
 }
+
+/// A file system that is no disk.
+const MEMORY: &str = "/dev/shm";
 
 /// A way to run the services, by the variables that make it.
 struct Variant {
@@ -66,19 +75,17 @@ const VARIANTS: [Variant; 5] = [
     Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
     // It takes connections and never answers: the worst that a collector can do.
     Variant { name: "silent sink", variables: &[], spans: 6, has_collector: false },
-    DISABLED,
+    Variant { name: "disabled again", ..DISABLED },
 ];
 
-/// What one run of one variant gave.
-#[derive(Clone)]
-struct Run {
-    throughput: f64,
-    p50: Duration,
-    p99: Duration,
-    cpu_per_login: Duration,
-    /// Megabytes, of the largest service.
-    resident: f64,
-    dropped: u64,
+/// One value for each variant.
+type ByVariant<T> = [T; VARIANTS.len()];
+
+/// What the rounds of one load gave.
+#[derive(Default)]
+struct Measured {
+    laps: Vec<ByVariant<Report>>,
+    rounds: Vec<ByVariant<Costs>>,
 }
 
 /// Measures, and prints tables.
@@ -86,93 +93,128 @@ struct Run {
 /// # Errors
 /// If something doesn't start, or a login fails.
 pub async fn run(options: Options) -> Result<()> {
+    let node = match options.in_memory {
+        true => Some(Node::start_in(Path::new(MEMORY)).await?),
+        false => None,
+    };
+    let place = match &node {
+        Some(node) => Place { directory: TempDir::new_in(MEMORY)?, amqp_url: Some(node.url()) },
+        None => Place { directory: TempDir::new()?, amqp_url: None },
+    };
     let paced = Load { rate: Some(options.rate), connections: 64, seconds: options.seconds };
     let closed = Load { rate: None, connections: options.connections, seconds: options.seconds };
     for (name, load) in [("paced", paced), ("closed", closed)] {
         if options.only.as_deref().is_some_and(|only| only != name) {
             continue;
         }
-        let mut rounds = Vec::new();
-        for round in 0..options.rounds {
-            let mut runs: [Option<Run>; VARIANTS.len()] = Default::default();
-            // Each round in another order, so that none is always first.
-            for i in 0..VARIANTS.len() {
-                let i = (i + round) % VARIANTS.len();
-                print(&format!(
-                    "\r{name}: round {} of {}, {:<20}",
-                    round + 1,
-                    options.rounds,
-                    VARIANTS[i].name
-                ));
-                runs[i] = Some(measure(&VARIANTS[i], &load).await?);
-            }
-            rounds.push(runs.map(|run| run.expect("every variant ran")));
+        let mut measured = Measured::default();
+        for round in 1..=options.rounds {
+            print(&format!("\r{name}: round {round} of {}", options.rounds));
+            round_of(&load, options.laps, &place, &mut measured).await?;
         }
-        print(&format!("\r{:60}\r", ""));
         let title = match load.rate {
             Some(rate) => format!("{rate} logins/s"),
             None => format!("closed loop, {} connections", load.connections),
         };
-        print_table(&title, &rounds);
+        let Options { rounds, laps, seconds, .. } = options;
+        print(&format!("\r{title}, medians of {rounds} rounds of {laps} laps, turns of {seconds} s\n"));
+        print_table(&measured);
     }
     Ok(())
 }
 
-async fn measure(variant: &Variant, load: &Load) -> Result<Run> {
-    let sink = Sink::start().await?;
-    let broker = TestBroker::rabbitmq().await?;
-    let black_hole = TcpListener::bind("127.0.0.1:0")?;
-    let collector = if variant.has_collector { sink.address } else { black_hole.local_addr()? };
-    let endpoint = format!("http://{collector}");
-    let mut variables = vec![
-        ("AMQP_URL", broker.url.as_str()),
-        ("AMQP_PREFIX", &broker.prefix),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
-        // A line for each login is no part of what is compared.
-        ("RUST_LOG", "info,api::login=warn,mq::processing=warn"),
-    ];
-    variables.extend(variant.variables);
-    let rpc = Process::start("rpc", &variables).await?;
-    let usercenter = format!("http://{}", rpc.address);
-    let for_api = [&variables[..], &[("USERCENTER_URL", &usercenter)]].concat();
-    let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &variables))?;
-    try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
-    let mut services = [api, rpc, mq];
-
-    let warm_up = load.warm_up(services[0].address).await?;
-    let before = cpu_time(services.iter().map(Process::id))?;
-    let Report { logins, failed, seconds, mut latencies } = load.run(services[0].address).await?;
-    let cpu = cpu_time(services.iter().map(Process::id))? - before;
-    ensure!(failed == 0, "{failed} logins failed:\n{}", services[0].output());
-    let resident = services.iter().map(|service| resident(service.id())).collect::<Result<Vec<_>>>()?;
-
-    let mut dropped = 0;
-    for service in &mut services {
-        service.stop().await?;
-        if variant.spans > 0 {
-            dropped += dropped_spans(&service.output()).with_context(|| service.output())?;
-        }
+async fn round_of(load: &Load, laps: usize, place: &Place, measured: &mut Measured) -> Result<()> {
+    let mut running = Vec::new();
+    for variant in &VARIANTS {
+        running.push(Running::start(variant, load, place).await?);
     }
-    let missing = ((warm_up.logins + logins) * variant.spans).saturating_sub(sink.spans());
-    ensure!(missing == dropped, "{missing} spans did not arrive, but {dropped} were reported as dropped");
-    Ok(Run {
-        throughput: logins as f64 / seconds,
-        p50: latency(&mut latencies, 0.50),
-        p99: latency(&mut latencies, 0.99),
-        cpu_per_login: cpu / u32::try_from(logins)?,
-        resident: resident.into_iter().fold(0.0, f64::max),
-        dropped,
-    })
+    for _ in 0..laps {
+        let mut order: Vec<usize> = (0..VARIANTS.len()).collect();
+        fastrand::shuffle(&mut order);
+        let mut lap = ByVariant::<Report>::default();
+        for i in order {
+            lap[i] = running[i].turn(load).await?;
+        }
+        measured.laps.push(lap);
+    }
+    let mut costs = ByVariant::<Costs>::default();
+    for (costs, running) in costs.iter_mut().zip(running) {
+        *costs = running.stop().await?;
+    }
+    measured.rounds.push(costs);
+    Ok(())
 }
 
-/// The median over the seconds of a run.
-fn latency(seconds: &mut [Vec<Duration>], quantile: f64) -> Duration {
-    let of_one = |second: &mut Vec<Duration>| {
-        second.sort();
-        let at = (second.len() as f64 * quantile) as usize;
-        second.get(at).copied().unwrap_or_default().as_secs_f64()
-    };
-    Duration::from_secs_f64(median(seconds.iter_mut().map(of_one)))
+/// The medians, then how they compare with the first variant's.
+fn print_table(Measured { laps, rounds }: &Measured) {
+    let over_laps = |i: usize, value: fn(&Report) -> f64| median(laps.iter().map(|lap| value(&lap[i])));
+    let over_rounds =
+        |i: usize, value: fn(&Costs) -> f64| median(rounds.iter().map(|round| value(&round[i])));
+
+    print(&format!(
+        "{:<16}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n",
+        "", "logins/s", "p50 ms", "p99 ms", "CPU us", "RSS MB", "dropped"
+    ));
+    for (i, variant) in VARIANTS.iter().enumerate() {
+        print(&format!(
+            "{:<16}{:>10.0}{:>10.2}{:>10.2}{:>10.0}{:>10.1}{:>10.0}\n",
+            variant.name,
+            over_laps(i, Report::throughput),
+            over_laps(i, |report| milliseconds(report.latency(0.50))),
+            over_laps(i, |report| milliseconds(report.latency(0.99))),
+            over_rounds(i, |costs| costs.cpu_per_login.as_secs_f64() * 1e6),
+            over_rounds(i, |costs| costs.resident),
+            over_rounds(i, |costs| costs.dropped as f64),
+        ));
+    }
+    print(&format!(
+        "\nas a multiple of {}\n{:<16}{:>22}{:>22}{:>22}{:>22}\n",
+        VARIANTS[0].name, "(of this, 95 % sure)", "logins/s", "p50", "p99", "CPU"
+    ));
+    for (i, variant) in VARIANTS.iter().enumerate().skip(1) {
+        let of_laps =
+            |value: fn(&Report) -> f64| Ratio::of(laps.iter().map(|lap| value(&lap[i]) / value(&lap[0])));
+        let cpu = rounds.iter().map(|round| round[i].cpu_per_login.div_duration_f64(round[0].cpu_per_login));
+        print(&format!(
+            "{:<16}{:>22}{:>22}{:>22}{:>22}\n",
+            variant.name,
+            of_laps(Report::throughput),
+            of_laps(|report| milliseconds(report.latency(0.50))),
+            of_laps(|report| milliseconds(report.latency(0.99))),
+            Ratio::of(cpu),
+        ));
+    }
+    print("\n");
+}
+
+/// A median, and between which bounds it would be, 95 times of 100, if all were measured again.
+struct Ratio {
+    median: f64,
+    low: f64,
+    high: f64,
+}
+
+impl Ratio {
+    /// The bounds are order statistics, so nothing is assumed of how the values are spread.
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let count = values.len() as f64;
+        let low = ((count - 1.96 * count.sqrt()) / 2.0).max(0.0) as usize;
+        let (low, high) = (values[low], values[values.len() - 1 - low]);
+        Self { median: median(values.into_iter()), low, high }
+    }
+}
+
+impl fmt::Display for Ratio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { median, low, high } = self;
+        f.pad(&format!("{median:.3} ({low:.3}-{high:.3})"))
+    }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }
 
 /// User and system time of these processes so far, from `/proc/{pid}/stat`.
@@ -195,47 +237,6 @@ fn resident(process: u32) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
     Ok(line.split_whitespace().nth(1).context("kB")?.parse::<f64>()? / 1024.0)
-}
-
-fn dropped_spans(output: &str) -> Option<u64> {
-    let line = output.lines().rfind(|line| line.contains("dropped="))?;
-    line.split_once("dropped=")?.1.split(' ').next()?.parse().ok()
-}
-
-fn print_table(title: &str, rounds: &[[Run; VARIANTS.len()]]) {
-    print(&format!(
-        "{title}, medians of {} rounds\n{:<14}{:>10}{:>10}{:>10}{:>12}{:>10}{:>9}   ratios to the first: {:>6}{:>8}{:>8}\n",
-        rounds.len(),
-        "",
-        "logins/s",
-        "p50 ms",
-        "p99 ms",
-        "CPU us",
-        "RSS MB",
-        "dropped",
-        "rate",
-        "p99",
-        "CPU"
-    ));
-    for (i, variant) in VARIANTS.iter().enumerate() {
-        let of = |value: fn(&Run) -> f64| median(rounds.iter().map(|runs| value(&runs[i])));
-        let ratio =
-            |value: fn(&Run) -> f64| median(rounds.iter().map(|runs| value(&runs[i]) / value(&runs[0])));
-        print(&format!(
-            "{:<14}{:>10.0}{:>10.2}{:>10.2}{:>12.0}{:>10.1}{:>9.0}   {:>27.3}{:>8.3}{:>8.3}\n",
-            variant.name,
-            of(|run| run.throughput),
-            of(|run| run.p50.as_secs_f64() * 1e3),
-            of(|run| run.p99.as_secs_f64() * 1e3),
-            of(|run| run.cpu_per_login.as_secs_f64() * 1e6),
-            of(|run| run.resident),
-            of(|run| run.dropped as f64),
-            ratio(|run| run.throughput),
-            ratio(|run| run.p99.as_secs_f64()),
-            ratio(|run| run.cpu_per_login.as_secs_f64()),
-        ));
-    }
-    print("\n");
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {

@@ -1,11 +1,13 @@
 //! The broker of a run: one that can be taken down, brought back and blocked.
 
-use super::rabbitmq::{self, Node};
-use crate::broker::Broker as Embedded;
+use crate::{
+    broker::Broker as Embedded,
+    rabbitmq::{self, Node},
+};
 use anyhow::Result;
 use clap::ValueEnum;
 use lapin::{Channel, Connection};
-use std::net::SocketAddr;
+use std::{env, net::SocketAddr};
 
 /// Which broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -39,7 +41,7 @@ impl Broker {
     pub async fn start(kind: Kind) -> Result<Self> {
         Ok(match kind {
             Kind::Embedded => Self::Embedded(Embedded::start().await?),
-            Kind::Rabbitmq => Self::Rabbitmq(Node::start().await?),
+            Kind::Rabbitmq => Self::Rabbitmq(Node::start_in(&env::temp_dir()).await?),
         })
     }
 

@@ -15,7 +15,6 @@ mod inject;
 mod ledger;
 mod load;
 mod poison;
-mod rabbitmq;
 mod report;
 mod spans;
 mod system;

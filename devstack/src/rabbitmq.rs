@@ -7,7 +7,7 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::process::CommandExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -37,20 +37,25 @@ pub fn is_installed() -> bool {
 }
 
 impl Node {
-    /// Starts a node with nothing in it.
+    /// Starts a node with nothing in it, in a new directory in `parent`.
     ///
     /// # Errors
     /// If it doesn't come up; with what it said.
-    pub async fn start() -> Result<Self> {
-        let directory = TempDir::new()?;
+    pub async fn start_in(parent: &Path) -> Result<Self> {
+        let directory = TempDir::new_in(parent)?;
         fs::write(directory.path().join("rabbitmq.conf"), "log.console = false\n")?;
         fs::write(directory.path().join("enabled_plugins"), "[].\n")?;
         fs::write(directory.path().join("rabbitmq-env.conf"), "")?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
-        let name = format!("chaos-{}@localhost", address.port());
+        let name = format!("throughline-{}@localhost", address.port());
         let mut node = Self { address, name, directory, distribution_port: free_port()?, process: None };
         node.up().await?;
         Ok(node)
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("amqp://guest:guest@{}/%2f", self.address)
     }
 
     /// Starts it again, with what it had on its disk.
