@@ -1,8 +1,8 @@
 //! What a client may rely on, of RabbitMQ and of the embedded broker alike: the same checks run on either.
 //!
 //! With `AMQP_URL` set they run on the broker there, else each on an embedded one of its own. They hold for
-//! RabbitMQ 3.10 and are written so that they hold for 4.x, too: there, queues that are neither durable nor
-//! exclusive are refused (4.3), so none is made here.
+//! RabbitMQ 3.10 and 4.0, and where these differ a check allows both. Queues that are neither durable nor
+//! exclusive are refused by 4.3, so none is made here.
 //!
 //! - [`client`]: a connection with what the checks do most
 //! - [`raw`]: frames by hand, for what no client library would send

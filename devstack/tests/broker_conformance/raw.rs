@@ -96,6 +96,16 @@ impl Raw {
         self.next_within(PATIENCE).await
     }
 
+    /// All that the broker says before it closes the socket.
+    pub async fn until_the_end(mut self) -> Result<Vec<u8>> {
+        let end = async {
+            // A reset is an end as well.
+            while self.stream.read_buf(&mut self.input).await.unwrap_or(0) > 0 {}
+        };
+        timeout(PATIENCE, end).await.context("the socket stays open")?;
+        Ok(self.input)
+    }
+
     pub async fn next_within(&mut self, limit: Duration) -> Result<Option<AMQPFrame>> {
         loop {
             if let Ok((rest, frame)) = parse_frame(&self.input[..]) {
