@@ -3,9 +3,9 @@
 use crate::publisher::Limits;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use lapin::uri::AMQPUri;
-use serving::shutdown;
+use serving::{arguments, shutdown};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
-use tonic::transport::Uri;
+use tonic::{codegen::http::uri::Authority, transport::Uri};
 
 /// The HTTP service: logs users in.
 // Without Debug: two of the values are secrets.
@@ -53,7 +53,7 @@ pub struct Config {
     pub amqp_prefix: String,
 
     /// How long the broker may take to confirm a message, before it goes to the spool.
-    #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
     pub publish_timeout: Duration,
 
     /// The directory of the spool: logins on disk that the broker has not confirmed. No other process may
@@ -74,7 +74,7 @@ pub struct Config {
     access_secret: Option<String>,
 
     /// How long an access token is valid.
-    #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = positive_duration)]
     pub access_expire: Duration,
 
     /// How many connections from callers there may be at once. Beyond that, the one that has waited longest
@@ -97,7 +97,7 @@ pub enum Command {
 impl Config {
     /// Reads flags and environment; exits with 2 if something in them can't be honoured.
     pub fn load() -> Self {
-        let config = Self::parse();
+        let config: Self = arguments::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
         let checked =
             config.amqp_uri().map(drop).and(config.access_secret().map(drop)).and(config.shutdown.check());
@@ -151,7 +151,12 @@ fn positive_duration(text: &str) -> Result<Duration, String> {
 
 fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     match url.parse::<Uri>() {
-        Ok(uri) if uri.scheme_str() == Some("http") && uri.host().is_some() => Ok(uri),
+        // A port that is none is no error to the parser; it would be 80.
+        Ok(uri) if uri.scheme_str() == Some("http") && uri.authority().is_some_and(has_good_port) => Ok(uri),
         _ => Err("expected http://host:port"),
     }
+}
+
+fn has_good_port(authority: &Authority) -> bool {
+    authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
 }

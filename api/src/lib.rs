@@ -29,10 +29,17 @@ use proto::{topology::Topology, usercenter::v1::usercenter_client::UsercenterCli
 use publisher::{Publisher, Spool};
 use router::App;
 use serving::{listener::reserve_files, shutdown::Shutdown};
-use std::sync::{Arc, LazyLock};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 use token::TokenIssuer;
 use tokio::net::TcpListener;
 use tonic::transport::Endpoint;
+
+/// How long a connection to usercenter may be silent while an answer is waited for, before it is asked for a sign
+/// of life, and how long that may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// Makes the hand-written spans of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
@@ -46,6 +53,9 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let channel = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
         .tcp_nodelay(true)
+        // A peer that is gone without a word: calls would wait for it, one after the other, until TCP gives up.
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
         .connect_lazy();
     let limits = usercenter::Limits {
         timeout: config.usercenter_timeout,
@@ -67,7 +77,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         tokens: TokenIssuer::new(secret, config.access_expire),
         publisher,
         shutdown: shutdown.clone(),
-        usercenter_health: tonic_health::pb::health_client::HealthClient::new(channel),
+        usercenter_health: usercenter::health(channel),
     });
 
     let limits = router::Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };

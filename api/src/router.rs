@@ -6,7 +6,7 @@ use crate::{
     problem::Problem,
     publisher::Publisher,
     token::TokenIssuer,
-    usercenter::Usercenter,
+    usercenter::{Health, Usercenter},
 };
 use axum::{
     Router,
@@ -17,16 +17,14 @@ use resilience::{CatchPanicLayer, DeadlineLayer, ShedLayer};
 use serving::shutdown::Shutdown;
 use std::{sync::Arc, time::Duration};
 use telemetry::http::HttpServerLayer;
-use tonic::transport::Channel;
-use tonic_health::pb::health_client::HealthClient;
 use tower::ServiceBuilder;
 
 /// What the handlers use.
 pub struct App {
     /// In its layers.
     pub usercenter: Usercenter,
-    /// The same connection, without them.
-    pub usercenter_health: HealthClient<Channel>,
+    /// On the same connection.
+    pub usercenter_health: Health,
     /// Whether this instance is on its way out.
     pub shutdown: Shutdown,
     /// Access tokens.

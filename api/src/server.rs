@@ -79,10 +79,12 @@ pub async fn serve(
         let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
         tasks.spawn(async move {
             select! {
+                // First: it must not begin with a request that it then drops.
+                biased;
+                () = place.must_go() => tracing::debug!("a connection made room for another one"),
                 served = connection => if let Err(error) = served {
                     tracing::debug!(%error, "connection failed");
                 },
-                () = place.must_go() => tracing::debug!("a connection made room for another one"),
             }
         });
     };

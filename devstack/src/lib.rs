@@ -5,7 +5,7 @@
 //! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
 //! - [`backend`]: a trace backend in memory, with Jaeger's query API
 //! - [`trace`]: spans as they were received, drawn as a tree
-//! - [`broker`]: an AMQP 0-9-1 broker
+//! - [`broker`]: an AMQP 0-9-1 broker, and [`raw`]: its frames by hand
 //! - [`rabbitmq`]: a RabbitMQ node of this program's own
 //! - [`process`]: the services as real processes
 //! - [`proxy`]: a TCP proxy that fails as networks do
@@ -30,6 +30,7 @@ mod orphans;
 pub mod process;
 pub mod proxy;
 pub mod rabbitmq;
+pub mod raw;
 pub mod receiver;
 pub mod stack;
 pub mod trace;

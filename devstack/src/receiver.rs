@@ -50,13 +50,15 @@ struct Received {
     refusals: Vec<Refusal>,
 }
 
-/// An answer that is not a success.
+/// An answer that is not a success, or not wholly.
 #[derive(Debug, Clone, Copy)]
 pub enum Refusal {
     /// UNAVAILABLE, or 503: come back later.
     Unavailable,
     /// INVALID_ARGUMENT, or 400: don't.
     Invalid,
+    /// A success, but for one span, which is never wanted.
+    OneSpan,
 }
 
 impl Receiver {
@@ -160,10 +162,11 @@ impl Sink for Store {
         let mut received = self.lock();
         received.requests.push(headers);
         if !received.refusals.is_empty() {
-            return Err(match received.refusals.remove(0) {
-                Refusal::Unavailable => Status::unavailable("refused"),
-                Refusal::Invalid => Status::invalid_argument("refused"),
-            });
+            return match received.refusals.remove(0) {
+                Refusal::Unavailable => Err(Status::unavailable("refused")),
+                Refusal::Invalid => Err(Status::invalid_argument("refused")),
+                Refusal::OneSpan => Ok(Rejected { spans: 1, reason: "refused" }),
+            };
         }
         received.spans.extend(request.resource_spans.iter().flat_map(trace::spans));
         Ok(Rejected::default())

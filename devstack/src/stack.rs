@@ -16,7 +16,11 @@ use lapin::{
     options::{BasicGetOptions, BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions},
 };
 use proto::topology::{DEFAULT_RETRY_DELAYS, Topology};
-use std::{env, net::ToSocketAddrs, time::Duration};
+use std::{
+    env,
+    net::{SocketAddr, ToSocketAddrs},
+    time::Duration,
+};
 use tokio::{runtime::Runtime, try_join};
 use uuid::Uuid;
 
@@ -272,10 +276,22 @@ impl TestBroker {
     /// # Errors
     /// If there is no free port, or no address for the broker's name.
     pub fn proxy(&self) -> Result<(Proxy, String)> {
+        self.proxy_by(Proxy::start)
+    }
+
+    /// The same, which knows AMQP and can withhold a frame.
+    ///
+    /// # Errors
+    /// As for [`TestBroker::proxy`].
+    pub fn amqp_proxy(&self) -> Result<(Proxy, String)> {
+        self.proxy_by(Proxy::start_amqp)
+    }
+
+    fn proxy_by(&self, start: fn(SocketAddr) -> Result<Proxy>) -> Result<(Proxy, String)> {
         let uri = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
         let authority = uri.authority;
         let target = (authority.host.as_str(), authority.port).to_socket_addrs()?.next();
-        let proxy = Proxy::start(target.context("the broker has no address")?)?;
+        let proxy = start(target.context("the broker has no address")?)?;
         let (from, to) = (format!("@{}:{}", authority.host, authority.port), format!("@{}", proxy.address));
         Ok((proxy, self.url.replace(&from, &to)))
     }

@@ -1,6 +1,7 @@
 //! Export: without a collector nothing suffers, with one nothing is lost.
 
 use anyhow::{Context, Result};
+use axum::{Router, routing::post};
 use devstack::{
     poll,
     receiver::{Receiver, Refusal},
@@ -9,10 +10,19 @@ use devstack::{
 use std::{
     fs,
     net::TcpListener,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
+};
+use tonic::{
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
 };
 
 const WARNING: &str = "spans can't be exported";
+const REJECTED: &str = "spans were rejected";
 
 /// The numbers in the last line of a service: spans ended, exported, dropped.
 fn counts(output: &str) -> Result<[u64; 3]> {
@@ -118,7 +128,7 @@ async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<
     stack.receiver.refuse([Refusal::Invalid]);
     // The whole of this one: sent together with its last span.
     let refused = stack.login("13800138009", &[]).await?;
-    stack.api.said(WARNING).await?;
+    stack.api.said(REJECTED).await?;
     let taken = stack.login("13800138009", &[]).await?;
     let tree = "
         api POST /usercenter/v1/user/login SERVER
@@ -129,6 +139,62 @@ async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<
     let [ended, exported, dropped] = counts(&stack.api.output())?;
     assert_eq!((ended, exported + dropped), (4, 4));
     assert_eq!(dropped as usize, 2 - stack.receiver.trace(&refused.trace_id()).len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_collector_refuses_in_part_again_and_again_is_counted_with_one_warning() -> Result<()> {
+    let receiver = Receiver::start().await?;
+    for (protocol, address) in [("grpc", receiver.grpc), ("http/protobuf", receiver.http)] {
+        let endpoint = format!("http://{address}");
+        let mut stack = Stack::start(&[
+            ("api", "OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+            ("api", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol),
+            ("api", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1"),
+        ])
+        .await?;
+        // As the collector of a moment: well, away, well, picky.
+        let moods = [Refusal::OneSpan, Refusal::Unavailable, Refusal::OneSpan, Refusal::Unavailable];
+        receiver.refuse(moods.into_iter().cycle().take(20));
+        for _ in 0..5 {
+            stack.login(KNOWN_MOBILE, &[]).await?;
+        }
+        stack.stop().await?;
+        let output = stack.api.output();
+        let [ended, exported, dropped] = counts(&output)?;
+        assert_eq!((ended, exported + dropped), (20, 20));
+        assert!(dropped >= 10, "{output}");
+        assert_eq!(output.matches(WARNING).count() + output.matches(REJECTED).count(), 1, "{output}");
+    }
+    Ok(())
+}
+
+/// A collector that refuses with details which are not base64, twice; then it is content. How often it was asked.
+async fn collector_with_strange_details() -> Result<(String, Arc<AtomicUsize>)> {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = asked.clone();
+    let export = async move || {
+        let (status, details) = if counter.fetch_add(1, SeqCst) < 2 { ("14", "!") } else { ("0", "") };
+        [("content-type", "application/grpc"), ("grpc-status", status), ("grpc-status-details-bin", details)]
+    };
+    let path = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
+    let routes = Router::new().route(path, post(export));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let server = Server::builder().add_routes(Routes::from(routes));
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+    Ok((url, asked))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_with_strange_details_does_not_end_the_export() -> Result<()> {
+    let (url, asked) = collector_with_strange_details().await?;
+    let mut stack = Stack::start(&[("api", "OTEL_EXPORTER_OTLP_ENDPOINT", &url)]).await?;
+    stack.login(KNOWN_MOBILE, &[]).await?;
+    let taken = poll(Duration::from_secs(10), async || (asked.load(SeqCst) >= 3).then_some(())).await;
+    assert!(taken.is_some(), "{}", stack.api.output());
+    stack.stop().await?;
+    assert_eq!(counts(&stack.api.output())?, [4, 4, 0]);
     Ok(())
 }
 

@@ -110,7 +110,7 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
         assert!(grown < 64 * 1024, "{}: {grown} KiB more", service.name);
     }
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
-    // And all spans have ended.
+    // And nothing panicked on the way.
     stack.stop().await?;
     for service in [&stack.rpc, &stack.mq] {
         assert!(!service.output().contains("panicked"), "{}", service.output());

@@ -1,12 +1,16 @@
 //! What the consumer makes of messages: ours, those of other languages, and garbage.
 
 use anyhow::{Context, Result};
-use devstack::stack::{KNOWN_MOBILE, Stack};
+use devstack::{
+    raw::{Raw, publish_with},
+    stack::{KNOWN_MOBILE, Stack},
+};
 use lapin::{
     BasicProperties,
     message::BasicGetMessage,
     types::{AMQPValue, DecimalValue, FieldArray, FieldTable},
 };
+use proto::headers::UNREADABLE_PROPERTIES;
 use serde_json::Value;
 
 /// Publishes what `api` would not.
@@ -136,6 +140,51 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
             .await;
         assert_eq!((span.status, span.parent_span_id.as_str()), ("UNSET", ""), "{value:?}");
     }
+    Ok(())
+}
+
+/// Properties with a table of headers, in it an array in an array ..., as many as a frame has room for.
+fn properties_that_fill_the_stack() -> Vec<u8> {
+    const DEPTH: u32 = 26_000;
+    let mut properties = vec![0x20, 0];
+    properties.extend((DEPTH * 5 + 2).to_be_bytes());
+    properties.extend([1, b'x']);
+    for level in 1..=DEPTH {
+        properties.push(b'A');
+        properties.extend(((DEPTH - level) * 5).to_be_bytes());
+    }
+    properties
+}
+
+/// No client library would publish such a message, and RabbitMQ takes it as it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let queue = stack.broker.topology.queue.clone();
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let body = format!(r#"{{"Carrier":{{"Traceparent":["{traceparent}"]}},"Msg":"13800138000"}}"#);
+    let mut raw = Raw::open(&stack.broker.url).await?;
+    // A message id of two bytes, which are not UTF-8.
+    let not_utf8 = [0x00, 0x80, 2, 0xff, 0xfe];
+    for (properties, kept) in [(&not_utf8[..], &not_utf8[..]), (&properties_that_fill_the_stack(), &[])] {
+        raw.send(&publish_with(&queue, properties, body.as_bytes())).await?;
+        let letter = stack.dead_letter().await?;
+        assert_eq!(reason(&letter), "unreadable_properties");
+        assert_eq!(letter.data, body.as_bytes());
+        let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+        assert_eq!(headers[UNREADABLE_PROPERTIES], AMQPValue::LongString(kept.into()));
+    }
+    // The body still tells which trace it was.
+    let tree = "
+        mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
+        mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
+    ";
+    stack.receiver.expect_tree_below("00f067aa0ba902b7", "4bf92f3577b34da6a3ce929d0e0e4736", tree).await;
+
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    stack.mq.said("login recorded").await?;
+    assert!(!stack.mq.output().contains("lost the connection"), "{}", stack.mq.output());
+    assert!(stack.mq.stop().await?.success());
     Ok(())
 }
 

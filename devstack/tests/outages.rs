@@ -313,3 +313,35 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
     stack.broker.channel.queue_delete(tap.as_str().into(), QueueDeleteOptions::default()).await?;
     normal_again(&stack).await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_whose_time_is_over_while_the_broker_is_silent_says_so_in_every_span() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_DEADLINE", "400ms")]).await?;
+    proxy.freeze();
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 504);
+    let tree = "
+        api POST /usercenter/v1/user/login SERVER ERROR error.type=deadline_exceeded
+          api usercenter.v1.Usercenter/GetUserByMobile CLIENT
+            usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER
+          api local INTERNAL
+          api send_msg_mq PRODUCER ERROR error.type=cancelled
+    ";
+    stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    proxy.restore();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_share_one_connection_to_the_broker() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
+    // From now on another connection leads to nobody.
+    proxy.lead_to("127.0.0.1:1".parse()?);
+    for _ in 0..20 {
+        let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+        let producer = spans.iter().find(|span| span.kind == "PRODUCER").expect("a producer's span");
+        assert_eq!(producer.attributes["throughline.publish.outcome"], "confirmed");
+    }
+    Ok(())
+}

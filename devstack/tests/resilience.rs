@@ -5,6 +5,7 @@ use anyhow::Result;
 use devstack::{
     client::Answer,
     poll,
+    proxy::Proxy,
     stack::{KNOWN_MOBILE, Stack},
     trace::Span,
 };
@@ -344,5 +345,34 @@ async fn usercenter_ends_a_call_at_its_own_deadline_or_the_callers() -> Result<(
         let millis = (spans[0].end - spans[0].start) / 1_000_000;
         assert!((at_least..less_than).contains(&millis), "{millis}");
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_over_http_cannot_shorten_the_deadline_and_open_the_circuit() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    for _ in 0..40 {
+        let answer = stack.login(KNOWN_MOBILE, &[("grpc-timeout", "1n")]).await?;
+        assert_eq!(answer.status, 200, "{:?}", answer.body);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
+    let fake = Fake::start(|_| Reply::User).await?;
+    let address = fake.url.trim_start_matches("http://").parse()?;
+    // The connection leads through both; later ones will go past the second.
+    let vanishing = Proxy::start(address)?;
+    let network = Proxy::start(vanishing.address)?;
+    let url = format!("http://{}", network.address);
+    let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+
+    vanishing.freeze();
+    network.lead_to(address);
+    let login = async || stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200);
+    let back = poll(Duration::from_secs(10), login).await;
+    assert!(back.is_some(), "{}", stack.api.output());
     Ok(())
 }

@@ -104,12 +104,16 @@ where
         }
         let cx = parent.with_span(span);
 
-        let login = message.map(|message| Login {
-            message_id: message_id.clone(),
-            trace_id: producer_span.is_valid().then(|| producer_span.trace_id().to_string()),
-            mobile: message.msg,
-            attempt,
-        });
+        let login = match message {
+            _ if properties::are_unreadable(&delivery.properties) => Err(Failure::unreadable_properties()),
+            Ok(message) => Ok(Login {
+                message_id: message_id.clone(),
+                trace_id: producer_span.is_valid().then(|| producer_span.trace_id().to_string()),
+                mobile: message.msg,
+                attempt,
+            }),
+            Err(error) => Err(error.into()),
+        };
         let processed = async { self.call(login?, delivery.redelivered).await };
         match processed.with_context(cx.clone()).await {
             Ok(processed) => {

@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use lapin::uri::AMQPUri;
 use proto::topology::DEFAULT_RETRY_DELAYS;
-use serving::shutdown;
+use serving::{arguments, shutdown};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{net::SocketAddr, str::FromStr, time::Duration};
 use telemetry::amqp::Relation;
@@ -117,7 +117,7 @@ impl FromStr for RetryDelays {
 impl Config {
     /// Reads flags and environment; exits with 2 if something in them can't be honoured.
     pub fn load() -> Self {
-        let config = Self::parse();
+        let config: Self = arguments::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.
         if let Err(problem) = config.amqp_uri().map(drop).and(config.shutdown.check()) {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();

@@ -17,7 +17,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use opentelemetry::{
-    Context, global,
+    Context, KeyValue, global,
     trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
 };
 use proto::{broker, login::LoginMessage, topology::Topology};
@@ -25,7 +25,10 @@ use std::{
     io::{self, Write},
     time::Duration,
 };
-use telemetry::amqp::{self, Broker, HeadersMut};
+use telemetry::{
+    amqp::{self, Broker, HeadersMut},
+    semconv,
+};
 use tokio::time::timeout;
 
 /// The name of the connection on the broker.
@@ -158,11 +161,16 @@ impl Replay {
         let published = timeout(PATIENCE, publish).await;
         let published = published.context("waiting for the broker's confirm").flatten();
         if let Err(error) = &published {
+            cx.span().set_attribute(KeyValue::new(semconv::ERROR_TYPE, "publish_failed"));
             cx.span().set_status(Status::error(format!("{error:#}")));
         }
         cx.span().end();
         published?;
-        letter.ack(BasicAckOptions::default()).await?;
+        // Else it is in both queues; applied it is once.
+        ensure!(
+            letter.ack(BasicAckOptions::default()).await?,
+            "the channel closed: it stays a dead letter, too"
+        );
         Ok(())
     }
 }

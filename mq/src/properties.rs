@@ -7,7 +7,9 @@ use lapin::{
     protocol::basic::gen_properties,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, HEADERS_LEFT_OUT, PUBLISHED_AT};
+use proto::headers::{
+    ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, HEADERS_LEFT_OUT, PUBLISHED_AT, UNREADABLE_PROPERTIES,
+};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -20,6 +22,11 @@ const PERSISTENT: u8 = 2;
 pub fn attempt(properties: &BasicProperties) -> u32 {
     let attempt = header(properties, ATTEMPT).and_then(integer).unwrap_or(1);
     u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
+}
+
+/// Whether these stand for others, which can't be read ([`proto::inbound`]).
+pub fn are_unreadable(properties: &BasicProperties) -> bool {
+    header(properties, UNREADABLE_PROPERTIES).is_some()
 }
 
 /// How many attempts a dead letter has had.
@@ -35,7 +42,7 @@ pub fn dead_letter_reason(properties: &BasicProperties) -> Option<String> {
     }
 }
 
-/// When the message was given to the broker, this time.
+/// When the message was given to the broker, this time; `None` beyond the year 9999, too.
 pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
     let milliseconds =
         header(properties, PUBLISHED_AT).and_then(integer).and_then(|ms| u64::try_from(ms).ok());
@@ -43,7 +50,8 @@ pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
         Some(milliseconds) => Duration::from_millis(milliseconds),
         None => Duration::from_secs((*properties.timestamp())?),
     };
-    UNIX_EPOCH.checked_add(since_1970)
+    const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
+    (since_1970 < YEAR_10000).then(|| UNIX_EPOCH + since_1970)
 }
 
 /// What a message is published with once more: all that it had, and `headers`, except for what the broker

@@ -1,5 +1,6 @@
 //! How both sides reach the broker that the login message travels through.
 
+use crate::inbound;
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
     tcp::AMQPUriTcpExt,
@@ -29,6 +30,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Says what is expected and not what was given, which may hold a password.
 pub fn parse_url(url: &str) -> Result<AMQPUri, &'static str> {
     let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp://user:password@host:port/vhost")?;
+    // The parser knows names and IPv4; for [::1] it would take this machine.
+    let authority = url.split(['/', '?']).nth(2).unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    if let Some((address, _)) = host.strip_prefix('[').and_then(|host| host.split_once(']')) {
+        uri.authority.host = address.to_owned();
+    }
     if uri.scheme != AMQPScheme::AMQP {
         return Err("TLS (amqps) is not supported");
     }
@@ -46,7 +53,8 @@ pub async fn connect(uri: &AMQPUri, name: &'static str) -> lapin::Result<Connect
     // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody
     // waits for it any more. So there is a second handle to the socket, to end that by.
     let socket = Arc::new(Mutex::new(None));
-    let runtime = lapin::runtime::default_runtime()?;
+    // What lapin can't read would cost the connection, or the process.
+    let runtime = inbound::runtime();
     let connect_socket = {
         let (socket, runtime) = (Arc::clone(&socket), runtime.clone());
         async move |uri: AMQPUri, _| {
@@ -54,7 +62,7 @@ pub async fn connect(uri: &AMQPUri, name: &'static str) -> lapin::Result<Connect
             let stream = timeout(CONNECT_TIMEOUT, connecting).await.map_err(io::Error::from).flatten();
             let stream = stream.map_err(lapin_error)?;
             if let AsyncTcpStream::Plain(stream) = &stream {
-                let handle = stream.get_ref().as_fd().try_clone_to_owned().map_err(lapin_error)?;
+                let handle = stream.get_ref().get_ref().as_fd().try_clone_to_owned().map_err(lapin_error)?;
                 *lock(&socket) = Some(TcpStream::from(handle));
             }
             Ok(stream)
@@ -138,6 +146,19 @@ mod tests {
         })
         .await
         .expect("its thread ends");
+    }
+
+    #[test]
+    fn the_host_may_be_a_name_or_an_address_of_either_kind() {
+        for (url, host, port) in [
+            ("amqp://broker", "broker", 5672),
+            ("amqp://user:pass@10.0.0.1:1234/%2f", "10.0.0.1", 1234),
+            ("amqp://user:pass@[fd00::5]:1234/%2f?heartbeat=3", "fd00::5", 1234),
+            ("amqp://[::1]", "::1", 5672),
+        ] {
+            let authority = parse_url(url).unwrap().authority;
+            assert_eq!((authority.host.as_str(), authority.port), (host, port), "{url}");
+        }
     }
 
     #[test]

@@ -5,11 +5,13 @@
 //! - [`headers`]: the names of its AMQP headers, besides those of the trace context
 //! - [`topology`]: the exchange and queues it travels through
 //! - [`broker`]: how to connect to the broker that holds them
+//! - [`inbound`]: what the broker sends, looked at before lapin reads it
 //! - [`health`]: the gRPC health check, asked
 
 pub mod broker;
 pub mod headers;
 pub mod health;
+pub mod inbound;
 pub mod login;
 pub mod topology;
 

@@ -26,6 +26,9 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Fewer say nothing: of two calls one may fail.
 const MIN_CALLS: u32 = 20;
 
+/// A call that fails at its deadline counts only if it had as much time as this.
+const FAIR_TIME: Duration = Duration::from_millis(100);
+
 #[derive(Debug)]
 enum State {
     Closed(Window),
@@ -87,6 +90,7 @@ impl Circuit {
         Ok(Permission {
             circuit: self.clone(),
             is_probe,
+            entered: now,
             deadline: Deadline::current(),
             outcome: Outcome::Unknown,
         })
@@ -129,12 +133,14 @@ impl Circuit {
 }
 
 /// Leave to make one call. Dropped without a word, the call was given up: a failure if its deadline had
-/// passed, else nothing that says anything of the other side.
+/// passed, else nothing that says anything of the other side. Nor does a call that was late because it began
+/// late: who asks at the last moment must not make the others believe that nobody answers.
 #[must_use = "the circuit counts what becomes of the call"]
 #[derive(Debug)]
 pub struct Permission {
     circuit: Arc<Circuit>,
     is_probe: bool,
+    entered: Instant,
     deadline: Option<Deadline>,
     outcome: Outcome,
 }
@@ -161,7 +167,9 @@ impl Permission {
 impl Drop for Permission {
     fn drop(&mut self) {
         let is_late = self.deadline.is_some_and(|deadline| deadline.remaining().is_zero());
+        let had_a_chance = self.entered.elapsed() >= FAIR_TIME;
         let outcome = match self.outcome {
+            Outcome::Failure | Outcome::Unknown if is_late && !had_a_chance => Outcome::Unknown,
             Outcome::Unknown if is_late => Outcome::Failure,
             outcome => outcome,
         };
@@ -275,6 +283,18 @@ mod tests {
         advance(PAUSE).await;
         drop(circuit.enter().unwrap());
         circuit.enter().unwrap().succeeded();
+        assert!(circuit.enter().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_had_no_time_says_nothing_of_the_other_side() {
+        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let _attached = Deadline::within(FAIR_TIME / 2).context().attach();
+        let late: Vec<_> = (0..2 * MIN_CALLS).map(|_| circuit.enter().unwrap()).collect();
+        advance(FAIR_TIME / 2).await;
+        for (i, permission) in late.into_iter().enumerate() {
+            if i % 2 == 0 { permission.failed() } else { drop(permission) }
+        }
         assert!(circuit.enter().is_ok());
     }
 

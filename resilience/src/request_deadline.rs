@@ -12,19 +12,25 @@ use std::{
 use tokio::time::{Timeout, timeout_at};
 use tower::{Layer, Service};
 
-/// Gives a handler so much time, or what the caller gives it by `grpc-timeout` if that is less. The handler
-/// finds it as [`Deadline::current`], and so do the layers of the clients that it uses. After that it is
-/// dropped, which ends its spans, and the caller is told.
+/// Gives a handler so much time. The handler finds it as [`Deadline::current`], and so do the layers of the
+/// clients that it uses. After that it is dropped, which ends its spans, and the caller is told.
 #[derive(Clone)]
 pub struct DeadlineLayer<A> {
     limit: Duration,
+    asks_caller: bool,
     answer: A,
 }
 
 impl<A> DeadlineLayer<A> {
     /// At most `limit` from the end of a request's headers to those of its answer.
     pub fn new(limit: Duration, answer: A) -> Self {
-        Self { limit, answer }
+        Self { limit, asks_caller: false, answer }
+    }
+
+    /// The same for a gRPC server, whose callers may give it less, by `grpc-timeout`. (Over HTTP, where anybody
+    /// may call, a header that makes calls fail would be a way to open circuits.)
+    pub fn grpc(limit: Duration, answer: A) -> Self {
+        Self { limit, asks_caller: true, answer }
     }
 }
 
@@ -32,7 +38,7 @@ impl<S, A: Clone> Layer<S> for DeadlineLayer<A> {
     type Service = RequestDeadline<S, A>;
 
     fn layer(&self, inner: S) -> RequestDeadline<S, A> {
-        RequestDeadline { inner, limit: self.limit, answer: self.answer.clone() }
+        RequestDeadline { inner, layer: self.clone() }
     }
 }
 
@@ -40,8 +46,7 @@ impl<S, A: Clone> Layer<S> for DeadlineLayer<A> {
 #[derive(Clone)]
 pub struct RequestDeadline<S, A> {
     inner: S,
-    limit: Duration,
-    answer: A,
+    layer: DeadlineLayer<A>,
 }
 
 /// tonic's own server drops a call when `grpc-timeout` has passed, and that as CANCELLED. It stands outside
@@ -62,17 +67,17 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        let asked = Deadline::read(request.headers()).map(|asked| asked.saturating_sub(BEFORE_TONIC));
-        let deadline = Deadline::within(asked.map_or(self.limit, |asked| asked.min(self.limit)));
+        let DeadlineLayer { limit, asks_caller, ref answer } = self.layer;
+        let asked = asks_caller.then(|| Deadline::read(request.headers())).flatten();
+        let asked = asked.map_or(limit, |asked| asked.saturating_sub(BEFORE_TONIC));
+        let deadline = Deadline::within(asked.min(limit));
         let cx = deadline.context();
+        let answer = answer.clone();
         let future = {
             let _attached = cx.clone().attach();
             self.inner.call(request)
         };
-        ResponseFuture {
-            future: timeout_at(deadline.0, future.with_context(cx)),
-            answer: self.answer.clone(),
-        }
+        ResponseFuture { future: timeout_at(deadline.0, future.with_context(cx)), answer }
     }
 }
 

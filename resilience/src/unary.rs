@@ -7,12 +7,12 @@ use crate::Deadline;
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body;
-use http_body_util::{BodyExt, Collected, Full, Limited};
+use http_body_util::{BodyExt, Collected, Full, LengthLimitError, Limited};
 use std::{
     pin::Pin,
     task::{self, Poll},
 };
-use telemetry::grpc::transport_status;
+use telemetry::grpc::{code_of_http, transport_status};
 use tonic::{Code, Status};
 use tower::{BoxError, Layer, Service};
 
@@ -65,7 +65,12 @@ where
             let (head, body) = response.await.map_err(|error| transport_status(error.into()))?.into_parts();
             // Without a message the status is in the headers.
             outcome(&head.headers).unwrap_or(Ok(()))?;
-            let body = Limited::new(body, MAX_MESSAGE).collect().await.map_err(transport_status)?;
+            let body = Limited::new(body, MAX_MESSAGE).collect().await.map_err(|error| match error
+                .is::<LengthLimitError>(
+            ) {
+                true => Status::out_of_range("the answer is too long"),
+                false => transport_status(error),
+            })?;
             let outcome = body.trailers().and_then(outcome).or_else(|| outcome(&head.headers));
             outcome.unwrap_or_else(|| Err(no_status(head.status)))?;
             Ok(Response::from_parts(head, body))
@@ -85,11 +90,7 @@ fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
     Status::from_header_map(&headers).map(Err)
 }
 
-/// An answer that is none of gRPC's, or one that broke off (gRPC, "HTTP to gRPC Status Code Mapping").
+/// An answer that is none of gRPC's, or one that broke off.
 fn no_status(http: StatusCode) -> Status {
-    let code = match http.as_u16() {
-        429 | 502 | 503 | 504 => Code::Unavailable,
-        _ => Code::Unknown,
-    };
-    Status::new(code, format!("no gRPC status, HTTP {http}"))
+    Status::new(code_of_http(http), format!("no gRPC status, HTTP {http}"))
 }

@@ -1,7 +1,7 @@
 //! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use serving::shutdown;
+use serving::{arguments, shutdown};
 use std::{net::SocketAddr, time::Duration};
 
 /// The gRPC service usercenter.
@@ -49,7 +49,7 @@ pub enum Command {
 impl Config {
     /// Reads flags and environment; exits with 2 if something in them can't be honoured.
     pub fn load() -> Self {
-        let config = Self::parse();
+        let config: Self = arguments::parse();
         if let Err(problem) = config.shutdown.check() {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }

@@ -36,7 +36,7 @@ pub fn in_layers(server: Server, limits: Limits) -> Layered {
         .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span: all that follows is in it
         .layer(CatchPanicLayer::new(answer)) // a panic is answered like any failure
         .layer(ShedLayer::new(limits.max_in_flight, answer)) // no more at a time than it can do
-        .layer(DeadlineLayer::new(limits.deadline, answer)) // an answer in time, or none
+        .layer(DeadlineLayer::grpc(limits.deadline, answer)) // an answer in time, or none
 }
 
 fn rejected(rejection: Rejection) -> Response<Body> {

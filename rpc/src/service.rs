@@ -1,4 +1,4 @@
-//! The gRPC face of the directory. No line here is about tracing: the layer in [`crate::run`] does it.
+//! The gRPC face of the directory. No line here is about tracing: a layer does it ([`crate::layers`]).
 
 use crate::directory::Directory;
 use proto::usercenter::v1::{

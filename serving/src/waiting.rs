@@ -17,6 +17,8 @@ pub struct Waiting(Arc<Mutex<Queue>>);
 struct Queue {
     next: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
+    /// One was to go when none waited: the next whose request is answered is the one.
+    one_is_owed: bool,
 }
 
 /// The place of one connection.
@@ -31,14 +33,16 @@ impl Waiting {
     /// The place of a new connection, which waits for its first request.
     pub fn enter(&self) -> Arc<Place> {
         let place = Place { queue: self.clone(), number: Mutex::new(None), go: Arc::default() };
-        place.wait();
+        place.wait(&mut lock(&self.0));
         Arc::new(place)
     }
 
-    /// Tells the connection that has waited longest to go, if one waits.
+    /// Tells the connection that has waited longest to go; if none waits, the first whose request is answered.
     pub fn let_go(&self) {
-        if let Some((_, go)) = lock(&self.0).waiting.pop_first() {
-            go.notify_one();
+        let mut queue = lock(&self.0);
+        match queue.waiting.pop_first() {
+            Some((_, go)) => go.notify_one(),
+            None => queue.one_is_owed = true,
         }
     }
 }
@@ -55,8 +59,7 @@ impl Place {
         self.go.notified().await;
     }
 
-    fn wait(&self) {
-        let mut queue = lock(&self.queue.0);
+    fn wait(&self, queue: &mut Queue) {
         let number = queue.next;
         queue.next += 1;
         queue.waiting.insert(number, self.go.clone());
@@ -64,8 +67,9 @@ impl Place {
     }
 
     fn leave(&self) {
+        let mut queue = lock(&self.queue.0);
         if let Some(number) = lock(&self.number).take() {
-            lock(&self.queue.0).waiting.remove(&number);
+            queue.waiting.remove(&number);
         }
     }
 }
@@ -73,6 +77,8 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.leave();
+        // There is room.
+        lock(&self.queue.0).one_is_owed = false;
     }
 }
 
@@ -81,7 +87,11 @@ pub struct HasRequest(Arc<Place>);
 
 impl Drop for HasRequest {
     fn drop(&mut self) {
-        self.0.wait();
+        let mut queue = lock(&self.0.queue.0);
+        match std::mem::take(&mut queue.one_is_owed) {
+            true => self.0.go.notify_one(),
+            false => self.0.wait(&mut queue),
+        }
     }
 }
 
@@ -108,6 +118,23 @@ mod tests {
         assert!(went(&second) && !went(&first));
         waiting.let_go();
         assert!(went(&first));
+    }
+
+    #[test]
+    fn if_all_have_requests_the_first_that_is_done_goes() {
+        let waiting = Waiting::default();
+        let [first, second] = [waiting.enter(), waiting.enter()];
+        let requests = [first.has_request(), second.has_request()];
+        waiting.let_go();
+        drop(requests);
+        assert!(went(&first) && !went(&second));
+
+        // Not if another has gone by itself.
+        let request = second.has_request();
+        waiting.let_go();
+        drop(first);
+        drop(request);
+        assert!(!went(&second));
     }
 
     #[test]

@@ -238,7 +238,10 @@ impl fmt::Display for Broker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::propagation::{BaggagePropagator, TraceContextPropagator};
     use lapin::types::FieldArray;
+    use opentelemetry::propagation::TextMapPropagator;
+    use proptest::{collection::vec, prelude::*};
 
     #[test]
     fn destination_names_leave_out_empty_and_repeated_parts() {
@@ -273,6 +276,46 @@ mod tests {
         assert_eq!(headers.get("bytes"), Some("\u{fffd}"));
         assert_eq!(headers.get("void"), None);
         assert_eq!(headers.get_all("array"), Some(vec!["a", "b"]));
+    }
+
+    fn any_value() -> impl Strategy<Value = AMQPValue> {
+        let text = || vec(any::<u8>(), 0..20).prop_map(|bytes| AMQPValue::LongString(bytes.into()));
+        let traceparent = "00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]";
+        let leaf = prop_oneof![
+            traceparent.prop_map(|text| AMQPValue::LongString(text.into())),
+            text(),
+            any::<i64>().prop_map(AMQPValue::LongLongInt),
+            Just(AMQPValue::Void),
+        ];
+        leaf.prop_recursive(4, 20, 5, |inner| {
+            prop_oneof![
+                vec(inner.clone(), 0..5).prop_map(|values| AMQPValue::FieldArray(values.into())),
+                vec(("[a-zA-Z]{1,5}", inner), 0..5).prop_map(|members| {
+                    let mut table = FieldTable::default();
+                    for (name, value) in members {
+                        table.insert(name.into(), value);
+                    }
+                    AMQPValue::FieldTable(table)
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_headers_hold_a_trace_is_continued_only_if_one_valid_traceparent_is_there(
+            values in vec(any_value(), 0..3), names in vec("traceparent|TraceParent|tracestate|baggage", 3)
+        ) {
+            let mut headers = FieldTable::default();
+            for (name, value) in names.iter().zip(&values) {
+                headers.insert(name.as_str().into(), value.clone());
+            }
+            let headers = Headers(&headers);
+            let cx = TraceContextPropagator.extract_with_context(&Context::new(), &headers);
+            BaggagePropagator.extract_with_context(&Context::new(), &headers);
+            let found = headers.get_all("traceparent").unwrap_or_default();
+            prop_assert!(!cx.span().span_context().is_valid() || found.len() == 1, "{:?}", found);
+        }
     }
 
     #[test]

@@ -36,13 +36,15 @@ pin_project! {
         #[pin]
         body: B,
         span: Option<S>,
+        // Bytes to come, if the headers say so.
+        left: Option<u64>,
     }
 }
 
 impl<B, S: AwaitsBody> TracedBody<B, S> {
-    /// `span` is `None` if it has ended already.
-    pub(crate) fn new(body: B, span: Option<S>) -> Self {
-        Self { body, span }
+    /// `span` is `None` if it has ended already; `length` is that of the header `content-length`.
+    pub(crate) fn new(body: B, span: Option<S>, length: Option<u64>) -> Self {
+        Self { body, span, left: length }
     }
 }
 
@@ -69,7 +71,12 @@ where
             Some(Ok(frame)) => match frame.trailers_ref() {
                 Some(trailers) => Some(BodyEnd::Trailers(trailers)),
                 // hyper may drop a body at its last frame, without asking for a next one.
-                None => this.body.is_end_stream().then_some(BodyEnd::Complete),
+                None => {
+                    let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
+                    *this.left = this.left.map(|left| left.saturating_sub(length));
+                    let is_last = this.body.is_end_stream() || *this.left == Some(0);
+                    is_last.then_some(BodyEnd::Complete)
+                }
             },
         };
         if let Some(end) = end

@@ -23,7 +23,7 @@ use crate::{
     http::{Headers, HeadersMut, host_attribute, peer_attributes, without_long_numbers},
     semconv::{self, OTHER},
 };
-use http::{HeaderMap, Request, Response, Uri};
+use http::{HeaderMap, Request, Response, StatusCode, Uri};
 use http_body::Body;
 use opentelemetry::{
     Context, KeyValue,
@@ -223,7 +223,7 @@ where
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         if request.uri().path().starts_with("/grpc.") {
             let response = self.inner.call(request);
-            return Box::pin(async { Ok(response.await?.map(|body| TracedBody::new(body, None))) });
+            return Box::pin(async { Ok(response.await?.map(|body| TracedBody::new(body, None, None))) });
         }
         let parent = crate::extract(&Headers(request.headers()));
         let cx = crate::with_span(&parent, self.layer.start_span(&request, &parent));
@@ -282,26 +282,30 @@ pub struct GrpcSpan {
     ended: bool,
     kind: SpanKind,
     deadline: Option<Instant>,
+    /// Of an answer that turns out to have none.
+    status: Code,
 }
 
 impl GrpcSpan {
     fn new(cx: Context, kind: SpanKind, request: &HeaderMap) -> Self {
         let timeout = request.get("grpc-timeout").and_then(|value| parse_timeout(value.to_str().ok()?));
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        Self { cx, ended: false, kind, deadline }
+        Self { cx, ended: false, kind, deadline, status: Code::Unknown }
     }
 
-    fn respond<B: Body>(self, response: Response<B>) -> Response<TracedBody<B, Self>> {
+    fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
+        self.status = code_of_http(response.status());
         // Without a message the status is in the headers; so it is if this isn't gRPC at all.
         let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
             let error_type = response.extensions().get::<ErrorType>().copied();
-            self.end(status_code(response.headers()), error_type);
+            let code = status_code(response.headers()).unwrap_or(self.status);
+            self.end(code, error_type);
             None
         } else {
             Some(self)
         };
-        response.map(|body| TracedBody::new(body, span))
+        response.map(|body| TracedBody::new(body, span, None))
     }
 
     fn end(mut self, code: Code, error_type: Option<ErrorType>) {
@@ -334,9 +338,10 @@ impl AwaitsBody for GrpcSpan {
     fn end_of_body(self, end: BodyEnd<'_>) {
         let code = match end {
             BodyEnd::Trailers(trailers) => status_code(trailers),
-            // A stream that ends without a status is broken.
-            BodyEnd::Complete | BodyEnd::Error => Code::Unknown,
+            // A stream that ends without a status is broken, or none of gRPC's.
+            BodyEnd::Complete | BodyEnd::Error => None,
         };
+        let code = code.unwrap_or(self.status);
         self.end(code, None);
     }
 }
@@ -353,8 +358,21 @@ const TIMER_SLACK: Duration = Duration::from_millis(5);
 
 const GRPC_STATUS: &str = "grpc-status";
 
-fn status_code(headers: &HeaderMap) -> Code {
-    headers.get(GRPC_STATUS).map_or(Code::Unknown, |status| Code::from_bytes(status.as_bytes()))
+/// The status in headers or trailers, if it is there.
+pub(crate) fn status_code(headers: &HeaderMap) -> Option<Code> {
+    headers.get(GRPC_STATUS).map(|status| Code::from_bytes(status.as_bytes()))
+}
+
+/// What an answer without a gRPC status stands for, a proxy's say (gRPC, "HTTP to gRPC Status Code Mapping").
+pub fn code_of_http(status: StatusCode) -> Code {
+    match status.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502 | 503 | 504 => Code::Unavailable,
+        _ => Code::Unknown,
+    }
 }
 
 /// For a client every status but OK is an error; for a server those that are its own fault.

@@ -57,10 +57,10 @@ pub mod bench {
 }
 
 use opentelemetry::{
-    Context, InstrumentationScope,
+    Context, InstrumentationScope, KeyValue,
     global::{self, BoxedSpan, BoxedTracer},
     propagation::{Extractor, Injector},
-    trace::{Span, TraceContextExt},
+    trace::{Span, Status, TraceContextExt},
 };
 
 /// The tracer of the edge spans.
@@ -78,6 +78,22 @@ pub(crate) fn with_span(parent: &Context, span: BoxedSpan) -> Context {
         parent.with_span(span)
     } else {
         parent.with_remote_span_context(span.span_context().clone())
+    }
+}
+
+/// Ends the span of its context as cancelled if it is dropped before the span has ended: for a span by hand
+/// around something that is awaited, which may be dropped at a deadline, or when the caller hangs up.
+#[derive(Debug)]
+pub struct OrCancelled(pub Context);
+
+impl Drop for OrCancelled {
+    fn drop(&mut self) {
+        let span = self.0.span();
+        if span.is_recording() {
+            span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, semconv::CANCELLED));
+            span.set_status(Status::error(semconv::CANCELLED));
+            span.end();
+        }
     }
 }
 

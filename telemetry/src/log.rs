@@ -15,7 +15,7 @@ use std::{
     panic::{self, PanicHookInfo},
     str::FromStr,
 };
-use tracing::{Event, Subscriber, level_filters::LevelFilter};
+use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::{FilterExt, Targets, filter_fn},
@@ -67,8 +67,12 @@ pub(crate) enum Format {
 /// Spans below INFO are the internals of libraries (h2 alone makes dozens a request): they are not
 /// recorded. Nor is lapin's span, which is as long as its connection.
 pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::SdkTracer>) {
-    // lapin writes out what is returned to it as unroutable, and that is personal: nobody may ask for it.
-    let is_harmless = filter_fn(|metadata| metadata.target() != "lapin::returned_messages");
+    // lapin writes out what is returned to it as unroutable and, at TRACE, each frame: messages, which are
+    // personal, and the password. Nobody may ask for it.
+    let is_harmless = filter_fn(|metadata| {
+        let is_lapin = metadata.target().starts_with("lapin");
+        metadata.target() != "lapin::returned_messages" && !(is_lapin && *metadata.level() == Level::TRACE)
+    });
     let filter = config.filter.unwrap_or_default().0.and(is_harmless);
     let lines = tracing_subscriber::fmt::layer()
         .event_format(config.format)

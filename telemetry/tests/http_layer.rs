@@ -1,13 +1,16 @@
 //! Every way in which a request can end, ends its span. A process of its own, because tracers are global.
 
 use axum::{Router, body::Body, routing::get};
+use futures_util::stream;
 use http::Request;
+use http_body_util::BodyExt;
 use opentelemetry::{Context, Value, global, trace::SpanKind};
 use opentelemetry_sdk::{
     error::OTelSdkResult,
     trace::{SdkTracerProvider, Span, SpanData, SpanProcessor},
 };
 use std::{
+    convert::Infallible,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -58,12 +61,18 @@ fn request(path: &str) -> Request<Body> {
     Request::get(path).body(Body::empty()).expect("a request")
 }
 
+async fn file() -> ([(&'static str, &'static str); 1], Body) {
+    let parts = ["ten ", "bytes."].map(Ok::<_, Infallible>);
+    ([("content-length", "10")], Body::from_stream(stream::iter(parts)))
+}
+
 #[tokio::test]
 async fn every_end_of_a_request_ends_its_span_once() {
     let ended = Ended::default();
     global::set_tracer_provider(SdkTracerProvider::builder().with_span_processor(ended.clone()).build());
     let app: Router = Router::new()
         .route("/answer", get(async || "answer"))
+        .route("/file", get(file))
         .route("/fail", get(async || http::StatusCode::INTERNAL_SERVER_ERROR))
         .route("/panic", get(async || -> &'static str { panic!("on purpose") }))
         .route("/hang", get(async || std::future::pending::<&'static str>().await))
@@ -74,6 +83,16 @@ async fn every_end_of_a_request_ends_its_span_once() {
     ended.none();
     axum::body::to_bytes(response.into_body(), 100).await.unwrap();
     assert_eq!(ended.one(), ("GET /answer".to_owned(), None));
+
+    // A stream whose length is known: hyper does not ask for more than that.
+    let response = app.clone().oneshot(request("/file")).await.unwrap();
+    let mut body = response.into_body();
+    body.frame().await.unwrap().unwrap();
+    ended.none();
+    body.frame().await.unwrap().unwrap();
+    assert_eq!(ended.one(), ("GET /file".to_owned(), None));
+    drop(body);
+    ended.none();
 
     // A body that nobody reads to its end.
     drop(app.clone().oneshot(request("/answer")).await.unwrap());

@@ -183,7 +183,9 @@ impl Dispatcher {
     async fn publish_next(&mut self, session: &mut Session) -> Result<(), End> {
         let mut round = Vec::new();
         select! {
-            _ = self.requests.recv_many(&mut round, MAX_ROUND) => {}
+            count = self.requests.recv_many(&mut round, MAX_ROUND) => if count == 0 {
+                return Err(End::Stopped);
+            },
             why = session.trouble() => return Err(why.into()),
             _ = &mut self.stopped => return Err(End::Stopped),
         }

@@ -28,7 +28,7 @@ use std::{
     task::{self, Poll},
     time::Duration,
 };
-use telemetry::{amqp::Broker, semconv};
+use telemetry::{OrCancelled, amqp::Broker, semconv};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -196,6 +196,7 @@ impl Publisher {
             span.set_attributes(self.shared.broker.producer_attributes(exchange, routing_key, &message_id));
         }
         let cx = Context::current_with_span(span);
+        let _or_cancelled = OrCancelled(cx.clone());
 
         // It carries the context of this span, however long it may be under way.
         let message = Message::new(&cx, message_id, login.mobile);

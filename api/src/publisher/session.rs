@@ -13,7 +13,10 @@ use std::{
     pin::Pin,
     time::{Duration, SystemTime},
 };
-use tokio::{select, time::timeout};
+use tokio::{
+    select,
+    time::{sleep, timeout},
+};
 
 /// An open session.
 pub struct Session {
@@ -58,9 +61,16 @@ impl Session {
 
     /// After [`Unconfirmed::Blocked`]: waits until the broker takes messages again, or the connection is gone.
     pub async fn unblocked(&mut self) {
-        while let Some(event) = self.events.next().await {
-            if matches!(event, Event::ConnectionUnblocked | Event::Error(_)) {
-                return;
+        loop {
+            select! {
+                event = self.events.next() => match event {
+                    Some(Event::ConnectionUnblocked | Event::Error(_)) | None => return,
+                    Some(_) => {}
+                },
+                // Closed by the broker in an orderly way, it tells nobody.
+                () = sleep(Duration::from_secs(1)) => if !self.connection.status().connected() {
+                    return;
+                },
             }
         }
     }

@@ -70,8 +70,14 @@ impl Spool {
         let store = Store::open(directory, limits)?;
         let (commands, received) = mpsc::channel();
         let state = State::default();
-        let keeper =
-            Keeper { store, state: state.clone(), is_failing: false, is_failure_told: false, is_full: false };
+        let keeper = Keeper {
+            store,
+            state: state.clone(),
+            is_failing: false,
+            is_failure_told: false,
+            is_full: false,
+            through: None,
+        };
         keeper.tell();
         let (open, closed) = oneshot::channel();
         thread::Builder::new().name("spool".to_owned()).spawn(move || {
@@ -120,6 +126,8 @@ struct Keeper {
     /// It was said that it failed, and nothing was appended since.
     is_failure_told: bool,
     is_full: bool,
+    /// What was to be removed up to, and could not be yet.
+    through: Option<u64>,
 }
 
 impl Keeper {
@@ -141,7 +149,7 @@ impl Keeper {
 
     /// Changes first, in one transaction; then reads.
     fn take(&mut self, commands: Vec<Command>) {
-        let (mut appended, mut reads, mut through) = (Vec::new(), Vec::new(), None);
+        let (mut appended, mut reads, mut through) = (Vec::new(), Vec::new(), self.through);
         for command in commands {
             match command {
                 Command::Append(request, why) => appended.push((request, why)),
@@ -152,6 +160,7 @@ impl Keeper {
         if !appended.is_empty() || through.is_some() || self.is_failing {
             let messages = appended.iter().map(|(request, _)| request.message.to_bytes());
             let outcomes = self.store.change(messages, through);
+            self.through = through.filter(|_| outcomes.is_err());
             self.log(&outcomes);
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
             for (request, why) in appended {

@@ -1,23 +1,21 @@
 //! Frames as bytes: taken from what a peer has sent, and appended to what it will get.
 //!
 //! Methods and tables are `amq-protocol`'s, lapin's own codec. Its parser calls itself for each table in a
-//! table, so what is nested too deep is refused before it gets there.
+//! table, so what is nested too deep does not get there.
 
 use super::{exception::Exception, message::Message};
 use amq_protocol::{
     frame::{AMQPFrame, gen_frame, parsing::parse_content_header},
     protocol::{AMQPClass, BasicProperties, constants, parse_class},
 };
-use bytes::{Buf, BytesMut};
+use bytes::BytesMut;
+use proto::inbound::{CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string};
 
 /// The largest frame that is negotiated, in bytes. It is never 0, "no limit", which lapin does not take.
 pub const FRAME_MAX: usize = 131_072;
 
 /// What opens a connection, and what a peer that speaks something else is answered (section 4.2.2).
 pub const PROTOCOL_HEADER: &[u8; 8] = b"AMQP\0\0\x09\x01";
-
-/// Tables and arrays inside of each other; real ones have three or four.
-const MAX_DEPTH: usize = 32;
 
 /// Type, channel and size before the payload; the end mark after it (section 4.2.3).
 const HEADER: usize = 7;
@@ -83,13 +81,12 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
         _ => return Err(Exception::command_invalid(format!("unimplemented method {id:?}"))),
     };
     if let Some((bytes, strings, more_bytes)) = before_the_table {
-        skip(&mut arguments, bytes).ok_or_else(malformed)?;
+        skip(&mut arguments, bytes).map_err(syntax_error)?;
         for _ in 0..strings {
-            let length = arguments.try_get_u8().map_err(|_| malformed())?;
-            skip(&mut arguments, length.into()).ok_or_else(malformed)?;
+            skip_short_string(&mut arguments).map_err(syntax_error)?;
         }
-        skip(&mut arguments, more_bytes).ok_or_else(malformed)?;
-        check_depth(arguments)?;
+        skip(&mut arguments, more_bytes).map_err(syntax_error)?;
+        check_table(arguments).map_err(syntax_error)?;
     }
     match parse_class(payload) {
         Ok(([], method)) => Ok(method),
@@ -97,88 +94,31 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
     }
 }
 
+/// Properties that are well formed but for strings which are not UTF-8, or tables nested too deep, pass as they
+/// came, as they do in RabbitMQ, which looks no closer. The broker itself does without them.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
-    /// Class, weight and body size.
-    const BEFORE_PROPERTIES: usize = 12;
-    const CONTENT_TYPE: u16 = 1 << 15;
-    const CONTENT_ENCODING: u16 = 1 << 14;
-    const HEADERS: u16 = 1 << 13;
-    const UNKNOWN: u16 = 0b11;
-
     let malformed = || Exception::syntax_error("malformed content header");
-    let properties = payload.get(BEFORE_PROPERTIES..).ok_or_else(malformed)?;
-    let mut rest = properties;
-    let flags = rest.try_get_u16().map_err(|_| malformed())?;
-    if flags & UNKNOWN != 0 {
-        return Err(malformed());
-    }
-    for string in [CONTENT_TYPE, CONTENT_ENCODING] {
-        if flags & string != 0 {
-            let length = rest.try_get_u8().map_err(|_| malformed())?;
-            skip(&mut rest, length.into()).ok_or_else(malformed)?;
-        }
-    }
-    if flags & HEADERS != 0 {
-        check_depth(rest)?;
-    }
-    match parse_content_header(payload) {
-        Ok(([], header)) if header.class_id == 60 => {
-            Ok(Frame::Header(channel, header.body_size, Box::new(header.properties), properties.to_vec()))
-        }
-        Ok(([], header)) => {
-            let class = header.class_id;
-            Err(Exception::unexpected_frame(format!("a content header for class {class}, which has none")))
-        }
-        _ => Err(malformed()),
-    }
-}
-
-fn skip(bytes: &mut &[u8], count: usize) -> Option<()> {
-    *bytes = bytes.get(count..)?;
-    Some(())
-}
-
-/// Whether the table that `bytes` begin with is well formed as to lengths, and not nested too deep.
-fn check_depth(bytes: &[u8]) -> Result<(), Exception> {
-    let malformed = || Exception::syntax_error("malformed table");
-    // The tables and arrays around the current position: where each ends, and whether it has names.
-    let mut around: Vec<(usize, bool)> = Vec::new();
-    let mut rest = bytes;
-    let table_end = |rest: &mut &[u8]| -> Option<usize> {
-        let length = rest.try_get_u32().ok()? as usize;
-        (length <= rest.len()).then(|| bytes.len() - rest.len() + length)
+    let (head, properties) = payload.split_at_checked(CONTENT_HEAD).ok_or_else(malformed)?;
+    let class = u16::from_be_bytes([head[0], head[1]]);
+    let read = match check_content_header(payload) {
+        Ok(()) => parse_content_header(payload).map(|(_, header)| header.properties).unwrap_or_default(),
+        Err(Fault::TooDeep) => BasicProperties::default(),
+        Err(Fault::Malformed) => return Err(malformed()),
     };
-    around.push((table_end(&mut rest).ok_or_else(malformed)?, true));
-    while let Some(&(end, has_names)) = around.last() {
-        let position = bytes.len() - rest.len();
-        if position >= end {
-            around.pop();
-            continue;
-        }
-        if has_names {
-            let length = rest.try_get_u8().map_err(|_| malformed())?;
-            skip(&mut rest, length.into()).ok_or_else(malformed)?;
-        }
-        let size = match rest.try_get_u8().map_err(|_| malformed())? {
-            b'V' => 0,
-            b't' | b'b' | b'B' => 1,
-            b's' | b'U' | b'u' => 2,
-            b'I' | b'i' | b'f' => 4,
-            b'D' => 5,
-            b'L' | b'l' | b'd' | b'T' => 8,
-            b'S' | b'x' => rest.try_get_u32().map_err(|_| malformed())? as usize,
-            kind @ (b'F' | b'A') => {
-                if around.len() == MAX_DEPTH {
-                    return Err(Exception::syntax_error("a table is nested too deep"));
-                }
-                around.push((table_end(&mut rest).ok_or_else(malformed)?, kind == b'F'));
-                0
-            }
-            _ => return Err(malformed()),
-        };
-        skip(&mut rest, size).ok_or_else(malformed)?;
+    if class != 60 {
+        return Err(Exception::unexpected_frame(format!(
+            "a content header for class {class}, which has none"
+        )));
     }
-    Ok(())
+    let body_size = u64::from_be_bytes(*head.last_chunk().ok_or_else(malformed)?);
+    Ok(Frame::Header(channel, body_size, Box::new(read), properties.to_vec()))
+}
+
+fn syntax_error(fault: Fault) -> Exception {
+    Exception::syntax_error(match fault {
+        Fault::Malformed => "malformed method",
+        Fault::TooDeep => "a table is nested too deep",
+    })
 }
 
 /// Appends a method.
@@ -227,6 +167,7 @@ mod tests {
         types::{AMQPValue, FieldArray, FieldTable},
     };
     use proptest::{collection::vec, prelude::*};
+    use proto::inbound::MAX_DEPTH;
 
     fn declare(arguments: FieldTable) -> AMQPClass {
         let declare = queue::Declare { queue: "q".into(), arguments, ..Default::default() };

@@ -1,11 +1,9 @@
 //! Connections and channels: how they begin, what ends them.
 
-use crate::{
-    client::{Client, body, code, next},
-    raw::Raw,
-};
+use crate::client::{Client, body, code, next};
 use amq_protocol::protocol::{AMQPClass, channel};
 use anyhow::Result;
+use devstack::raw::Raw;
 use lapin::{
     Connection, ConnectionProperties,
     options::{AccessRequestOptions, BasicAckOptions, ChannelFlowOptions, QueueDeclareOptions},

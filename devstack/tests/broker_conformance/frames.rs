@@ -1,14 +1,12 @@
 //! Frames that no client library would send.
 
-use crate::{
-    client::{Client, PATIENCE},
-    raw::{Raw, encoded, publish},
-};
+use crate::client::{Client, PATIENCE};
 use amq_protocol::{
     frame::{AMQPContentHeader, AMQPFrame},
     protocol::{AMQPClass, basic, channel, connection},
 };
 use anyhow::{Context, Result};
+use devstack::raw::{Raw, encoded, publish};
 use std::time::{Duration, Instant};
 
 fn begin_publish() -> AMQPFrame {

@@ -5,7 +5,6 @@
 //! exclusive are refused by 4.3, so none is made here.
 //!
 //! - [`client`]: a connection with what the checks do most
-//! - [`raw`]: frames by hand, for what no client library would send
 
 mod client;
 mod connections;
@@ -15,4 +14,3 @@ mod definitions;
 mod frames;
 mod limits;
 mod publishing;
-mod raw;

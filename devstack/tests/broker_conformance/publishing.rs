@@ -1,14 +1,12 @@
 //! Publishing: confirms, returns, and what arrives.
 
-use crate::{
-    client::{Client, PATIENCE, body, declare, exclusive, long_string},
-    raw::{Raw, publish},
-};
+use crate::client::{Client, PATIENCE, body, declare, exclusive, long_string};
 use amq_protocol::{
     frame::AMQPFrame,
     protocol::{AMQPClass, basic, confirm},
 };
 use anyhow::{Context, Result};
+use devstack::raw::{Raw, publish};
 use lapin::{
     BasicProperties, Confirmation, ExchangeKind,
     options::{BasicPublishOptions, ExchangeDeclareOptions},

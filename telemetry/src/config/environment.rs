@@ -54,9 +54,14 @@ impl Environment<'_> {
         }
     }
 
-    /// Comma-separated names, each kept once.
+    /// A name, in lower case: case is of no matter in names that are known.
+    pub fn name(&self, variables: &[&'static str]) -> Result<Option<(&'static str, String)>, ConfigError> {
+        Ok(self.first(variables)?.map(|(variable, name)| (variable, name.to_ascii_lowercase())))
+    }
+
+    /// Comma-separated names in lower case, each kept once.
     pub fn list(&self, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
-        let list = self.get(variable)?.unwrap_or_else(|| default.to_owned());
+        let list = self.get(variable)?.map_or_else(|| default.to_owned(), |list| list.to_ascii_lowercase());
         let mut names: Vec<String> = Vec::new();
         for name in list.split(',').map(str::trim) {
             if !names.iter().any(|known| known == name) {
@@ -78,6 +83,12 @@ impl Environment<'_> {
         match (endpoint.scheme(), endpoint.authority()) {
             (Some(_), Some(authority)) if authority.as_str().contains('@') => {
                 malformed("credentials belong into OTEL_EXPORTER_OTLP_HEADERS, not into the URL")
+            }
+            // To the parser that is no error; it would be 80.
+            (Some(_), Some(authority))
+                if authority.port_u16().is_none() && !authority.as_str().ends_with(authority.host()) =>
+            {
+                malformed("the port is not a number up to 65535")
             }
             (Some(scheme), Some(_)) if *scheme == Scheme::HTTP => Ok(Some((variable, endpoint))),
             (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => {

@@ -130,7 +130,7 @@ impl Config {
             sdk_disabled: env.boolean("OTEL_SDK_DISABLED")?,
             metrics: metrics(env)?,
             log: log::Config {
-                format: match env.get("LOG_FORMAT")?.as_deref() {
+                format: match env.name(&["LOG_FORMAT"])?.as_ref().map(|(_, name)| name.as_str()) {
                     None | Some("text") => log::Format::Text,
                     Some("json") => log::Format::Json,
                     Some(other) => return Err(unknown("LOG_FORMAT", other, "text, json")),
@@ -150,11 +150,15 @@ fn resource(name: &'static str, version: &'static str, env: &Environment) -> Res
         for pair in list.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             let malformed = || ConfigError::new(VARIABLE, format!("expected key=value, found {pair:?}"));
             let (key, value) = pair.split_once('=').ok_or_else(malformed)?;
-            let value = percent_decode_str(value.trim()).decode_utf8().map_err(|_| malformed())?;
-            if key.trim().is_empty() {
+            let decoded = |text: &str| match percent_decode_str(text.trim()).decode_utf8() {
+                Ok(text) => Ok(text.into_owned()),
+                Err(_) => Err(malformed()),
+            };
+            let (key, value) = (decoded(key)?, decoded(value)?);
+            if key.is_empty() {
                 return Err(malformed());
             }
-            attributes.push(KeyValue::new(key.trim().to_owned(), value.into_owned()));
+            attributes.push(KeyValue::new(key, value));
         }
     }
     if let Some(name) = env.get("OTEL_SERVICE_NAME")? {
@@ -198,7 +202,7 @@ fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
     const COMPRESSION: [&str; 2] =
         ["OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"];
 
-    let protocol = match env.first(&PROTOCOL)? {
+    let protocol = match env.name(&PROTOCOL)? {
         None => OtlpProtocol::Grpc,
         Some((variable, value)) => match value.as_str() {
             "grpc" => OtlpProtocol::Grpc,
@@ -225,7 +229,7 @@ fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
             return Err(ConfigError::new(variable, "TLS is not supported"));
         }
     }
-    let gzip = match env.first(&COMPRESSION)? {
+    let gzip = match env.name(&COMPRESSION)? {
         None => false,
         Some((variable, value)) => match value.as_str() {
             "gzip" => true,
@@ -266,7 +270,7 @@ fn metrics(env: &Environment) -> Result<Option<SocketAddr>, ConfigError> {
     const VARIABLE: &str = "OTEL_METRICS_EXPORTER";
     const HOST: &str = "OTEL_EXPORTER_PROMETHEUS_HOST";
 
-    match env.get(VARIABLE)?.as_deref() {
+    match env.name(&[VARIABLE])?.as_ref().map(|(_, name)| name.as_str()) {
         None | Some("none") => return Ok(None),
         Some("prometheus") => {}
         Some(other) => return Err(unknown(VARIABLE, other, "prometheus, none")),
@@ -282,7 +286,7 @@ fn sampler(env: &Environment) -> Result<Sampler, ConfigError> {
     const SAMPLER: &str = "OTEL_TRACES_SAMPLER";
     const ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
 
-    let name = env.get(SAMPLER)?;
+    let name = env.name(&[SAMPLER])?.map(|(_, name)| name);
     let name = name.as_deref().unwrap_or("parentbased_always_on");
     let arg: Option<f64> = env.parse(ARG, "a number from 0 to 1")?;
     if arg.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {

@@ -60,6 +60,8 @@ fn what_cannot_be_honoured_is_an_error_that_names_its_variable() {
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "not a url"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:431700"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret%0a"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
@@ -75,6 +77,7 @@ fn what_cannot_be_honoured_is_an_error_that_names_its_variable() {
         ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "x"),
         ("OTEL_RESOURCE_ATTRIBUTES", "team"),
         ("OTEL_RESOURCE_ATTRIBUTES", "=x"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "%ff=x"),
         ("OTEL_RESOURCE_ATTRIBUTES", "k=%ff"),
         ("LOG_FORMAT", "xml"),
         ("RUST_LOG", "api=loud"),
@@ -102,6 +105,7 @@ fn samplers_are_chosen_by_name() {
         ("parentbased_always_on", "ParentBased(AlwaysOn)"),
         ("parentbased_always_off", "ParentBased(AlwaysOff)"),
         ("parentbased_traceidratio", "ParentBased(TraceIdRatioBased(1.0))"),
+        ("Parentbased_Always_OFF", "ParentBased(AlwaysOff)"),
     ] {
         assert_eq!(format!("{:?}", read(&[("OTEL_TRACES_SAMPLER", name)]).unwrap().sampler), sampler);
     }
@@ -111,7 +115,7 @@ fn samplers_are_chosen_by_name() {
 
 #[test]
 fn several_exporters_are_used_at_once_each_once() {
-    let config = read(&[("OTEL_TRACES_EXPORTER", "otlp, console,otlp,zipkin")]).unwrap();
+    let config = read(&[("OTEL_TRACES_EXPORTER", "otlp, Console,OTLP,zipkin")]).unwrap();
     assert!(matches!(config.exporters[..], [Exporter::Otlp(_), Exporter::Console, Exporter::Zipkin { .. }]));
     assert!(read(&[("OTEL_TRACES_EXPORTER", "none")]).unwrap().exporters.is_empty());
 }
@@ -154,7 +158,7 @@ fn the_specific_variable_comes_before_the_general_one() {
 #[test]
 fn the_service_name_has_three_sources_in_order() {
     assert_eq!(attribute(&read(&[]).unwrap(), "service.name"), "api");
-    let by_resource = ("OTEL_RESOURCE_ATTRIBUTES", "service.name=r,team=a%2Cb,service.version=9");
+    let by_resource = ("OTEL_RESOURCE_ATTRIBUTES", "service.name=r,te%61m=a%2Cb,service.version=9");
     let config = read(&[by_resource]).unwrap();
     assert_eq!(attribute(&config, "service.name"), "r");
     assert_eq!(attribute(&config, "team"), "a,b");

@@ -110,7 +110,7 @@ pub(crate) fn start(
         Arc::new(Queue { format, resource, config, spans: Mutex::default(), batch_is_full: Notify::new() });
     let (flush, flushes) = mpsc::unbounded_channel();
     let (closing, closed) = watch::channel(false);
-    let worker = Worker { queue: queue.clone(), transport, closed, outage: None };
+    let worker = Worker { queue: queue.clone(), transport, closed, outage: None, warned: None };
     let worker = tokio::spawn(worker.run(flushes));
     (BatchProcessor { queue: queue.clone(), flush }, BatchExport { queue, closing, worker })
 }
@@ -271,12 +271,14 @@ struct Worker {
     transport: Transport,
     closed: watch::Receiver<bool>,
     outage: Option<Outage>,
+    /// When there was a warning last, of whatever kind.
+    warned: Option<Instant>,
 }
 
 /// The other side is away.
 #[derive(Default)]
 struct Outage {
-    warned: Option<Instant>,
+    is_told: bool,
     dropped: u64,
 }
 
@@ -288,11 +290,13 @@ impl Worker {
             let queue = self.queue.clone();
             let mut closed = self.closed.clone();
             let mut flushed = None;
+            let mut is_closed = false;
             let also_filling = select! {
                 () = queue.batch_is_full.notified() => false,
                 () = sleep_until(due) => true,
                 Some(done) = flushes.recv() => { flushed = Some(done); true }
-                _ = closed.wait_for(|closed| *closed) => true,
+                // Nobody is left to close it: that is the end, too.
+                _ = closed.wait_for(|closed| *closed) => { is_closed = true; true }
             };
             while let Some(batch) = self.queue.pop(also_filling) {
                 self.export(batch).await;
@@ -304,7 +308,7 @@ impl Worker {
                 // Nobody may be waiting any more.
                 let _ = done.send(());
             }
-            if *self.closed.borrow() && also_filling {
+            if is_closed {
                 return;
             }
         }
@@ -327,7 +331,7 @@ impl Worker {
             }
             given_up => {
                 if given_up.is_err() {
-                    self.warn("no success within OTEL_BSP_EXPORT_TIMEOUT");
+                    self.away("no success within OTEL_BSP_EXPORT_TIMEOUT");
                 }
                 self.queue.lock().counts.dropped.not_sent += count;
                 if let Some(outage) = &mut self.outage {
@@ -337,33 +341,38 @@ impl Worker {
         }
     }
 
-    /// How many spans were rejected; `None` if the batch is given up.
+    /// How many spans were rejected, `u64::MAX` for all; `None` if the batch is given up.
     async fn send_with_retries(&mut self, body: bytes::Bytes) -> Option<u64> {
         let mut backoff = BACKOFF;
         loop {
             let SendError { reason, retry } = match self.transport.send(body.clone()).await {
                 Ok(answer) => {
-                    if let Some(Outage { dropped, .. }) = self.outage.take() {
+                    if let Some(Outage { is_told: true, dropped }) = self.outage.take() {
                         tracing::info!(dropped, "spans are exported again");
                     }
-                    if answer.rejected > 0 {
+                    if answer.rejected > 0 && self.may_warn() {
                         tracing::warn!(
                             rejected = answer.rejected,
                             reason = answer.message,
-                            "spans were rejected"
+                            "spans were rejected; at most one warning a minute"
                         );
                     }
                     return Some(answer.rejected);
                 }
                 Err(error) => error,
             };
-            self.warn(&reason);
+            if retry == Retry::Never {
+                if self.may_warn() {
+                    tracing::warn!(reason, "spans were rejected; at most one warning a minute");
+                }
+                return Some(u64::MAX);
+            }
+            self.away(&reason);
             let delay = match retry {
-                Retry::Never => return None,
                 // Zero is legal, and would be a loop without a pause.
                 Retry::After(delay) => delay.max(BACKOFF),
                 // Between half and all of it, so that services don't come back in step.
-                Retry::Later => backoff.mul_f64(0.5 + 0.5 * fastrand::f64()),
+                Retry::Later | Retry::Never => backoff.mul_f64(0.5 + 0.5 * fastrand::f64()),
             };
             backoff = (backoff * 2).min(MAX_BACKOFF);
             select! {
@@ -373,10 +382,12 @@ impl Worker {
         }
     }
 
-    fn warn(&mut self, reason: &str) {
+    /// The other side can't be reached, or takes nothing now.
+    fn away(&mut self, reason: &str) {
+        let may_warn = self.may_warn();
         let outage = self.outage.get_or_insert_default();
-        if outage.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY) {
-            outage.warned = Some(Instant::now());
+        if may_warn {
+            outage.is_told = true;
             let dropped = outage.dropped;
             tracing::warn!(
                 reason,
@@ -384,5 +395,14 @@ impl Worker {
                 "spans can't be exported; trying on, at most one warning a minute"
             );
         }
+    }
+
+    /// Whether the last warning is long enough ago for another one.
+    fn may_warn(&mut self) -> bool {
+        let may = self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+        if may {
+            self.warned = Some(Instant::now());
+        }
+        may
     }
 }

@@ -1,30 +1,33 @@
 //! One attempt to hand a batch to the other side, and what its answer means (OTLP specification 1.7,
 //! "OTLP/gRPC Response" and "OTLP/HTTP Response").
 
-use crate::config::{OtlpConfig, OtlpProtocol};
-use bytes::{Buf, BufMut, Bytes};
+use crate::{
+    config::{OtlpConfig, OtlpProtocol},
+    grpc::{code_of_http, status_code, transport_status},
+};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flate2::{Compression, write::GzEncoder};
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
+use percent_encoding::percent_decode;
 use prost::Message;
 use std::{io::Write, time::Duration};
 use tokio::{task::spawn_blocking, time::timeout};
 use tonic::{
     Code, Status,
-    codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    metadata::MetadataMap,
     transport::{Channel, Endpoint},
 };
+use tower::ServiceExt;
 
 /// A connection to a collector, made when first needed and again when lost.
 pub(crate) enum Transport {
     Grpc {
         channel: Channel,
-        metadata: MetadataMap,
+        headers: HeaderMap,
         gzip: bool,
         timeout: Duration,
     },
@@ -66,14 +69,20 @@ impl Transport {
         let OtlpConfig { protocol, endpoint, headers, timeout, gzip } = config;
         let mut headers: HeaderMap = headers.into_iter().collect();
         match protocol {
-            OtlpProtocol::Grpc => Self::Grpc {
-                channel: Endpoint::from(endpoint)
+            OtlpProtocol::Grpc => {
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+                headers.insert(header::TE, HeaderValue::from_static("trailers"));
+                if gzip {
+                    headers.insert("grpc-encoding", HeaderValue::from_static("gzip"));
+                }
+                // A peer that is gone without a word is noticed while it is waited for.
+                let channel = Endpoint::from(endpoint)
                     .connect_timeout(timeout.min(CONNECT_TIMEOUT))
-                    .connect_lazy(),
-                metadata: MetadataMap::from_headers(headers),
-                gzip,
-                timeout,
-            },
+                    .http2_keep_alive_interval(KEEP_ALIVE)
+                    .keep_alive_timeout(KEEP_ALIVE)
+                    .connect_lazy();
+                Self::Grpc { channel, headers, gzip, timeout }
+            }
             OtlpProtocol::HttpProtobuf => {
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf"));
                 Self::http(endpoint, headers, timeout, gzip)
@@ -110,20 +119,36 @@ impl Transport {
 
     async fn attempt(&self, body: Bytes) -> Result<Answer, SendError> {
         match self {
-            Self::Grpc { channel, metadata, gzip, .. } => {
-                let mut client = tonic::client::Grpc::new(channel.clone());
-                if *gzip {
-                    client = client.send_compressed(CompressionEncoding::Gzip);
-                }
-                let mut request = tonic::Request::new(body);
-                *request.metadata_mut() = metadata.clone();
-                let path = http::uri::PathAndQuery::from_static(
-                    "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
-                );
-                client.ready().await.map_err(|error| grpc_error(&Status::from_error(error.into())))?;
-                match client.unary(request, path, EncodedRequest).await {
-                    Ok(response) => Ok(response.into_inner()),
-                    Err(status) => Err(grpc_error(&status)),
+            Self::Grpc { channel, headers, gzip, .. } => {
+                let message = if *gzip { compress(body).await? } else { body };
+                // Before a message: whether it is compressed, and its length (gRPC over HTTP/2, "Requests").
+                let mut framed = BytesMut::with_capacity(FRAME_HEAD + message.len());
+                framed.put_u8((*gzip).into());
+                framed.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+                framed.put(message);
+                let mut request = Request::new(tonic::body::Body::new(Full::new(framed.freeze())));
+                *request.method_mut() = Method::POST;
+                *request.uri_mut() =
+                    Uri::from_static("/opentelemetry.proto.collector.trace.v1.TraceService/Export");
+                *request.version_mut() = Version::HTTP_2;
+                *request.headers_mut() = headers.clone();
+
+                let broken = |error| grpc_error(&transport_status(error));
+                let response =
+                    channel.clone().oneshot(request).await.map_err(|error| broken(error.into()))?;
+                let (parts, body) = response.into_parts();
+                let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await.map_err(broken)?;
+                // Not by tonic's client, which panics at a status with details that are not base64.
+                let status =
+                    [body.trailers(), Some(&parts.headers)].into_iter().flatten().find_map(grpc_status);
+                match status.unwrap_or_else(|| Status::new(code_of_http(parts.status), parts.status.as_str()))
+                {
+                    ok if ok.code() == Code::Ok => {
+                        let mut message = body.to_bytes();
+                        message.advance(FRAME_HEAD.min(message.len()));
+                        Ok(answer(message))
+                    }
+                    status => Err(grpc_error(&status)),
                 }
             }
             Self::Http { client, endpoint, headers, gzip, .. } => {
@@ -148,7 +173,11 @@ impl Transport {
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Less than half of the time that an attempt has, by default.
+const KEEP_ALIVE: Duration = Duration::from_secs(4);
 const MAX_ANSWER_BYTES: usize = 64 * 1024;
+/// Bytes before a gRPC message.
+const FRAME_HEAD: usize = 5;
 
 async fn compress(body: Bytes) -> Result<Bytes, SendError> {
     let compressed = spawn_blocking(move || {
@@ -173,11 +202,21 @@ fn grpc_error(status: &Status) -> SendError {
         | Code::OutOfRange
         | Code::Unavailable
         | Code::DataLoss => Retry::Later,
-        // How tonic reports a connection that broke.
-        Code::Unknown if std::error::Error::source(status).is_some() => Retry::Later,
+        // What tonic makes of a stream that HTTP/2 has ended, for want of a connection, say.
+        Code::Internal if std::error::Error::source(status).is_some() => Retry::Later,
         _ => Retry::Never,
     };
     SendError { reason: format!("{:?}: {}", status.code(), short(status.message())), retry }
+}
+
+/// The status in headers or trailers, if there is one.
+fn grpc_status(headers: &HeaderMap) -> Option<Status> {
+    let code = status_code(headers)?;
+    let message = headers.get("grpc-message").map(|message| percent_decode(message.as_bytes()));
+    Some(Status::new(
+        code,
+        message.map(|message| message.decode_utf8_lossy().into_owned()).unwrap_or_default(),
+    ))
 }
 
 fn http_error(status: StatusCode, headers: &HeaderMap) -> SendError {
@@ -220,44 +259,6 @@ fn answer(body: impl Buf) -> Answer {
     let partial = ExportResponse::decode(body).ok().and_then(|response| response.partial_success);
     let PartialSuccess { rejected_spans, error_message } = partial.unwrap_or_default();
     Answer { rejected: rejected_spans.try_into().unwrap_or(0), message: short(&error_message) }
-}
-
-/// The gRPC codec of a request that is encoded already.
-#[derive(Clone, Copy)]
-struct EncodedRequest;
-
-impl Codec for EncodedRequest {
-    type Encode = Bytes;
-    type Decode = Answer;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        *self
-    }
-
-    fn decoder(&mut self) -> Self {
-        *self
-    }
-}
-
-impl Encoder for EncodedRequest {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, request: Bytes, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        out.put(request);
-        Ok(())
-    }
-}
-
-impl Decoder for EncodedRequest {
-    type Item = Answer;
-    type Error = Status;
-
-    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<Answer>, Status> {
-        Ok(Some(answer(buf)))
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,18 @@ pub(crate) fn encode_span(buf: &mut Vec<u8>, resource: &Resource, span: &SpanDat
         tags.insert(kv.key.to_string(), json!(text(&kv.value, max_chars)));
     }
     tags.insert("otel.scope.name".to_owned(), json!(span.instrumentation_scope.name()));
+    if let Some(version) = span.instrumentation_scope.version() {
+        tags.insert("otel.scope.version".to_owned(), json!(version));
+    }
+    for (name, count) in [
+        ("otel.dropped_attributes_count", span.dropped_attributes_count),
+        ("otel.dropped_events_count", span.events.dropped_count),
+        ("otel.dropped_links_count", span.links.dropped_count),
+    ] {
+        if count > 0 {
+            tags.insert(name.to_owned(), json!(count.to_string()));
+        }
+    }
     match &span.status {
         Status::Unset => {}
         Status::Ok => drop(tags.insert("otel.status_code".to_owned(), json!("OK"))),
@@ -57,7 +69,9 @@ pub(crate) fn encode_span(buf: &mut Vec<u8>, resource: &Resource, span: &SpanDat
     if let Some(kind) = kind(&span.span_kind) {
         object["kind"] = json!(kind);
     }
-    if let Some(remote) = remote_endpoint(&span.attributes) {
+    // On a server's span `server.address` is the service itself.
+    let has_peer = matches!(span.span_kind, SpanKind::Client | SpanKind::Producer | SpanKind::Consumer);
+    if let Some(remote) = remote_endpoint(&span.attributes).filter(|_| has_peer) {
         object["remoteEndpoint"] = json!({ "serviceName": remote });
     }
     buf.extend_from_slice(object.to_string().as_bytes());
@@ -91,8 +105,11 @@ fn remote_endpoint(attributes: &[KeyValue]) -> Option<String> {
 }
 
 fn text(value: &Value, max_chars: Option<usize>) -> String {
-    let text = value.as_str();
-    max_chars.map_or_else(|| text.to_string(), |max| text.chars().take(max).collect())
+    match (value, max_chars) {
+        (Value::String(text), Some(max)) => text.as_str().chars().take(max).collect(),
+        // Elements of lists that are too long are rare, and cut elsewhere ([`super::otlp`]).
+        _ => value.as_str().into_owned(),
+    }
 }
 
 fn microseconds(time: SystemTime) -> u64 {

@@ -1,6 +1,6 @@
 //! B3, Zipkin's format, single and multi: <https://github.com/openzipkin/b3-propagation>.
 
-use super::padded_hex;
+use super::{Debug, padded_hex};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
@@ -25,7 +25,7 @@ pub enum B3Encoding {
 
 /// Reads both encodings (the single header first) and writes one.
 ///
-/// A debug flag counts as sampled. A deferred decision (no sampling state) counts as not sampled, as
+/// A debug flag counts as sampled, and is sent on. A deferred decision (no sampling state) counts as not sampled, as
 /// in the other OpenTelemetry SDKs.
 #[derive(Debug, Clone, Copy)]
 pub struct B3Propagator(pub B3Encoding);
@@ -38,13 +38,17 @@ impl TextMapPropagator for B3Propagator {
             return;
         }
         let (trace_id, span_id) = (span_context.trace_id(), span_context.span_id());
+        let is_debug = Debug::is_on(cx, span_context);
         let sampled = if span_context.is_sampled() { "1" } else { "0" };
         match self.0 {
+            B3Encoding::Single if is_debug => injector.set(SINGLE, format!("{trace_id}-{span_id}-d")),
             B3Encoding::Single => injector.set(SINGLE, format!("{trace_id}-{span_id}-{sampled}")),
             B3Encoding::Multi => {
                 injector.set(TRACE_ID, trace_id.to_string());
                 injector.set(SPAN_ID, span_id.to_string());
-                injector.set(SAMPLED, sampled.to_owned());
+                // Debug says it all: a sampling state besides would be an error.
+                let (name, state) = if is_debug { (FLAGS, "1") } else { (SAMPLED, sampled) };
+                injector.set(name, state.to_owned());
             }
         }
     }
@@ -56,14 +60,15 @@ impl TextMapPropagator for B3Propagator {
             span_context(extractor.get(TRACE_ID)?.trim(), extractor.get(SPAN_ID)?.trim(), state)
         });
         match remote {
-            Some(remote) => cx.with_remote_span_context(remote),
+            Some((remote, is_debug)) => Debug::remote(cx, remote, is_debug),
             None => cx.clone(),
         }
     }
 
     fn fields(&self) -> FieldIter<'_> {
         static ONE: LazyLock<[String; 1]> = LazyLock::new(|| [SINGLE.into()]);
-        static MANY: LazyLock<[String; 3]> = LazyLock::new(|| [TRACE_ID, SPAN_ID, SAMPLED].map(String::from));
+        static MANY: LazyLock<[String; 4]> =
+            LazyLock::new(|| [TRACE_ID, SPAN_ID, SAMPLED, FLAGS].map(String::from));
         match self.0 {
             B3Encoding::Single => FieldIter::new(ONE.as_slice()),
             B3Encoding::Multi => FieldIter::new(MANY.as_slice()),
@@ -72,7 +77,7 @@ impl TextMapPropagator for B3Propagator {
 }
 
 /// `{trace id}-{span id}`, then maybe `-{sampling state}`, then maybe `-{parent span id}`.
-fn parse_single(value: Option<&str>) -> Option<SpanContext> {
+fn parse_single(value: Option<&str>) -> Option<(SpanContext, bool)> {
     let mut fields = value?.trim().split('-');
     let (trace_id, span_id) = (fields.next()?, fields.next()?);
     let state = fields.next().unwrap_or_default();
@@ -82,7 +87,8 @@ fn parse_single(value: Option<&str>) -> Option<SpanContext> {
     fields.next().is_none().then(|| span_context(trace_id, span_id, state))?
 }
 
-fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<SpanContext> {
+/// The context, and whether it has the debug flag.
+fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<(SpanContext, bool)> {
     // 64-bit trace ids are legal; other lengths are not.
     if !matches!(trace_id.len(), 16 | 32) || span_id.len() != 16 {
         return None;
@@ -95,7 +101,7 @@ fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<SpanContex
     let trace_id = TraceId::from_bytes(padded_hex(trace_id)?);
     let span_id = SpanId::from_bytes(padded_hex(span_id)?);
     let remote = SpanContext::new(trace_id, span_id, flags, true, TraceState::NONE);
-    remote.is_valid().then_some(remote)
+    remote.is_valid().then_some((remote, state == "d"))
 }
 
 #[cfg(test)]
@@ -177,6 +183,28 @@ mod tests {
         assert_eq!(injected(B3Encoding::Single), [("b3".into(), format!("{TRACE}-{SPAN}-1"))].into());
         let multi = [("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN), ("x-b3-sampled", "1")];
         assert_eq!(injected(B3Encoding::Multi), multi.map(|(k, v)| (k.into(), v.into())).into());
+    }
+
+    #[test]
+    fn a_debug_flag_is_sent_on_with_its_own_trace() {
+        let single = format!("{TRACE}-{SPAN}-d");
+        for received in [
+            &[("b3", single.as_str())][..],
+            &[("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN), ("x-b3-flags", "1")],
+        ] {
+            let cx = B3Propagator(B3Encoding::Single).extract_with_context(&Context::new(), &Lines(received));
+            let sent = |encoding, cx: &Context| {
+                let mut headers = HashMap::new();
+                B3Propagator(encoding).inject_context(cx, &mut headers);
+                headers
+            };
+            assert_eq!(sent(B3Encoding::Single, &cx)["b3"], single);
+            let multi = sent(B3Encoding::Multi, &cx);
+            assert_eq!((multi["x-b3-flags"].as_str(), multi.contains_key("x-b3-sampled")), ("1", false));
+
+            let other = extract(&[("b3", &format!("{}-{SPAN}-1", "1".repeat(32)))]).unwrap();
+            assert!(sent(B3Encoding::Single, &cx.with_remote_span_context(other))["b3"].ends_with("-1"));
+        }
     }
 
     proptest! {

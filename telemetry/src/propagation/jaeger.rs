@@ -2,7 +2,7 @@
 //!
 //! Only the trace context. Jaeger's baggage (`uberctx-*`) is not read: name `baggage` beside it.
 
-use super::padded_hex;
+use super::{Debug, padded_hex};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
@@ -11,6 +11,9 @@ use opentelemetry::{
 use std::sync::LazyLock;
 
 const UBER_TRACE_ID: &str = "uber-trace-id";
+
+const SAMPLED: u8 = 0b01;
+const DEBUG: u8 = 0b10;
 
 /// Reads and writes `uber-trace-id`.
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +25,8 @@ impl TextMapPropagator for JaegerPropagator {
         let span_context = span.span_context();
         if span_context.is_valid() {
             let (trace_id, span_id) = (span_context.trace_id(), span_context.span_id());
-            let flags = u8::from(span_context.is_sampled());
+            let debug = if Debug::is_on(cx, span_context) { DEBUG } else { 0 };
+            let flags = u8::from(span_context.is_sampled()) | debug;
             // The third field, the parent span id, is deprecated and sent as 0.
             injector.set(UBER_TRACE_ID, format!("{trace_id}:{span_id}:0:{flags}"));
         }
@@ -30,7 +34,7 @@ impl TextMapPropagator for JaegerPropagator {
 
     fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
         match extractor.get(UBER_TRACE_ID).and_then(parse) {
-            Some(remote) => cx.with_remote_span_context(remote),
+            Some((remote, is_debug)) => Debug::remote(cx, remote, is_debug),
             None => cx.clone(),
         }
     }
@@ -42,20 +46,19 @@ impl TextMapPropagator for JaegerPropagator {
 }
 
 /// `{trace id}:{span id}:{parent span id}:{flags}`, the colons possibly URL-encoded.
-fn parse(value: &str) -> Option<SpanContext> {
-    const SAMPLED_OR_DEBUG: u8 = 0b11;
-
+fn parse(value: &str) -> Option<(SpanContext, bool)> {
     let value = value.trim().replace("%3A", ":").replace("%3a", ":");
     let mut fields = value.split(':');
     let trace_id = TraceId::from_bytes(padded_hex(fields.next()?)?);
     let span_id = SpanId::from_bytes(padded_hex(fields.next()?)?);
     let _deprecated_parent = fields.next()?;
     let [flags] = padded_hex(fields.next()?)?;
-    let sampled = flags & SAMPLED_OR_DEBUG != 0;
+    let is_debug = flags & DEBUG != 0;
+    let sampled = is_debug || flags & SAMPLED != 0;
 
     let flags = TraceFlags::default().with_sampled(sampled);
     let remote = SpanContext::new(trace_id, span_id, flags, true, TraceState::NONE);
-    (remote.is_valid() && fields.next().is_none()).then_some(remote)
+    (remote.is_valid() && fields.next().is_none()).then_some((remote, is_debug))
 }
 
 #[cfg(test)]
@@ -72,10 +75,11 @@ mod tests {
             ("4BF92F3577B34DA6A3CE929D0E0E4736:f067aa0ba902b7::2", true),
             ("4bf92f3577b34da6a3ce929d0e0e4736%3A00f067aa0ba902b7%3A0%3a01", true),
         ] {
-            let remote = parse(header).unwrap();
+            let (remote, is_debug) = parse(header).unwrap();
             assert_eq!(remote.trace_id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736", "{header}");
             assert_eq!(remote.span_id().to_string(), "00f067aa0ba902b7", "{header}");
             assert_eq!(remote.is_sampled(), sampled, "{header}");
+            assert_eq!(is_debug, header.ends_with('2'), "{header}");
         }
     }
 
@@ -102,10 +106,15 @@ mod tests {
 
     #[test]
     fn header_is_written() {
-        let remote = parse("4bf92f3577b34da6a3ce929d0e0e4736:f067aa0ba902b7:7:3").unwrap();
-        let mut headers = HashMap::new();
-        JaegerPropagator.inject_context(&Context::new().with_remote_span_context(remote), &mut headers);
-        assert_eq!(headers["uber-trace-id"], "4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:1");
+        for (received, sent) in [("0", "0"), ("1", "1"), ("2", "3"), ("3", "3")] {
+            let id = UBER_TRACE_ID.to_owned();
+            let header = format!("4bf92f3577b34da6a3ce929d0e0e4736:f067aa0ba902b7:7:{received}");
+            let carrier = HashMap::from([(id.clone(), header)]);
+            let cx = JaegerPropagator.extract_with_context(&Context::new(), &carrier);
+            let mut headers = HashMap::new();
+            JaegerPropagator.inject_context(&cx, &mut headers);
+            assert_eq!(headers[&id], format!("4bf92f3577b34da6a3ce929d0e0e4736:00f067aa0ba902b7:0:{sent}"));
+        }
     }
 
     proptest! {

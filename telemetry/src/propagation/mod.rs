@@ -14,7 +14,11 @@ pub use baggage::BaggagePropagator;
 pub use jaeger::JaegerPropagator;
 pub use trace_context::{TraceContextPropagator, traceparent};
 
-use opentelemetry::propagation::{TextMapCompositePropagator, TextMapPropagator};
+use opentelemetry::{
+    Context,
+    propagation::{TextMapCompositePropagator, TextMapPropagator},
+    trace::{SpanContext, TraceContextExt, TraceId},
+};
 
 /// A propagator that can be named in `OTEL_PROPAGATORS`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +62,25 @@ impl Propagator {
 /// One propagator out of many: each writes its headers; where several read a parent, the last wins.
 pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
     TextMapCompositePropagator::new(propagators.iter().map(|p| p.build()).collect())
+}
+
+/// The flag "debug" of B3 and Jaeger: sampled, and more. OpenTelemetry has none, so it is a value in the
+/// context, for the trace that it came with; it must be sent on (OpenTelemetry, "B3 Requirements").
+#[derive(Debug)]
+struct Debug(TraceId);
+
+impl Debug {
+    /// The context of a caller, and whether it asks for debugging.
+    fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
+        let trace_id = remote.trace_id();
+        let cx = cx.with_remote_span_context(remote);
+        if is_debug { cx.with_value(Self(trace_id)) } else { cx }
+    }
+
+    /// Whether it is to be sent on with this span.
+    fn is_on(cx: &Context, span: &SpanContext) -> bool {
+        cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id()) && span.is_sampled()
+    }
 }
 
 /// Parses exactly `2 * N` lower-case hex digits, as the W3C formats demand.

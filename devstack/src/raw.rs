@@ -1,19 +1,22 @@
-//! Frames by hand, for what no client library would send.
+//! AMQP frames by hand, for what no client library would send.
 
-use crate::client::PATIENCE;
 use amq_protocol::{
     frame::{AMQPFrame, WriteContext, gen_frame, parse_frame},
-    protocol::{AMQPClass, basic, channel, connection},
+    protocol::{AMQPClass, basic, channel, connection, constants},
     types::AMQPValue,
 };
 use anyhow::{Context, Result, bail};
 use lapin::uri::AMQPUri;
+use proto::inbound::CONTENT_HEAD;
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
+
+/// How long to wait for the broker.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A socket to the broker.
 pub struct Raw {
@@ -75,14 +78,17 @@ impl Raw {
         Ok(capabilities.inner().keys().map(ToString::to_string).collect())
     }
 
+    /// Sends these bytes.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<()> {
         Ok(timeout(PATIENCE, self.stream.write_all(bytes)).await??)
     }
 
+    /// Sends a frame.
     pub async fn frame(&mut self, frame: &AMQPFrame) -> Result<()> {
         self.send(&encoded(frame)).await
     }
 
+    /// Sends a method.
     pub async fn method(&mut self, channel: u16, method: AMQPClass) -> Result<()> {
         self.frame(&AMQPFrame::Method(channel, method)).await
     }
@@ -106,6 +112,7 @@ impl Raw {
         Ok(self.input)
     }
 
+    /// The next frame, within this time.
     pub async fn next_within(&mut self, limit: Duration) -> Result<Option<AMQPFrame>> {
         loop {
             if let Ok((rest, frame)) = parse_frame(&self.input[..]) {
@@ -165,22 +172,26 @@ impl Raw {
 
 /// The frames of a small message to a queue.
 pub fn publish(queue: &str, body: &[u8]) -> Vec<u8> {
-    let method = basic::Publish { routing_key: queue.into(), mandatory: true, ..Default::default() };
-    let header = amq_protocol::frame::AMQPContentHeader {
-        class_id: 60,
-        body_size: body.len() as u64,
-        properties: basic::AMQPProperties::default(),
-    };
-    [
-        AMQPFrame::Method(1, AMQPClass::Basic(basic::AMQPMethod::Publish(method))),
-        AMQPFrame::Header(1, header),
-        AMQPFrame::Body(1, body.to_vec()),
-    ]
-    .iter()
-    .flat_map(encoded)
-    .collect()
+    publish_with(queue, &[0, 0], body)
 }
 
+/// The same, with properties as bytes: their flags, then those that the flags name.
+pub fn publish_with(queue: &str, properties: &[u8], body: &[u8]) -> Vec<u8> {
+    let publish = basic::Publish { routing_key: queue.into(), mandatory: true, ..Default::default() };
+    let mut header = vec![constants::FRAME_HEADER, 0, 1];
+    header.extend((CONTENT_HEAD as u32 + properties.len() as u32).to_be_bytes());
+    header.extend([0, 60, 0, 0]);
+    header.extend((body.len() as u64).to_be_bytes());
+    header.extend(properties);
+    header.push(constants::FRAME_END);
+    let method = encoded(&AMQPFrame::Method(1, AMQPClass::Basic(basic::AMQPMethod::Publish(publish))));
+    [method, header, encoded(&AMQPFrame::Body(1, body.to_vec()))].concat()
+}
+
+/// A frame as bytes.
+///
+/// # Panics
+/// If it is none.
 pub fn encoded(frame: &AMQPFrame) -> Vec<u8> {
     gen_frame(frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner().0
 }

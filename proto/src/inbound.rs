@@ -1,0 +1,462 @@
+//! What a broker sends, looked at before lapin reads it.
+//!
+//! RabbitMQ hands a message's properties on as bytes, whatever its producer wrote. lapin ends the connection
+//! when a short string among them is not UTF-8, and its parser calls itself for each table in a table, so a
+//! few thousand of them fill the stack and end the process. Either way the broker would deliver the message
+//! again, for ever. So content headers pass [`Checked`] first: one that lapin can't read is replaced by one
+//! with the header [`UNREADABLE_PROPERTIES`], and the consumer makes a dead letter of the message.
+
+use crate::headers::UNREADABLE_PROPERTIES;
+use amq_protocol::{
+    frame::{WriteContext, parsing::parse_content_header},
+    protocol::{BasicProperties, basic::gen_properties, constants},
+    types::{AMQPValue, FieldTable},
+};
+use async_rs::{Tokio, traits::Reactor, util::RuntimeParts};
+use bytes::{Buf, BytesMut};
+use futures_io::{AsyncRead, AsyncWrite};
+use futures_util::Stream;
+use std::{
+    io::{self, IoSlice, Read, Write},
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+/// Tables and arrays inside of each other, at most; real ones have three or four.
+pub const MAX_DEPTH: usize = 32;
+
+/// The properties that could not be read are kept, as bytes, if they are not longer.
+const LONGEST_KEPT: usize = 64 * 1024;
+
+/// A content header is no longer than a frame, and brokers rarely allow more than 128 KiB. What is longer
+/// than this is left to lapin, which refuses it.
+const LONGEST_FRAME: usize = 1024 * 1024;
+
+/// Type, channel and size before a frame's payload; behind it is one byte more (AMQP 0-9-1, section 4.2.3).
+const FRAME_HEAD: usize = 7;
+
+/// Class, weight and body size, before the properties of a content header (section 4.2.6.1).
+pub const CONTENT_HEAD: usize = 12;
+
+/// lapin's runtime, except that what it reads is [`Checked`].
+pub type CheckedRuntime = async_rs::Runtime<RuntimeParts<Tokio, CheckedReactor>>;
+
+/// The runtime for a connection, on the tokio runtime that is current.
+pub fn runtime() -> CheckedRuntime {
+    CheckedRuntime::new(RuntimeParts::new(Tokio::current(), CheckedReactor(Tokio::current())))
+}
+
+/// Makes [`Checked`] connections.
+#[derive(Debug, Clone)]
+pub struct CheckedReactor(Tokio);
+
+impl Reactor for CheckedReactor {
+    type TcpStream = Checked<<Tokio as Reactor>::TcpStream>;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    /// For sockets that somebody else has connected; lapin has none.
+    fn register<H: Read + Write + Send + 'static>(
+        &self,
+        _socket: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Self::TcpStream, _>(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.0.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(address);
+        async { Ok(Checked::new(connecting.await?)) }
+    }
+}
+
+/// A connection to a broker, from which nothing comes that lapin can't read.
+#[derive(Debug)]
+pub struct Checked<S> {
+    inner: S,
+    read: Box<[u8]>,
+    frames: Frames,
+}
+
+impl<S> Checked<S> {
+    fn new(inner: S) -> Self {
+        Self { inner, read: vec![0; 16 * 1024].into(), frames: Frames::default() }
+    }
+
+    /// The connection itself.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Checked<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        let Self { inner, read, frames } = self.get_mut();
+        while frames.checked.is_empty() {
+            match ready!(Pin::new(&mut *inner).poll_read(cx, read))? {
+                0 => return Poll::Ready(Ok(0)),
+                count => frames.take(&read[..count]),
+            }
+        }
+        let count = frames.checked.len().min(buf.len());
+        frames.checked.copy_to_slice(&mut buf[..count]);
+        Poll::Ready(Ok(count))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Checked<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_close(cx)
+    }
+}
+
+/// The bytes of a connection, as frames.
+#[derive(Debug, Default)]
+struct Frames {
+    /// What may be read.
+    checked: BytesMut,
+    /// The begin of a frame: its head, or of a content header all that has come.
+    held: BytesMut,
+    /// So many bytes more are of a frame that needs no look.
+    passing: usize,
+}
+
+impl Frames {
+    fn take(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let missing = match self.passing {
+                0 => self.wanted() - self.held.len(),
+                passing => passing,
+            };
+            let (now, later) = bytes.split_at(bytes.len().min(missing));
+            bytes = later;
+            if self.passing > 0 {
+                self.checked.extend_from_slice(now);
+                self.passing -= now.len();
+                continue;
+            }
+            self.held.extend_from_slice(now);
+            if self.held.len() == self.wanted() {
+                self.release();
+            }
+        }
+    }
+
+    /// How much of a frame must be held: its head, but all of a content header.
+    fn wanted(&self) -> usize {
+        match self.held.first_chunk().map(kind_and_size) {
+            Some((constants::FRAME_HEADER, size)) if size <= LONGEST_FRAME => FRAME_HEAD + size + 1,
+            _ => FRAME_HEAD,
+        }
+    }
+
+    /// Passes on what is held.
+    fn release(&mut self) {
+        let Some((kind, size)) = self.held.first_chunk().map(kind_and_size) else {
+            return;
+        };
+        match self.held.get(FRAME_HEAD..FRAME_HEAD + size) {
+            Some(payload) if kind == constants::FRAME_HEADER && !is_readable(payload) => {
+                let channel = [self.held[1], self.held[2]];
+                put_unreadable(&mut self.checked, channel, payload);
+            }
+            Some(_) => self.checked.extend_from_slice(&self.held),
+            None => {
+                self.checked.extend_from_slice(&self.held);
+                // "AMQP" begins what a broker says to whom it does not understand; there is nothing behind it.
+                self.passing = if kind == b'A' { usize::MAX } else { size + 1 };
+            }
+        }
+        self.held.clear();
+    }
+}
+
+fn kind_and_size(&[kind, _, _, a, b, c, d]: &[u8; FRAME_HEAD]) -> (u8, usize) {
+    (kind, u32::from_be_bytes([a, b, c, d]) as usize)
+}
+
+/// Whether lapin can read the payload of a content header.
+fn is_readable(payload: &[u8]) -> bool {
+    check_content_header(payload).is_ok() && matches!(parse_content_header(payload), Ok(([], _)))
+}
+
+/// Appends a content header for the same body, which says that the properties can't be read, and has them as
+/// bytes.
+fn put_unreadable(out: &mut BytesMut, channel: [u8; 2], payload: &[u8]) {
+    let (head, properties) = payload.split_at(payload.len().min(CONTENT_HEAD));
+    let kept = if properties.len() <= LONGEST_KEPT { properties } else { &[] };
+    let mut headers = FieldTable::default();
+    headers.insert(UNREADABLE_PROPERTIES.into(), AMQPValue::LongString(kept.into()));
+    let properties = BasicProperties::default().with_headers(headers);
+    let written = gen_properties(&properties)(WriteContext::from(Vec::new()));
+    let properties = written.map(|written| written.write).unwrap_or_default();
+
+    out.extend_from_slice(&[constants::FRAME_HEADER, channel[0], channel[1]]);
+    out.extend_from_slice(&((head.len() + properties.len()) as u32).to_be_bytes());
+    out.extend_from_slice(head);
+    out.extend_from_slice(&properties);
+    out.extend_from_slice(&[constants::FRAME_END]);
+}
+
+/// What makes a table, or properties with one, impossible to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// A length or a type is wrong.
+    Malformed,
+    /// There are more than [`MAX_DEPTH`] tables inside of each other.
+    TooDeep,
+}
+
+/// Whether the payload of a content header is well formed as to lengths, and its table of headers not nested too
+/// deep. Whether strings are UTF-8 is not looked at.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_content_header(payload: &[u8]) -> Result<(), Fault> {
+    #[derive(Clone, Copy)]
+    enum Property {
+        Bytes(usize),
+        ShortString,
+        Table,
+    }
+    use Property::{Bytes, ShortString, Table};
+    /// From the highest bit of the flags down, as in the specification's class `basic`.
+    const PROPERTIES: [Property; 14] = [
+        ShortString, // content-type
+        ShortString, // content-encoding
+        Table,       // headers
+        Bytes(1),    // delivery-mode
+        Bytes(1),    // priority
+        ShortString, // correlation-id
+        ShortString, // reply-to
+        ShortString, // expiration
+        ShortString, // message-id
+        Bytes(8),    // timestamp
+        ShortString, // type
+        ShortString, // user-id
+        ShortString, // app-id
+        ShortString, // cluster-id
+    ];
+
+    let mut rest = payload.get(CONTENT_HEAD..).ok_or(Fault::Malformed)?;
+    let flags = rest.try_get_u16().map_err(|_| Fault::Malformed)?;
+    for (_, property) in PROPERTIES.iter().enumerate().filter(|(i, _)| flags & (1 << 15 >> i) != 0) {
+        match property {
+            Bytes(count) => skip(&mut rest, *count)?,
+            ShortString => skip_short_string(&mut rest)?,
+            Table => rest = check_table(rest)?,
+        }
+    }
+    // The last two flags have no meaning.
+    if flags & 0b11 == 0 && rest.is_empty() { Ok(()) } else { Err(Fault::Malformed) }
+}
+
+/// Checks that the table which `bytes` begin with is well formed as to lengths, and not nested too deep; what
+/// is behind it.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_table(bytes: &[u8]) -> Result<&[u8], Fault> {
+    // The tables and arrays around the current position: where each ends, and whether it has names.
+    let mut around: Vec<(usize, bool)> = Vec::new();
+    let mut rest = bytes;
+    let table_end = |rest: &mut &[u8]| {
+        let length = rest.try_get_u32().map_err(|_| Fault::Malformed)? as usize;
+        if length > rest.len() { Err(Fault::Malformed) } else { Ok(bytes.len() - rest.len() + length) }
+    };
+    around.push((table_end(&mut rest)?, true));
+    while let Some(&(end, has_names)) = around.last() {
+        let position = bytes.len() - rest.len();
+        if position >= end {
+            around.pop();
+            continue;
+        }
+        if has_names {
+            skip_short_string(&mut rest)?;
+        }
+        let size = match rest.try_get_u8().map_err(|_| Fault::Malformed)? {
+            b'V' => 0,
+            b't' | b'b' | b'B' => 1,
+            b's' | b'U' | b'u' => 2,
+            b'I' | b'i' | b'f' => 4,
+            b'D' => 5,
+            b'L' | b'l' | b'd' | b'T' => 8,
+            b'S' | b'x' => rest.try_get_u32().map_err(|_| Fault::Malformed)? as usize,
+            kind @ (b'F' | b'A') => {
+                if around.len() == MAX_DEPTH {
+                    return Err(Fault::TooDeep);
+                }
+                around.push((table_end(&mut rest)?, kind == b'F'));
+                0
+            }
+            _ => return Err(Fault::Malformed),
+        };
+        skip(&mut rest, size)?;
+    }
+    Ok(rest)
+}
+
+/// Skips a byte with a length, and as many bytes.
+///
+/// # Errors
+/// If there are fewer.
+pub fn skip_short_string(bytes: &mut &[u8]) -> Result<(), Fault> {
+    let length = bytes.try_get_u8().map_err(|_| Fault::Malformed)?;
+    skip(bytes, length.into())
+}
+
+/// Skips so many bytes.
+///
+/// # Errors
+/// If there are fewer.
+pub fn skip(bytes: &mut &[u8], count: usize) -> Result<(), Fault> {
+    *bytes = bytes.get(count..).ok_or(Fault::Malformed)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use amq_protocol::frame::{AMQPFrame, gen_frame, parse_frame};
+    use proptest::{collection::vec, prelude::*};
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![kind, 0, 7];
+        frame.extend((payload.len() as u32).to_be_bytes());
+        frame.extend(payload);
+        frame.push(constants::FRAME_END);
+        frame
+    }
+
+    /// A content header for a body of five bytes.
+    fn content_header(properties: &[u8]) -> Vec<u8> {
+        let payload = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5], properties].concat();
+        frame(constants::FRAME_HEADER, &payload)
+    }
+
+    fn written(properties: &BasicProperties) -> Vec<u8> {
+        gen_properties(properties)(WriteContext::from(Vec::new())).unwrap().write
+    }
+
+    /// Headers with one value: arrays in arrays.
+    fn nested(depth: usize) -> Vec<u8> {
+        let mut value = vec![b'V'];
+        for _ in 0..depth {
+            let mut array = vec![b'A'];
+            array.extend((value.len() as u32).to_be_bytes());
+            array.extend(&value);
+            value = array;
+        }
+        let mut properties = vec![0x20, 0];
+        properties.extend((value.len() as u32 + 2).to_be_bytes());
+        properties.extend([1, b'k']);
+        properties.extend(value);
+        properties
+    }
+
+    /// What can be read of what comes in pieces of this size.
+    fn checked(bytes: &[u8], piece: usize) -> Vec<u8> {
+        let mut frames = Frames::default();
+        bytes.chunks(piece).for_each(|piece| frames.take(piece));
+        frames.checked.to_vec()
+    }
+
+    /// The message id that is two bytes, neither of them UTF-8.
+    const NOT_UTF8: &[u8] = &[0x00, 0x80, 2, 0xff, 0xfe];
+
+    #[test]
+    fn what_can_be_read_passes_as_it_came_whatever_the_pieces() {
+        let mut headers = FieldTable::default();
+        headers.insert("traceparent".into(), AMQPValue::LongString("00-x".into()));
+        let properties = BasicProperties::default().with_headers(headers).with_message_id("id".into());
+        let stream = [
+            frame(constants::FRAME_METHOD, b"a method"),
+            content_header(&written(&properties)),
+            frame(constants::FRAME_BODY, b"hello"),
+            frame(constants::FRAME_HEARTBEAT, b""),
+            content_header(&nested(MAX_DEPTH - 1)),
+            content_header(&[0, 0]),
+        ]
+        .concat();
+        for piece in [1, 2, 7, 8, 13, stream.len()] {
+            assert_eq!(checked(&stream, piece), stream, "{piece}");
+        }
+        assert_eq!(checked(b"AMQP\0\0\x09\x01", 3), b"AMQP\0\0\x09\x01");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_replaced_and_the_message_stays() {
+        for (properties, kept) in [
+            (NOT_UTF8, NOT_UTF8),
+            (&nested(MAX_DEPTH), &nested(MAX_DEPTH)),
+            // It would fill the stack.
+            (&nested(20_000), b""),
+            // A table that is longer than the frame; an unknown type.
+            (b"\x20\0\0\0\0\x09\x01k", b"\x20\0\0\0\0\x09\x01k"),
+            (b"\x20\0\0\0\0\x03\x01k?", b"\x20\0\0\0\0\x03\x01k?"),
+        ] {
+            let body = frame(constants::FRAME_BODY, b"hello");
+            for piece in [1, 1000] {
+                let out = checked(&[content_header(properties), body.clone()].concat(), piece);
+                let (rest, header) = parse_frame(&out[..]).unwrap();
+                let AMQPFrame::Header(7, header) = header else { panic!("{header:?}") };
+                assert_eq!((header.class_id, header.body_size), (60, 5));
+                let headers = header.properties.headers().clone().unwrap();
+                assert_eq!(headers.inner()[UNREADABLE_PROPERTIES], AMQPValue::LongString(kept.into()));
+                assert_eq!(rest, body);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_lapin_reads_what_passes(properties in vec(any::<u8>(), 0..60), piece in 1usize..20) {
+            let out = checked(&content_header(&properties), piece);
+            prop_assert!(parse_frame(&out[..]).is_ok(), "{:?}", out);
+        }
+
+        #[test]
+        fn any_bytes_in_any_pieces_pass_without_panic(bytes in vec(any::<u8>(), 0..200), piece in 1usize..20) {
+            let _ = checked(&bytes, piece);
+        }
+
+        #[test]
+        fn what_lapin_writes_passes_as_it_came(id in ".{0,60}", name in ".{0,60}", value in ".{0,60}") {
+            let mut headers = FieldTable::default();
+            headers.insert(name.as_str().into(), AMQPValue::LongString(value.into()));
+            let properties = BasicProperties::default().with_headers(headers).with_message_id(id.as_str().into());
+            let header = AMQPFrame::Header(7, amq_protocol::frame::AMQPContentHeader {
+                class_id: 60, body_size: 5, properties,
+            });
+            let bytes = gen_frame(&header)(WriteContext::from(Vec::new())).unwrap().write;
+            prop_assert_eq!(checked(&bytes, 5), bytes);
+        }
+    }
+}
