@@ -3,7 +3,7 @@
 use crate::client::{Client, PATIENCE, body, next};
 use anyhow::Result;
 use devstack::poll;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, future::join};
 use lapin::{
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions,
@@ -187,9 +187,10 @@ async fn an_unknown_delivery_tag_is_a_406() -> Result<()> {
         .expect_channel_error(406, async |channel| {
             channel.basic_get(queue.as_str().into(), BasicGetOptions::default()).await?;
             channel.basic_ack(1, BasicAckOptions::default()).await?;
-            channel.basic_ack(1, BasicAckOptions::default()).await?;
-            // An ack has no answer; this one has.
-            channel.basic_get(queue.as_str().into(), BasicGetOptions::default()).await.map(drop)
+            // An ack has no answer, the get behind it has: both are sent before either is answered.
+            let again = channel.basic_ack(1, BasicAckOptions::default());
+            let get = channel.basic_get(queue.as_str().into(), BasicGetOptions::default());
+            join(again, get).await.1.map(drop)
         })
         .await
 }
