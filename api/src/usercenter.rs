@@ -43,7 +43,7 @@ pub fn health(channel: Channel) -> Health {
 /// Puts the layers around a channel to `endpoint`: a call passes them from the first to the last, its outcome
 /// from the last to the first.
 pub fn in_layers<C>(endpoint: &Uri, limits: Limits, channel: C) -> Layered<C> {
-    let circuit = Circuit::new("usercenter", limits.circuit_pause);
+    let circuit = Circuit::new("usercenter", limits.circuit_pause, limits.timeout);
     ServiceBuilder::new()
         .layer(GrpcClientLayer::new(endpoint)) // the client span: one, around all attempts and refusals
         .layer(CallDeadlineLayer::new(limits.timeout)) // the whole call in time, its retries too

@@ -172,7 +172,7 @@ impl Frames {
     /// How much of a frame must be held: its head, but all of a content header.
     fn wanted(&self) -> usize {
         match self.held.first_chunk().map(kind_and_size) {
-            Some((constants::FRAME_HEADER, size)) if size <= LONGEST_FRAME => FRAME_HEAD + size + 1,
+            Some((kind, size)) if is_looked_at(kind, size) => FRAME_HEAD + size + 1,
             _ => FRAME_HEAD,
         }
     }
@@ -182,20 +182,23 @@ impl Frames {
         let Some((kind, size)) = self.held.first_chunk().map(kind_and_size) else {
             return;
         };
-        match self.held.get(FRAME_HEAD..FRAME_HEAD + size) {
-            Some(payload) if kind == constants::FRAME_HEADER && !is_readable(payload) => {
-                let channel = [self.held[1], self.held[2]];
-                put_unreadable(&mut self.checked, channel, payload);
-            }
-            Some(_) => self.checked.extend_from_slice(&self.held),
-            None => {
-                self.checked.extend_from_slice(&self.held);
-                // "AMQP" begins what a broker says to whom it does not understand; there is nothing behind it.
-                self.passing = if kind == b'A' { usize::MAX } else { size + 1 };
-            }
+        if !is_looked_at(kind, size) {
+            self.checked.extend_from_slice(&self.held);
+            // "AMQP" begins what a broker says to whom it does not understand; there is nothing behind it.
+            self.passing = if kind == b'A' { usize::MAX } else { size + 1 };
+        } else if is_readable(&self.held[FRAME_HEAD..FRAME_HEAD + size]) {
+            self.checked.extend_from_slice(&self.held);
+        } else {
+            let channel = [self.held[1], self.held[2]];
+            put_unreadable(&mut self.checked, channel, &self.held[FRAME_HEAD..FRAME_HEAD + size]);
         }
         self.held.clear();
     }
+}
+
+/// Whether it is a content header, of a length that may be.
+fn is_looked_at(kind: u8, size: usize) -> bool {
+    kind == constants::FRAME_HEADER && size <= LONGEST_FRAME
 }
 
 fn kind_and_size(&[kind, _, _, a, b, c, d]: &[u8; FRAME_HEAD]) -> (u8, usize) {
@@ -422,10 +425,19 @@ mod tests {
             (b"\x20\0\0\0\0\x09\x01k", b"\x20\0\0\0\0\x09\x01k"),
             (b"\x20\0\0\0\0\x03\x01k?", b"\x20\0\0\0\0\x03\x01k?"),
         ] {
+            // What is before it must not lead it past.
+            let before = [
+                frame(constants::FRAME_HEARTBEAT, b""),
+                frame(constants::FRAME_METHOD, b"a method"),
+                frame(constants::FRAME_BODY, b""),
+                content_header(&[0, 0]),
+            ]
+            .concat();
             let body = frame(constants::FRAME_BODY, b"hello");
             for piece in [1, 1000] {
-                let out = checked(&[content_header(properties), body.clone()].concat(), piece);
-                let (rest, header) = parse_frame(&out[..]).unwrap();
+                let out = checked(&[&before[..], &content_header(properties), &body].concat(), piece);
+                let out = out.strip_prefix(&before[..]).unwrap();
+                let (rest, header) = parse_frame(out).unwrap();
                 let AMQPFrame::Header(7, header) = header else { panic!("{header:?}") };
                 assert_eq!((header.class_id, header.body_size), (60, 5));
                 let headers = header.properties.headers().clone().unwrap();

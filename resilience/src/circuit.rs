@@ -17,6 +17,7 @@ use tokio::time::Instant;
 pub struct Circuit {
     name: &'static str,
     pause: Duration,
+    fair_time: Duration,
     state: Mutex<State>,
 }
 
@@ -26,7 +27,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Fewer say nothing: of two calls one may fail.
 const MIN_CALLS: u32 = 20;
 
-/// A call that fails at its deadline counts only if it had as much time as this.
+/// A call that fails at its deadline counts only if it had as much time as this, or half of what calls have.
 const FAIR_TIME: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
@@ -65,9 +66,10 @@ impl CircuitOpen {
 }
 
 impl Circuit {
-    /// A closed circuit. `name` is what it leads to, for the log; once open, it stays so for `pause`.
-    pub fn new(name: &'static str, pause: Duration) -> Self {
-        Self { name, pause, state: Mutex::new(State::Closed(Window::new(Instant::now()))) }
+    /// A closed circuit. `name` is what it leads to, for the log; once open, it stays so for `pause`. Calls have
+    /// `timeout`.
+    pub fn new(name: &'static str, pause: Duration, timeout: Duration) -> Self {
+        Self { name, pause, fair_time: FAIR_TIME.min(timeout / 2), state: Mutex::new(State::Closed(Window::new(Instant::now()))) }
     }
 
     /// Asks for leave to call.
@@ -167,7 +169,7 @@ impl Permission {
 impl Drop for Permission {
     fn drop(&mut self) {
         let is_late = self.deadline.is_some_and(|deadline| deadline.remaining().is_zero());
-        let had_a_chance = self.entered.elapsed() >= FAIR_TIME;
+        let had_a_chance = self.entered.elapsed() >= self.circuit.fair_time;
         let outcome = match self.outcome {
             Outcome::Failure | Outcome::Unknown if is_late && !had_a_chance => Outcome::Unknown,
             Outcome::Unknown if is_late => Outcome::Failure,
@@ -224,9 +226,10 @@ mod tests {
     use tokio::time::advance;
 
     const PAUSE: Duration = Duration::from_secs(1);
+    const TIMEOUT: Duration = Duration::from_secs(1);
 
     fn opened() -> Arc<Circuit> {
-        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
         for _ in 0..MIN_CALLS {
             circuit.enter().unwrap().failed();
         }
@@ -235,7 +238,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn it_opens_when_half_of_enough_calls_fail() {
-        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
         for call in 1..MIN_CALLS {
             let permission = circuit.enter().unwrap();
             if call % 2 == 0 { permission.failed() } else { permission.succeeded() }
@@ -246,12 +249,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn fewer_failures_and_old_ones_leave_it_closed() {
-        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
         for call in 0..1000 {
             let permission = circuit.enter().unwrap();
             if call % 3 == 0 { permission.failed() } else { permission.succeeded() }
         }
-        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
         for _ in 0..1000 {
             circuit.enter().unwrap().failed();
             advance(WINDOW / 10).await;
@@ -288,7 +291,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_call_that_had_no_time_says_nothing_of_the_other_side() {
-        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
         let _attached = Deadline::within(FAIR_TIME / 2).context().attach();
         let late: Vec<_> = (0..2 * MIN_CALLS).map(|_| circuit.enter().unwrap()).collect();
         advance(FAIR_TIME / 2).await;
@@ -300,7 +303,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_call_that_is_dropped_at_its_deadline_has_failed() {
-        let circuit = Arc::new(Circuit::new("test", PAUSE));
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
         let _attached = Deadline::within(Duration::from_secs(1)).context().attach();
         for _ in 0..MIN_CALLS {
             drop(circuit.enter().unwrap());

@@ -196,6 +196,7 @@ impl Publisher {
             span.set_attributes(self.shared.broker.producer_attributes(exchange, routing_key, &message_id));
         }
         let cx = Context::current_with_span(span);
+        // Dropped at the request's deadline, or with its caller, the span says so.
         let _or_cancelled = OrCancelled(cx.clone());
 
         // It carries the context of this span, however long it may be under way.

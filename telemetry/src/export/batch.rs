@@ -361,19 +361,19 @@ impl Worker {
                 }
                 Err(error) => error,
             };
-            if retry == Retry::Never {
-                if self.may_warn() {
-                    tracing::warn!(reason, "spans were rejected; at most one warning a minute");
-                }
-                return Some(u64::MAX);
-            }
-            self.away(&reason);
             let delay = match retry {
+                Retry::Never => {
+                    if self.may_warn() {
+                        tracing::warn!(reason, "spans were rejected; at most one warning a minute");
+                    }
+                    return Some(u64::MAX);
+                }
                 // Zero is legal, and would be a loop without a pause.
                 Retry::After(delay) => delay.max(BACKOFF),
                 // Between half and all of it, so that services don't come back in step.
-                Retry::Later | Retry::Never => backoff.mul_f64(0.5 + 0.5 * fastrand::f64()),
+                Retry::Later => backoff.mul_f64(0.5 + 0.5 * fastrand::f64()),
             };
+            self.away(&reason);
             backoff = (backoff * 2).min(MAX_BACKOFF);
             select! {
                 () = sleep(delay) => {}
