@@ -69,7 +69,12 @@ impl Circuit {
     /// A closed circuit. `name` is what it leads to, for the log; once open, it stays so for `pause`. Calls have
     /// `timeout`.
     pub fn new(name: &'static str, pause: Duration, timeout: Duration) -> Self {
-        Self { name, pause, fair_time: FAIR_TIME.min(timeout / 2), state: Mutex::new(State::Closed(Window::new(Instant::now()))) }
+        Self {
+            name,
+            pause,
+            fair_time: FAIR_TIME.min(timeout / 2),
+            state: Mutex::new(State::Closed(Window::new(Instant::now()))),
+        }
     }
 
     /// Asks for leave to call.
