@@ -36,7 +36,12 @@ pub mod stack;
 pub mod trace;
 pub mod verify;
 
-use std::time::Duration;
+use anyhow::{Result, bail};
+use std::{
+    net::{Ipv4Addr, TcpListener},
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::Duration,
+};
 use tokio::time::{Instant, sleep};
 
 /// Asks until there is an answer, for at most `limit`.
@@ -51,4 +56,18 @@ pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -
         }
         sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// A free port for a process that will take it in a moment. Below those that connections are given
+/// (`ip_local_port_range`), so that none takes it before; and another one in each process that asks.
+pub(crate) fn free_port() -> Result<u16> {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    for _ in 0..1000 {
+        let number = std::process::id().wrapping_mul(16).wrapping_add(ASKED.fetch_add(1, Relaxed));
+        let port = 20_000 + (number % 12_000) as u16;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no free port between 20000 and 32000")
 }

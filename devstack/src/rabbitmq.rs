@@ -1,11 +1,11 @@
 //! A RabbitMQ node of this program's own: with its own name, ports and directory, so that it can be killed
 //! without harm to any other on this machine.
 
-use crate::poll;
+use crate::{free_port, poll};
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -138,16 +138,4 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.kill();
     }
-}
-
-/// A free port below those that connections are given (`ip_local_port_range`), so that no connection
-/// takes it while the node is down.
-fn free_port() -> Result<u16> {
-    for _ in 0..100 {
-        let port = fastrand::u16(20_000..32_000);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return Ok(port);
-        }
-    }
-    bail!("no free port below 32000")
 }

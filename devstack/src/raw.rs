@@ -7,7 +7,7 @@ use amq_protocol::{
 };
 use anyhow::{Context, Result, bail};
 use lapin::uri::AMQPUri;
-use proto::inbound::CONTENT_HEAD;
+use proto::content_header::CONTENT_HEAD;
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

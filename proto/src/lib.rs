@@ -5,10 +5,11 @@
 //! - [`headers`]: the names of its AMQP headers, besides those of the trace context
 //! - [`topology`]: the exchange and queues it travels through
 //! - [`broker`]: how to connect to the broker that holds them
-//! - [`inbound`]: what the broker sends, looked at before lapin reads it
+//! - [`inbound`]: what the broker sends, looked at before lapin reads it; [`content_header`]: how
 //! - [`health`]: the gRPC health check, asked
 
 pub mod broker;
+pub mod content_header;
 pub mod headers;
 pub mod health;
 pub mod inbound;

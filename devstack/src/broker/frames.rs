@@ -9,7 +9,9 @@ use amq_protocol::{
     protocol::{AMQPClass, BasicProperties, constants, parse_class},
 };
 use bytes::BytesMut;
-use proto::inbound::{CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string};
+use proto::content_header::{
+    CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string,
+};
 
 /// The largest frame that is negotiated, in bytes. It is never 0, "no limit", which lapin does not take.
 pub const FRAME_MAX: usize = 131_072;
@@ -167,7 +169,7 @@ mod tests {
         types::{AMQPValue, FieldArray, FieldTable},
     };
     use proptest::{collection::vec, prelude::*};
-    use proto::inbound::MAX_DEPTH;
+    use proto::content_header::MAX_DEPTH;
 
     fn declare(arguments: FieldTable) -> AMQPClass {
         let declare = queue::Declare { queue: "q".into(), arguments, ..Default::default() };

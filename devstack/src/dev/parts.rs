@@ -5,7 +5,7 @@ use crate::{
     backend::{Addresses, Backend},
     broker::Broker,
     client::Client,
-    poll,
+    free_port, poll,
     process::{self, Process},
 };
 use anyhow::{Context, Result, bail};
@@ -216,7 +216,7 @@ fn usual(port: u16, part: &str) -> Result<SocketAddr> {
     Ok(address)
 }
 
-/// A port that nobody has at the moment.
+/// A port that nobody has.
 fn free_address() -> Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+    Ok((Ipv4Addr::LOCALHOST, free_port()?).into())
 }
