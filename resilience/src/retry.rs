@@ -141,6 +141,31 @@ fn copy(request: &Request<Bytes>) -> Request<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::CallDeadlineLayer;
+    use http_body_util::Empty;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use tower::{ServiceBuilder, service_fn};
+
+    #[tokio::test(start_paused = true)]
+    async fn there_are_no_attempts_beyond_the_deadline_and_the_last_one_says_what_failed() {
+        // The shortest pauses before five attempts make 187 ms.
+        for (time, expected) in [(10, 1..2), (150, 2..5), (1000, 5..6)] {
+            let attempts = Arc::new(AtomicU32::new(0));
+            let counted = attempts.clone();
+            let failing = service_fn(move |_: Request<Bytes>| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                std::future::ready(Err::<Response<()>, _>(Status::unavailable("")))
+            });
+            let client = ServiceBuilder::new()
+                .layer(CallDeadlineLayer::new(Duration::from_millis(time)))
+                .layer(RetryLayer::new(&["/Service/Method"], 5))
+                .service(failing);
+            let request = Request::get("/Service/Method").body(Empty::<Bytes>::new()).expect("a request");
+            let status = client.oneshot(request).await.expect_err("a failure");
+            assert_eq!(status.code(), Code::Unavailable);
+            assert!(expected.contains(&attempts.load(Ordering::Relaxed)), "{attempts:?} in {time} ms");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn an_outage_is_not_multiplied_and_successes_earn_retries() {
