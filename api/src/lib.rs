@@ -29,17 +29,10 @@ use proto::{topology::Topology, usercenter::v1::usercenter_client::UsercenterCli
 use publisher::{Publisher, Spool};
 use router::App;
 use serving::{listener::reserve_files, shutdown::Shutdown};
-use std::{
-    sync::{Arc, LazyLock},
-    time::Duration,
-};
+use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;
 use tokio::net::TcpListener;
 use tonic::transport::Endpoint;
-
-/// How long a connection to usercenter may be silent while an answer is waited for, before it is asked for a sign
-/// of life, and how long that may take.
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// Makes the hand-written spans of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
@@ -50,12 +43,15 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
 /// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the broker are made in the
 /// background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
+    // While an answer is waited for: after how long a silence a sign of life is asked for, and how long that may
+    // take. Together no longer than a call, so that those after it have another connection.
+    let keep_alive = config.usercenter_timeout / 2;
     let channel = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
         .tcp_nodelay(true)
         // A peer that is gone without a word: calls would wait for it, one after the other, until TCP gives up.
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
+        .http2_keep_alive_interval(keep_alive)
+        .keep_alive_timeout(keep_alive)
         .connect_lazy();
     let limits = usercenter::Limits {
         timeout: config.usercenter_timeout,

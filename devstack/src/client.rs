@@ -1,5 +1,6 @@
 //! A small HTTP client, for tests and tools.
 
+use crate::PATIENCE;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -71,22 +72,32 @@ impl Client {
     }
 }
 
-/// Sends bytes on a connection of their own, and reads the answer: until the other side closes, or falls
-/// silent after some words.
+/// Sends bytes on a connection of their own, and reads until the other side closes or, after what is `enough`,
+/// falls silent.
 ///
 /// # Errors
-/// If there is no connection.
-pub async fn raw(address: SocketAddr, bytes: &[u8]) -> Result<String> {
+/// If there is no connection, or it takes no bytes.
+pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> bool) -> Result<String> {
     let mut connection = TcpStream::connect(address).await?;
     // The other side may have closed already.
-    let _ = connection.write_all(bytes).await;
-    let mut answer = Vec::new();
-    let mut patience = Duration::from_secs(5);
-    while let Ok(Ok(1..)) = timeout(patience, connection.read_buf(&mut answer)).await {
-        patience = Duration::from_millis(200);
+    let _ = timeout(PATIENCE, connection.write_all(bytes)).await?;
+    let mut received = Vec::new();
+    loop {
+        let is_enough = enough(&String::from_utf8_lossy(&received));
+        let patience = if is_enough { A_WHILE } else { PATIENCE };
+        let Ok(Ok(1..)) = timeout(patience, connection.read_buf(&mut received)).await else {
+            return Ok(String::from_utf8_lossy(&received).into_owned());
+        };
     }
-    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
+
+/// So many answers in HTTP/1 are enough.
+pub fn answers(count: usize) -> impl Fn(&str) -> bool {
+    move |received| received.matches("HTTP/1.").count() >= count
+}
+
+/// How long somebody must be silent who has nothing to say.
+const A_WHILE: Duration = Duration::from_millis(200);
 
 impl Answer {
     /// A header's value; empty if it is not there.

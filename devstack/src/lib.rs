@@ -10,6 +10,7 @@
 //! - [`process`]: the services as real processes
 //! - [`proxy`]: a TCP proxy that fails as networks do
 //! - [`database`]: mq's database, looked into and spoiled
+//! - [`stand_in`]: a usercenter that answers as it is told
 //! - [`stack`]: all of them together, as the end-to-end tests use them
 //! - [`balancer`]: one address for several instances of a service
 //! - [`client`]: a small HTTP client
@@ -33,6 +34,7 @@ pub mod rabbitmq;
 pub mod raw;
 pub mod receiver;
 pub mod stack;
+pub mod stand_in;
 pub mod trace;
 pub mod verify;
 
@@ -43,6 +45,9 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, sleep};
+
+/// The longest that anything which must come may take, on a busy machine with a slow disk.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Asks until there is an answer, for at most `limit`.
 pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -> Option<T> {
@@ -60,7 +65,10 @@ pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -
 
 /// A free port for a process that will take it in a moment. Below those that connections are given
 /// (`ip_local_port_range`), so that none takes it before; and another one in each process that asks.
-pub(crate) fn free_port() -> Result<u16> {
+///
+/// # Errors
+/// If all are taken.
+pub fn free_port() -> Result<u16> {
     static ASKED: AtomicU32 = AtomicU32::new(0);
     for _ in 0..1000 {
         let number = std::process::id().wrapping_mul(16).wrapping_add(ASKED.fetch_add(1, Relaxed));

@@ -1,6 +1,7 @@
 //! The services as real processes.
 
 use crate::{
+    PATIENCE,
     orphans::{self, Watched},
     poll,
 };
@@ -13,7 +14,6 @@ use std::{
     path::PathBuf,
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
-    time::Duration,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -23,8 +23,20 @@ use tokio::{
     time::timeout,
 };
 
-/// The longest that a service may take to start, on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The beginnings of the variables that services read.
+const THEIRS: [&str; 11] = [
+    "ACCESS_",
+    "AMQP_",
+    "API_",
+    "BAGGAGE_",
+    "LOG_FORMAT",
+    "MQ_",
+    "OTEL_",
+    "PUBLISH_",
+    "RUST_LOG",
+    "SHUTDOWN_",
+    "USERCENTER_",
+];
 
 /// A running service. It is killed with its last owner.
 pub struct Process {
@@ -153,10 +165,7 @@ impl Process {
         let mut command = Command::new(binary);
         for (variable, _) in env::vars_os() {
             let variable = variable.to_string_lossy();
-            if ["OTEL_", "RUST_LOG", "LOG_FORMAT", "AMQP_", "MQ_", "API_"]
-                .iter()
-                .any(|p| variable.starts_with(p))
-            {
+            if THEIRS.iter().any(|prefix| variable.starts_with(prefix)) {
                 command.env_remove(&*variable);
             }
         }

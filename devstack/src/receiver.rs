@@ -2,6 +2,7 @@
 //! what was meant. It takes Zipkin's JSON as well.
 
 use crate::{
+    PATIENCE,
     backend::{Rejected, ingest, ingest::Sink},
     background::Background,
     poll,
@@ -20,12 +21,8 @@ use serde_json::Value;
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 use tonic::Status;
-
-/// How long a test waits for spans, at most.
-const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Stops with its last owner.
 pub struct Receiver {

@@ -1,6 +1,7 @@
 //! The three services together, with a broker and a receiver, as the end-to-end tests use them.
 
 use crate::{
+    PATIENCE,
     broker::Broker,
     client::{Answer, Client},
     poll,
@@ -80,7 +81,11 @@ impl Stack {
         settings.usercenter_url = format!("http://{}", rpc.address);
         let (for_api, for_mq) = (settings.of("api"), settings.of("mq"));
         let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &for_mq))?;
-        try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
+        try_join!(
+            api.said("connected to the broker"),
+            mq.said("consuming"),
+            mq.said("the database is available")
+        )?;
         Ok(Self { api, rpc, mq, receiver, broker, client: Client::new() })
     }
 
@@ -100,9 +105,22 @@ impl Stack {
     /// # Errors
     /// If it doesn't start.
     pub async fn another(&self, name: &'static str, variables: &[(&str, &str)]) -> Result<Process> {
+        self.another_by("exec \"$0\"", name, variables).await
+    }
+
+    /// The same, by a shell that runs this script with the service's binary as `$0`.
+    ///
+    /// # Errors
+    /// If it doesn't start.
+    pub async fn another_by(
+        &self,
+        script: &str,
+        name: &'static str,
+        variables: &[(&str, &str)],
+    ) -> Result<Process> {
         let mut settings = Settings::new(&self.broker, &self.receiver, &[]);
         settings.usercenter_url = format!("http://{}", self.rpc.address);
-        Process::start(name, &[settings.of(name).as_slice(), variables].concat()).await
+        Process::start_by(script, name, &[settings.of(name).as_slice(), variables].concat()).await
     }
 
     /// The URL of the login.
@@ -150,7 +168,7 @@ impl Stack {
             let options = BasicGetOptions { no_ack: true };
             self.broker.channel.basic_get(queue.into(), options).await.ok().flatten()
         };
-        poll(Duration::from_secs(10), get).await.context("no dead letter")
+        poll(PATIENCE, get).await.context("no dead letter")
     }
 
     /// Stops the services, in the order in which a request passes them, so that all spans are sent.
@@ -169,6 +187,14 @@ impl Stack {
 fn delays(list: &str) -> Vec<Duration> {
     list.split(',').filter_map(|delay| humantime::parse_duration(delay).ok()).collect()
 }
+
+/// No time is up because a machine is busy or its disk stalls; tests of deadlines set their own.
+pub const PATIENT: [(&str, &str); 4] = [
+    ("API_DEADLINE", "50s"),
+    ("USERCENTER_TIMEOUT", "30s"),
+    ("USERCENTER_DEADLINE", "40s"),
+    ("PUBLISH_TIMEOUT", "15s"),
+];
 
 /// The variables of the services.
 struct Settings<'a> {
@@ -198,6 +224,7 @@ impl<'a> Settings<'a> {
             ("OTEL_BSP_SCHEDULE_DELAY", "20"),
             ("USERCENTER_URL", &self.usercenter_url),
         ];
+        variables.extend(PATIENT);
         let changes = self.variables.iter().filter(|(of, ..)| *of == service || *of == "*");
         variables.extend(changes.map(|(_, name, value)| (*name, *value)));
         variables

@@ -6,7 +6,7 @@ use amq_protocol::{
     protocol::{AMQPClass, basic, channel, confirm, connection, exchange, queue},
 };
 use anyhow::{Context, Result, bail};
-use devstack::{broker::Broker, poll};
+use devstack::{PATIENCE, broker::Broker, poll};
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
     options::{
@@ -21,8 +21,6 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
-
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A client that behaves, beside the others.
 struct Healthy {
@@ -347,8 +345,9 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
             some => read += some,
         }
     }
-    assert_eq!(declare(&healthy.channel, "q", &[]).await?, 0);
-    Ok(())
+    // The last bytes that were counted are frames: a message may be on its way.
+    let none = poll(PATIENCE, async || (declare(&healthy.channel, "q", &[]).await.ok()? == 0).then_some(()));
+    none.await.context("messages are left")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -379,7 +378,7 @@ async fn who_does_not_introduce_himself_is_cut() -> Result<()> {
     let mut stream = TcpStream::connect(broker.address()).await?;
     stream.write_all(b"AMQP").await?;
     let mut answer = Vec::new();
-    timeout(Duration::from_secs(15), stream.read_to_end(&mut answer)).await??;
+    timeout(PATIENCE, stream.read_to_end(&mut answer)).await??;
     assert_eq!(answer, b"");
     Ok(())
 }
@@ -405,14 +404,14 @@ async fn dead_letters_that_multiply_leave_others_their_turn() -> Result<()> {
         healthy.channel.queue_bind(name.into(), "all".into(), "".into(), bind, FieldTable::default()).await?;
     }
     publish(&healthy.channel, "all", "", b"m").await?;
-    for _ in 0..10 {
-        let start = Instant::now();
+    for _ in 0..3 {
         healthy.works("dead letters").await?;
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
-    // And they can be stopped.
+    // And they can be stopped, also when they have filled its memory: by who publishes nothing.
+    let other = Healthy::connect(&broker).await?;
     for i in 0..16 {
-        healthy.channel.queue_delete(format!("q{i}").into(), Default::default()).await?;
+        let deleted = other.channel.queue_delete(format!("q{i}").into(), Default::default());
+        timeout(PATIENCE, deleted).await??;
     }
     let settled = poll(PATIENCE, async || healthy.works("the end").await.is_ok().then_some(()));
     assert!(settled.await.is_some());

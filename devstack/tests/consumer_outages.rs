@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use devstack::{
+    PATIENCE,
     database::Database,
     poll,
     process::Process,
@@ -11,8 +12,6 @@ use devstack::{
 use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
 use std::time::Duration;
 use tokio::time::sleep;
-
-const SOON: Duration = Duration::from_secs(15);
 
 /// All, with a network between mq and the broker that can break.
 async fn with_proxy(database: &Database) -> Result<(Stack, Proxy)> {
@@ -35,7 +34,7 @@ async fn is_healthy(mq: &Process) -> bool {
 }
 
 async fn becomes(mq: &Process, healthy: bool) -> Result<()> {
-    let as_expected = poll(SOON, async || (is_healthy(mq).await == healthy).then_some(())).await;
+    let as_expected = poll(PATIENCE, async || (is_healthy(mq).await == healthy).then_some(())).await;
     as_expected.with_context(|| format!("health does not become {healthy}:\n{}", mq.output()))
 }
 
@@ -47,6 +46,7 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
     let mut logins = Vec::new();
     let mut login = async || -> Result<()> {
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+        assert_eq!(answer.status, 200);
         logins.push(answer.trace_id());
         Ok(())
     };
@@ -74,7 +74,7 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
 
     let count = logins.len() as i64;
     let all =
-        poll(SOON, async || (database.logins(KNOWN_MOBILE).await.ok()? == (count, count)).then_some(()));
+        poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (count, count)).then_some(()));
     assert!(
         all.await.is_some(),
         "{:?} of {count}:\n{}",
@@ -124,9 +124,9 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     let mq = stack.another("mq", &variables).await?;
     // More than may be unacknowledged at a time: so they are acknowledged.
     let applied =
-        poll(SOON, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
+        poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
     assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
-    assert!(is_healthy(&mq).await);
+    becomes(&mq, true).await?;
     let is_bad = |span: &&devstack::trace::Span| span.attributes["messaging.message.id"] == "3";
     assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
 

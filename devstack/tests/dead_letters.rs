@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use devstack::{
+    PATIENCE,
     database::Database,
     poll,
     process::Process,
@@ -12,7 +13,6 @@ use lapin::{
     options::BasicPublishOptions,
     types::{AMQPValue, FieldTable},
 };
-use std::time::Duration;
 
 /// What the command printed, what it said besides, and its exit code.
 struct Said {
@@ -125,12 +125,12 @@ async fn what_fails_again_is_a_dead_letter_again_and_replaying_all_comes_to_an_e
         let properties = BasicProperties::default().with_message_id(format!("bad-{i}").into());
         stack.publish(properties, b"not json").await?;
     }
-    let count = async || Some(dead_letters(&stack, &["list"]).await.ok()?.out.lines().count() - 1);
+    let count = async || dead_letters(&stack, &["list"]).await.ok()?.out.lines().count().checked_sub(1);
     let all = async || (count().await? == 3).then_some(());
-    assert!(poll(Duration::from_secs(10), all).await.is_some());
+    assert!(poll(PATIENCE, all).await.is_some());
     let replay = dead_letters(&stack, &["replay", "--all"]).await?;
     assert_eq!((replay.code, replay.out.lines().count()), (Some(0), 3), "{} {}", replay.out, replay.err);
-    assert!(poll(Duration::from_secs(10), all).await.is_some());
+    assert!(poll(PATIENCE, all).await.is_some());
     Ok(())
 }
 

@@ -2,9 +2,10 @@
 
 use anyhow::{Context, Result};
 use devstack::{
+    PATIENCE,
     client::{Answer, Client},
     poll,
-    stack::KNOWN_MOBILE,
+    stack::{KNOWN_MOBILE, PATIENT},
 };
 use http::Method;
 use std::{
@@ -21,8 +22,6 @@ use tokio::{
     time::timeout,
 };
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A running `cargo dev`.
 struct Dev {
     child: Child,
@@ -37,7 +36,7 @@ fn devstack(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
     for variable in ["AMQP_URL", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
         command.env_remove(variable);
     }
-    command.args(arguments).envs(variables.iter().copied());
+    command.args(arguments).envs(PATIENT).envs(variables.iter().copied());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).kill_on_drop(true);
     command
 }
@@ -89,7 +88,8 @@ impl Dev {
         let pid = self.child.id().context("it has ended")?;
         let mut children = Vec::new();
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let list = fs::read_to_string(task?.path().join("children"))?;
+            // A thread may have ended in the meantime.
+            let list = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
             children.extend(list.split_whitespace().map(str::to_owned));
         }
         let is_it = |pid: &&String| {
@@ -131,8 +131,10 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
     // Drawn, and without colours, since this is no terminal.
     let url = format!("{}/trace/{}", dev.page, answer.trace_id());
     dev.says(&url).await?;
+    // What comes late is drawn again, so that the last drawing is the whole one.
+    dev.says("mq_consumer_msg").await?;
     let said = dev.said();
-    let (_, drawing) = said.split_once(&url).context("the drawing")?;
+    let (_, drawing) = said.rsplit_once(&url).context("the drawing")?;
     let lines = drawing.lines().skip(1).take_while(|line| line.starts_with("  "));
     // Without the widths, which don't matter, and the durations, which differ.
     let names: Vec<String> = lines
@@ -157,13 +159,18 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
     assert!(!said.contains('\x1b'), "{said}");
 
     let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
-    let start = Instant::now();
     signal("INT", dev.child.id().context("it has ended")?).await?;
-    let exit = dev.child.wait().await?;
+    let exit = timeout(PATIENCE, dev.child.wait()).await??;
     assert!(exit.success(), "{exit}: {}", dev.said());
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    for pid in services {
-        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid} is left");
+    are_gone(services).await
+}
+
+/// Waits until there are no such processes.
+async fn are_gone(pids: [u32; 3]) -> Result<()> {
+    for pid in pids {
+        let gone =
+            poll(PATIENCE, async || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())).await;
+        gone.with_context(|| format!("{pid} is left"))?;
     }
     Ok(())
 }
@@ -173,19 +180,14 @@ async fn nothing_is_left_after(end: impl AsyncFnOnce(&mut Dev) -> Result<()>) ->
     let mut dev = Dev::start(&[]).await?;
     let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
     end(&mut dev).await?;
-    for pid in services {
-        let gone =
-            poll(PATIENCE, async || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())).await;
-        gone.with_context(|| format!("{pid} is left"))?;
-    }
-    Ok(())
+    are_gone(services).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_that_is_closed_ends_everything() -> Result<()> {
     nothing_is_left_after(async |dev| {
         signal("HUP", dev.child.id().context("it has ended")?).await?;
-        assert!(dev.child.wait().await?.success());
+        assert!(timeout(PATIENCE, dev.child.wait()).await??.success());
         Ok(())
     })
     .await
@@ -211,7 +213,7 @@ async fn it_ends_when_nobody_reads_what_it_says() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
     let dev = Dev::start(&[]).await?;
-    let verified = dev.verify("20").await?;
+    let verified = dev.verify("60").await?;
     let said = String::from_utf8_lossy(&verified.stdout);
     assert!(verified.status.success(), "{said}");
     assert!(said.ends_with("all as it should be\n"), "{said}");
@@ -220,7 +222,7 @@ async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
     signal("KILL", dev.service("mq")?).await?;
     dev.says("mq has ended (signal: 9 (SIGKILL)). Its last lines:\n").await?;
     dev.says("consuming").await?;
-    let verified = dev.verify("1").await?;
+    let verified = dev.verify("10").await?;
     let said = String::from_utf8_lossy(&verified.stdout);
     assert_eq!(verified.status.code(), Some(1), "{said}");
     assert!(said.contains("\n-     mq mq_consumer_msg CONSUMER\n"), "{said}");

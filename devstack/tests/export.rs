@@ -3,13 +3,13 @@
 use anyhow::{Context, Result};
 use axum::{Router, routing::post};
 use devstack::{
-    poll,
+    PATIENCE, free_port, poll,
     receiver::{Receiver, Refusal},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
 };
 use std::{
     fs,
-    net::TcpListener,
+    net::{Ipv4Addr, TcpListener},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -37,9 +37,14 @@ fn counts(output: &str) -> Result<[u64; 3]> {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when_it_comes() -> Result<()> {
     // An address where nobody listens yet.
-    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let address = (Ipv4Addr::LOCALHOST, free_port()?).into();
     let endpoint = format!("http://{address}");
-    let stack = Stack::start(&[("*", "OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]).await?;
+    let variables = [
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        // The first batch waits for as long as it takes.
+        ("*", "OTEL_BSP_EXPORT_TIMEOUT", "600000"),
+    ];
+    let stack = Stack::start(&variables).await?;
     let mut answers = Vec::new();
     for _ in 0..200 {
         answers.push(stack.login(KNOWN_MOBILE, &[]).await?);
@@ -191,7 +196,7 @@ async fn a_refusal_with_strange_details_does_not_end_the_export() -> Result<()> 
     let (url, asked) = collector_with_strange_details().await?;
     let mut stack = Stack::start(&[("api", "OTEL_EXPORTER_OTLP_ENDPOINT", &url)]).await?;
     stack.login(KNOWN_MOBILE, &[]).await?;
-    let taken = poll(Duration::from_secs(10), async || (asked.load(SeqCst) >= 3).then_some(())).await;
+    let taken = poll(PATIENCE, async || (asked.load(SeqCst) >= 3).then_some(())).await;
     assert!(taken.is_some(), "{}", stack.api.output());
     stack.stop().await?;
     assert_eq!(counts(&stack.api.output())?, [4, 4, 0]);
@@ -214,8 +219,9 @@ async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() ->
     }
     let start = Instant::now();
     stack.stop().await?;
-    // Three services one after the other, each with 2 s for everything.
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    // Three services one after the other, each with 2 s for everything; api alone would wait 10 s for each of a
+    // hundred batches.
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     assert_eq!(counts(&stack.api.output())?, [400, 0, 400]);
     Ok(())
 }
@@ -252,7 +258,8 @@ async fn a_collector_that_never_answers_is_given_up_after_the_timeout_that_is_se
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_restarts_is_found_again() -> Result<()> {
-    let first = Receiver::start().await?;
+    // One that it can have again.
+    let first = Receiver::start_at((Ipv4Addr::LOCALHOST, free_port()?).into()).await?;
     let address = first.grpc;
     let endpoint = format!("http://{address}");
     let stack = Stack::start(&[("*", "OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]).await?;
@@ -260,7 +267,7 @@ async fn a_collector_that_restarts_is_found_again() -> Result<()> {
     first.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     drop(first);
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    let second = poll(Duration::from_secs(10), async || Receiver::start_at(address).await.ok()).await;
+    let second = poll(PATIENCE, async || Receiver::start_at(address).await.ok()).await;
     second.context("the address is still taken")?.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     Ok(())
 }

@@ -6,7 +6,10 @@ use api::{
     router, usercenter,
 };
 use axum::{Router, body::Body, routing::get};
-use devstack::stack::{KNOWN_MOBILE, TestBroker};
+use devstack::{
+    PATIENCE,
+    stack::{KNOWN_MOBILE, TestBroker},
+};
 use futures_util::future::BoxFuture;
 use mq::{
     history::{self, History},
@@ -91,7 +94,7 @@ fn assert_ended(times: &Receiver<(&'static str, Duration)>, names: &[&str]) {
 #[tokio::test]
 async fn around_the_http_service() -> Result<()> {
     let ([outer, inner], times) = timed(["outer", "inner"]);
-    let limits = router::Limits { max_in_flight: 10, deadline: Duration::from_secs(3) };
+    let limits = router::Limits { max_in_flight: 10, deadline: PATIENCE };
     let routes: Router = Router::new().route("/hello", get(async || "hello"));
 
     let app = router::in_layers(routes.layer(ServiceBuilder::new().layer(outer).layer(inner)), limits);
@@ -117,7 +120,7 @@ impl Usercenter for Unwell {
 #[tokio::test]
 async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
     let ([outer, inner], served) = timed(["outer", "inner"]);
-    let limits = rpc::layers::Limits { max_in_flight: 10, deadline: Duration::from_secs(2) };
+    let limits = rpc::layers::Limits { max_in_flight: 10, deadline: PATIENCE };
     let service = UsercenterServer::new(Unwell);
 
     let server =
@@ -129,11 +132,7 @@ async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
 
     let ([call, attempt], called) = timed(["call", "attempt"]);
     let endpoint = Endpoint::from_shared(url)?;
-    let limits = usercenter::Limits {
-        timeout: Duration::from_secs(2),
-        attempts: 2,
-        circuit_pause: Duration::from_secs(1),
-    };
+    let limits = usercenter::Limits { timeout: PATIENCE, attempts: 2, circuit_pause: Duration::from_secs(1) };
 
     let channel = attempt.layer(endpoint.connect_lazy());
     let client = call.layer(usercenter::in_layers(endpoint.uri(), limits, channel));
@@ -152,7 +151,7 @@ async fn around_the_publisher() -> Result<()> {
     let (broker, data) = (TestBroker::connect().await?, tempfile::tempdir()?);
     let uri = proto::broker::parse_url(&broker.url).map_err(anyhow::Error::msg)?;
     let spool = Spool::open(data.path(), Limits { entries: 10, bytes: 10_000 })?;
-    let limit = Duration::from_secs(2);
+    let limit = PATIENCE;
     let (publisher, publishing) = Publisher::start(uri, broker.topology.clone(), limit, spool);
 
     let publisher = ServiceBuilder::new().layer(outer).layer(inner).service(publisher);

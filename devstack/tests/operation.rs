@@ -1,13 +1,12 @@
 //! What operators see: health, reflection, logs.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use devstack::{
-    poll,
+    PATIENCE, poll,
     process::Process,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
 };
 use serde_json::{Value, json};
-use std::time::Duration;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_reflection::pb::v1::{
@@ -28,16 +27,17 @@ async fn health_is_told_in_every_way_and_leaves_no_span() -> Result<()> {
     let url = format!("http://{}", stack.api.address);
     for _ in 0..3 {
         assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
-        let ready = stack.client.get(&format!("{url}/readyz")).await?;
-        assert_eq!(
-            (ready.status.as_u16(), ready.json()),
-            (
-                200,
-                json!({"usercenter": true, "broker": true, "spool": true, "spooled": 0, "stopping": false})
-            )
-        );
+        let expected =
+            json!({"usercenter": true, "broker": true, "spool": true, "spooled": 0, "stopping": false});
+        // Each is asked with a bound on its time: on a busy machine once is luck.
+        let ready = poll(PATIENCE, async || {
+            let ready = stack.client.get(&format!("{url}/readyz")).await.ok()?;
+            (ready.status == 200 && ready.json() == expected).then_some(())
+        });
+        ready.await.context("not ready")?;
         for service in [&stack.api, &stack.rpc, &stack.mq] {
-            assert!(probe(service).await?, "{}", service.name);
+            let healthy = poll(PATIENCE, async || probe(service).await.ok()?.then_some(()));
+            healthy.await.context(service.name)?;
         }
     }
     let channel = Endpoint::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
@@ -140,12 +140,11 @@ async fn the_log_filter_filters_logs_and_never_spans() -> Result<()> {
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     assert!(!stack.api.output().contains("logged in"));
     assert!(!stack.mq.output().contains("login recorded"));
+    drop(stack);
 
     let loud = Stack::start(&[("*", "RUST_LOG", "trace")]).await?;
     let answer = loud.login(KNOWN_MOBILE, &[]).await?;
     loud.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    let noise =
-        poll(Duration::from_secs(5), async || loud.rpc.output().contains("TRACE").then_some(())).await;
-    assert!(noise.is_some());
+    loud.rpc.said("TRACE").await?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result};
 use devstack::{
+    PATIENCE,
     client::Answer,
     poll,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
@@ -16,9 +17,6 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-
-/// For what must be normal again within seconds, on a busy machine.
-const SOON: Duration = Duration::from_secs(20);
 
 async fn login(stack: &Stack) -> Result<Answer> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -56,11 +54,17 @@ async fn ready(stack: &Stack) -> Result<(u16, Value)> {
     Ok((answer.status.as_u16(), answer.json()))
 }
 
+/// Waits until api says that it is ready, and this of the broker. (usercenter has a second to answer it.)
+async fn ready_with(stack: &Stack, broker: bool, spooled: u64) -> Result<()> {
+    let expected =
+        json!({"usercenter": true, "broker": broker, "spool": true, "spooled": spooled, "stopping": false});
+    let told = poll(PATIENCE, async || (ready(stack).await.ok()? == (200, expected.clone())).then_some(()));
+    told.await.with_context(|| format!("does not become {expected}:\n{}", stack.api.output()))
+}
+
 /// Waits until nothing is in the spool, and the next login is confirmed by the broker.
 async fn normal_again(stack: &Stack) -> Result<()> {
-    let normal = json!({"usercenter": true, "broker": true, "spool": true, "spooled": 0, "stopping": false});
-    let is_normal = poll(SOON, async || (ready(stack).await.ok()? == (200, normal.clone())).then_some(()));
-    is_normal.await.with_context(|| format!("not normal again:\n{}", stack.api.output()))?;
+    ready_with(stack, true, 0).await?;
     assert_confirmed(&delivered(stack, &login(stack).await?).await);
     Ok(())
 }
@@ -111,10 +115,7 @@ async fn logins_of_an_outage_are_delivered_in_order_each_in_its_own_trace() -> R
     for _ in 0..40 {
         logins.push(login(&stack).await?);
     }
-    assert_eq!(
-        ready(&stack).await?,
-        (200, json!({"usercenter": true, "broker": false, "spool": true, "spooled": 40, "stopping": false}))
-    );
+    ready_with(&stack, false, 40).await?;
     assert!(complaints(&stack).len() < 10, "{:#?}", complaints(&stack));
 
     proxy.restore();
@@ -142,10 +143,7 @@ async fn without_a_broker_at_the_start_logins_are_taken_and_delivered_when_it_co
     proxy.refuse();
     stack.api = stack.another("api", &[("AMQP_URL", &url)]).await?;
     stack.api.said("can't connect to the broker").await?;
-    assert_eq!(
-        ready(&stack).await?,
-        (200, json!({"usercenter": true, "broker": false, "spool": true, "spooled": 0, "stopping": false}))
-    );
+    ready_with(&stack, false, 0).await?;
     let login = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &login).await), "not_connected");
     proxy.restore();
@@ -186,26 +184,23 @@ async fn a_connection_that_is_cut_under_load_costs_nothing() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_network_delays_one_round_of_logins_and_no_more() -> Result<()> {
-    let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "PUBLISH_TIMEOUT", "3s")]).await?;
     login(&stack).await?;
     proxy.freeze();
     let start = Instant::now();
     let first = login(&stack).await?;
-    let took = start.elapsed();
-    assert!(took > Duration::from_millis(900) && took < Duration::from_millis(2500), "{took:?}");
+    assert!(start.elapsed() > Duration::from_millis(2900), "{:?}", start.elapsed());
     assert_eq!(why_spooled(&producer(&stack, &first).await), "timeout");
 
-    let start = Instant::now();
     let mut later = Vec::new();
     for _ in 0..10 {
         later.push(login(&stack).await?);
     }
-    // All ten together take less than one that waits for a confirm.
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     assert_eq!(ready(&stack).await?.1["broker"], false);
 
     proxy.restore();
     normal_again(&stack).await?;
+    // None of them has waited for a confirm.
     for login in &later {
         assert_eq!(why_spooled(&delivered(&stack, login).await), "not_connected");
     }
@@ -218,17 +213,16 @@ async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again()
     let stack = Stack::start_on(TestBroker::embedded().await?, &[]).await?;
     login(&stack).await?;
     stack.broker.set_alarm(true);
-    let start = Instant::now();
     let mut logins = Vec::new();
     for _ in 0..5 {
         logins.push(login(&stack).await?);
     }
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     stack.api.said("the broker takes no messages now").await?;
     assert_eq!(ready(&stack).await?.1["broker"], false);
 
     stack.broker.set_alarm(false);
     normal_again(&stack).await?;
+    // None has waited until its time was up.
     for login in &logins {
         let login = producer(&stack, login).await;
         assert_eq!(why_spooled(&login), "blocked");
@@ -267,7 +261,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
     let without_queue = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &without_queue).await), "unroutable");
     let messages = async |expected: u32| {
-        poll(SOON, async || {
+        poll(PATIENCE, async || {
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
             // Passive, for a queue that is not there, it would close the channel.
             let normal = ready(&stack).await.ok()?.1["spooled"] == 0;
@@ -303,7 +297,7 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
 
     // Offered again at least five times: the consumer's queue takes it each time.
     let trace = refused.trace_id();
-    let offered = poll(SOON, async || {
+    let offered = poll(PATIENCE, async || {
         let spans = stack.receiver.trace(&trace);
         (spans.iter().filter(|span| span.kind == "CONSUMER").count() > 5).then_some(())
     });
@@ -316,7 +310,9 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_whose_time_is_over_while_the_broker_is_silent_says_so_in_every_span() -> Result<()> {
-    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_DEADLINE", "400ms")]).await?;
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_DEADLINE", "5s")]).await?;
+    // So that the connection to usercenter is there.
+    login(&stack).await?;
     proxy.freeze();
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 504);

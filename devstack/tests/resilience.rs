@@ -3,97 +3,34 @@
 
 use anyhow::Result;
 use devstack::{
+    PATIENCE,
     client::Answer,
     poll,
     proxy::Proxy,
     stack::{KNOWN_MOBILE, Stack},
+    stand_in::{Reply, StandIn},
     trace::Span,
 };
 use futures_util::{future::join_all, stream};
 use http::uri::PathAndQuery;
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use proto::usercenter::v1::{
-    GetUserByMobileRequest, GetUserByMobileResponse, User,
-    usercenter_client::UsercenterClient,
-    usercenter_server::{Usercenter, UsercenterServer},
+    GetUserByMobileRequest, GetUserByMobileResponse, usercenter_client::UsercenterClient,
 };
 use std::{
-    sync::{Arc, Mutex},
+    net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::{net::TcpListener, sync::Semaphore};
-use tonic::{
-    Code, Request, Response, Status,
-    transport::{Channel, server::TcpIncoming},
-};
+use tokio::sync::Semaphore;
+use tonic::{Code, Request, Status, transport::Channel};
 use tonic_prost::ProstCodec;
 
-/// How a stand-in for usercenter answers a call, by the number of the call, from 1.
-type Script = Box<dyn FnMut(usize) -> Reply + Send>;
-
-#[derive(Clone)]
-enum Reply {
-    User,
-    Error(Code),
-    /// A user, once there is a permit.
-    After(Arc<Semaphore>),
-    Never,
-}
-
-/// A stand-in for usercenter.
-#[derive(Clone)]
-struct Fake {
-    url: String,
-    script: Arc<Mutex<Script>>,
-    /// The `grpc-timeout` of each call so far.
-    calls: Arc<Mutex<Vec<Duration>>>,
-}
-
-impl Fake {
-    async fn start(script: impl FnMut(usize) -> Reply + Send + 'static) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let url = format!("http://{}", listener.local_addr()?);
-        let fake = Self { url, script: Arc::new(Mutex::new(Box::new(script))), calls: Arc::default() };
-        let server = tonic::transport::Server::builder().add_service(UsercenterServer::new(fake.clone()));
-        tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
-        Ok(fake)
-    }
-
-    fn follow(&self, script: impl FnMut(usize) -> Reply + Send + 'static) {
-        *self.script.lock().expect("no panic while it is held") = Box::new(script);
-    }
-
-    fn calls(&self) -> Vec<Duration> {
-        self.calls.lock().expect("no panic while it is held").clone()
-    }
-}
-
-#[tonic::async_trait]
-impl Usercenter for Fake {
-    async fn get_user_by_mobile(
-        &self,
-        request: Request<GetUserByMobileRequest>,
-    ) -> Result<Response<GetUserByMobileResponse>, Status> {
-        let timeout = request.metadata().get("grpc-timeout").expect("a deadline").to_str().expect("text");
-        let micros = timeout.strip_suffix('u').and_then(|micros| micros.parse().ok()).expect("microseconds");
-        let call = {
-            let mut calls = self.calls.lock().expect("no panic while it is held");
-            calls.push(Duration::from_micros(micros));
-            calls.len()
-        };
-        let reply = (self.script.lock().expect("no panic while it is held"))(call);
-        match reply {
-            Reply::User => {}
-            Reply::Error(code) => return Err(Status::new(code, "internal detail")),
-            Reply::After(permits) => permits.acquire().await.expect("never closed").forget(),
-            Reply::Never => std::future::pending().await,
-        }
-        let user = User { id: 1, nickname: "Ada".to_owned() };
-        Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))
-    }
-}
-
 /// The services, with api asking `fake`.
-async fn stack(fake: &Fake, variables: &[(&str, &str)]) -> Result<Stack> {
+async fn stack(fake: &StandIn, variables: &[(&str, &str)]) -> Result<Stack> {
     let mut all = vec![("api", "USERCENTER_URL", fake.url.as_str())];
     all.extend(variables.iter().map(|(name, value)| ("api", *name, *value)));
     Stack::start(&all).await
@@ -113,15 +50,15 @@ fn client_span(spans: &[Span]) -> &Span {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_is_given_the_time_that_the_request_has_left() -> Result<()> {
-    let fake = Fake::start(|_| Reply::Never).await?;
-    let stack = stack(&fake, &[("API_DEADLINE", "400ms"), ("USERCENTER_TIMEOUT", "10s")]).await?;
+    let fake = StandIn::start(|_| Reply::Never).await?;
+    let stack = stack(&fake, &[("API_DEADLINE", "3s"), ("USERCENTER_TIMEOUT", "50s")]).await?;
     let began = Instant::now();
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let took = began.elapsed();
     assert_problem(&answer, 504, "usercenter-timeout");
-    assert!((Duration::from_millis(400)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    assert!((Duration::from_secs(3)..Duration::from_secs(50)).contains(&took), "{took:?}");
     let told = fake.calls();
-    assert!(told.len() == 1 && told[0] <= Duration::from_millis(400) && !told[0].is_zero(), "{told:?}");
+    assert!(told.len() == 1 && told[0] <= Duration::from_secs(3) && !told[0].is_zero(), "{told:?}");
     let tree = "
         api POST /usercenter/v1/user/login SERVER ERROR error.type=504
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=DEADLINE_EXCEEDED
@@ -132,7 +69,7 @@ async fn a_call_is_given_the_time_that_the_request_has_left() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_safe_to_repeat_is_tried_again_and_one_span_tells_of_each_attempt() -> Result<()> {
-    let fake = Fake::start(|call| match call {
+    let fake = StandIn::start(|call| match call {
         1 | 2 => Reply::Error(Code::Unavailable),
         _ => Reply::User,
     })
@@ -164,7 +101,7 @@ async fn what_is_safe_to_repeat_is_tried_again_and_one_span_tells_of_each_attemp
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_usercenter_has_decided_is_not_tried_again() -> Result<()> {
-    let fake = Fake::start(|_| Reply::Error(Code::NotFound)).await?;
+    let fake = StandIn::start(|_| Reply::Error(Code::NotFound)).await?;
     let stack = stack(&fake, &[]).await?;
     for (code, status, kind) in [
         (Code::NotFound, 401, "unknown-user"),
@@ -182,11 +119,8 @@ async fn what_usercenter_has_decided_is_not_tried_again() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn attempts_are_as_many_as_are_set() -> Result<()> {
     for attempts in [1, 5] {
-        let fake = Fake::start(|_| Reply::Error(Code::Unavailable)).await?;
-        let set = attempts.to_string();
-        let variables =
-            [("USERCENTER_ATTEMPTS", set.as_str()), ("USERCENTER_TIMEOUT", "30s"), ("API_DEADLINE", "30s")];
-        let stack = stack(&fake, &variables).await?;
+        let fake = StandIn::start(|_| Reply::Error(Code::Unavailable)).await?;
+        let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", &attempts.to_string())]).await?;
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
         assert_problem(&answer, 503, "usercenter-unavailable");
         assert_eq!(fake.calls().len(), attempts);
@@ -203,12 +137,23 @@ async fn attempts_are_as_many_as_are_set() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     const OPENS_AFTER: usize = 20;
-    let fake = Fake::start(|_| Reply::Error(Code::Unavailable)).await?;
-    let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", "1"), ("USERCENTER_CIRCUIT_PAUSE", "2s")]).await?;
-    for _ in 0..OPENS_AFTER {
-        assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 503, "usercenter-unavailable");
+    const PAUSE: Duration = Duration::from_secs(5);
+    let permits = Arc::new(Semaphore::new(0));
+    let gate = permits.clone();
+    let fake = StandIn::start(move |_| Reply::ErrorAfter(Code::Unavailable, gate.clone())).await?;
+    let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", "1"), ("USERCENTER_CIRCUIT_PAUSE", "5s")]).await?;
+    // All within the circuit's window, and none after it has opened, however slow this machine is.
+    let logins = join_all((0..OPENS_AFTER).map(|_| stack.login(KNOWN_MOBILE, &[])));
+    let all_fail = async {
+        fake.called(OPENS_AFTER).await?;
+        let opens_later = Instant::now();
+        permits.add_permits(1000);
+        anyhow::Ok(opens_later)
+    };
+    let (answers, before) = tokio::join!(logins, all_fail);
+    for answer in answers {
+        assert_problem(&answer?, 503, "usercenter-unavailable");
     }
-    let opened = Instant::now();
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_problem(&answer, 503, "usercenter-circuit-open");
     assert_eq!(fake.calls().len(), OPENS_AFTER);
@@ -220,16 +165,16 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     assert_eq!(client_span(&spans).events[0].0, "circuit_open");
 
     // Half-open: one call passes, fails, and none does for another pause.
-    let probed = poll(Duration::from_secs(20), async || {
+    let probed = poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.expect("an answer");
-        (fake.calls().len() > OPENS_AFTER).then(|| opened.elapsed())
+        (fake.calls().len() > OPENS_AFTER).then(Instant::now)
     });
-    assert!(probed.await.expect("a probe") >= Duration::from_millis(1800));
+    assert!(probed.await.expect("a probe") - before? >= PAUSE);
     assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 503, "usercenter-circuit-open");
     assert_eq!(fake.calls().len(), OPENS_AFTER + 1);
 
     fake.follow(|_| Reply::User);
-    let well = poll(Duration::from_secs(20), async || {
+    let well = poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)
     });
     assert!(well.await.is_some(), "{}", stack.api.output());
@@ -243,15 +188,14 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
 async fn more_requests_than_may_be_in_flight_are_refused_at_once_and_the_others_served() -> Result<()> {
     let permits = Arc::new(Semaphore::new(0));
     let gate = permits.clone();
-    let fake = Fake::start(move |_| Reply::After(gate.clone())).await?;
+    let fake = StandIn::start(move |_| Reply::After(gate.clone())).await?;
     let stack = stack(&fake, &[("API_MAX_IN_FLIGHT", "2")]).await?;
     let two = join_all((0..2).map(|_| stack.login(KNOWN_MOBILE, &[])));
     let third = async {
-        let both = poll(Duration::from_secs(20), async || (fake.calls().len() == 2).then_some(()));
-        both.await.expect("two calls");
+        fake.called(2).await.expect("two calls");
         let answer = stack.login(KNOWN_MOBILE, &[]).await.expect("an answer");
         let alive = stack.client.get(&format!("http://{}/healthz", stack.api.address)).await;
-        permits.add_permits(2);
+        permits.add_permits(10);
         (answer, alive.expect("an answer"))
     };
     let (served, (refused, alive)) = tokio::join!(two, third);
@@ -265,9 +209,13 @@ async fn more_requests_than_may_be_in_flight_are_refused_at_once_and_the_others_
 
 const METHOD: &str = "/usercenter.v1.Usercenter/GetUserByMobile";
 
-/// A call whose message never comes, so that it stays in flight.
-async fn stalled(channel: Channel, traceparent: &str, timeout: Option<&str>) -> Result<(), Status> {
-    let mut client = tonic::client::Grpc::new(channel);
+/// A call whose message never comes, so that it stays in flight. (tonic's own channel would end it at its
+/// `grpc-timeout`.)
+async fn stalled(rpc: SocketAddr, traceparent: &str, timeout: Option<&str>) -> Result<(), Status> {
+    let client: Client<HttpConnector, tonic::body::Body> =
+        Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let origin = format!("http://{rpc}").parse().expect("a URL");
+    let mut client = tonic::client::Grpc::with_origin(client, origin);
     client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let mut request = Request::new(stream::pending::<GetUserByMobileRequest>());
     request.metadata_mut().insert("traceparent", traceparent.parse().expect("a value"));
@@ -282,28 +230,24 @@ async fn stalled(channel: Channel, traceparent: &str, timeout: Option<&str>) -> 
 async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy() -> Result<()> {
     let variables = [("rpc", "USERCENTER_MAX_IN_FLIGHT", "1"), ("rpc", "USERCENTER_DEADLINE", "1h")];
     let stack = Stack::start(&variables).await?;
-    let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
+    let rpc = stack.rpc.address;
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    let stalling = channel.clone();
     let in_flight = tokio::spawn(async move {
         // Refused itself, if a call below was quicker.
-        while let Err(status) = stalled(stalling.clone(), parent, None).await {
+        while let Err(status) = stalled(rpc, parent, None).await {
             assert_eq!(status.code(), Code::Unavailable);
         }
     });
 
+    let channel = Channel::from_shared(format!("http://{rpc}"))?.connect().await?;
     let mut client = UsercenterClient::new(channel);
-    let refused = poll(Duration::from_secs(20), async || {
+    let refused = poll(PATIENCE, async || {
         let lookup = GetUserByMobileRequest { mobile: KNOWN_MOBILE.to_owned() };
         client.get_user_by_mobile(lookup).await.err()
     });
     assert_eq!(refused.await.expect("a refusal").code(), Code::Unavailable);
-    let health =
-        devstack::process::Process::command("rpc", &[("USERCENTER_LISTEN", &stack.rpc.address.to_string())])?
-            .arg("health")
-            .status()
-            .await?;
-    assert!(health.success());
+    let healthy = poll(PATIENCE, async || proto::health::probe(rpc).await.ok());
+    healthy.await.expect("usercenter is busy, not unwell");
 
     // api says so, too, after its attempts.
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -325,24 +269,20 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn usercenter_ends_a_call_at_its_own_deadline_or_the_callers() -> Result<()> {
-    let stack = Stack::start(&[("rpc", "USERCENTER_DEADLINE", "600ms")]).await?;
-    let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
+    let stack = Stack::start(&[("rpc", "USERCENTER_DEADLINE", "5s")]).await?;
     let tree =
         "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=deadline_exceeded";
-    for (trace, timeout, at_least, less_than) in [
-        ("4bf92f3577b34da6a3ce929d0e0e4731", None, 600, 3000),
-        ("4bf92f3577b34da6a3ce929d0e0e4732", Some("200m"), 190, 600),
+    for (trace, timeout, millis) in [
+        ("4bf92f3577b34da6a3ce929d0e0e4731", None, 5000..u64::MAX),
+        ("4bf92f3577b34da6a3ce929d0e0e4732", Some("200m"), 190..5000),
     ] {
         let parent = format!("00-{trace}-00f067aa0ba902b7-01");
-        let status = stalled(channel.clone(), &parent, timeout).await.expect_err("no answer");
-        if timeout.is_none() {
-            // With it, tonic's client gives up at the same moment.
-            assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
-        }
+        let status = stalled(stack.rpc.address, &parent, timeout).await.expect_err("no answer");
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
         let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", trace, tree).await;
         assert_eq!(spans[0].attributes["rpc.status_code"], "DEADLINE_EXCEEDED");
-        let millis = (spans[0].end - spans[0].start) / 1_000_000;
-        assert!((at_least..less_than).contains(&millis), "{millis}");
+        let took = (spans[0].end - spans[0].start) / 1_000_000;
+        assert!(millis.contains(&took), "{took}");
     }
     Ok(())
 }
@@ -359,19 +299,19 @@ async fn a_caller_over_http_cannot_shorten_the_deadline_and_open_the_circuit() -
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
-    let fake = Fake::start(|_| Reply::User).await?;
+    let fake = StandIn::start(|_| Reply::User).await?;
     let address = fake.url.trim_start_matches("http://").parse()?;
     // The connection leads through both; later ones will go past the second.
     let vanishing = Proxy::start(address)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);
-    let stack = Stack::start(&[("api", "USERCENTER_URL", &url)]).await?;
+    let stack = Stack::start(&[("api", "USERCENTER_URL", &url), ("api", "USERCENTER_TIMEOUT", "2s")]).await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
 
     vanishing.freeze();
     network.lead_to(address);
     let login = async || stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200);
-    let back = poll(Duration::from_secs(10), login).await;
+    let back = poll(PATIENCE, login).await;
     assert!(back.is_some(), "{}", stack.api.output());
     Ok(())
 }

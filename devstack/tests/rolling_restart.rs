@@ -3,12 +3,13 @@
 
 use anyhow::{Context, Result, ensure};
 use devstack::{
-    balancer::{Balancer, CHECK_INTERVAL, Check},
+    PATIENCE,
+    balancer::{Balancer, Check},
     client::Client,
     poll,
     process::Process,
     receiver::Receiver,
-    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
+    stack::{KNOWN_MOBILE, LOGIN_TREE, PATIENT, Stack, TestBroker},
     trace::{dedent, tree},
 };
 use http::Method;
@@ -26,17 +27,15 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep},
 };
 
-const RESTARTS: usize = 20;
+const RESTARTS: usize = 12;
 
-/// Longer than a balancer takes to notice.
-const SHUTDOWN_DELAY: Duration = CHECK_INTERVAL.saturating_mul(8);
+/// Longer than the balancer takes to notice: it asks each instance twenty times a second, and waits for an answer
+/// for a second at most.
+const SHUTDOWN_DELAY: (&str, &str) = ("SHUTDOWN_DELAY", "2s");
 
 /// Callers, and how often each of them logs in.
 const CALLERS: usize = 8;
 const BEAT: Duration = Duration::from_millis(100);
-
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// An instance of a service, which can be started again where it was.
 struct Instance {
@@ -46,7 +45,12 @@ struct Instance {
 
 impl Instance {
     async fn start(name: &'static str, variables: &BTreeMap<&'static str, String>) -> Result<Self> {
-        let mut instance = Self { process: launch(name, variables).await?, variables: variables.clone() };
+        let mut variables = variables.clone();
+        // Nothing balances what comes to mq.
+        if name != "mq" {
+            variables.insert(SHUTDOWN_DELAY.0, SHUTDOWN_DELAY.1.to_owned());
+        }
+        let mut instance = Self { process: launch(name, &variables).await?, variables };
         let listen = match name {
             "api" => "API_LISTEN",
             "rpc" => "USERCENTER_LISTEN",
@@ -66,7 +70,7 @@ impl Instance {
         let exit = self.process.stop().await?;
         let said = self.process.output();
         ensure!(
-            exit.success() && !said.contains("cut off") && !said.contains("lost"),
+            exit.success() && !said.contains("cut off") && !said.contains("spans were lost"),
             "{name}: {exit}\n{said}"
         );
         self.process = launch(name, &self.variables).await?;
@@ -134,9 +138,10 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
         ("AMQP_PREFIX", broker.prefix.clone()),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", receiver.grpc)),
         ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
-        ("SHUTDOWN_DELAY", format!("{}ms", SHUTDOWN_DELAY.as_millis())),
+        ("SHUTDOWN_TIMEOUT", "50s".to_owned()),
         ("RUST_LOG", "info,api::login=warn,mq::processing=warn".to_owned()),
     ]);
+    variables.extend(PATIENT.map(|(name, value)| (name, value.to_owned())));
     let mut instances = Vec::new();
     for name in ["rpc", "rpc", "mq", "mq"] {
         instances.push(Instance::start(name, &variables).await?);
@@ -192,12 +197,13 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_has_reached_its_age_costs_no_login() -> Result<()> {
-    let stack = Stack::start(&[("rpc", "USERCENTER_MAX_CONNECTION_AGE", "20ms")]).await?;
+    let variables = [("rpc", "USERCENTER_MAX_CONNECTION_AGE", "200ms"), ("api", "USERCENTER_ATTEMPTS", "5")];
+    let stack = Stack::start(&variables).await?;
     let load = Load::start(stack.api.address);
-    // Each second sees fifty connections come and go.
-    sleep(Duration::from_secs(5)).await;
+    // Each second sees five connections come and go.
+    sleep(Duration::from_secs(15)).await;
     let (answered, failed) = load.finish().await;
     assert!(failed.is_empty(), "{} of {}: {failed:#?}", failed.len(), failed.len() + answered.len());
-    assert!(answered.len() > 50, "{} logins", answered.len());
+    assert!(!answered.is_empty());
     Ok(())
 }

@@ -2,7 +2,10 @@
 //! hidden in it is never served as a request of its own (RFC 9112, sections 6.3 and 11.2).
 
 use anyhow::Result;
-use devstack::{client::raw, stack::Stack};
+use devstack::{
+    client::{answers, raw},
+    stack::Stack,
+};
 use uuid::Uuid;
 
 const LOGIN: &str =
@@ -71,7 +74,7 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
             "400",
         ),
     ] {
-        let answer = raw(stack.api.address, request.as_bytes()).await?;
+        let answer = raw(stack.api.address, request.as_bytes(), answers(1)).await?;
         assert_eq!(answer.split(' ').nth(1).unwrap_or_default(), expected, "{name}: {answer}");
         assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{name}: {answer}");
         assert!(!answer.contains("alive"), "{name}: {answer}");
@@ -124,7 +127,7 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
         ),
         ("expect", format!("{LOGIN}{whole}expect: 100-continue\r\n\r\n{BODY}"), &["100", "200"]),
     ] {
-        let answer = raw(stack.api.address, request.as_bytes()).await?;
+        let answer = raw(stack.api.address, request.as_bytes(), answers(expected.len())).await?;
         let statuses: Vec<_> = answer
             .match_indices("HTTP/1.")
             .filter_map(|(at, _)| answer[at..].split([' ', '\r']).nth(1))
@@ -159,12 +162,12 @@ async fn what_a_caller_sends_breaks_no_line_of_a_log_and_no_header() -> Result<(
                  connection: close\r\ncontent-length: {}\r\n{headers}\r\n{body}",
                 body.len()
             );
-            let answer = raw(stack.api.address, request.as_bytes()).await?;
+            let answer = raw(stack.api.address, request.as_bytes(), answers(1)).await?;
             assert!(answer.starts_with("HTTP/1.1 "), "{headers:?}: {answer}");
             assert!(!answer.contains(&mark), "{answer}");
         }
         let path = format!("GET /{escaped} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        assert!(raw(stack.api.address, path.as_bytes()).await?.starts_with("HTTP/1.1 404 "));
+        assert!(raw(stack.api.address, path.as_bytes(), answers(1)).await?.starts_with("HTTP/1.1 404 "));
 
         stack.stop().await?;
         for service in [&stack.api, &stack.rpc, &stack.mq] {

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result};
 use devstack::{
+    PATIENCE,
     client::Client,
     poll,
     process::Process,
@@ -18,12 +19,10 @@ use std::{
     collections::HashSet,
     fs,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tempfile::TempDir;
 use tokio::{process::Command, task::JoinSet, time::sleep};
-
-const SOON: Duration = Duration::from_secs(20);
 
 async fn spooled(stack: &Stack) -> Option<u64> {
     let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
@@ -31,7 +30,7 @@ async fn spooled(stack: &Stack) -> Option<u64> {
 }
 
 async fn drained(stack: &Stack) -> Result<()> {
-    let empty = poll(SOON, async || (spooled(stack).await? == 0).then_some(()));
+    let empty = poll(PATIENCE, async || (spooled(stack).await? == 0).then_some(()));
     empty.await.with_context(|| format!("not drained:\n{}", stack.api.output()))
 }
 
@@ -67,11 +66,14 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     }
     stack.api.said("the spool is full").await?;
     assert_eq!(stack.api.output().matches("the spool is full").count(), 1);
-    let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await?;
-    assert_eq!(
-        (ready.status.as_u16(), ready.json()),
-        (503, json!({"usercenter": true, "broker": false, "spool": false, "spooled": 3, "stopping": false}))
-    );
+    let unready =
+        json!({"usercenter": true, "broker": false, "spool": false, "spooled": 3, "stopping": false});
+    // usercenter has a second to answer: once is luck.
+    let said = poll(PATIENCE, async || {
+        let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
+        (ready.json() == unready).then_some(ready.status)
+    });
+    assert_eq!(said.await.context("not as expected")?, 503);
 
     proxy.restore();
     drained(&stack).await?;
@@ -96,17 +98,8 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     // A write beyond the limit then fails, as on a full disk; otherwise it would end the process.
     let script = "trap '' XFSZ; exec \"$0\"";
     let data = TempDir::new()?;
-    let directory = data.path().to_string_lossy();
-    let rpc = format!("http://{}", stack.rpc.address);
-    let otlp = format!("http://{}", stack.receiver.grpc);
-    let variables = [
-        ("AMQP_URL", url.as_str()),
-        ("AMQP_PREFIX", &stack.broker.prefix),
-        ("USERCENTER_URL", &rpc),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp),
-        ("API_DATA_DIR", &directory),
-    ];
-    stack.api = Process::start_by(script, "api", &variables).await?;
+    let variables = [("AMQP_URL", url.as_str()), ("API_DATA_DIR", &*data.path().to_string_lossy())];
+    stack.api = stack.another_by(script, "api", &variables).await?;
     stack.api.said("connected to the broker").await?;
     proxy.refuse();
     let mut answered = HashSet::new();
@@ -116,8 +109,11 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
 
     let size = fs::metadata(data.path().join("spool.redb"))?.len();
     limit_files(&stack.api, &size.to_string()).await?;
-    let refused = poll(SOON, async || {
-        let logins = (0..20).map(|_| stack.login(KNOWN_MOBILE, &[]));
+    // Large messages fill it sooner.
+    let baggage = format!("k={}", "x".repeat(3000));
+    let headers = [("baggage", baggage.as_str())];
+    let refused = poll(PATIENCE, async || {
+        let logins = (0..20).map(|_| stack.login(KNOWN_MOBILE, &headers));
         let logins = futures_util::future::try_join_all(logins).await.ok()?;
         answered.extend(logins.iter().filter(|login| login.status == 200).map(|login| login.trace_id()));
         logins.into_iter().find(|login| login.status != 200)
@@ -129,7 +125,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     stack.api.said("the spool failed").await?;
 
     limit_files(&stack.api, "unlimited").await?;
-    let taken = poll(SOON, async || {
+    let taken = poll(PATIENCE, async || {
         let login = stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|login| login.status == 200);
         login.map(|login| login.trace_id())
     });
@@ -212,7 +208,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
         let before = answered.lock().unwrap().len();
         let load = Load::start(&stack.login_url(), &answered);
         let more = async |count: usize| {
-            poll(SOON, async || (answered.lock().unwrap().len() >= before + count).then_some(())).await
+            poll(PATIENCE, async || (answered.lock().unwrap().len() >= before + count).then_some(())).await
         };
         more(20).await.context("no logins")?;
         if round % 3 > 0 {
@@ -243,16 +239,16 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
 async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next_start() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     let data = TempDir::new()?;
-    let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
+    let directory = data.path().to_string_lossy();
+    // Longer than this test waits for its end: nothing that a stop waits for has an end of its own.
+    let variables = [("API_DATA_DIR", &*directory), ("SHUTDOWN_TIMEOUT", "1h")];
     let proxy = behind_proxy(&mut stack, &variables).await?;
     proxy.refuse();
     let mut logins = Vec::new();
     for _ in 0..5 {
         logins.push(stack.login(KNOWN_MOBILE, &[]).await?);
     }
-    let start = Instant::now();
     assert!(stack.api.stop().await?.success());
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     let said = stack.api.said("logins stay in the spool until the next start").await?;
     assert!(said.contains("spooled=5"), "{said}");
 
@@ -320,7 +316,7 @@ async fn bounds_of_the_spool_that_are_none_end_the_service_with_2() -> Result<()
 async fn the_bytes_of_the_spool_are_bounded_as_well() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "1000")]).await?;
     proxy.refuse();
-    let refused = poll(SOON, async || {
+    let refused = poll(PATIENCE, async || {
         let login = stack.login(KNOWN_MOBILE, &[]).await.ok()?;
         (login.status == 503).then_some(login)
     });

@@ -9,7 +9,6 @@ use devstack::{
     stack::{KNOWN_MOBILE, Stack},
     trace::Span,
 };
-use std::collections::HashSet;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -51,16 +50,19 @@ async fn login(stack: &Stack, lines: &[String]) -> Result<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    let mut seen = HashSet::new();
     for (case, lines, expected) in cases() {
         let traceparent = login(&stack, &lines).await.context(case)?;
         let ids: Vec<_> = traceparent.split('-').collect();
         let [version, trace_id, span_id, _flags] = ids[..] else { panic!("{case}: {traceparent}") };
         assert_eq!((version, trace_id.len(), span_id.len()), ("00", 32, 16), "{case}");
-        // Most cases have the same trace id.
-        let new = |span: &Span| span.kind == "CONSUMER" && !seen.contains(&span.span_id);
-        let consumer = stack.receiver.expect_span(|span| span.trace_id == trace_id && new(span)).await;
-        seen.insert(consumer.span_id);
+        // Most cases have the same trace id: it is the one below this request's span.
+        let child = |kind: &'static str, parent: String| {
+            let is_it = move |span: &Span| span.kind == kind && span.parent_span_id == parent;
+            stack.receiver.expect_span(is_it)
+        };
+        let producer = child("PRODUCER", span_id.to_owned()).await;
+        let consumer = child("CONSUMER", producer.span_id).await;
+        assert_eq!(consumer.trace_id, trace_id, "{case}");
         // Whatever the case sends, no id of it may be taken in part.
         match expected {
             NewTrace => {

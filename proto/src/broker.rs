@@ -139,7 +139,7 @@ mod tests {
         let _silent = listener.accept().await.unwrap();
         assert_eq!(lapin_threads(), 1);
         assert!(connecting.await.unwrap().is_err());
-        timeout(Duration::from_secs(5), async {
+        timeout(Duration::from_secs(60), async {
             while lapin_threads() > 0 {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }

@@ -73,19 +73,20 @@ where
         let deadline = Deadline::within(asked.min(limit));
         let cx = deadline.context();
         let answer = answer.clone();
-        let future = {
+        // What is over already is not begun: a handler that has no need to wait would be done at its first poll.
+        let future = (!deadline.remaining().is_zero()).then(|| {
             let _attached = cx.clone().attach();
-            self.inner.call(request)
-        };
-        ResponseFuture { future: timeout_at(deadline.0, future.with_context(cx)), answer }
+            timeout_at(deadline.0, self.inner.call(request).with_context(cx))
+        });
+        ResponseFuture { future, answer }
     }
 }
 
 pin_project! {
-    /// An answer in time.
+    /// An answer in time, if there is any.
     pub struct ResponseFuture<F, A> {
         #[pin]
-        future: Timeout<WithContext<F>>,
+        future: Option<Timeout<WithContext<F>>>,
         answer: A,
     }
 }
@@ -99,7 +100,32 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let in_time = ready!(this.future.poll(cx));
-        Poll::Ready(in_time.unwrap_or_else(|_| Ok(Rejection::DeadlineExceeded.answer(this.answer))))
+        let in_time = match this.future.as_pin_mut() {
+            Some(future) => ready!(future.poll(cx)).ok(),
+            None => None,
+        };
+        Poll::Ready(in_time.unwrap_or_else(|| Ok(Rejection::DeadlineExceeded.answer(this.answer))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{convert::Infallible, future};
+    use tower::{ServiceExt, service_fn};
+
+    #[tokio::test]
+    async fn what_is_over_already_is_never_begun() {
+        for (timeout, expected) in [("1S", "served"), ("3m", "over"), ("0n", "over")] {
+            let handler =
+                service_fn(|_: Request<()>| future::ready(Ok::<_, Infallible>(Response::new("served"))));
+            let layer = DeadlineLayer::grpc(Duration::from_secs(1), |_| Response::new("over"));
+            let request = Request::get("/").header("grpc-timeout", timeout).body(()).expect("a request");
+            assert_eq!(
+                layer.layer(handler).oneshot(request).await.expect("an answer").body(),
+                &expected,
+                "{timeout}"
+            );
+        }
     }
 }

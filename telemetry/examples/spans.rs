@@ -21,14 +21,21 @@ use opentelemetry::{
     global::{self, BoxedTracer},
     trace::{TraceContextExt, Tracer},
 };
-use std::{sync::LazyLock, time::Duration};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 use telemetry::{Config, Telemetry, http::HttpServerLayer};
-use tokio::{sync::mpsc, task::spawn_blocking, time::sleep};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::spawn_blocking,
+    time::sleep,
+};
 use tower::ServiceExt;
 
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("spans"));
 
-async fn report(Path(id): Path<u64>, done: mpsc::Sender<()>) -> &'static str {
+async fn report(Path(id): Path<u64>, answered: Arc<Notify>, done: mpsc::Sender<()>) -> &'static str {
     // A function: the span is current inside, and ends with it.
     TRACER.in_span("local", |_| instrumented(id));
 
@@ -53,7 +60,7 @@ async fn report(Path(id): Path<u64>, done: mpsc::Sender<()>) -> &'static str {
     // Another task that goes on after the answer: its span ends when it does.
     let background = async move {
         let cx = Context::current_with_span(TRACER.start("background"));
-        sleep(Duration::from_millis(5)).with_context(cx.clone()).await;
+        answered.notified().with_context(cx.clone()).await;
         cx.span().end();
         drop(done);
     };
@@ -71,13 +78,16 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let telemetry = Telemetry::start(Config::from_env("spans", env!("CARGO_PKG_VERSION"))?)?;
 
     let (done, mut all_done) = mpsc::channel(1);
+    let answered = Arc::new(Notify::new());
+    let told = answered.clone();
     let app: Router = Router::new()
-        .route("/report/{id}", get(move |path| report(path, done.clone())))
+        .route("/report/{id}", get(move |path| report(path, told.clone(), done.clone())))
         .layer(HttpServerLayer::new());
     // A real service would listen; here the request comes from memory. The body is read, because with it the
     // server span ends: a caller who does not read it has hung up.
     let response = app.oneshot(Request::get("/report/7").body(Body::empty())?).await?;
     axum::body::to_bytes(response.into_body(), 1024).await?;
+    answered.notify_one();
 
     all_done.recv().await;
     telemetry.shut_down(Duration::from_secs(5)).await;

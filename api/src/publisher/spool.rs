@@ -162,6 +162,8 @@ impl Keeper {
             let outcomes = self.store.change(messages, through);
             self.through = through.filter(|_| outcomes.is_err());
             self.log(&outcomes);
+            // First, so that whoever has an answer sees what it changed.
+            self.tell();
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
             for (request, why) in appended {
                 let answer = match outcomes.next() {
@@ -173,7 +175,6 @@ impl Keeper {
                 let _ = request.done.send(answer);
             }
         }
-        self.tell();
         for (after, count, entries) in reads {
             let _ = entries.send(self.store.read(after, count));
         }

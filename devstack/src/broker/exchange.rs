@@ -123,7 +123,7 @@ fn matches(pattern: &str, routing_key: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::matches;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     #[test]
     fn a_pattern_takes_the_keys_that_it_describes_and_no_others() {
@@ -163,6 +163,7 @@ mod tests {
     fn a_pattern_of_many_hashes_takes_no_longer_than_others() {
         let start = Instant::now();
         assert!(!matches(&format!("{}z", "#.a.".repeat(60)), &format!("{}b", "a.".repeat(120))));
-        assert!(start.elapsed() < Duration::from_secs(1));
+        // All ways through it would take years.
+        assert!(start.elapsed() < crate::PATIENCE);
     }
 }

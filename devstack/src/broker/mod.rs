@@ -225,7 +225,7 @@ mod tests {
             });
             assert_eq!(got.await.expect("a message").data.len(), body.len());
         }
-        timeout(Duration::from_secs(10), publishing).await.unwrap().unwrap().unwrap();
+        timeout(crate::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test]
@@ -233,7 +233,7 @@ mod tests {
         let broker = Broker::start().await.unwrap();
         let (connection, channel) = connect(&broker).await;
         let blocked = async |expected| {
-            let told = crate::poll(Duration::from_secs(5), async || {
+            let told = crate::poll(crate::PATIENCE, async || {
                 (connection.status().blocked() == expected).then_some(())
             });
             told.await.expect("to be told");
@@ -244,7 +244,7 @@ mod tests {
         blocked(true).await;
         broker.set_alarm(false);
         blocked(false).await;
-        timeout(Duration::from_secs(5), publishing).await.unwrap().unwrap().unwrap();
+        timeout(crate::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test]
@@ -260,10 +260,9 @@ mod tests {
         let (connection, _channel) = connect(&broker).await;
         let address = broker.address();
         drop(broker);
-        let ended =
-            crate::poll(Duration::from_secs(5), async || (!connection.status().connected()).then_some(()));
+        let ended = crate::poll(crate::PATIENCE, async || (!connection.status().connected()).then_some(()));
         assert!(ended.await.is_some());
-        let again = crate::poll(Duration::from_secs(5), async || Broker::start_at(address).await.ok());
+        let again = crate::poll(crate::PATIENCE, async || Broker::start_at(address).await.ok());
         connect(&again.await.expect("the address is free")).await;
     }
 }

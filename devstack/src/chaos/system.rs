@@ -96,6 +96,9 @@ impl System {
             system.start_service(service, None).await?;
         }
         system.said(Service::Mq, "consuming").await?;
+        if !is_control {
+            system.said(Service::Mq, "the database is available").await?;
+        }
         system.said(Service::Api, "connected to the broker").await?;
         Ok(system)
     }
@@ -116,6 +119,9 @@ impl System {
             ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
             ("API_DATA_DIR", data.display().to_string()),
             ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
+            // Half of it is the disk's: a stall of a busy machine's is no refusal for the broker's sake.
+            ("PUBLISH_TIMEOUT", "2s".to_owned()),
+            ("API_DEADLINE", "9s".to_owned()),
             // What fails for good shall be a dead letter soon.
             ("MQ_RETRY_DELAYS", "200ms,1s".to_owned()),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", self.collector_link.address)),

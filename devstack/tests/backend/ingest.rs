@@ -346,8 +346,7 @@ async fn with_the_backend_its_ports_are_free_again() -> Result<()> {
     // A connection that stays open must not hold them.
     fixture.get("/api/services").await?;
     drop(fixture);
-    let again =
-        devstack::poll(std::time::Duration::from_secs(5), async || Backend::start_at(addresses).await.ok());
+    let again = devstack::poll(devstack::PATIENCE, async || Backend::start_at(addresses).await.ok());
     assert!(again.await.is_some());
     Ok(())
 }

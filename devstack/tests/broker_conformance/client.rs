@@ -1,7 +1,7 @@
 //! A connection with what the checks do most.
 
 use anyhow::{Context, Result};
-use devstack::{broker::Broker, poll};
+use devstack::{PATIENCE, broker::Broker, poll};
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer, Error, ErrorKind,
@@ -13,12 +13,9 @@ use lapin::{
     },
     types::{AMQPValue, FieldTable},
 };
-use std::{env, sync::Arc, time::Duration};
+use std::{env, sync::Arc};
 use tokio::time::timeout;
 use uuid::Uuid;
-
-/// How long the broker may take for anything.
-pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection and a channel on it, and names that nobody else uses.
 pub struct Client {

@@ -1,9 +1,10 @@
 //! Consuming, getting, and what is acknowledged or not.
 
-use crate::client::{Client, PATIENCE, body, next};
+use crate::client::{Client, body, next};
+use amq_protocol::protocol::{AMQPClass, basic, channel};
 use anyhow::Result;
-use devstack::poll;
-use futures_util::{StreamExt, future::join};
+use devstack::{PATIENCE, poll, raw::Raw};
+use futures_util::StreamExt;
 use lapin::{
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions,
@@ -181,18 +182,21 @@ async fn an_ack_of_multiple_with_tag_0_settles_all() -> Result<()> {
 #[tokio::test]
 async fn an_unknown_delivery_tag_is_a_406() -> Result<()> {
     let client = Client::connect().await?;
-    let queue = client.queue("q", &[]).await?;
+    let queue = client.shared_queue("q").await?;
     client.fill(&queue, &["a"]).await?;
-    client
-        .expect_channel_error(406, async |channel| {
-            channel.basic_get(queue.as_str().into(), BasicGetOptions::default()).await?;
-            channel.basic_ack(1, BasicAckOptions::default()).await?;
-            // An ack has no answer, the get behind it has: both are sent before either is answered.
-            let again = channel.basic_ack(1, BasicAckOptions::default());
-            let get = channel.basic_get(queue.as_str().into(), BasicGetOptions::default());
-            join(again, get).await.1.map(drop)
-        })
-        .await
+    let mut raw = Raw::open(&client.url).await?;
+    let get = basic::Get { queue: queue.as_str().into(), no_ack: false };
+    raw.method(1, AMQPClass::Basic(basic::AMQPMethod::Get(get))).await?;
+    raw.expect(|method| matches!(method, AMQPClass::Basic(basic::AMQPMethod::GetOk(_)))).await?;
+    for _ in 0..2 {
+        let ack = basic::Ack { delivery_tag: 1, multiple: false };
+        raw.method(1, AMQPClass::Basic(basic::AMQPMethod::Ack(ack))).await?;
+    }
+    let closed = raw.expect(|method| matches!(method, AMQPClass::Channel(_))).await?;
+    let AMQPClass::Channel(channel::AMQPMethod::Close(close)) = closed else { panic!("{closed:?}") };
+    assert_eq!((close.reply_code, close.class_id, close.method_id), (406, 60, 80));
+    client.channel.queue_delete(queue.into(), Default::default()).await?;
+    Ok(())
 }
 
 #[tokio::test]

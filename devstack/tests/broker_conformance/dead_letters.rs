@@ -3,13 +3,13 @@
 //! RabbitMQ 4 writes `x-death` for clients as 3.10 does; it adds `x-last-death-*`, and takes no notice of an
 //! `x-death` that a publisher made up. Neither is looked at here.
 
-use crate::client::{Client, PATIENCE, bind, body, long_string};
+use crate::client::{Client, bind, body, long_string, next};
 use anyhow::{Context, Result};
-use devstack::poll;
+use devstack::{PATIENCE, poll};
 use lapin::{
     BasicProperties, ExchangeKind,
     message::Delivery,
-    options::{BasicAckOptions, BasicNackOptions, BasicRejectOptions},
+    options::{BasicAckOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions},
     types::{AMQPValue, FieldTable},
 };
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -102,10 +102,15 @@ async fn a_message_that_was_delivered_does_not_expire_until_it_is_requeued() -> 
         ("x-dead-letter-routing-key", long_string(&dead)),
     ];
     let queue = client.queue("q", &arguments).await?;
+    // Delivered as soon as it is there, and the other one not.
+    client.channel.basic_qos(1, BasicQosOptions::default()).await?;
+    let mut consumer = client.consume(&queue, "").await?;
     client.fill(&queue, &["held", "waits"]).await?;
-    let held = client.expect(&queue).await?;
+    let held = next(&mut consumer).await?;
+    assert_eq!(body(&held), "held");
     assert_eq!(body(&client.expect(&dead).await?), "waits");
     assert!(client.get(&dead).await?.is_none());
+    client.channel.basic_cancel(consumer.tag(), Default::default()).await?;
     held.nack(BasicNackOptions { multiple: false, requeue: true }).await?;
     assert_eq!(body(&client.expect(&dead).await?), "held");
     Ok(())
@@ -114,8 +119,14 @@ async fn a_message_that_was_delivered_does_not_expire_until_it_is_requeued() -> 
 #[tokio::test]
 async fn a_queue_that_nobody_uses_is_gone_after_its_time() -> Result<()> {
     let client = Client::connect().await?;
-    let queue = client.queue("q", &[("x-expires", milliseconds(300))]).await?;
-    let consumer = client.consume(&queue, "").await?;
+    // On a busy machine it may be gone before it is consumed from.
+    let consumed = poll(PATIENCE, async || {
+        let client = client.another().await.ok()?;
+        let queue = client.queue("q", &[("x-expires", milliseconds(300))]).await.ok()?;
+        let consumer = client.consume(&queue, "").await.ok()?;
+        Some((client, queue, consumer))
+    });
+    let (client, queue, consumer) = consumed.await.context("no consumer")?;
     tokio::time::sleep(std::time::Duration::from_millis(900)).await;
     assert!(client.has_queue(&queue).await?, "it has a consumer");
     client.channel.basic_cancel(consumer.tag(), Default::default()).await?;

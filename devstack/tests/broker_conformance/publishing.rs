@@ -1,12 +1,15 @@
 //! Publishing: confirms, returns, and what arrives.
 
-use crate::client::{Client, PATIENCE, body, declare, exclusive, long_string};
+use crate::client::{Client, body, declare, exclusive, long_string};
 use amq_protocol::{
     frame::AMQPFrame,
     protocol::{AMQPClass, basic, confirm},
 };
 use anyhow::{Context, Result};
-use devstack::raw::{Raw, publish};
+use devstack::{
+    PATIENCE,
+    raw::{Raw, publish},
+};
 use lapin::{
     BasicProperties, Confirmation, ExchangeKind,
     options::{BasicPublishOptions, ExchangeDeclareOptions},

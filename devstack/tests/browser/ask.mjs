@@ -2,9 +2,9 @@
 
 import assert from "node:assert/strict";
 
-/** Asks until the answer is the expected one, for at most ten seconds. */
+/** Asks until the answer is the expected one, for at most a minute. */
 export async function eventually(ask, expected) {
-  const deadline = Date.now() + 10_000;
+  const deadline = Date.now() + 60_000;
   let answer;
   do {
     // What is asked for may not be in the document yet.

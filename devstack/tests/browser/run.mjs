@@ -48,7 +48,7 @@ async function run(check) {
   async function open(path, { base = options.page, allow = /^$/, prepare, ...settings } = {}) {
     const context = await browser.newContext({ viewport: { width: 1400, height: 800 }, ...settings });
     contexts.push(context);
-    context.setDefaultTimeout(10_000);
+    context.setDefaultTimeout(60_000);
     const page = await context.newPage();
     const note = (text) => allow.test(text) || errors.push(text);
     page.on("pageerror", (error) => note(String(error.stack ?? error)));

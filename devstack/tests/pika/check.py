@@ -191,9 +191,9 @@ def errors_have_their_codes(channel):
 
 
 def signs_of_life_keep_a_connection():
-    connection = connect(heartbeat=1)
+    connection = connect(heartbeat=4)
     # pika sends its own while it waits.
-    connection.sleep(4)
+    connection.sleep(10)
     connection.channel().close()
     connection.close()
 

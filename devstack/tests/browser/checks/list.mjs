@@ -45,8 +45,12 @@ export default {
   },
 
   async a_new_trace_appears_by_itself({ open, post }) {
+    const first = login();
+    await post(first);
     const page = await open("/");
     await page.waitForSelector("[data-state=live]");
+    // Live it is before it has its list.
+    await eventually(async () => (await listed(page))[0], first.traceID);
     const before = await listed(page);
     const added = login();
     await post(added);
@@ -96,7 +100,7 @@ export default {
   async the_search_finds_by_each_criterion_and_is_in_the_url({ open, post }) {
     const service = `search-${id(4)}`;
     const make = (name, took, attributes) =>
-      trace([{ service, name, kind: "SERVER", at: 0, took, attributes }], { start: now() + took });
+      trace([{ service, name, kind: "SERVER", at: 0, took, attributes }], { start: now() - 10e6 + took });
     const quick = make("quick", 200, { colour: "red", "with space": "a b" });
     const slow = make("slow", 3_000_000, { colour: "blue", ok: true });
     await post(quick, slow);

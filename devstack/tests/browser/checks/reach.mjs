@@ -196,8 +196,10 @@ export default {
 
   async who_wants_no_motion_sees_none({ open, post }) {
     const animation = async (reducedMotion) => {
+      await post(login());
       const page = await open("/", { reducedMotion });
       await page.waitForSelector("[data-state=live]");
+      await page.waitForSelector("#rows a");
       await post(login());
       await page.waitForSelector("tr.new");
       return page.$eval("tr.new", (row) => getComputedStyle(row).animationName);

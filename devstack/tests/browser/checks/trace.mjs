@@ -353,7 +353,7 @@ export default {
     await eventually(() => beside(page), "api local");
     assert.equal(await page.textContent(".row[aria-selected=true] .operation"), "local");
     await openDetails(page, "send_msg_mq");
-    assert.equal(new URL(page.url()).hash, `#${posted.ids[4]}`);
+    await eventually(async () => new URL(page.url()).hash, `#${posted.ids[4]}`);
     const found = await open(`/trace/${posted.traceID.toUpperCase()}?uiFind=rabbitmq`);
     await eventually(() => found.textContent("#found"), "2 found");
     assert.deepEqual(
