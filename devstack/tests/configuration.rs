@@ -263,7 +263,7 @@ async fn otlp_goes_by_http_with_gzip_and_headers_too() -> Result<()> {
         ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
         ("*", "OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
         ("*", "OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
-        ("*", "OTEL_EXPORTER_OTLP_HEADERS", "api-key=k%20v"),
+        ("*", "OTEL_EXPORTER_OTLP_HEADERS", "api-key=k%20v,user-agent=mine"),
     ];
     let stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -272,6 +272,7 @@ async fn otlp_goes_by_http_with_gzip_and_headers_too() -> Result<()> {
         assert_eq!(headers["api-key"], "k v");
         assert_eq!(headers["content-encoding"], "gzip");
         assert_eq!(headers["content-type"], "application/x-protobuf");
+        assert_eq!(headers["user-agent"], "mine");
     }
     Ok(())
 }
@@ -288,6 +289,9 @@ async fn otlp_by_grpc_has_gzip_and_headers_too() -> Result<()> {
     for headers in stack.receiver.requests() {
         assert_eq!(headers["api-key"], "k");
         assert_eq!(headers["grpc-encoding"], "gzip");
+        // Then tonic's own.
+        let agent = headers["user-agent"].to_str()?;
+        assert!(agent.starts_with("Throughline-OTLP-Exporter-Rust/"), "{agent}");
     }
     Ok(())
 }

@@ -68,6 +68,8 @@ impl Transport {
     pub fn otlp(config: OtlpConfig) -> Self {
         let OtlpConfig { protocol, endpoint, headers, timeout, gzip } = config;
         let mut headers: HeaderMap = headers.into_iter().collect();
+        // Unless the user has chosen another one.
+        headers.entry(header::USER_AGENT).or_insert(USER_AGENT);
         match protocol {
             OtlpProtocol::Grpc => {
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
@@ -172,6 +174,9 @@ impl Transport {
     }
 }
 
+/// Who sends this (OTLP exporter specification, "User Agent").
+const USER_AGENT: HeaderValue =
+    HeaderValue::from_static(concat!("Throughline-OTLP-Exporter-Rust/", env!("CARGO_PKG_VERSION")));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Less than half of the time that an attempt has, by default.
 const KEEP_ALIVE: Duration = Duration::from_secs(4);
