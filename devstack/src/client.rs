@@ -17,7 +17,7 @@ use tokio::{
     time::timeout,
 };
 
-/// Keeps connections open between requests.
+/// Keeps connections open between requests, for a while.
 #[derive(Clone)]
 pub struct Client(Hyper<HttpConnector, Full<Bytes>>);
 
@@ -36,7 +36,8 @@ impl Client {
     /// A client without connections yet.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
-        Self(Hyper::builder(TokioExecutor::new()).build_http())
+        // api cuts a connection that is silent for ten seconds: perhaps just as the next request is on its way.
+        Self(Hyper::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build_http())
     }
 
     /// `GET url`

@@ -5,6 +5,7 @@ use devstack::{
     PATIENCE,
     client::{Answer, Client},
     poll,
+    process::Process,
     stack::{KNOWN_MOBILE, PATIENT},
 };
 use http::Method;
@@ -43,6 +44,8 @@ fn devstack(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
 
 impl Dev {
     async fn start(variables: &[(&str, &str)]) -> Result<Self> {
+        // It builds the services. To wait for what it says is not to wait for that.
+        Process::command("api", &[])?;
         let mut child = devstack(&["--free-ports"], variables).spawn()?;
         let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
         let said = Arc::new(Mutex::new(String::new()));
@@ -210,11 +213,16 @@ async fn it_ends_when_nobody_reads_what_it_says() -> Result<()> {
     .await
 }
 
+/// Its standard error, then its standard output.
+fn said_by(output: &Output) -> String {
+    String::from_utf8_lossy(&[output.stderr.as_slice(), &output.stdout].concat()).into_owned()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
     let dev = Dev::start(&[]).await?;
     let verified = dev.verify("60").await?;
-    let said = String::from_utf8_lossy(&verified.stdout);
+    let said = said_by(&verified);
     assert!(verified.status.success(), "{said}");
     assert!(said.ends_with("all as it should be\n"), "{said}");
 
@@ -222,8 +230,8 @@ async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
     signal("KILL", dev.service("mq")?).await?;
     dev.says("mq has ended (signal: 9 (SIGKILL)). Its last lines:\n").await?;
     dev.says("consuming").await?;
-    let verified = dev.verify("10").await?;
-    let said = String::from_utf8_lossy(&verified.stdout);
+    let verified = dev.verify("12").await?;
+    let said = said_by(&verified);
     assert_eq!(verified.status.code(), Some(1), "{said}");
     assert!(said.contains("\n-     mq mq_consumer_msg CONSUMER\n"), "{said}");
     assert!(said.ends_with("1 failed\n"), "{said}");
