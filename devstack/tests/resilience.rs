@@ -277,7 +277,8 @@ async fn usercenter_ends_a_call_at_its_own_deadline_or_the_callers() -> Result<(
         ("4bf92f3577b34da6a3ce929d0e0e4732", Some("200m"), 190..5000),
     ] {
         let parent = format!("00-{trace}-00f067aa0ba902b7-01");
-        let status = stalled(stack.rpc.address, &parent, timeout).await.expect_err("no answer");
+        let call = stalled(stack.rpc.address, &parent, timeout);
+        let status = tokio::time::timeout(PATIENCE, call).await?.expect_err("no answer");
         assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
         let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", trace, tree).await;
         assert_eq!(spans[0].attributes["rpc.status_code"], "DEADLINE_EXCEEDED");

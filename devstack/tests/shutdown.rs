@@ -82,7 +82,7 @@ async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Proc
     let exit = stopped.exit().await?;
     assert!(exit.success(), "{exit}: {}", stopped.output());
     assert!(!stopped.output().contains("cut off"), "{}", stopped.output());
-    assert!(!stopped.output().contains("spans were lost"), "{}", stopped.output());
+    assert!(!stopped.output().contains("lost"), "{}", stopped.output());
     let name = stopped.name;
     let answered = load.finish().await;
 
@@ -255,11 +255,13 @@ async fn one_deadline_bounds_everything_even_if_nothing_ends_by_itself() -> Resu
     let in_flight = in_hand(&stack, &usercenter).await?;
     for service in [&mut stack.api, &mut stack.rpc, &mut stack.mq] {
         let start = Instant::now();
-        // All else takes an hour, and longer than this waits.
+        // All else takes an hour.
         let exit = service.stop().await?;
         let took = start.elapsed();
         assert!(exit.success(), "{}: {exit}", service.name);
         assert!(took >= Duration::from_millis(500), "{}: {took:?}", service.name);
+        // The 2 s that are set, and not the 8 s that are the default.
+        assert!(took < Duration::from_secs(7), "{}: {took:?}", service.name);
     }
     assert!(stack.api.output().contains("cut off at the deadline"), "{}", stack.api.output());
     assert!(in_flight.await?.is_err());
