@@ -1,29 +1,22 @@
 //! What the pieces cost: `cargo bench -p telemetry`.
 //!
-//! Each is beside what it is compared with: the SDK's propagator, the published exporter's conversion,
-//! the same service without a layer.
+//! Each is beside what it is compared with: the SDK's propagator, the same service without a layer.
 
 use axum::{Router, body::Body, routing::get};
 use criterion::{Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderValue, Request};
 use opentelemetry::{
-    Context, KeyValue, global,
+    Context, global,
     propagation::TextMapPropagator,
-    trace::{Span, SpanKind, TraceContextExt, Tracer, TracerProvider},
+    trace::{TraceContextExt, Tracer, TracerProvider},
 };
 use opentelemetry_sdk::{
-    Resource,
     error::OTelSdkResult,
     propagation::TraceContextPropagator as Stock,
     trace::{Sampler, SdkTracerProvider, SpanData, SpanProcessor},
 };
-use std::{
-    hint::black_box,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::time::Duration;
 use telemetry::{
-    bench::SpanEncoder,
     http::{Headers, HeadersMut, HttpServerLayer},
     propagation::TraceContextPropagator,
 };
@@ -54,16 +47,14 @@ fn propagators(c: &mut Criterion) {
     group.finish();
 }
 
-/// Keeps the last span that ended.
-#[derive(Debug, Default, Clone)]
-struct Keep(Arc<Mutex<Option<SpanData>>>);
+/// Drops each span that ends, where an exporter would take it.
+#[derive(Debug)]
+struct Drops;
 
-impl SpanProcessor for Keep {
+impl SpanProcessor for Drops {
     fn on_start(&self, _: &mut opentelemetry_sdk::trace::Span, _: &Context) {}
 
-    fn on_end(&self, span: SpanData) {
-        *self.0.lock().expect("no panic while it is held") = Some(span);
-    }
+    fn on_end(&self, _: SpanData) {}
 
     fn force_flush(&self) -> OTelSdkResult {
         Ok(())
@@ -72,44 +63,6 @@ impl SpanProcessor for Keep {
     fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
         Ok(())
     }
-}
-
-fn encoding(c: &mut Criterion) {
-    let kept = Keep::default();
-    let provider = SdkTracerProvider::builder().with_span_processor(kept.clone()).build();
-    let tracer = provider.tracer("bench");
-    let mut span = tracer
-        .span_builder("usercenter.v1.Usercenter/GetUserByMobile")
-        .with_kind(SpanKind::Client)
-        .start(&tracer);
-    for (key, value) in [
-        ("rpc.system.name", "grpc"),
-        ("rpc.method", "usercenter.v1.Usercenter/GetUserByMobile"),
-        ("server.address", "127.0.0.1"),
-        ("rpc.status_code", "OK"),
-        ("network.peer.address", "127.0.0.1"),
-    ] {
-        span.set_attribute(KeyValue::new(key, value));
-    }
-    span.set_attribute(KeyValue::new("server.port", 50051));
-    span.end();
-    let span = kept.0.lock().expect("no panic while it is held").take().expect("the span has ended");
-
-    let mut group = c.benchmark_group("encode a span");
-    let mut encoder = SpanEncoder::default();
-    group.bench_function("direct", |b| b.iter(|| encoder.encode(black_box(&span)).len()));
-    let resource = Resource::builder_empty().build();
-    let resource =
-        opentelemetry_proto::transform::common::tonic::ResourceAttributesWithSchema::from(&resource);
-    group.bench_function("by the published exporter's structures", |b| {
-        b.iter(|| {
-            use opentelemetry_proto::transform::trace::tonic::group_spans_by_resource_and_scope;
-            use prost::Message;
-            let spans = group_spans_by_resource_and_scope(vec![black_box(&span).clone()], &resource);
-            spans[0].encode_to_vec().len()
-        });
-    });
-    group.finish();
 }
 
 fn http_layer(c: &mut Criterion) {
@@ -135,7 +88,7 @@ fn http_layer(c: &mut Criterion) {
     measure("layer, SDK disabled", plain().layer(HttpServerLayer::new()));
     global::set_tracer_provider(SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOff).build());
     measure("layer, sampled off", plain().layer(HttpServerLayer::new()));
-    let recording = SdkTracerProvider::builder().with_span_processor(Keep::default()).build();
+    let recording = SdkTracerProvider::builder().with_span_processor(Drops).build();
     global::set_tracer_provider(recording);
     measure("layer, recording", plain().layer(HttpServerLayer::new()));
     group.finish();
@@ -150,5 +103,5 @@ fn contexts(c: &mut Criterion) {
     });
 }
 
-criterion_group!(pieces, propagators, encoding, http_layer, contexts);
+criterion_group!(pieces, propagators, http_layer, contexts);
 criterion_main!(pieces);

@@ -28,33 +28,21 @@ mod export;
 pub mod grpc;
 pub mod http;
 mod log;
-mod metrics;
+pub mod metrics;
+mod otlp;
+mod outage;
+mod prometheus;
 pub mod propagation;
 mod resource;
 pub mod semconv;
 mod telemetry;
+#[cfg(feature = "zipkin")]
+mod zipkin;
 
 pub use config::{Config, ConfigError};
 pub use error_type::ErrorType;
 pub use export::{DroppedSpans, SpanCounts};
 pub use telemetry::Telemetry;
-
-/// For the benchmark of this crate only.
-#[doc(hidden)]
-pub mod bench {
-    /// Encodes spans one by one, as the exporter does.
-    #[derive(Default)]
-    pub struct SpanEncoder(Vec<u8>);
-
-    impl SpanEncoder {
-        /// The encoded span.
-        pub fn encode(&mut self, span: &opentelemetry_sdk::trace::SpanData) -> &[u8] {
-            self.0.clear();
-            crate::export::otlp::encode_span(&mut self.0, span, None);
-            &self.0
-        }
-    }
-}
 
 use opentelemetry::{
     Context, InstrumentationScope, KeyValue,

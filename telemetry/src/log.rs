@@ -1,12 +1,17 @@
-//! Log lines: on a terminal for people, as JSON for machines, each with the ids of its trace.
+//! Log lines: on a terminal for people, as JSON for machines, each with the ids of its trace. The same events
+//! leave by OTLP as log records, if that is configured.
 //!
-//! `RUST_LOG` decides which lines are written. It has no say in which spans are recorded: the two are
-//! filtered apart.
+//! `RUST_LOG` decides which lines and records are written. It has no say in which spans are recorded: the two
+//! are filtered apart. Lines are written by a thread of their own, so that a reader of standard error that
+//! stops reading holds up nobody: lines beyond a bound are dropped and counted.
 
+use crate::outage::PartialSuccess;
 use opentelemetry::{
     Context,
     trace::{SpanContext, TraceContextExt},
 };
+use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
+use opentelemetry_sdk::{logs::SdkLoggerProvider, trace::SdkTracer};
 use serde_json::{Map, Value, json};
 use std::{
     any::Any,
@@ -14,8 +19,12 @@ use std::{
     io::{self, IsTerminal},
     panic::{self, PanicHookInfo},
     str::FromStr,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::{FilterExt, Targets, filter_fn},
@@ -36,17 +45,18 @@ pub(crate) struct Config {
     pub filter: Option<Filter>,
 }
 
-/// Which lines are written. Those of lapin are not, unless asked for: it has several for each attempt to
-/// connect, where the services say once that the broker is away.
+/// Which lines are written. Those of lapin and OpenTelemetry are not, unless asked for: they have several for
+/// each attempt, where the services say once that the broker or the collector is away.
 #[derive(Debug)]
-pub(crate) struct Filter(EnvFilter);
+pub(crate) struct Filter(String);
 
 impl FromStr for Filter {
     type Err = <EnvFilter as FromStr>::Err;
 
     fn from_str(directives: &str) -> Result<Self, Self::Err> {
         // A later directive for the same target takes the place of an earlier one.
-        format!("lapin=off,{directives}").parse().map(Self)
+        let directives = format!("lapin=off,opentelemetry=off,{directives}");
+        directives.parse::<EnvFilter>().map(|_| Self(directives))
     }
 }
 
@@ -56,42 +66,100 @@ impl Default for Filter {
     }
 }
 
+impl Filter {
+    /// A filter for one layer.
+    fn layer<S: Subscriber>(&self) -> impl tracing_subscriber::layer::Filter<S> + use<S> {
+        // lapin writes out what is returned to it as unroutable and, at TRACE, each frame: messages, which are
+        // personal, and the password. Nobody may ask for it.
+        let is_harmless = filter_fn(|metadata| {
+            let is_lapin = metadata.target().starts_with("lapin");
+            metadata.target() != "lapin::returned_messages"
+                && !(is_lapin && *metadata.level() == Level::TRACE)
+        });
+        EnvFilter::new(&self.0).and(is_harmless)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
     Text,
     Json,
 }
 
-/// Installs the subscriber: log lines to standard error and, if there is a tracer, `tracing` spans to it.
+/// Lines that wait to be written, at most. More are dropped.
+const MAX_LINES: usize = 4_096;
+
+/// How long the lines that are left may take at the end.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// The writer of the lines. It must live as long as the process.
+pub(crate) struct Lines {
+    guard: Option<WorkerGuard>,
+    dropped: ErrorCounter,
+}
+
+impl Lines {
+    /// Counts the lines that were dropped because nobody read standard error.
+    pub fn dropped(&self) -> ErrorCounter {
+        self.dropped.clone()
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        let guard = self.guard.take();
+        let (done, written) = mpsc::channel();
+        // The guard writes the last lines. It blocks if nobody reads them, and then complains on standard output,
+        // which may block as well: the process ends without.
+        thread::spawn(move || {
+            drop(guard);
+            let _ = done.send(());
+        });
+        let _ = written.recv_timeout(LAST_LINES);
+    }
+}
+
+/// Installs the subscriber: log lines to standard error, `tracing` spans to `tracer` and log records to
+/// `loggers`.
 ///
 /// Spans below INFO are the internals of libraries (h2 alone makes dozens a request): they are not
 /// recorded. Nor is lapin's span, which is as long as its connection.
-pub(crate) fn install(config: Config, tracer: Option<opentelemetry_sdk::trace::SdkTracer>) {
-    // lapin writes out what is returned to it as unroutable and, at TRACE, each frame: messages, which are
-    // personal, and the password. Nobody may ask for it.
-    let is_harmless = filter_fn(|metadata| {
-        let is_lapin = metadata.target().starts_with("lapin");
-        metadata.target() != "lapin::returned_messages" && !(is_lapin && *metadata.level() == Level::TRACE)
-    });
-    let filter = config.filter.unwrap_or_default().0.and(is_harmless);
+pub(crate) fn install(
+    config: Config,
+    tracer: Option<SdkTracer>,
+    loggers: Option<&SdkLoggerProvider>,
+) -> Option<Lines> {
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(MAX_LINES)
+        .thread_name("log lines")
+        .finish(io::stderr());
+    let dropped = writer.error_counter();
+    let filter = config.filter.unwrap_or_default();
     let lines = tracing_subscriber::fmt::layer()
         .event_format(config.format)
         .fmt_fields(DefaultFields::new())
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
-        .with_writer(io::stderr)
-        .with_filter(filter);
+        .with_writer(writer)
+        .with_filter(filter.layer());
+    let records = loggers.map(|loggers| OpenTelemetryTracingBridge::new(loggers).with_filter(filter.layer()));
     let spans = tracer.map(|tracer| {
         let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
         tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_filter(recorded)
     });
+    let answers = PartialSuccess.with_filter(Targets::new().with_target("opentelemetry-otlp", Level::WARN));
     // Fails if there is a subscriber already, as in a test: then that one stays.
-    if tracing_subscriber::registry().with(spans).with(lines).try_init().is_ok() {
-        panic::set_hook(Box::new(log_panic));
-    }
+    let subscriber = tracing_subscriber::registry().with(spans).with(lines).with(records).with(answers);
+    subscriber.try_init().ok()?;
+    panic::set_hook(Box::new(log_panic));
+    Some(Lines { guard: Some(guard), dropped })
 }
 
 /// A panic is a line like any other, with the ids of the trace that it happened in.
 fn log_panic(panic: &PanicHookInfo<'_>) {
+    // An exporter's panic is caught, and told as its failure.
+    if thread::current().name().is_some_and(|name| name.starts_with("OpenTelemetry.")) {
+        return;
+    }
     let location = panic.location().map(ToString::to_string).unwrap_or_default();
     tracing::error!(location, reason = panic_reason(panic.payload()), "panicked");
 }

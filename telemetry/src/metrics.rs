@@ -1,135 +1,235 @@
-//! What became of the spans, for Prometheus: `OTEL_METRICS_EXPORTER=prometheus`.
+//! Metrics: the provider with its readers, and what every process measures about itself.
 //!
-//! A listener of its own, so that it can be on another address than the service's, and the same for all
-//! services. Text format 0.0.4.
+//! The metrics of a boundary are beside its spans ([`crate::http`], [`crate::grpc`], [`crate::amqp`]); those of
+//! a service's own parts are in the service.
 
 use crate::{
-    config::ConfigError,
-    export::batch::{Queue, SpanCounts},
+    config::{ConfigError, MetricsConfig, MetricsExporter},
+    export::{Account, Guarded, SpanCounts},
+    otlp,
+    outage::Outage,
+    prometheus, semconv,
 };
-use http::{Request, Response, StatusCode, header};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use std::{convert::Infallible, fmt::Write, net::SocketAddr, sync::Arc, time::Duration};
-use tokio::{
-    net::TcpListener,
-    sync::Semaphore,
-    time::{sleep, timeout},
+use opentelemetry::{
+    InstrumentationScope, KeyValue, global,
+    metrics::{Histogram, Meter},
 };
+use opentelemetry_sdk::{
+    Resource,
+    metrics::{PeriodicReader, SdkMeterProvider, exporter::PushMetricExporter},
+};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+use tracing_appender::non_blocking::ErrorCounter;
 
-/// Who asks at the same time as so many others has to wait.
-const MAX_CONNECTIONS: usize = 8;
+/// Bounds of the buckets of a duration, in seconds (semantic conventions 1.45, HTTP, RPC and messaging metrics).
+const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 
-/// A connection is for one answer, and closed after this time whether it was fetched or not.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Listens for Prometheus.
-pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, ConfigError> {
-    let listen = || {
-        let listener = std::net::TcpListener::bind(address)?;
-        listener.set_nonblocking(true)?;
-        TcpListener::from_std(listener)
-    };
-    listen().map_err(|error| {
-        ConfigError::new("OTEL_EXPORTER_PROMETHEUS_PORT", format!("can't listen on {address}: {error}"))
-    })
+/// Makes the meter provider and sets it; `None` if metrics are not exported.
+pub(crate) fn start(
+    config: MetricsConfig,
+    resource: Resource,
+    accounts: Vec<Arc<Account>>,
+    dropped_lines: Option<ErrorCounter>,
+) -> Result<Option<SdkMeterProvider>, ConfigError> {
+    fn reader<E: PushMetricExporter>(
+        exporter: E,
+        config: &MetricsConfig,
+        to: &str,
+    ) -> PeriodicReader<Guarded<E>> {
+        let exporter = Guarded::new(exporter, Outage::new("metrics", to), config.timeout);
+        PeriodicReader::builder(exporter).with_interval(config.interval).build()
+    }
+    if config.exporters.is_empty() {
+        return Ok(None);
+    }
+    let mut builder = SdkMeterProvider::builder().with_resource(resource);
+    for exporter in &config.exporters {
+        builder = match exporter {
+            MetricsExporter::Otlp(otlp, temporality) => {
+                let exporter = otlp::metric_exporter(otlp, *temporality)?;
+                builder.with_reader(reader(exporter, &config, &otlp.endpoint.to_string()))
+            }
+            MetricsExporter::Console => {
+                let exporter = opentelemetry_stdout::MetricExporter::default();
+                builder.with_reader(reader(exporter, &config, "standard output"))
+            }
+            MetricsExporter::Prometheus(address) => builder.with_reader(prometheus::start(*address)?),
+        };
+    }
+    let provider = builder.build();
+    global::set_meter_provider(provider.clone());
+    observe_process();
+    observe_runtime();
+    observe_spans(accounts);
+    if let Some(dropped) = dropped_lines {
+        meter()
+            .u64_observable_counter("throughline.log.lines.dropped")
+            .with_unit("{line}")
+            .with_description("Log lines that were dropped because nobody read standard error.")
+            .with_callback(move |observer| observer.observe(dropped.dropped_lines() as u64, &[]))
+            .build();
+    }
+    Ok(Some(provider))
 }
 
-/// Answers `GET /metrics` until the runtime ends.
-pub(crate) fn serve(listener: TcpListener, queues: Vec<Arc<Queue>>) {
-    if let Ok(address) = listener.local_addr() {
-        tracing::info!(%address, "metrics for Prometheus");
-    }
-    tokio::spawn(async move {
-        let queues: Arc<[_]> = queues.into();
-        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let Ok(permit) = connections.clone().acquire_owned().await else {
-                return;
-            };
-            let Ok((stream, _)) = listener.accept().await else {
-                // Out of file descriptors, most likely: let some be closed.
-                sleep(Duration::from_millis(100)).await;
-                continue;
-            };
-            let queues = queues.clone();
-            tokio::spawn(async move {
-                let answer = service_fn(async |request| Ok::<_, Infallible>(answer(&request, &queues)));
-                let mut http = http1::Builder::new();
-                let connection = http
-                    .timer(TokioTimer::new())
-                    .keep_alive(false)
-                    .serve_connection(TokioIo::new(stream), answer);
-                let _ = timeout(CONNECTION_TIMEOUT, connection).await;
-                drop(permit);
-            });
+/// The meter of the boundaries, with the scope of their spans.
+pub(crate) fn meter() -> Meter {
+    let scope = InstrumentationScope::builder("throughline")
+        .with_version(env!("CARGO_PKG_VERSION"))
+        .with_schema_url(semconv::SCHEMA_URL)
+        .build();
+    global::meter_with_scope(scope)
+}
+
+/// A histogram of durations in seconds, with the buckets of the semantic conventions.
+pub fn duration_histogram(meter: &Meter, name: &'static str) -> Histogram<f64> {
+    meter.f64_histogram(name).with_unit("s").with_boundaries(SECONDS.to_vec()).build()
+}
+
+/// CPU, memory, threads and files (semantic conventions 1.45, process metrics). Linux tells them in `/proc`;
+/// elsewhere there are none.
+fn observe_process() {
+    #[cfg(target_os = "linux")]
+    {
+        use procfs::process::Process;
+
+        fn stat() -> Option<procfs::process::Stat> {
+            Process::myself().ok()?.stat().ok()
         }
-    });
-}
-
-fn answer(request: &Request<Incoming>, queues: &[Arc<Queue>]) -> Response<String> {
-    if request.uri().path() != "/metrics" {
-        let mut response = Response::new("there is only /metrics\n".to_owned());
-        *response.status_mut() = StatusCode::NOT_FOUND;
-        return response;
+        let meter = meter();
+        let ticks = procfs::ticks_per_second() as f64;
+        meter
+            .f64_observable_counter("process.cpu.time")
+            .with_unit("s")
+            .with_callback(move |observer| {
+                if let Some(stat) = stat() {
+                    let mode = |mode| [KeyValue::new("cpu.mode", mode)];
+                    observer.observe(stat.utime as f64 / ticks, &mode("user"));
+                    observer.observe(stat.stime as f64 / ticks, &mode("system"));
+                }
+            })
+            .build();
+        let gauge = |name, unit, value: fn() -> Option<i64>| {
+            meter
+                .i64_observable_up_down_counter(name)
+                .with_unit(unit)
+                .with_callback(move |observer| {
+                    if let Some(value) = value() {
+                        observer.observe(value, &[]);
+                    }
+                })
+                .build();
+        };
+        gauge("process.memory.usage", "By", || Some((stat()?.rss * procfs::page_size()).cast_signed()));
+        gauge("process.memory.virtual", "By", || Some(stat()?.vsize.cast_signed()));
+        gauge("process.thread.count", "{thread}", || Some(stat()?.num_threads));
+        gauge("process.unix.file_descriptor.count", "{file_descriptor}", || {
+            Some(Process::myself().ok()?.fd_count().ok()? as i64)
+        });
     }
-    let counts: Vec<_> = queues.iter().map(|queue| (queue.exporter(), queue.counts())).collect();
-    let mut response = Response::new(text(&counts));
-    let format = header::HeaderValue::from_static("text/plain; version=0.0.4");
-    response.headers_mut().insert(header::CONTENT_TYPE, format);
-    response
+    let started = Instant::now();
+    meter()
+        .f64_observable_gauge("process.uptime")
+        .with_unit("s")
+        .with_callback(move |observer| observer.observe(started.elapsed().as_secs_f64(), &[]))
+        .build();
 }
 
-fn text(counts: &[(&str, SpanCounts)]) -> String {
-    let mut text = String::new();
-    let mut family =
-        |name: &str, kind: &str, help: &str, values: &dyn Fn(&SpanCounts) -> Vec<(&str, u64)>| {
-            // Writing to a string can't fail.
-            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-            for (exporter, counts) in counts {
-                for (labels, value) in values(counts) {
-                    let _ = writeln!(text, "{name}{{exporter=\"{exporter}\"{labels}}} {value}");
+/// The runtime's own figures, for which there are no conventions.
+fn observe_runtime() {
+    let runtime = tokio::runtime::Handle::current().metrics();
+    let meter = meter();
+    let figures = runtime.clone();
+    meter
+        .u64_observable_gauge("throughline.tokio.tasks")
+        .with_unit("{task}")
+        .with_description("Tasks that have not ended.")
+        .with_callback(move |observer| observer.observe(figures.num_alive_tasks() as u64, &[]))
+        .build();
+    let figures = runtime.clone();
+    meter
+        .u64_observable_gauge("throughline.tokio.queue.size")
+        .with_unit("{task}")
+        .with_description("Tasks in the global queue, ready to run.")
+        .with_callback(move |observer| observer.observe(figures.global_queue_depth() as u64, &[]))
+        .build();
+    meter
+        .f64_observable_counter("throughline.tokio.busy.time")
+        .with_unit("s")
+        .with_description("Time that the workers were busy.")
+        .with_callback(move |observer| {
+            let busy = (0..runtime.num_workers()).map(|worker| runtime.worker_total_busy_duration(worker));
+            observer.observe(busy.sum::<std::time::Duration>().as_secs_f64(), &[]);
+        })
+        .build();
+}
+
+/// What became of the spans (semantic conventions 1.45, SDK metrics). The first callback of a collection takes
+/// the counts for all, so that they agree.
+fn observe_spans(accounts: Vec<Arc<Account>>) {
+    const PROCESSOR: &str = "batching_span_processor";
+    type Snapshot = Arc<Mutex<Vec<SpanCounts>>>;
+    type Values = fn(&SpanCounts) -> Vec<(u64, &'static str)>;
+
+    let capacities: Vec<_> = accounts.iter().map(|account| account.max_queue_size).collect();
+    let snapshot: Snapshot = Snapshot::default();
+    let taken = snapshot.clone();
+    let meter = meter();
+    let component = |i: usize| KeyValue::new("otel.component.name", format!("{PROCESSOR}/{i}"));
+    meter
+        .i64_observable_up_down_counter("otel.sdk.processor.span.queue.capacity")
+        .with_unit("{span}")
+        .with_callback(move |observer| {
+            *taken.lock().unwrap_or_else(PoisonError::into_inner) =
+                accounts.iter().map(|account| account.counts()).collect();
+            for (i, capacity) in capacities.iter().enumerate() {
+                let component_type = KeyValue::new("otel.component.type", PROCESSOR);
+                observer.observe(*capacity as i64, &[component(i), component_type]);
+            }
+        })
+        .build();
+    let observe = |values: Values| {
+        let snapshot = snapshot.clone();
+        move |observe: &mut dyn FnMut(u64, &[KeyValue])| {
+            for (i, counts) in snapshot.lock().unwrap_or_else(PoisonError::into_inner).iter().enumerate() {
+                for (value, error_type) in values(counts) {
+                    let mut attributes = vec![component(i), KeyValue::new("otel.component.type", PROCESSOR)];
+                    if !error_type.is_empty() {
+                        attributes.push(KeyValue::new(semconv::ERROR_TYPE, error_type));
+                    }
+                    observe(value, &attributes);
                 }
             }
-        };
-    family("throughline_spans_ended_total", "counter", "Sampled spans that ended.", &|counts| {
-        vec![("", counts.ended)]
+        }
+    };
+    let gauge = |name, values| {
+        let observe = observe(values);
+        meter
+            .i64_observable_up_down_counter(name)
+            .with_unit("{span}")
+            .with_callback(move |observer| {
+                observe(&mut |value, kvs| observer.observe(value.cast_signed(), kvs))
+            })
+            .build();
+    };
+    let counter = |name, values| {
+        let observe = observe(values);
+        meter
+            .u64_observable_counter(name)
+            .with_unit("{span}")
+            .with_callback(move |observer| observe(&mut |value, kvs| observer.observe(value, kvs)))
+            .build();
+    };
+    gauge("otel.sdk.processor.span.queue.size", |counts| vec![(counts.waiting() - counts.in_flight, "")]);
+    gauge("otel.sdk.exporter.span.inflight", |counts| vec![(counts.in_flight, "")]);
+    counter("otel.sdk.processor.span.processed", |SpanCounts { exported, dropped, in_flight, .. }| {
+        let handed_over = exported + dropped.not_sent + dropped.rejected + in_flight;
+        vec![(handed_over, ""), (dropped.queue_full, "queue_full")]
     });
-    family("throughline_spans_exported_total", "counter", "Spans that the collector took.", &|counts| {
-        vec![("", counts.exported)]
+    counter("otel.sdk.exporter.span.exported", |SpanCounts { exported, dropped, .. }| {
+        vec![(*exported, ""), (dropped.not_sent, "not_sent"), (dropped.rejected, "rejected")]
     });
-    family("throughline_spans_dropped_total", "counter", "Spans given up, by reason.", &|counts| {
-        vec![
-            (",reason=\"queue_full\"", counts.dropped.queue_full),
-            (",reason=\"not_sent\"", counts.dropped.not_sent),
-            (",reason=\"rejected\"", counts.dropped.rejected),
-        ]
-    });
-    family("throughline_spans_waiting", "gauge", "Spans that are queued or being sent.", &|counts| {
-        vec![("", counts.waiting())]
-    });
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::export::batch::DroppedSpans;
-
-    #[test]
-    fn every_span_that_ended_is_somewhere() {
-        let dropped = DroppedSpans { queue_full: 1, not_sent: 2, rejected: 3 };
-        let text = text(&[("otlp", SpanCounts { ended: 20, exported: 10, dropped })]);
-        assert_eq!(
-            text.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>(),
-            [
-                "throughline_spans_ended_total{exporter=\"otlp\"} 20",
-                "throughline_spans_exported_total{exporter=\"otlp\"} 10",
-                "throughline_spans_dropped_total{exporter=\"otlp\",reason=\"queue_full\"} 1",
-                "throughline_spans_dropped_total{exporter=\"otlp\",reason=\"not_sent\"} 2",
-                "throughline_spans_dropped_total{exporter=\"otlp\",reason=\"rejected\"} 3",
-                "throughline_spans_waiting{exporter=\"otlp\"} 4",
-            ]
-        );
-    }
 }

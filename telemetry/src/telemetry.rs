@@ -1,13 +1,11 @@
 //! Set-up and shutdown.
 
 use crate::{
-    config::{Config, ConfigError, Exporter},
-    export::{
-        SpanCounts,
-        batch::{self, BatchExport, Format},
-        transport::Transport,
-    },
-    log, metrics, propagation,
+    config::{Config, ConfigError, Exporter, LogsConfig, LogsExporter},
+    export::{self, AccountedProcessor, Export, Guarded, SpanCounts},
+    log, metrics, otlp,
+    outage::Outage,
+    propagation,
 };
 use opentelemetry::{
     Context, KeyValue,
@@ -16,97 +14,169 @@ use opentelemetry::{
     trace::{Span as _, TracerProvider},
 };
 use opentelemetry_sdk::{
+    Resource,
     error::OTelSdkResult,
+    logs::{BatchConfigBuilder, BatchLogProcessor, LogExporter, SdkLoggerProvider},
+    metrics::SdkMeterProvider,
     trace::{SdkTracerProvider, Span, SpanData, SpanProcessor},
 };
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, timeout_at},
+};
 
-/// Tracing and logging of this process, from [`Telemetry::start`] on.
+/// Traces, metrics and logs of this process, from [`Telemetry::start`] on.
 #[must_use = "spans are lost unless it is shut down"]
 pub struct Telemetry {
-    provider: Option<SdkTracerProvider>,
-    exports: Vec<BatchExport>,
+    tracers: Option<SdkTracerProvider>,
+    meters: Option<SdkMeterProvider>,
+    loggers: Option<SdkLoggerProvider>,
+    exports: Vec<Export>,
+    /// Dropped last, because it writes the log lines that are left.
+    lines: Option<log::Lines>,
 }
 
 impl Telemetry {
-    /// Installs the tracer provider, the propagators and the log subscriber; starts the exporters.
+    /// Installs the providers, the propagators and the log subscriber; starts the exporters.
     ///
     /// Call it first, inside of the tokio runtime: layers made before it would use a tracer that does
     /// nothing. It opens no connection yet.
     ///
     /// # Errors
-    /// If it can't listen where Prometheus is to find the metrics.
+    /// If a certificate can't be used, or if it can't listen where Prometheus is to find the metrics.
     pub fn start(config: Config) -> Result<Self, ConfigError> {
-        let metrics = config.metrics.map(metrics::listen).transpose()?;
         // Propagation works with the SDK disabled, too: the caller's context is passed on.
         global::set_text_map_propagator(propagation::composite(&config.propagators));
         if config.sdk_disabled {
-            log::install(config.log, None);
-            if let Some(listener) = metrics {
-                metrics::serve(listener, Vec::new());
-            }
-            return Ok(Self { provider: None, exports: Vec::new() });
+            let lines = log::install(config.log, None, None);
+            return Ok(Self { tracers: None, meters: None, loggers: None, exports: Vec::new(), lines });
         }
 
-        let mut exports = Vec::new();
         let mut builder = SdkTracerProvider::builder()
             .with_resource(config.resource.clone())
-            .with_sampler(config.sampler)
+            .with_sampler(config.sampler.clone())
             .with_span_limits(config.limits);
         if !config.baggage_attributes.is_empty() {
-            builder = builder.with_span_processor(BaggageAttributes(config.baggage_attributes));
+            builder = builder.with_span_processor(BaggageAttributes(config.baggage_attributes.clone()));
         }
-        for exporter in config.exporters {
-            let (format, transport) = match exporter {
-                Exporter::Otlp(otlp) => (Format::Otlp, Transport::otlp(otlp)),
-                Exporter::Zipkin { endpoint, timeout } => {
-                    (Format::Zipkin, Transport::zipkin(endpoint, timeout))
-                }
-                Exporter::Console => {
-                    builder = builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default());
-                    continue;
-                }
-            };
-            let (processor, export) = batch::start(format, transport, config.resource.clone(), config.batch);
+        let mut exports = Vec::new();
+        for exporter in &config.exporters {
+            let (processor, export) = start_export(exporter, &config)?;
             builder = builder.with_span_processor(processor);
             exports.push(export);
         }
-        let provider = builder.build();
-        log::install(config.log, Some(provider.tracer("tracing")));
-        global::set_tracer_provider(provider.clone());
-        if let Some(listener) = metrics {
-            metrics::serve(listener, exports.iter().map(BatchExport::queue).collect());
-        }
-        Ok(Self { provider: Some(provider), exports })
+        let tracers = builder.build();
+        let loggers = loggers(&config.logs, &config.resource)?;
+        let lines = log::install(config.log, Some(tracers.tracer("tracing")), loggers.as_ref());
+        global::set_tracer_provider(tracers.clone());
+        let accounts = exports.iter().map(|export| export.account.clone()).collect();
+        let dropped_lines = lines.as_ref().map(log::Lines::dropped);
+        let meters = metrics::start(config.metrics, config.resource, accounts, dropped_lines)?;
+        Ok(Self { tracers: Some(tracers), meters, loggers, exports, lines })
     }
 
-    /// What became of the spans that ended so far, for each exporter that sends them in batches.
+    /// What became of the spans that ended so far, for each exporter.
     pub fn span_counts(&self) -> impl Iterator<Item = SpanCounts> {
-        self.exports.iter().map(|export| export.queue().counts())
+        self.exports.iter().map(|export| export.account.counts())
     }
 
-    /// Sends the spans that ended, for at most `limit`, and logs what became of them.
+    /// Sends what is left, for at most `limit`, and logs what became of the spans.
     ///
     /// Call it last, when requests and deliveries are finished, and on failure, too: the last spans
     /// matter most.
     pub async fn shut_down(self, limit: Duration) {
         let deadline = Instant::now() + limit;
-        // All at once: one that gets no answer must not take the others' time.
-        self.exports.iter().for_each(BatchExport::close);
-        for export in self.exports {
-            let SpanCounts { ended, exported, dropped } = export.shut_down(deadline).await;
-            let dropped = dropped.total();
+        // The log goes last, and may tell what happened to the rest.
+        let limit = limit.mul_f64(0.8);
+        // All at once, because one that gets no answer must not take the others' time. On threads of their own,
+        // because the SDK blocks until the runtime has sent what is left.
+        let meters = self.meters.map(|meters| spawn_blocking(move || meters.shutdown_with_timeout(limit)));
+        let exports = self.exports.into_iter().map(|export| {
+            spawn_blocking(move || {
+                export.shut_down(limit);
+                export.account.counts()
+            })
+        });
+        for export in exports.collect::<Vec<_>>() {
+            let Ok(SpanCounts { ended, exported, dropped, .. }) = export.await else {
+                continue;
+            };
+            // Nothing waits any more.
+            let dropped = dropped.total().max(ended - exported);
             if dropped > 0 {
                 tracing::warn!(ended, exported, dropped, "spans were lost");
             } else {
                 tracing::info!(ended, exported, dropped, "all spans exported");
             }
         }
-        if let Some(Err(error)) = self.provider.map(|provider| provider.shutdown()) {
-            tracing::warn!(%error, "shutting down the tracer provider");
+        let dropped = self.lines.as_ref().map_or(0, |lines| lines.dropped().dropped_lines());
+        if dropped > 0 {
+            tracing::warn!(dropped, "log lines were lost: nobody read standard error");
         }
+        if let Some(meters) = meters {
+            let _ = timeout_at(deadline, meters).await;
+        }
+        if let Some(loggers) = self.loggers {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let _ = spawn_blocking(move || loggers.shutdown_with_timeout(left)).await;
+        }
+        // Its processors have ended already.
+        drop(self.tracers);
     }
+}
+
+fn start_export(exporter: &Exporter, config: &Config) -> Result<(AccountedProcessor, Export), ConfigError> {
+    let (batch, limit) = (config.batch, config.value_length_limit);
+    Ok(match exporter {
+        Exporter::Otlp(otlp) => {
+            let outage = Outage::new("spans", &otlp.endpoint);
+            export::start(otlp::span_exporter(otlp)?, outage, batch, limit)
+        }
+        #[cfg(feature = "zipkin")]
+        Exporter::Zipkin { endpoint, timeout } => {
+            let client = otlp::client(endpoint, &crate::config::Tls::default(), *timeout)?;
+            let exporter = crate::zipkin::exporter(client, endpoint, &config.resource)?;
+            export::start(exporter, Outage::new("spans", endpoint), batch, limit)
+        }
+        Exporter::Console => {
+            let exporter = opentelemetry_stdout::SpanExporter::default();
+            export::start(exporter, Outage::new("spans", "standard output"), batch, limit)
+        }
+    })
+}
+
+/// `None` if log records are not exported.
+fn loggers(config: &LogsConfig, resource: &Resource) -> Result<Option<SdkLoggerProvider>, ConfigError> {
+    fn processor<E: LogExporter + 'static>(
+        exporter: E,
+        config: &LogsConfig,
+        outage: Outage,
+    ) -> BatchLogProcessor {
+        let batch = BatchConfigBuilder::default()
+            .with_max_queue_size(config.batch.max_queue_size)
+            .with_max_export_batch_size(config.batch.max_export_batch_size)
+            .with_scheduled_delay(config.batch.schedule_delay)
+            .build();
+        let exporter = Guarded::new(exporter, outage, config.batch.export_timeout);
+        BatchLogProcessor::builder(exporter).with_batch_config(batch).build()
+    }
+    if config.exporters.is_empty() {
+        return Ok(None);
+    }
+    let mut builder = SdkLoggerProvider::builder().with_resource(resource.clone());
+    for exporter in &config.exporters {
+        builder = builder.with_log_processor(match exporter {
+            LogsExporter::Otlp(otlp) => {
+                processor(otlp::log_exporter(otlp)?, config, Outage::new("log records", &otlp.endpoint))
+            }
+            LogsExporter::Console => {
+                let outage = Outage::new("log records", "standard output");
+                processor(opentelemetry_stdout::LogExporter::default(), config, outage)
+            }
+        });
+    }
+    Ok(Some(builder.build()))
 }
 
 /// Copies chosen members of baggage to the attributes of each span that starts. None by default: whoever

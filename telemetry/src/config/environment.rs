@@ -55,7 +55,7 @@ impl Environment<'_> {
     }
 
     /// A name, in lower case: case is of no matter in names that are known.
-    pub fn name(&self, variables: &[&'static str]) -> Result<Option<(&'static str, String)>, ConfigError> {
+    pub fn name<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
         Ok(self.first(variables)?.map(|(variable, name)| (variable, name.to_ascii_lowercase())))
     }
 
@@ -90,9 +90,8 @@ impl Environment<'_> {
             {
                 malformed("the port is not a number up to 65535")
             }
-            (Some(scheme), Some(_)) if *scheme == Scheme::HTTP => Ok(Some((variable, endpoint))),
-            (Some(scheme), Some(_)) if *scheme == Scheme::HTTPS => {
-                malformed("https is not supported: send to a collector nearby, and let it speak TLS")
+            (Some(scheme), Some(_)) if [Scheme::HTTP, Scheme::HTTPS].contains(scheme) => {
+                Ok(Some((variable, endpoint)))
             }
             _ => malformed("expected a URL with its scheme, like http://127.0.0.1:4317"),
         }

@@ -6,18 +6,30 @@
 //! a value that can't be honoured is an error here. A service is either right or not started.
 
 mod environment;
+mod otlp;
+
+pub(crate) use otlp::{OtlpConfig, Signal, Tls};
 
 use crate::{log, propagation::Propagator};
 use environment::{Environment, parse, unknown};
-use http::{HeaderName, HeaderValue, Uri};
+use http::Uri;
 use opentelemetry::KeyValue;
-use opentelemetry_sdk::{Resource, trace::Sampler, trace::SpanLimits};
+use opentelemetry_sdk::{
+    Resource,
+    metrics::Temporality,
+    trace::{Sampler, SpanLimits},
+};
 use percent_encoding::percent_decode_str;
 use std::{
     env,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
+
+const VALUE_LENGTH: [&str; 2] =
+    ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"];
+
+const MAX_QUEUE_SIZE: usize = 1_000_000;
 
 /// Everything that shapes tracing and logging in this process.
 #[derive(Debug)]
@@ -28,12 +40,14 @@ pub struct Config {
     pub(crate) sampler: Sampler,
     pub(crate) propagators: Vec<Propagator>,
     pub(crate) limits: SpanLimits,
+    /// String values of attributes are cut to this many characters.
+    pub(crate) value_length_limit: Option<usize>,
     pub(crate) batch: BatchConfig,
     /// Members of baggage that become attributes of every span.
     pub(crate) baggage_attributes: Vec<String>,
     pub(crate) sdk_disabled: bool,
-    /// Where Prometheus may ask for the metrics, if it may.
-    pub(crate) metrics: Option<SocketAddr>,
+    pub(crate) metrics: MetricsConfig,
+    pub(crate) logs: LogsConfig,
     pub(crate) log: log::Config,
 }
 
@@ -41,48 +55,57 @@ pub struct Config {
 #[derive(Debug, Clone)]
 pub(crate) enum Exporter {
     Otlp(OtlpConfig),
-    Zipkin { endpoint: Uri, timeout: Duration },
+    #[cfg(feature = "zipkin")]
+    Zipkin {
+        endpoint: Uri,
+        timeout: Duration,
+    },
     Console,
 }
 
-/// `OTEL_EXPORTER_OTLP_*`
-#[derive(Clone)]
-pub(crate) struct OtlpConfig {
-    pub protocol: OtlpProtocol,
-    /// For gRPC the server, for HTTP the whole URL.
-    pub endpoint: Uri,
-    /// May hold credentials: never shown.
-    pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// Bounds one attempt.
+/// `OTEL_METRICS_EXPORTER` and `OTEL_METRIC_*`
+#[derive(Debug)]
+pub(crate) struct MetricsConfig {
+    pub exporters: Vec<MetricsExporter>,
+    /// The time from one export to the next.
+    pub interval: Duration,
+    /// Bounds one export.
     pub timeout: Duration,
-    pub gzip: bool,
 }
 
-impl std::fmt::Debug for OtlpConfig {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { protocol, endpoint, headers: _, timeout, gzip } = self;
-        write!(f, "OtlpConfig({protocol:?} to {endpoint}, timeout {timeout:?}, gzip {gzip})")
-    }
+/// Where metrics go, and how.
+#[derive(Debug)]
+pub(crate) enum MetricsExporter {
+    Otlp(OtlpConfig, Temporality),
+    /// The address at which Prometheus fetches them.
+    Prometheus(SocketAddr),
+    Console,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OtlpProtocol {
-    Grpc,
-    HttpProtobuf,
+/// `OTEL_LOGS_EXPORTER` and `OTEL_BLRP_*`
+#[derive(Debug)]
+pub(crate) struct LogsConfig {
+    pub exporters: Vec<LogsExporter>,
+    pub batch: BatchConfig,
 }
 
-/// `OTEL_BSP_*`, and the limit on values that belongs to encoding.
+/// Where log records go besides standard error, and how.
+#[derive(Debug)]
+pub(crate) enum LogsExporter {
+    Otlp(OtlpConfig),
+    Console,
+}
+
+/// `OTEL_BSP_*` for spans, `OTEL_BLRP_*` for log records.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BatchConfig {
-    /// The longest that a span waits for its batch to fill.
+    /// The longest time that a span or record waits for its batch to fill.
     pub schedule_delay: Duration,
     /// Bounds the export of one batch, retries included.
     pub export_timeout: Duration,
-    /// Spans held at most; what ends beyond that is dropped.
+    /// The most spans or records that wait; the ones beyond this number are dropped.
     pub max_queue_size: usize,
     pub max_export_batch_size: usize,
-    /// Longer strings are cut to so many characters.
-    pub value_length_limit: Option<usize>,
 }
 
 /// A variable whose value can't be honoured.
@@ -122,13 +145,19 @@ impl Config {
             sampler: sampler(env)?,
             propagators: propagators(env)?,
             limits: span_limits(env)?,
-            batch: batch(env)?,
+            value_length_limit: match env.first(&VALUE_LENGTH)? {
+                None => None,
+                Some((variable, value)) => Some(parse(variable, &value, "a number of characters")?),
+            },
+            // The queue is longer than the specification's 2,048, which overflows at 2,000 logins a second.
+            batch: batch(env, "OTEL_BSP_", [5_000, 16_384])?,
             baggage_attributes: match env.get("BAGGAGE_SPAN_ATTRIBUTES")? {
                 None => Vec::new(),
                 Some(keys) => keys.split(',').map(|key| key.trim().to_owned()).collect(),
             },
             sdk_disabled: env.boolean("OTEL_SDK_DISABLED")?,
             metrics: metrics(env)?,
+            logs: logs(env)?,
             log: log::Config {
                 format: match env.name(&["LOG_FORMAT"])?.as_ref().map(|(_, name)| name.as_str()) {
                     None | Some("text") => log::Format::Text,
@@ -174,112 +203,93 @@ fn resource(name: &'static str, version: &'static str, env: &Environment) -> Res
 fn exporters(env: &Environment) -> Result<Vec<Exporter>, ConfigError> {
     const VARIABLE: &str = "OTEL_TRACES_EXPORTER";
 
-    let names = env.list(VARIABLE, "otlp")?;
-    if names.iter().any(|name| name == "none") && names.len() > 1 {
-        return Err(ConfigError::new(VARIABLE, "none contradicts the other exporters"));
-    }
     let exporter = |name: &String| match name.as_str() {
-        "none" => Ok(None),
-        "otlp" => Ok(Some(Exporter::Otlp(otlp(env)?))),
-        "zipkin" => Ok(Some(Exporter::Zipkin {
+        "otlp" => Ok(Exporter::Otlp(OtlpConfig::read(env, Signal::Traces)?)),
+        #[cfg(feature = "zipkin")]
+        "zipkin" => Ok(Exporter::Zipkin {
             endpoint: env.endpoint(&["OTEL_EXPORTER_ZIPKIN_ENDPOINT"])?.map_or_else(
                 || Uri::from_static("http://127.0.0.1:9411/api/v2/spans"),
                 |(_, endpoint)| endpoint,
             ),
             timeout: env.timeout(&["OTEL_EXPORTER_ZIPKIN_TIMEOUT"], 10_000)?,
-        })),
-        "console" => Ok(Some(Exporter::Console)),
+        }),
+        "console" => Ok(Exporter::Console),
         other => Err(unknown(VARIABLE, other, "otlp, zipkin, console, none")),
     };
-    names.iter().filter_map(|name| exporter(name).transpose()).collect()
+    exporter_names(env, VARIABLE, "otlp")?.iter().map(exporter).collect()
 }
 
-fn otlp(env: &Environment) -> Result<OtlpConfig, ConfigError> {
-    const PROTOCOL: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"];
-    const ENDPOINT: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
-    const HEADERS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"];
-    const TIMEOUT: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"];
-    const COMPRESSION: [&str; 2] =
-        ["OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"];
-
-    let protocol = match env.name(&PROTOCOL)? {
-        None => OtlpProtocol::Grpc,
-        Some((variable, value)) => match value.as_str() {
-            "grpc" => OtlpProtocol::Grpc,
-            "http/protobuf" => OtlpProtocol::HttpProtobuf,
-            other => return Err(unknown(variable, other, "grpc, http/protobuf")),
-        },
-    };
-    let endpoint = match (protocol, env.endpoint(&ENDPOINT)?) {
-        (OtlpProtocol::Grpc, None) => Uri::from_static("http://127.0.0.1:4317"),
-        (OtlpProtocol::Grpc, Some((_, endpoint))) => endpoint,
-        (OtlpProtocol::HttpProtobuf, None) => Uri::from_static("http://127.0.0.1:4318/v1/traces"),
-        // The general endpoint is a base to which the signal's path is added; the traces endpoint is not.
-        (OtlpProtocol::HttpProtobuf, Some((variable, base))) if variable == ENDPOINT[1] => {
-            let url = format!("{}/v1/traces", base.to_string().trim_end_matches('/'));
-            url.parse()
-                .map_err(|_| ConfigError::new(variable, format!("expected a base URL, found {base}")))?
+/// The exporters that a variable names, each once; none for `none`. `default` is the value of an unset variable.
+fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
+    let mut names = env.list(variable, default)?;
+    if names.iter().any(|name| name == "none") {
+        if names.len() > 1 {
+            return Err(ConfigError::new(variable, "none contradicts the other exporters"));
         }
-        (OtlpProtocol::HttpProtobuf, Some((_, endpoint))) => endpoint,
-    };
-    for variable in ["CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"] {
-        let variables =
-            ["OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"].map(|v| v.to_owned() + variable);
-        if let Some((variable, _)) = env.first(&[&variables[0], &variables[1]])? {
-            return Err(ConfigError::new(variable, "TLS is not supported"));
-        }
+        names.clear();
     }
-    let gzip = match env.name(&COMPRESSION)? {
-        None => false,
-        Some((variable, value)) => match value.as_str() {
-            "gzip" => true,
-            "none" => false,
-            other => return Err(unknown(variable, other, "gzip, none")),
+    Ok(names)
+}
+
+/// The specification's default is `otlp`. Here it is `none`, because a plain Jaeger takes no metrics.
+fn metrics(env: &Environment) -> Result<MetricsConfig, ConfigError> {
+    const VARIABLE: &str = "OTEL_METRICS_EXPORTER";
+    const TEMPORALITY: &str = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE";
+    const HISTOGRAM: &str = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION";
+
+    let temporality = match env.name(&[TEMPORALITY])? {
+        None => Temporality::Cumulative,
+        Some((_, name)) => match name.as_str() {
+            "cumulative" => Temporality::Cumulative,
+            "delta" => Temporality::Delta,
+            "lowmemory" => Temporality::LowMemory,
+            other => return Err(unknown(TEMPORALITY, other, "cumulative, delta, lowmemory")),
         },
     };
-    Ok(OtlpConfig {
-        protocol,
-        endpoint,
-        headers: otlp_headers(env.first(&HEADERS)?)?,
-        timeout: env.timeout(&TIMEOUT, 10_000)?,
-        gzip,
+    if let Some((_, name)) = env.name(&[HISTOGRAM])?
+        && name != "explicit_bucket_histogram"
+    {
+        return Err(unknown(HISTOGRAM, &name, "explicit_bucket_histogram"));
+    }
+    let exporter = |name: &String| match name.as_str() {
+        "otlp" => Ok(MetricsExporter::Otlp(OtlpConfig::read(env, Signal::Metrics)?, temporality)),
+        "prometheus" => Ok(MetricsExporter::Prometheus(prometheus(env)?)),
+        "console" => Ok(MetricsExporter::Console),
+        other => Err(unknown(VARIABLE, other, "otlp, prometheus, console, none")),
+    };
+    Ok(MetricsConfig {
+        exporters: exporter_names(env, VARIABLE, "none")?.iter().map(exporter).collect::<Result<_, _>>()?,
+        interval: match env.number(&["OTEL_METRIC_EXPORT_INTERVAL"], 60_000)? {
+            0 => return Err(ConfigError::new("OTEL_METRIC_EXPORT_INTERVAL", "expected a number above 0")),
+            milliseconds => Duration::from_millis(milliseconds),
+        },
+        timeout: env.timeout(&["OTEL_METRIC_EXPORT_TIMEOUT"], 30_000)?,
     })
 }
 
-/// `key=value,key=value`, the values percent-encoded. Errors tell the position, not the content.
-fn otlp_headers(setting: Option<(&str, String)>) -> Result<Vec<(HeaderName, HeaderValue)>, ConfigError> {
-    let Some((variable, list)) = setting else {
-        return Ok(Vec::new());
-    };
-    let pairs = list.split(',').map(str::trim).filter(|pair| !pair.is_empty());
-    let header = |pair: &str| {
-        let (name, value) = pair.split_once('=')?;
-        let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
-        let mut value = HeaderValue::from_str(&value).ok()?;
-        value.set_sensitive(true);
-        Some((HeaderName::from_bytes(name.trim().as_bytes()).ok()?, value))
-    };
-    let numbered = pairs.enumerate().map(|(i, pair)| {
-        header(pair).ok_or_else(|| ConfigError::new(variable, format!("header {} is not key=value", i + 1)))
-    });
-    numbered.collect()
-}
-
-/// The specification's default is `otlp`. Here it is `none`: there is one kind of metrics, and it is asked for.
-fn metrics(env: &Environment) -> Result<Option<SocketAddr>, ConfigError> {
-    const VARIABLE: &str = "OTEL_METRICS_EXPORTER";
+fn prometheus(env: &Environment) -> Result<SocketAddr, ConfigError> {
     const HOST: &str = "OTEL_EXPORTER_PROMETHEUS_HOST";
 
-    match env.name(&[VARIABLE])?.as_ref().map(|(_, name)| name.as_str()) {
-        None | Some("none") => return Ok(None),
-        Some("prometheus") => {}
-        Some(other) => return Err(unknown(VARIABLE, other, "prometheus, none")),
-    }
     let host = match env.get(HOST)?.as_deref() {
         None | Some("localhost") => IpAddr::V4(Ipv4Addr::LOCALHOST),
         Some(host) => parse(HOST, host, "localhost or an IP address")?,
     };
-    Ok(Some(SocketAddr::new(host, env.number(&["OTEL_EXPORTER_PROMETHEUS_PORT"], 9464)?)))
+    Ok(SocketAddr::new(host, env.number(&["OTEL_EXPORTER_PROMETHEUS_PORT"], 9464)?))
+}
+
+/// The specification's default is `otlp`. Here it is `none`, because a plain Jaeger takes no log records.
+fn logs(env: &Environment) -> Result<LogsConfig, ConfigError> {
+    const VARIABLE: &str = "OTEL_LOGS_EXPORTER";
+
+    let exporter = |name: &String| match name.as_str() {
+        "otlp" => Ok(LogsExporter::Otlp(OtlpConfig::read(env, Signal::Logs)?)),
+        "console" => Ok(LogsExporter::Console),
+        other => Err(unknown(VARIABLE, other, "otlp, console, none")),
+    };
+    Ok(LogsConfig {
+        exporters: exporter_names(env, VARIABLE, "none")?.iter().map(exporter).collect::<Result<_, _>>()?,
+        batch: batch(env, "OTEL_BLRP_", [1_000, 2_048])?,
+    })
 }
 
 fn sampler(env: &Environment) -> Result<Sampler, ConfigError> {
@@ -339,35 +349,33 @@ fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {
     })
 }
 
-fn batch(env: &Environment) -> Result<BatchConfig, ConfigError> {
-    const QUEUE: &str = "OTEL_BSP_MAX_QUEUE_SIZE";
-    const BATCH: &str = "OTEL_BSP_MAX_EXPORT_BATCH_SIZE";
-    const VALUE_LENGTH: [&str; 2] =
-        ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"];
+/// The variables of a batch processor have the same names behind `prefix`. The defaults are those of the delay,
+/// in milliseconds, and of the queue's size.
+fn batch(env: &Environment, prefix: &str, [delay, queue]: [u64; 2]) -> Result<BatchConfig, ConfigError> {
+    let variable = |name: &str| format!("{prefix}{name}");
+    let (queue_variable, batch_variable) = (variable("MAX_QUEUE_SIZE"), variable("MAX_EXPORT_BATCH_SIZE"));
 
-    let max_queue_size = env.number(&[QUEUE], 16_384)?;
+    let max_queue_size = env.number(&[&queue_variable], queue as usize)?;
     // The default follows a small queue; a value that was given must fit.
-    let max_export_batch_size = env.number(&[BATCH], max_queue_size.min(512))?;
-    for (variable, size) in [(QUEUE, max_queue_size), (BATCH, max_export_batch_size)] {
+    let max_export_batch_size = env.number(&[&batch_variable], max_queue_size.min(512))?;
+    for (variable, size) in [(&queue_variable, max_queue_size), (&batch_variable, max_export_batch_size)] {
         if size == 0 {
             return Err(ConfigError::new(variable, "expected a number above 0"));
         }
+        // The SDK allocates the queue at once.
+        if size > MAX_QUEUE_SIZE {
+            return Err(ConfigError::new(variable, format!("expected at most {MAX_QUEUE_SIZE}")));
+        }
     }
     if max_export_batch_size > max_queue_size {
-        return Err(ConfigError::new(
-            BATCH,
-            format!("{max_export_batch_size} is more than {QUEUE}, {max_queue_size}"),
-        ));
+        let problem = format!("{max_export_batch_size} is more than {queue_variable}, {max_queue_size}");
+        return Err(ConfigError::new(&batch_variable, problem));
     }
     Ok(BatchConfig {
-        schedule_delay: Duration::from_millis(env.number(&["OTEL_BSP_SCHEDULE_DELAY"], 5_000)?),
-        export_timeout: env.timeout(&["OTEL_BSP_EXPORT_TIMEOUT"], 30_000)?,
+        schedule_delay: Duration::from_millis(env.number(&[&variable("SCHEDULE_DELAY")], delay)?),
+        export_timeout: env.timeout(&[&variable("EXPORT_TIMEOUT")], 30_000)?,
         max_queue_size,
         max_export_batch_size,
-        value_length_limit: match env.first(&VALUE_LENGTH)? {
-            None => None,
-            Some((variable, value)) => Some(parse(variable, &value, "a number of characters")?),
-        },
     })
 }
 

@@ -54,21 +54,34 @@ fn what_cannot_be_honoured_is_an_error_that_names_its_variable() {
         ("OTEL_TRACES_SAMPLER", "sometimes"),
         ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
         ("OTEL_TRACES_SAMPLER_ARG", "0.5"),
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/xml"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://localhost"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector"),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "not a url"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:431700"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret%0a"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "ok=1,Content-Length=5"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "transfer-encoding=chunked"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "grpc-timeout=1n"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1"),
-        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
-        ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "/etc/ca.pem"),
-        ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/etc/key.pem"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "br"),
+        ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "/no/such/ca.pem"),
+        ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/no/such/key.pem"),
+        ("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", "Cargo.toml"),
+        ("OTEL_METRICS_EXPORTER", "statsd"),
+        ("OTEL_METRICS_EXPORTER", "none,otlp"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
+        ("OTEL_METRIC_EXPORT_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "sometimes"),
+        ("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", "base2_exponential_bucket_histogram"),
+        ("OTEL_LOGS_EXPORTER", "prometheus"),
+        ("OTEL_BLRP_MAX_QUEUE_SIZE", "0"),
+        ("OTEL_BLRP_MAX_EXPORT_BATCH_SIZE", "3000"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "1000001"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "0"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20000"),
@@ -124,11 +137,13 @@ fn several_exporters_are_used_at_once_each_once() {
 fn http_endpoint_is_a_base_unless_it_is_for_traces() {
     let http = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
     assert_eq!(otlp(&[http]).endpoint, "http://127.0.0.1:4318/v1/traces");
-    for base in ["http://c:4318/otel", "http://c:4318/otel/"] {
-        assert_eq!(
-            otlp(&[http, ("OTEL_EXPORTER_OTLP_ENDPOINT", base)]).endpoint,
-            "http://c:4318/otel/v1/traces"
-        );
+    for (base, endpoint) in [
+        ("http://c:4318/otel", "http://c:4318/otel/v1/traces"),
+        ("https://c:4318/otel/", "https://c:4318/otel/v1/traces"),
+        ("http://c:4318", "http://c:4318/v1/traces"),
+        ("http://c:4318/otel?key=1", "http://c:4318/otel/v1/traces?key=1"),
+    ] {
+        assert_eq!(otlp(&[http, ("OTEL_EXPORTER_OTLP_ENDPOINT", base)]).endpoint, endpoint);
     }
     let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://t:4318/mine");
     assert_eq!(
@@ -138,21 +153,48 @@ fn http_endpoint_is_a_base_unless_it_is_for_traces() {
 }
 
 #[test]
+fn each_signal_has_its_own_path_and_its_own_variables() {
+    let config = read(&[
+        ("OTEL_METRICS_EXPORTER", "otlp"),
+        ("OTEL_LOGS_EXPORTER", "otlp"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c"),
+        ("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "http://l"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "7"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "Delta"),
+    ])
+    .unwrap();
+    let [MetricsExporter::Otlp(metrics, Temporality::Delta)] = &config.metrics.exporters[..] else {
+        panic!("{:?}", config.metrics);
+    };
+    assert_eq!((&*metrics.endpoint.to_string(), metrics.timeout.as_millis()), ("http://c/v1/metrics", 7));
+    assert_eq!(metrics.protocol, opentelemetry_otlp::Protocol::HttpJson);
+    let [LogsExporter::Otlp(logs)] = &config.logs.exporters[..] else {
+        panic!("{:?}", config.logs);
+    };
+    assert_eq!(
+        (logs.endpoint.to_string(), logs.protocol),
+        ("http://l/".to_owned(), opentelemetry_otlp::Protocol::Grpc)
+    );
+}
+
+#[test]
+fn neither_metrics_nor_log_records_are_exported_unless_asked_for() {
+    let config = read(&[]).unwrap();
+    assert!(config.metrics.exporters.is_empty() && config.logs.exporters.is_empty());
+}
+
+#[test]
 fn the_specific_variable_comes_before_the_general_one() {
     let config = otlp(&[
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "1000"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
         ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "none"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "general=1"),
-        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "api-key=a%20b, x=y"),
     ]);
     assert_eq!(config.timeout, Duration::MAX);
-    assert!(!config.gzip);
-    assert_eq!(config.headers[0].0, "api-key");
-    assert_eq!(config.headers[0].1, "a b");
-    assert_eq!(config.headers.len(), 2);
-    assert!(!format!("{config:?}").contains("a b"));
+    assert_eq!(config.compression, None);
 }
 
 #[test]
@@ -171,7 +213,7 @@ fn limits_fall_back_to_the_general_ones() {
     let config =
         read(&[("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"), ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100")]).unwrap();
     assert_eq!(config.limits.max_attributes_per_span, 7);
-    assert_eq!(config.batch.value_length_limit, Some(100));
+    assert_eq!(config.value_length_limit, Some(100));
 }
 
 #[test]
@@ -199,9 +241,10 @@ fn a_small_queue_has_small_batches() {
 
 #[test]
 fn metrics_are_served_where_prometheus_is_told_to_look() {
-    let metrics =
-        |variables: &[(&str, &str)]| read(variables).unwrap().metrics.map(|address| address.to_string());
-    assert_eq!(metrics(&[]), None);
+    let metrics = |variables: &[(&str, &str)]| match read(variables).unwrap().metrics.exporters[..] {
+        [MetricsExporter::Prometheus(address)] => Some(address.to_string()),
+        _ => None,
+    };
     assert_eq!(metrics(&[("OTEL_EXPORTER_PROMETHEUS_PORT", "1")]), None);
     assert_eq!(metrics(&[("OTEL_METRICS_EXPORTER", "prometheus")]).unwrap(), "127.0.0.1:9464");
     let elsewhere = [
@@ -210,11 +253,9 @@ fn metrics_are_served_where_prometheus_is_told_to_look() {
         ("OTEL_EXPORTER_PROMETHEUS_PORT", "1"),
     ];
     assert_eq!(metrics(&elsewhere).unwrap(), "[::]:1");
-    for (variable, value) in [
-        ("OTEL_METRICS_EXPORTER", "otlp"),
-        ("OTEL_EXPORTER_PROMETHEUS_HOST", "example.com"),
-        ("OTEL_EXPORTER_PROMETHEUS_PORT", "65536"),
-    ] {
+    for (variable, value) in
+        [("OTEL_EXPORTER_PROMETHEUS_HOST", "example.com"), ("OTEL_EXPORTER_PROMETHEUS_PORT", "65536")]
+    {
         let error = read(&[(variable, value), ("OTEL_METRICS_EXPORTER", "prometheus")]).unwrap_err();
         assert!(error.to_string().starts_with(variable), "{error}");
     }

@@ -1,0 +1,204 @@
+//! `OTEL_EXPORTER_OTLP_*`: where a signal goes by OTLP, and how (OTLP exporter specification).
+//!
+//! Each variable exists for all signals and for each signal, `OTEL_EXPORTER_OTLP_TRACES_…` say; the
+//! signal's own comes first.
+
+use super::{
+    ConfigError,
+    environment::{Environment, unknown},
+};
+use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
+use opentelemetry_otlp::{Compression, Protocol};
+use percent_encoding::percent_decode_str;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use std::{fmt, fs, time::Duration};
+
+/// What is exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Signal {
+    Traces,
+    Metrics,
+    Logs,
+}
+
+/// How a signal is exported by OTLP.
+#[derive(Clone)]
+pub(crate) struct OtlpConfig {
+    pub protocol: Protocol,
+    /// The server's address for gRPC, the whole URL for HTTP.
+    pub endpoint: Uri,
+    /// Bounds one request.
+    pub timeout: Duration,
+    pub compression: Option<Compression>,
+    pub tls: Tls,
+}
+
+/// Certificates and keys as PEM; without `ca` the system's roots are trusted.
+#[derive(Clone, Default)]
+pub(crate) struct Tls {
+    pub ca: Option<Vec<u8>>,
+    /// Certificate chain and private key.
+    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl fmt::Debug for OtlpConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { protocol, endpoint, timeout, compression, tls: _ } = self;
+        write!(f, "OtlpConfig({protocol:?} to {endpoint}, timeout {timeout:?}, {compression:?})")
+    }
+}
+
+impl Signal {
+    /// The signal's own variable and the general one.
+    fn variables(self, name: &str) -> [String; 2] {
+        let signal = match self {
+            Self::Traces => "TRACES",
+            Self::Metrics => "METRICS",
+            Self::Logs => "LOGS",
+        };
+        [format!("OTEL_EXPORTER_OTLP_{signal}_{name}"), format!("OTEL_EXPORTER_OTLP_{name}")]
+    }
+
+    fn path(self) -> &'static str {
+        match self {
+            Self::Traces => "/v1/traces",
+            Self::Metrics => "/v1/metrics",
+            Self::Logs => "/v1/logs",
+        }
+    }
+}
+
+impl OtlpConfig {
+    pub(super) fn read(env: &Environment, signal: Signal) -> Result<Self, ConfigError> {
+        let [own, general] = signal.variables("PROTOCOL");
+        let protocol = match env.name(&[&own, &general])? {
+            None => Protocol::Grpc,
+            Some((variable, value)) => match value.as_str() {
+                "grpc" => Protocol::Grpc,
+                "http/protobuf" => Protocol::HttpBinary,
+                "http/json" => Protocol::HttpJson,
+                other => return Err(unknown(variable, other, "grpc, http/protobuf, http/json")),
+            },
+        };
+        let [own, general] = signal.variables("COMPRESSION");
+        let compression = match env.name(&[&own, &general])? {
+            None => None,
+            Some((variable, value)) => match value.as_str() {
+                "gzip" => Some(Compression::Gzip),
+                "zstd" => Some(Compression::Zstd),
+                "none" => None,
+                other => return Err(unknown(variable, other, "gzip, zstd, none")),
+            },
+        };
+        let [own, general] = signal.variables("HEADERS");
+        check_headers(env.first(&[&own, &general])?)?;
+        let [own, general] = signal.variables("TIMEOUT");
+        let timeout = env.timeout(&[&own, &general], 10_000)?;
+        let endpoint = endpoint(env, signal, protocol)?;
+        Ok(Self { protocol, endpoint, timeout, compression, tls: Tls::read(env, signal)? })
+    }
+}
+
+fn endpoint(env: &Environment, signal: Signal, protocol: Protocol) -> Result<Uri, ConfigError> {
+    let [own, general] = signal.variables("ENDPOINT");
+    let found = env.endpoint(&[&own, &general])?;
+    if protocol == Protocol::Grpc {
+        return Ok(found.map_or(Uri::from_static("http://127.0.0.1:4317"), |(_, endpoint)| endpoint));
+    }
+    match found {
+        Some((variable, endpoint)) if variable == own => Ok(endpoint),
+        // The general endpoint is a base to which the signal's path is added, before its query.
+        Some((variable, base)) => with_path(&base, signal.path())
+            .ok_or_else(|| ConfigError::new(variable, format!("expected a base URL, found {base}"))),
+        None => Ok(with_path(&Uri::from_static("http://127.0.0.1:4318"), signal.path()).unwrap_or_default()),
+    }
+}
+
+fn with_path(base: &Uri, path: &str) -> Option<Uri> {
+    let query = base.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let path = format!("{}{path}{query}", base.path().trim_end_matches('/'));
+    let mut parts = base.clone().into_parts();
+    parts.path_and_query = Some(PathAndQuery::try_from(path).ok()?);
+    Uri::from_parts(parts).ok()
+}
+
+/// `key=value,key=value`, the values percent-encoded. The exporter reads the variable itself, and leaves out what
+/// it can't read. Errors tell the position, not the content, which may be a credential.
+fn check_headers(setting: Option<(&str, String)>) -> Result<(), ConfigError> {
+    let Some((variable, list)) = setting else {
+        return Ok(());
+    };
+    let pairs = list.split(',').map(str::trim).filter(|pair| !pair.is_empty());
+    for (i, pair) in pairs.enumerate() {
+        let name = pair.split_once('=').and_then(|(name, value)| {
+            let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
+            HeaderValue::from_str(&value).ok()?;
+            HeaderName::from_bytes(name.trim().as_bytes()).ok()
+        });
+        let problem = match name {
+            None => format!("header {} is not key=value", i + 1),
+            Some(name) if is_of_the_protocol(name.as_str()) => {
+                format!("header {name} belongs to the protocol")
+            }
+            Some(_) => continue,
+        };
+        return Err(ConfigError::new(variable, problem));
+    }
+    Ok(())
+}
+
+/// Headers that the exporter sets itself: another value would break each request, and some receivers would
+/// still answer with success.
+fn is_of_the_protocol(name: &str) -> bool {
+    const HEADERS: [&str; 10] = [
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "keep-alive",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+    ];
+    HEADERS.contains(&name) || name.starts_with("grpc-")
+}
+
+impl Tls {
+    fn read(env: &Environment, signal: Signal) -> Result<Self, ConfigError> {
+        let file = |name| {
+            let [own, general] = signal.variables(name);
+            let Some((variable, path)) = env.first(&[&own, &general])? else {
+                return Ok(None);
+            };
+            let failed = |problem: &dyn fmt::Display| {
+                Err(ConfigError::new(variable, format!("reading {path}: {problem}")))
+            };
+            let pem = match fs::read(&path) {
+                Ok(pem) => pem,
+                Err(error) => return failed(&error),
+            };
+            let problem = if name == "CLIENT_KEY" {
+                PrivateKeyDer::from_pem_slice(&pem).err()
+            } else {
+                CertificateDer::from_pem_slice(&pem).err()
+            };
+            match problem {
+                None => Ok(Some((variable.to_owned(), pem))),
+                Some(problem) => failed(&problem),
+            }
+        };
+        let identity = match (file("CLIENT_CERTIFICATE")?, file("CLIENT_KEY")?) {
+            (Some((_, certificate)), Some((_, key))) => Some((certificate, key)),
+            (None, None) => None,
+            (Some((variable, _)), None) => {
+                return Err(ConfigError::new(&variable, "its private key is missing: …_CLIENT_KEY"));
+            }
+            (None, Some((variable, _))) => {
+                return Err(ConfigError::new(&variable, "its certificate is missing: …_CLIENT_CERTIFICATE"));
+            }
+        };
+        Ok(Self { ca: file("CERTIFICATE")?.map(|(_, pem)| pem), identity })
+    }
+}

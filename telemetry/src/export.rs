@@ -1,0 +1,426 @@
+//! An exact account of the spans, around the SDK's batch processor and any exporter.
+//!
+//! At every moment ended = exported + dropped + waiting. The SDK drops spans in silence, and its exporters
+//! answer for a whole batch, so two wrappers count:
+//!
+//! - [`AccountedProcessor`] admits a span if there is room for it, and hands it to the SDK's
+//!   [`BatchSpanProcessor`], whose thread collects batches.
+//! - [`AccountedExporter`] sends a batch through the published exporter, again and again until
+//!   `OTEL_BSP_EXPORT_TIMEOUT` has passed, and counts what became of its spans.
+//!
+//! Exporters of metrics and log records are not counted; [`Guarded`] gives them the same warnings.
+
+use crate::{config::BatchConfig, outage::Outage};
+use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
+use opentelemetry_sdk::{
+    Resource,
+    error::{OTelSdkError, OTelSdkResult},
+    logs::{LogBatch, LogExporter},
+    metrics::{Temporality, data::ResourceMetrics, exporter::PushMetricExporter},
+    trace::{BatchConfigBuilder, BatchSpanProcessor, Span, SpanData, SpanExporter, SpanProcessor},
+};
+use std::{
+    future::poll_fn,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Poll,
+    time::Duration,
+};
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    time::{Instant, timeout},
+};
+
+/// The spans that wait take at most about this many bytes, whatever their number.
+const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
+
+/// A larger batch is sent in parts, because collectors commonly refuse messages above 4 MiB.
+const MAX_REQUEST_BYTES: usize = 1024 * 1024;
+
+/// The exporter itself tries again for about a second; then this is the pause until the next round, doubled
+/// each time.
+const PAUSE: Duration = Duration::from_millis(200);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+/// What became of the spans that ended: each was exported, or dropped, or is waiting.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SpanCounts {
+    /// Sampled spans that ended.
+    pub ended: u64,
+    /// Spans that the other side took.
+    pub exported: u64,
+    /// Spans that are in a request which has no answer yet. They are waiting.
+    pub in_flight: u64,
+    /// Spans given up.
+    pub dropped: DroppedSpans,
+}
+
+/// Why spans were given up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DroppedSpans {
+    /// There was no room in the queue.
+    pub queue_full: u64,
+    /// The other side was away for too long, or until the end of the process.
+    pub not_sent: u64,
+    /// The other side refused them for good.
+    pub rejected: u64,
+}
+
+impl SpanCounts {
+    /// Spans that are queued or being sent.
+    pub fn waiting(&self) -> u64 {
+        self.ended - self.exported - self.dropped.total()
+    }
+}
+
+impl DroppedSpans {
+    /// Spans dropped for any reason.
+    pub fn total(&self) -> u64 {
+        self.queue_full + self.not_sent + self.rejected
+    }
+}
+
+/// The counts of one exporter's spans.
+#[derive(Debug)]
+pub(crate) struct Account {
+    pub max_queue_size: usize,
+    /// Under one lock, so that the counts agree at any moment.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    counts: SpanCounts,
+    waiting_bytes: usize,
+}
+
+impl Account {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn counts(&self) -> SpanCounts {
+        self.lock().counts
+    }
+
+    /// Counts a span that ended; false if there is no room for it.
+    fn admit(&self, bytes: usize) -> bool {
+        let mut state = self.lock();
+        let is_full = state.counts.waiting() >= self.max_queue_size as u64
+            || state.waiting_bytes + bytes > MAX_WAITING_BYTES;
+        state.counts.ended += 1;
+        if is_full {
+            state.counts.dropped.queue_full += 1;
+        } else {
+            state.waiting_bytes += bytes;
+        }
+        !is_full
+    }
+
+    fn begin(&self, spans: usize) {
+        self.lock().counts.in_flight += spans as u64;
+    }
+
+    fn settle(&self, spans: usize, bytes: usize, outcome: Outcome) {
+        let mut state = self.lock();
+        state.waiting_bytes = state.waiting_bytes.saturating_sub(bytes);
+        let (spans, counts) = (spans as u64, &mut state.counts);
+        counts.in_flight -= spans;
+        match outcome {
+            Outcome::Exported { rejected } => {
+                let rejected = rejected.min(spans);
+                counts.exported += spans - rejected;
+                counts.dropped.rejected += rejected;
+            }
+            Outcome::Rejected => counts.dropped.rejected += spans,
+            Outcome::NotSent => counts.dropped.not_sent += spans,
+        }
+    }
+}
+
+enum Outcome {
+    Exported { rejected: u64 },
+    Rejected,
+    NotSent,
+}
+
+/// Makes a processor that sends spans through `exporter`, and the handle that ends it. Needs a tokio runtime, on
+/// which the exporter's connections live.
+pub(crate) fn start<E: SpanExporter + 'static>(
+    exporter: E,
+    outage: Outage,
+    config: BatchConfig,
+    value_length_limit: Option<usize>,
+) -> (AccountedProcessor, Export) {
+    let account = Arc::new(Account { max_queue_size: config.max_queue_size, state: Mutex::default() });
+    let (closing, closed) = watch::channel(false);
+    let exporter = AccountedExporter {
+        exporter,
+        account: account.clone(),
+        outage,
+        limit: config.export_timeout,
+        closed,
+        runtime: Handle::current(),
+    };
+    let config = BatchConfigBuilder::default()
+        .with_scheduled_delay(config.schedule_delay)
+        .with_max_queue_size(config.max_queue_size)
+        .with_max_export_batch_size(config.max_export_batch_size)
+        .build();
+    let batches = Arc::new(BatchSpanProcessor::builder(exporter).with_batch_config(config).build());
+    let processor =
+        AccountedProcessor { account: account.clone(), batches: batches.clone(), value_length_limit };
+    (processor, Export { account, batches, closing })
+}
+
+/// Ends an export. The tracer provider could as well, but one exporter after the other: one that gets no
+/// answer would take the others' time.
+pub(crate) struct Export {
+    pub account: Arc<Account>,
+    batches: Arc<BatchSpanProcessor>,
+    closing: watch::Sender<bool>,
+}
+
+impl Export {
+    /// Sends what waits. A batch whose attempt fails from now on is given up. Blocks for at most `limit`, and needs
+    /// the runtime to run meanwhile.
+    pub fn shut_down(&self, limit: Duration) {
+        self.closing.send_replace(true);
+        // What it could not send is still waiting in the account.
+        let _ = self.batches.shutdown_with_timeout(limit);
+    }
+}
+
+/// Takes the spans from the SDK.
+#[derive(Debug)]
+pub(crate) struct AccountedProcessor {
+    account: Arc<Account>,
+    batches: Arc<BatchSpanProcessor>,
+    value_length_limit: Option<usize>,
+}
+
+impl SpanProcessor for AccountedProcessor {
+    fn on_start(&self, _span: &mut Span, _cx: &Context) {}
+
+    fn on_end(&self, mut span: SpanData) {
+        if !span.span_context.is_sampled() {
+            return;
+        }
+        if let Some(max_chars) = self.value_length_limit {
+            attributes(&mut span).for_each(|attribute| shorten(&mut attribute.value, max_chars));
+        }
+        if self.account.admit(size(&span)) {
+            self.batches.on_end(span);
+        }
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.batches.force_flush()
+    }
+
+    /// [`Export::shut_down`] has done the work before the SDK calls this.
+    fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        if let Some(batches) = Arc::get_mut(&mut self.batches) {
+            batches.set_resource(resource);
+        }
+    }
+}
+
+/// The SDK has no limit on the length of values (specification, "Attribute Limits").
+fn shorten(value: &mut Value, max_chars: usize) {
+    fn shorten(text: &mut StringValue, max_chars: usize) {
+        if let Some((end, _)) = text.as_str().char_indices().nth(max_chars) {
+            *text = text.as_str()[..end].to_owned().into();
+        }
+    }
+    match value {
+        Value::String(text) => shorten(text, max_chars),
+        Value::Array(Array::String(texts)) => texts.iter_mut().for_each(|text| shorten(text, max_chars)),
+        _ => {}
+    }
+}
+
+fn attributes(span: &mut SpanData) -> impl Iterator<Item = &mut KeyValue> {
+    let events = span.events.events.iter_mut().flat_map(|event| event.attributes.iter_mut());
+    let links = span.links.links.iter_mut().flat_map(|link| link.attributes.iter_mut());
+    span.attributes.iter_mut().chain(events).chain(links)
+}
+
+/// About how many bytes a span takes, in memory and on the wire.
+fn size(span: &SpanData) -> usize {
+    const SPAN: usize = 400;
+    const ATTRIBUTE: usize = 64;
+
+    let attribute = |attribute: &KeyValue| {
+        ATTRIBUTE
+            + match &attribute.value {
+                Value::String(text) => text.as_str().len(),
+                Value::Array(array) => array.to_string().len(),
+                _ => 0,
+            }
+    };
+    let events = span.events.events.iter().flat_map(|event| &event.attributes);
+    let links = span.links.links.iter().flat_map(|link| &link.attributes);
+    let parts = span.events.events.len() + span.links.links.len();
+    SPAN + parts * SPAN / 2 + span.attributes.iter().chain(events).chain(links).map(attribute).sum::<usize>()
+}
+
+/// Sends batches, on the thread of the SDK's batch processor.
+#[derive(Debug)]
+struct AccountedExporter<E> {
+    exporter: E,
+    account: Arc<Account>,
+    outage: Outage,
+    /// Bounds one batch, however often it is sent.
+    limit: Duration,
+    closed: watch::Receiver<bool>,
+    runtime: Handle,
+}
+
+impl<E: SpanExporter> SpanExporter for AccountedExporter<E> {
+    /// Counts and tells what happened, so that the SDK has nothing to add.
+    async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
+        while !batch.is_empty() {
+            let mut bytes = 0;
+            let mut is_within = |span: &SpanData| {
+                bytes += size(span);
+                bytes <= MAX_REQUEST_BYTES
+            };
+            let count = batch.iter().take_while(|span| is_within(span)).count().max(1);
+            let rest = batch.split_off(count);
+            let (count, bytes) = (batch.len(), batch.iter().map(size).sum());
+            self.account.begin(count);
+            let outcome = self.send(batch).await;
+            if matches!(outcome, Outcome::NotSent) {
+                self.outage.lost(count as u64);
+            }
+            self.account.settle(count, bytes, outcome);
+            batch = rest;
+        }
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.exporter.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.exporter.set_resource(resource);
+    }
+}
+
+impl<E: SpanExporter> AccountedExporter<E> {
+    async fn send(&self, batch: Vec<SpanData>) -> Outcome {
+        let start = Instant::now();
+        let mut pause = PAUSE;
+        loop {
+            // At the end nobody waits for a collector that is known to be away.
+            if *self.closed.borrow() && self.outage.is_on() {
+                return Outcome::NotSent;
+            }
+            let left = self.limit.saturating_sub(start.elapsed());
+            let result = on_runtime(&self.runtime, left, self.exporter.export(batch.clone())).await;
+            match result {
+                Ok(()) => return Outcome::Exported { rejected: self.outage.over() },
+                Err(error) if self.outage.failed(&error).is_final() => return Outcome::Rejected,
+                Err(_) if start.elapsed() + pause >= self.limit => return Outcome::NotSent,
+                Err(_) => {}
+            }
+            // Between half and all of it, so that services don't come back in step. At the end there is no pause.
+            let pausing = pause.mul_f64(0.5 + 0.5 * fastrand::f64());
+            let mut closed = self.closed.clone();
+            let _ = on_runtime(&self.runtime, pausing, async {
+                let _ = closed.wait_for(|closed| *closed).await;
+                Ok(())
+            })
+            .await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+}
+
+/// Polls `future` on this thread as if it ran on the runtime, for at most `limit`: timers and sockets work. A panic
+/// in it is an error, because it would end the thread and all export with it. (tonic 0.14.9 panics when the
+/// details of a status are not base64, and `println!` when standard output is closed.)
+async fn on_runtime(
+    runtime: &Handle,
+    limit: Duration,
+    future: impl Future<Output = OTelSdkResult>,
+) -> OTelSdkResult {
+    let mut future = pin!(async { timeout(limit, future).await.map_err(|_| OTelSdkError::Timeout(limit))? });
+    poll_fn(|cx| {
+        let _entered = runtime.enter();
+        let poll = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
+        poll.unwrap_or_else(|_| {
+            Poll::Ready(Err(OTelSdkError::InternalFailure("the exporter panicked".into())))
+        })
+    })
+    .await
+}
+
+/// An exporter of metrics or log records whose failures are told once a minute.
+#[derive(Debug)]
+pub(crate) struct Guarded<E> {
+    exporter: E,
+    outage: Outage,
+    /// Bounds one export, with the exporter's own retries.
+    limit: Duration,
+    runtime: Handle,
+}
+
+impl<E> Guarded<E> {
+    /// Needs a tokio runtime, on which the exporter's connections live.
+    pub fn new(exporter: E, outage: Outage, limit: Duration) -> Self {
+        Self { exporter, outage, limit, runtime: Handle::current() }
+    }
+
+    async fn guard(&self, export: impl Future<Output = OTelSdkResult>) -> OTelSdkResult {
+        match on_runtime(&self.runtime, self.limit, export).await {
+            Ok(()) => drop(self.outage.over()),
+            Err(error) => drop(self.outage.failed(&error)),
+        }
+        Ok(())
+    }
+}
+
+impl<E: PushMetricExporter> PushMetricExporter for Guarded<E> {
+    async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
+        self.guard(self.exporter.export(metrics)).await
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.exporter.force_flush()
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn temporality(&self) -> Temporality {
+        self.exporter.temporality()
+    }
+}
+
+impl<E: LogExporter> LogExporter for Guarded<E> {
+    async fn export(&self, batch: LogBatch<'_>) -> OTelSdkResult {
+        self.guard(self.exporter.export(batch)).await
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.exporter.set_resource(resource);
+    }
+}

@@ -1,0 +1,165 @@
+//! The published OTLP exporters, with connections of our own: so they have TLS by one provider, keep-alive,
+//! and a cause to tell when they fail.
+
+use crate::{
+    config::{ConfigError, OtlpConfig, Tls},
+    outage::note_cause,
+};
+use async_trait::async_trait;
+use http::Uri;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
+use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response, hyper::HyperClient};
+use opentelemetry_otlp::{
+    ExporterBuildError, LogExporter, MetricExporter, Protocol, SpanExporter, WithExportConfig,
+    WithHttpConfig, WithTonicConfig,
+};
+use opentelemetry_sdk::metrics::Temporality;
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
+use std::{fmt::Display, sync::Arc, time::Duration};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Less than half of the time that a request has, by default.
+const KEEP_ALIVE: Duration = Duration::from_secs(4);
+
+/// Sends spans.
+pub(crate) fn span_exporter(config: &OtlpConfig) -> Result<SpanExporter, ConfigError> {
+    let builder = SpanExporter::builder();
+    built(match config.protocol {
+        Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
+        _ => http(builder.with_http(), config)?.build(),
+    })
+}
+
+/// Sends metrics.
+pub(crate) fn metric_exporter(
+    config: &OtlpConfig,
+    temporality: Temporality,
+) -> Result<MetricExporter, ConfigError> {
+    let builder = MetricExporter::builder().with_temporality(temporality);
+    built(match config.protocol {
+        Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
+        _ => http(builder.with_http(), config)?.build(),
+    })
+}
+
+/// Sends log records.
+pub(crate) fn log_exporter(config: &OtlpConfig) -> Result<LogExporter, ConfigError> {
+    let builder = LogExporter::builder();
+    built(match config.protocol {
+        Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
+        _ => http(builder.with_http(), config)?.build(),
+    })
+}
+
+fn built<E>(exporter: Result<E, ExporterBuildError>) -> Result<E, ConfigError> {
+    exporter.map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP", error.to_string()))
+}
+
+/// The library reads the headers from the environment itself, [`OtlpConfig`] has checked them.
+fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, config: &OtlpConfig) -> Result<B, ConfigError> {
+    let builder = builder.with_channel(channel(config)?).with_timeout(config.timeout);
+    Ok(match config.compression {
+        Some(compression) => builder.with_compression(compression),
+        None => builder,
+    })
+}
+
+fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -> Result<B, ConfigError> {
+    let client = client(&config.endpoint, &config.tls, config.timeout)?;
+    let builder = builder.with_http_client(client).with_endpoint(config.endpoint.to_string());
+    let builder = builder.with_protocol(config.protocol).with_timeout(config.timeout);
+    Ok(match config.compression {
+        Some(compression) => builder.with_compression(compression),
+        None => builder,
+    })
+}
+
+fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
+    let endpoint = Endpoint::from(config.endpoint.clone())
+        .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(config.timeout)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE);
+    if config.endpoint.scheme_str() != Some("https") {
+        return Ok(endpoint.connect_lazy());
+    }
+    let Tls { ca, identity } = &config.tls;
+    let mut tls = match ca {
+        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+        None => ClientTlsConfig::new().with_native_roots(),
+    };
+    if let Some((certificate, key)) = identity {
+        tls = tls.identity(Identity::from_pem(certificate, key));
+    }
+    // Parses with an error of its own kind, so the same files are read by rustls first, which says what is wrong.
+    client_config(&config.endpoint, &config.tls)?;
+    Ok(endpoint.tls_config(tls).map_err(|error| tls_error(&error))?.connect_lazy())
+}
+
+/// An HTTP client for the exporters of this crate.
+pub(crate) fn client(endpoint: &Uri, tls: &Tls, timeout: Duration) -> Result<Client, ConfigError> {
+    let mut connector = HttpConnector::new();
+    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    connector.set_nodelay(true);
+    connector.enforce_http(false);
+    let connector = HttpsConnectorBuilder::new()
+        .with_tls_config(client_config(endpoint, tls)?)
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(connector);
+    Ok(Client(HyperClient::new(connector, timeout, None)))
+}
+
+/// The published client, but for an error that tells its cause.
+#[derive(Debug)]
+pub(crate) struct Client(HyperClient<HttpsConnector<HttpConnector>>);
+
+#[async_trait]
+impl HttpClient for Client {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        self.0.send_bytes(request).await.inspect_err(|error| note_cause(error.as_ref()))
+    }
+}
+
+fn client_config(endpoint: &Uri, tls: &Tls) -> Result<ClientConfig, ConfigError> {
+    let mut roots = RootCertStore::empty();
+    match &tls.ca {
+        Some(pem) => {
+            for certificate in CertificateDer::pem_slice_iter(pem) {
+                let certificate = certificate.map_err(|error| tls_error(&error))?;
+                roots.add(certificate).map_err(|error| tls_error(&error))?;
+            }
+        }
+        None if endpoint.scheme_str() == Some("https") => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+        None => {}
+    }
+    if roots.is_empty() && endpoint.scheme_str() == Some("https") {
+        return Err(tls_error(&"there is no root certificate, neither in the file nor on this system"));
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| tls_error(&error))?
+        .with_root_certificates(roots);
+    let Some((certificate, key)) = &tls.identity else {
+        return Ok(config.with_no_client_auth());
+    };
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
+    let chain = chain.map_err(|error| tls_error(&error))?;
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| tls_error(&error))?;
+    config.with_client_auth_cert(chain, key).map_err(|error| tls_error(&error))
+}
+
+fn tls_error(error: &dyn Display) -> ConfigError {
+    ConfigError::new(
+        "OTEL_EXPORTER_OTLP_CERTIFICATE, …_CLIENT_CERTIFICATE or …_CLIENT_KEY",
+        error.to_string(),
+    )
+}

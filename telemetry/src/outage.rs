@@ -1,0 +1,240 @@
+//! Why an export failed, told once a minute: the other side's address, the cause, and a guess at the mistake.
+
+use opentelemetry_sdk::error::OTelSdkError;
+use std::{
+    cell::RefCell,
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tracing::{Event, Subscriber, field::Visit};
+use tracing_subscriber::{Layer, layer::Context};
+
+/// While the other side is away, one line in this time says so.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// The failures of one exporter.
+#[derive(Debug)]
+pub(crate) struct Outage {
+    /// What is exported: `spans`, say.
+    what: &'static str,
+    /// Where to.
+    endpoint: String,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The last attempt failed.
+    is_on: bool,
+    /// There was a warning since the last success.
+    is_told: bool,
+    warned: Option<Instant>,
+    /// Spans given up since the last success.
+    lost: u64,
+}
+
+/// Whether it makes sense to send the same again.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The other side is away or overloaded.
+    Temporary,
+    /// The other side refuses what was sent.
+    Final,
+}
+
+impl Failure {
+    pub fn is_final(&self) -> bool {
+        *self == Self::Final
+    }
+}
+
+thread_local! {
+    /// What the attempt on this thread met, and its result doesn't say.
+    static ATTEMPT: RefCell<Attempt> = RefCell::default();
+}
+
+#[derive(Default)]
+struct Attempt {
+    /// From the answer to a request that was taken in part.
+    rejected: u64,
+    reason: String,
+    /// The transport's error.
+    cause: Option<String>,
+}
+
+/// Notes why a request of the attempt on this thread got no answer; the exporters only say "network error".
+pub(crate) fn note_cause(error: &(dyn std::error::Error + 'static)) {
+    let sources = std::iter::successors(Some(error), |error| error.source());
+    let cause = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    ATTEMPT.with_borrow_mut(|attempt| attempt.cause = Some(cause));
+}
+
+impl Outage {
+    pub fn new(what: &'static str, endpoint: impl fmt::Display) -> Self {
+        Self { what, endpoint: endpoint.to_string(), state: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the last attempt failed.
+    pub fn is_on(&self) -> bool {
+        self.lock().is_on
+    }
+
+    /// Counts spans that are given up.
+    pub fn lost(&self, count: u64) {
+        self.lock().lost += count;
+    }
+
+    /// An attempt has succeeded; how many of its spans were rejected all the same.
+    pub fn over(&self) -> u64 {
+        let Attempt { rejected, reason, .. } = ATTEMPT.take();
+        let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
+        if std::mem::take(&mut state.is_told) {
+            tracing::info!(dropped = state.lost, "{what} are exported again");
+        }
+        (state.is_on, state.lost) = (false, 0);
+        if rejected > 0 && state.may_warn() {
+            tracing::warn!(rejected, reason, endpoint, "{what} were rejected; at most one warning a minute");
+        }
+        rejected
+    }
+
+    /// An attempt has failed.
+    pub fn failed(&self, error: &OTelSdkError) -> Failure {
+        let cause = ATTEMPT.take().cause;
+        let reason = match (error, cause) {
+            (OTelSdkError::Timeout(limit), _) => format!("no success within {limit:?}"),
+            (OTelSdkError::InternalFailure(message), None) => message.clone(),
+            (_, Some(cause)) => cause,
+            (error, None) => error.to_string(),
+        };
+        let failure = classify(&reason);
+        let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
+        state.is_on = failure == Failure::Temporary;
+        if state.may_warn() {
+            let reason = short(&reason) + guess(endpoint, &reason);
+            match failure {
+                Failure::Final => {
+                    tracing::warn!(reason, endpoint, "{what} were rejected; at most one warning a minute");
+                }
+                Failure::Temporary => {
+                    state.is_told = true;
+                    let dropped = state.lost;
+                    tracing::warn!(
+                        reason,
+                        endpoint,
+                        dropped,
+                        "{what} can't be exported; trying on, at most one warning a minute"
+                    );
+                }
+            }
+        }
+        failure
+    }
+}
+
+impl State {
+    /// Whether the last warning is long enough ago for another one.
+    fn may_warn(&mut self) -> bool {
+        let may = self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+        if may {
+            self.warned = Some(Instant::now());
+        }
+        may
+    }
+}
+
+/// The exporters have one kind of error, so the answer must be read from its text: `… gRPC code: Unavailable` or
+/// `… status code: 503`. What can be sent again is in the OTLP specification, "Failures".
+fn classify(reason: &str) -> Failure {
+    let after = |mark| reason.split_once(mark).map(|(_, rest): (_, &str)| rest);
+    let is_final = if let Some(code) = after("gRPC code: ") {
+        let retryable = ["Cancelled", "DeadlineExceeded", "Aborted", "OutOfRange", "Unavailable", "DataLoss"];
+        // A cause behind the code is one of the connection: the server has said nothing.
+        !code.contains(": ") && !retryable.contains(&code)
+    } else if let Some(status) = after("status code: ").or_else(|| after("with status ")) {
+        !["429", "502", "503", "504"].iter().any(|retryable| status.starts_with(retryable))
+    } else {
+        false
+    };
+    if is_final { Failure::Final } else { Failure::Temporary }
+}
+
+/// The mistake that most often has this result.
+fn guess(endpoint: &str, reason: &str) -> &'static str {
+    let is_http = endpoint.contains("/v1/");
+    if !is_http && (reason.contains("http2 error") || reason.contains("HTTP/2")) {
+        "; is this the port of OTLP/HTTP? gRPC is usually at 4317"
+    } else if is_http && (reason.contains("HTTP version") || reason.contains("message completed")) {
+        "; is this the port of OTLP/gRPC? HTTP is usually at 4318"
+    } else {
+        ""
+    }
+}
+
+/// What a peer wrote goes into a log line: bounded, and without control characters.
+fn short(message: &str) -> String {
+    message.chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
+/// Listens to the exporters' own events: that a request was taken in part is told nowhere else.
+pub(crate) struct PartialSuccess;
+
+impl<S: Subscriber> Layer<S> for PartialSuccess {
+    fn on_event(&self, event: &Event<'_>, _cx: Context<'_, S>) {
+        if event.metadata().name().ends_with(".PartialSuccess") {
+            ATTEMPT.with_borrow_mut(|attempt| event.record(attempt));
+        }
+    }
+}
+
+impl Visit for Attempt {
+    fn record_i64(&mut self, field: &tracing::field::Field, value: i64) {
+        if field.name() == "rejected_spans" {
+            self.rejected = value.try_into().unwrap_or(0);
+        }
+    }
+
+    fn record_str(&mut self, field: &tracing::field::Field, value: &str) {
+        if field.name() == "error_message" {
+            self.reason = short(value);
+        }
+    }
+
+    fn record_debug(&mut self, _field: &tracing::field::Field, _value: &dyn fmt::Debug) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_to_a_request_are_told_apart_as_the_specification_demands() {
+        for (reason, is_final) in [
+            ("TonicTracesClient export failed with gRPC code: InvalidArgument", true),
+            ("TonicTracesClient export failed with gRPC code: Unimplemented", true),
+            ("TonicTracesClient export failed with gRPC code: ResourceExhausted", true),
+            ("TonicTracesClient export failed with gRPC code: Unavailable", false),
+            ("TonicTracesClient export failed with gRPC code: DataLoss", false),
+            ("TonicTracesClient export failed with gRPC code: Unknown: transport error", false),
+            ("HTTP export failed with status code: 400", true),
+            ("HTTP export failed with status code: 500", true),
+            ("HTTP export failed with status code: 503", false),
+            ("HTTP response error: request failed with status 429 Too Many Requests", false),
+            ("HTTP response error: request failed with status 302 Found", true),
+            ("client error (Connect): connection refused", false),
+        ] {
+            assert_eq!(classify(reason).is_final(), is_final, "{reason}");
+        }
+    }
+
+    #[test]
+    fn what_a_peer_wrote_is_shortened_and_has_no_control_characters() {
+        assert_eq!(short(&format!("a\nb\x1b[0m{}", "x".repeat(400))).len(), 300);
+        assert!(!short("a\nb\x1b").chars().any(char::is_control));
+    }
+}

@@ -1,0 +1,88 @@
+//! Metrics for Prometheus: `OTEL_METRICS_EXPORTER=prometheus`.
+//!
+//! A listener of its own, so that it can be on another address than the service's, and the same for all
+//! services.
+
+use crate::config::ConfigError;
+use http::{Request, Response, StatusCode, header};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use opentelemetry_prometheus::PrometheusExporter;
+use prometheus::{Registry, TextEncoder};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+
+/// More connections than these wait until one is closed.
+const MAX_CONNECTIONS: usize = 8;
+
+/// A connection is for one answer, and closed after this time whether it was fetched or not.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Answers `GET /metrics` at `address` until the runtime ends. The metrics are those of the reader.
+pub(crate) fn start(address: SocketAddr) -> Result<PrometheusExporter, ConfigError> {
+    let listen = || {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener)
+    };
+    let failed = |problem: String| ConfigError::new("OTEL_EXPORTER_PROMETHEUS_PORT", problem);
+    let listener = listen().map_err(|error| failed(format!("can't listen on {address}: {error}")))?;
+    let registry = Registry::new();
+    let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build();
+    tokio::spawn(serve(listener, registry));
+    exporter.map_err(|error| failed(error.to_string()))
+}
+
+async fn serve(listener: TcpListener, registry: Registry) {
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(%address, "metrics for Prometheus");
+    }
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(permit) = connections.clone().acquire_owned().await else {
+            return;
+        };
+        let Ok((stream, _)) = listener.accept().await else {
+            // Most likely there are no more file descriptors: let some be closed.
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let registry = registry.clone();
+        tokio::spawn(async move {
+            let answer = service_fn(async |request| Ok::<_, Infallible>(answer(&request, &registry)));
+            let mut http = http1::Builder::new();
+            let connection = http
+                .timer(TokioTimer::new())
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), answer);
+            let _ = timeout(CONNECTION_TIMEOUT, connection).await;
+            drop(permit);
+        });
+    }
+}
+
+fn answer(request: &Request<Incoming>, registry: &Registry) -> Response<String> {
+    if request.uri().path() != "/metrics" {
+        let mut response = Response::new("there is only /metrics\n".to_owned());
+        *response.status_mut() = StatusCode::NOT_FOUND;
+        return response;
+    }
+    match TextEncoder::new().encode_to_string(&registry.gather()) {
+        Ok(text) => {
+            let mut response = Response::new(text);
+            let format = header::HeaderValue::from_static(prometheus::TEXT_FORMAT);
+            response.headers_mut().insert(header::CONTENT_TYPE, format);
+            response
+        }
+        Err(error) => {
+            tracing::warn!(%error, "encoding metrics");
+            let mut response = Response::new(String::new());
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            response
+        }
+    }
+}
