@@ -6,10 +6,17 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use opentelemetry::{Context, trace::TraceContextExt};
+use opentelemetry::{Context, KeyValue, global, metrics::Counter, trace::TraceContextExt};
 use resilience::{CircuitOpen, Rejection};
 use serde_json::json;
+use std::sync::LazyLock;
+use telemetry::semconv;
 use tonic::{Code, Status};
+
+/// Counts the requests that were not answered with what they asked for, by the problem that the caller was told.
+static REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
+    global::meter("api").u64_counter("throughline.requests.refused").with_unit("{request}").build()
+});
 
 /// Everything that a caller can be told instead of what it asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +136,7 @@ impl Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let (status, kind, title) = self.parts();
+        REFUSED.add(1, &[KeyValue::new(semconv::ERROR_TYPE, kind)]);
         let trace_id = Context::map_current(|cx| {
             let span = cx.span();
             span.span_context().is_valid().then(|| span.span_context().trace_id().to_string())

@@ -13,6 +13,7 @@ use opentelemetry::{
     Context, KeyValue,
     context::FutureExt as _,
     global::{self, BoxedTracer},
+    metrics::{Counter, Histogram},
     trace::{Span, SpanContext, Status, TraceContextExt, Tracer},
 };
 use proto::{
@@ -20,7 +21,11 @@ use proto::{
     login::LoginMessage,
     topology::Topology,
 };
-use std::{panic::AssertUnwindSafe, sync::LazyLock, time::Duration};
+use std::{
+    panic::AssertUnwindSafe,
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
 use telemetry::{
     amqp::{self, Broker, Relation},
     semconv,
@@ -30,6 +35,28 @@ use uuid::Uuid;
 
 /// Makes the hand-written span of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("mq"));
+
+/// What an operator wants to know besides what all consumers measure.
+struct Metrics {
+    time_in_queue: Histogram<f64>,
+    retries: Counter<u64>,
+    dead_letters: Counter<u64>,
+}
+
+static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
+    let meter = global::meter("mq");
+    let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
+    Metrics {
+        // From what is usual to what is left after an outage, in seconds.
+        time_in_queue: meter
+            .f64_histogram("throughline.message.time_in_queue")
+            .with_unit("s")
+            .with_boundaries(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0])
+            .build(),
+        retries: messages("throughline.message.retries"),
+        dead_letters: messages("throughline.message.dead_letters"),
+    }
+});
 
 /// How often in a row a message may be delivered again for want of a result, be it that the connection was
 /// cut, be it that the process died. What kills the process must not do so for ever.
@@ -64,6 +91,8 @@ pub enum Outcome {
 /// A message that failed, and what becomes of it.
 pub struct Failed {
     cx: Context,
+    started: Instant,
+    reason: &'static str,
     message_id: String,
     attempt: u32,
     fate: Fate,
@@ -84,6 +113,7 @@ where
     /// Processes a delivery in its span. Cut short, it leaves the message in the queue: it will be
     /// delivered again.
     pub async fn process(&self, delivery: &Delivery) -> Outcome {
+        let started = Instant::now();
         let (carrier, message) = LoginMessage::from_json(&delivery.data);
         let (producer, source) = amqp::extract(delivery.properties.headers().as_ref(), &carrier);
         let producer_span = producer.span().span_context().clone();
@@ -96,11 +126,12 @@ where
             let queue = &self.topology.queue;
             span.set_attributes(self.broker.consumer_attributes(delivery, queue, source, &message_id));
             span.set_attribute(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
-            if let Some(published_at) = properties::published_at(&delivery.properties) {
-                // By this machine's clock it may not even be published yet.
-                let time = published_at.elapsed().unwrap_or_default();
-                span.set_attribute(milliseconds(semconv::MESSAGE_TIME_IN_QUEUE, time));
-            }
+        }
+        if let Some(published_at) = properties::published_at(&delivery.properties) {
+            // By this machine's clock it may not even be published yet.
+            let time = published_at.elapsed().unwrap_or_default();
+            span.set_attribute(milliseconds(semconv::MESSAGE_TIME_IN_QUEUE, time));
+            METRICS.time_in_queue.record(time.as_secs_f64(), &[]);
         }
         let cx = parent.with_span(span);
 
@@ -122,10 +153,11 @@ where
                     Processed::Duplicate => "duplicate",
                 };
                 cx.span().set_attribute(KeyValue::new(semconv::MESSAGE_OUTCOME, outcome));
+                self.broker.processed(&self.topology.queue, started, None);
                 cx.span().end();
                 Outcome::Settled
             }
-            Err(failure) => Outcome::Failed(self.fail(cx, message_id, attempt, &failure)),
+            Err(failure) => Outcome::Failed(self.fail(cx, started, message_id, attempt, &failure)),
         }
     }
 
@@ -147,7 +179,14 @@ where
     }
 
     /// Decides what becomes of a message whose attempt failed.
-    fn fail(&self, cx: Context, message_id: String, attempt: u32, failure: &Failure) -> Failed {
+    fn fail(
+        &self,
+        cx: Context,
+        started: Instant,
+        message_id: String,
+        attempt: u32,
+        failure: &Failure,
+    ) -> Failed {
         let Failure { reason, text, is_final } = failure;
         let span = cx.span();
         span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, *reason));
@@ -166,12 +205,12 @@ where
                 Fate::DeadLetter(reason)
             }
         };
-        Failed { cx: cx.clone(), message_id, attempt, fate }
+        Failed { cx: cx.clone(), started, reason, message_id, attempt, fate }
     }
 
     /// Publishes a message that failed to the queue where it goes; afterwards it may be acknowledged.
     pub async fn hand_on(&self, delivery: &Delivery, failed: Failed) {
-        let Failed { cx, message_id, attempt, fate } = failed;
+        let Failed { cx, started, reason: error_type, message_id, attempt, fate } = failed;
         let number = |attempt| AMQPValue::LongInt(i32::try_from(attempt).unwrap_or(i32::MAX));
         let (queue, headers) = match fate {
             Fate::Retry(delay) => (self.topology.retry_queue(delay), vec![(ATTEMPT, number(attempt + 1))]),
@@ -186,12 +225,16 @@ where
         published.with_context(cx.clone()).await;
 
         let span = cx.span();
+        self.broker.processed(&self.topology.queue, started, Some(error_type));
+        let reason = [KeyValue::new(semconv::ERROR_TYPE, error_type)];
         match fate {
             Fate::Retry(delay) => {
+                METRICS.retries.add(1, &reason);
                 span.set_attribute(KeyValue::new(semconv::MESSAGE_OUTCOME, "retry"));
                 span.set_attribute(milliseconds(semconv::MESSAGE_RETRY_DELAY, delay));
             }
             Fate::DeadLetter(_) => {
+                METRICS.dead_letters.add(1, &reason);
                 span.set_attribute(KeyValue::new(semconv::MESSAGE_OUTCOME, "dead_letter"));
             }
         }

@@ -13,7 +13,11 @@ use proto::{
     broker::{self, Backoff},
     topology::Topology,
 };
-use std::{pin::pin, time::Duration};
+use std::{
+    pin::pin,
+    time::{Duration, Instant},
+};
+use telemetry::{amqp::Broker, semconv};
 use tokio::{sync::Mutex, time::timeout};
 
 /// The name of the connection on the broker.
@@ -24,6 +28,7 @@ const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Publishes to the queues of a topology.
 pub struct Publisher {
+    broker: Broker,
     uri: AMQPUri,
     topology: Topology,
     retry_delays: Vec<Duration>,
@@ -39,7 +44,7 @@ struct Session {
 impl Publisher {
     /// Opens nothing yet.
     pub fn new(uri: AMQPUri, topology: Topology, retry_delays: Vec<Duration>) -> Self {
-        Self { uri, topology, retry_delays, session: Mutex::default() }
+        Self { broker: Broker::new(&uri, CLIENT_ID), uri, topology, retry_delays, session: Mutex::default() }
     }
 
     /// Publishes a message, again and again until the broker has confirmed it. It may be there more than
@@ -75,7 +80,15 @@ impl Publisher {
             Some(session) => session,
             None => self.open().await?,
         };
-        session.publish(exchange, routing_key, properties, body).await?;
+        let started = Instant::now();
+        let published = session.publish(exchange, routing_key, properties, body).await;
+        self.broker.sent(
+            (exchange, routing_key),
+            1,
+            started,
+            published.as_ref().err().map(|_| semconv::OTHER),
+        );
+        published?;
         *current = Some(session);
         Ok(())
     }

@@ -77,6 +77,20 @@ impl Circuit {
         }
     }
 
+    /// What it leads to.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// `closed`, `open` or `half_open`.
+    pub fn state_name(&self) -> &'static str {
+        match *self.lock() {
+            State::Closed(_) => "closed",
+            State::Open { .. } => "open",
+            State::HalfOpen => "half_open",
+        }
+    }
+
     /// Asks for leave to call.
     ///
     /// # Errors

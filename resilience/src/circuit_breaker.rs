@@ -2,7 +2,7 @@
 
 use crate::{Circuit, CircuitOpen, circuit::Permission};
 use http::{Request, Response};
-use opentelemetry::{KeyValue, trace::get_active_span};
+use opentelemetry::{KeyValue, global, trace::get_active_span};
 use pin_project_lite::pin_project;
 use std::{
     pin::Pin,
@@ -22,7 +22,21 @@ pub struct CircuitBreakerLayer {
 impl CircuitBreakerLayer {
     /// One circuit for all clients made by this layer.
     pub fn new(circuit: Circuit) -> Self {
-        Self { circuit: Arc::new(circuit) }
+        let circuit = Arc::new(circuit);
+        let observed = circuit.clone();
+        global::meter("resilience")
+            .u64_observable_gauge("throughline.circuit.state")
+            .with_description("1 for the state in which the circuit is, 0 for the others.")
+            .with_callback(move |observer| {
+                for state in ["closed", "open", "half_open"] {
+                    let is_now = state == observed.state_name();
+                    let name = KeyValue::new("throughline.circuit.name", observed.name());
+                    let state = KeyValue::new("throughline.circuit.state", state);
+                    observer.observe(u64::from(is_now), &[name, state]);
+                }
+            })
+            .build();
+        Self { circuit }
     }
 }
 

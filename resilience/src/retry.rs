@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use http_body_util::{BodyExt, Limited};
-use opentelemetry::{KeyValue, trace::get_active_span};
+use opentelemetry::{KeyValue, global, metrics::Counter, trace::get_active_span};
 use std::{
     pin::Pin,
     sync::Arc,
@@ -31,6 +31,7 @@ pub struct RetryLayer {
     idempotent: &'static [&'static str],
     attempts: u32,
     budget: Arc<TpsBudget>,
+    retries: Counter<u64>,
 }
 
 /// The pause before the second attempt, on average; it doubles from one to the next.
@@ -41,7 +42,9 @@ impl RetryLayer {
     pub fn new(idempotent: &'static [&'static str], attempts: u32) -> Self {
         // One retry for five calls, and ten a second besides: an outage is not made worse by trying.
         let budget = Arc::new(TpsBudget::new(Duration::from_secs(10), 10, 0.2));
-        Self { idempotent, attempts, budget }
+        let retries =
+            global::meter("resilience").u64_counter("throughline.rpc.retries").with_unit("{attempt}").build();
+        Self { idempotent, attempts, budget, retries }
     }
 }
 
@@ -99,6 +102,8 @@ where
                     return Err(failed);
                 };
                 attempt += 1;
+                let method = request.uri().path().trim_start_matches('/').to_owned();
+                layer.retries.add(1, &[KeyValue::new(semconv::RPC_METHOD, method)]);
                 get_active_span(|span| {
                     let failure = KeyValue::new(semconv::RPC_STATUS_CODE, code_name(failed.code()));
                     let pause =

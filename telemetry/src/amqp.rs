@@ -5,7 +5,7 @@
 //! `mq_consumer_msg` in `mq/src/attempt.rs`, by hand. This file has the carrier (message headers), the
 //! relation of the two spans, and their attributes (semantic conventions 1.45, RabbitMQ).
 
-use crate::semconv;
+use crate::{metrics, semconv};
 use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, LongString},
@@ -14,10 +14,11 @@ use lapin::{
 use opentelemetry::{
     Context, KeyValue,
     baggage::{BaggageExt, KeyValueMetadata},
+    metrics::{Counter, Histogram},
     propagation::{Extractor, Injector},
     trace::{Link, SpanBuilder, SpanKind, TraceContextExt},
 };
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr, time::Instant};
 
 /// AMQP message headers as the carrier to write.
 pub struct HeadersMut<'a>(pub &'a mut FieldTable);
@@ -154,18 +155,91 @@ fn with_baggage_only(cx: &Context) -> Context {
     )
 }
 
-/// The broker, as spans name it.
+/// The broker, as spans and metrics name it.
 #[derive(Debug, Clone)]
 pub struct Broker {
     address: String,
     port: i64,
     client_id: &'static str,
+    metrics: Option<Metrics>,
+}
+
+/// `messaging.*` of semantic conventions 1.45.
+#[derive(Debug, Clone)]
+struct Metrics {
+    operation: Histogram<f64>,
+    process: Histogram<f64>,
+    sent: Counter<u64>,
+    consumed: Counter<u64>,
+}
+
+impl Metrics {
+    fn new() -> Self {
+        let meter = metrics::meter();
+        let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
+        Self {
+            operation: metrics::duration_histogram(&meter, "messaging.client.operation.duration"),
+            process: metrics::duration_histogram(&meter, "messaging.process.duration"),
+            sent: messages("messaging.client.sent.messages"),
+            consumed: messages("messaging.client.consumed.messages"),
+        }
+    }
 }
 
 impl Broker {
     /// `client_id` is the name that the connection has on the broker.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
-        Self { address: uri.authority.host.clone(), port: uri.authority.port.into(), client_id }
+        Self {
+            address: uri.authority.host.clone(),
+            port: uri.authority.port.into(),
+            client_id,
+            metrics: metrics::are_exported().then(Metrics::new),
+        }
+    }
+
+    /// Counts messages that were handed to the broker together at `started`, and how long it took until the last
+    /// of them was confirmed, or failed with an `error.type`.
+    pub fn sent(
+        &self,
+        (exchange, routing_key): (&str, &str),
+        messages: u64,
+        started: Instant,
+        error: Option<&'static str>,
+    ) {
+        if let Some(metrics) = &self.metrics {
+            let attributes = self.labels("send", destination_name(&[exchange, routing_key]), error);
+            metrics.sent.add(messages, &attributes);
+            metrics.operation.record(started.elapsed().as_secs_f64(), &attributes);
+        }
+    }
+
+    /// Counts a delivery from `queue`, whose processing began at `started`, and ended now, with an `error.type` if
+    /// it failed.
+    pub fn processed(&self, queue: &str, started: Instant, error: Option<&'static str>) {
+        if let Some(metrics) = &self.metrics {
+            // The exchange and the routing key are the producer's choice, which could be another one each time.
+            let attributes = self.labels("process", queue.to_owned(), error);
+            metrics.consumed.add(1, &attributes);
+            metrics.process.record(started.elapsed().as_secs_f64(), &attributes);
+        }
+    }
+
+    fn labels(
+        &self,
+        operation: &'static str,
+        destination: String,
+        error: Option<&'static str>,
+    ) -> Vec<KeyValue> {
+        let mut labels = vec![
+            KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
+            KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
+            KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
+            KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination),
+            KeyValue::new(semconv::SERVER_ADDRESS, self.address.clone()),
+            KeyValue::new(semconv::SERVER_PORT, self.port),
+        ];
+        labels.extend(error.map(|error| KeyValue::new(semconv::ERROR_TYPE, error)));
+        labels
     }
 
     /// Attributes of a PRODUCER span.

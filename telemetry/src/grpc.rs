@@ -26,6 +26,7 @@ use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
     http::{Headers, HeadersMut, host_attribute, peer_attributes, without_long_numbers},
+    metrics::{self, Measurement},
     semconv::{self, OTHER},
 };
 use http::{HeaderMap, Request, Response, Uri};
@@ -34,6 +35,7 @@ use opentelemetry::{
     Context, KeyValue,
     context::FutureExt,
     global::{BoxedSpan, BoxedTracer},
+    metrics::Histogram,
     trace::{Span, SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
 };
 use prost::Message;
@@ -54,6 +56,12 @@ use tower::{Layer, Service};
 pub struct GrpcClientLayer {
     tracer: Arc<BoxedTracer>,
     server: Server,
+    duration: Option<Histogram<f64>>,
+}
+
+/// `rpc.client.call.duration` or `rpc.server.call.duration` of semantic conventions 1.45.
+fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
+    metrics::are_exported().then(|| metrics::duration_histogram(&metrics::meter(), name))
 }
 
 /// Where calls go, as configured.
@@ -69,7 +77,11 @@ impl GrpcClientLayer {
         let address = endpoint.host().unwrap_or_default().trim_matches(['[', ']']).into();
         let default_port = if endpoint.scheme_str() == Some("https") { 443 } else { 80 };
         let port = Some(endpoint.port_u16().unwrap_or(default_port));
-        Self { tracer: Arc::new(crate::tracer()), server: Server { address, port } }
+        Self {
+            tracer: Arc::new(crate::tracer()),
+            server: Server { address, port },
+            duration: duration_histogram("rpc.client.call.duration"),
+        }
     }
 }
 
@@ -105,10 +117,19 @@ where
     }
 
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        let GrpcClientLayer { tracer, server } = &self.layer;
+        let GrpcClientLayer { tracer, server, duration } = &self.layer;
         let parent = Context::current();
         let method = request.uri().path().trim_start_matches('/').to_owned();
         let builder = SpanBuilder::from_name(method.clone()).with_kind(SpanKind::Client);
+        let measured = duration.as_ref().map(|duration| {
+            let mut attributes = vec![
+                KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
+                KeyValue::new(semconv::RPC_METHOD, method.clone()),
+                KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()),
+            ];
+            attributes.extend(server.port.map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port))));
+            Measurement::start(duration, attributes)
+        });
         let mut span = tracer.build_with_context(builder, &parent);
         if span.is_recording() {
             span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
@@ -125,7 +146,7 @@ where
         }
         let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
-        let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers());
+        let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
 
         let response = {
             let _attached = cx.clone().attach();
@@ -151,6 +172,7 @@ where
 pub struct GrpcServerLayer {
     tracer: Arc<BoxedTracer>,
     methods: Arc<HashSet<String>>,
+    duration: Option<Histogram<f64>>,
 }
 
 impl GrpcServerLayer {
@@ -169,7 +191,8 @@ impl GrpcServerLayer {
                 }
             }
         }
-        Self { tracer: Arc::new(crate::tracer()), methods: Arc::new(methods) }
+        let duration = duration_histogram("rpc.server.call.duration");
+        Self { tracer: Arc::new(crate::tracer()), methods: Arc::new(methods), duration }
     }
 }
 
@@ -209,7 +232,8 @@ where
         }
         let parent = crate::extract(&Headers(request.headers()));
         let cx = crate::with_span(&parent, self.layer.start_span(&request, &parent));
-        let span = GrpcSpan::new(cx.clone(), SpanKind::Server, request.headers());
+        let span =
+            GrpcSpan::new(cx.clone(), SpanKind::Server, request.headers(), self.layer.measure(&request));
 
         let response = {
             let _attached = cx.clone().attach();
@@ -228,9 +252,21 @@ where
 }
 
 impl GrpcServerLayer {
+    /// The method that is called, if it is there.
+    fn method<B>(&self, request: &Request<B>) -> &str {
+        let path = request.uri().path().trim_start_matches('/');
+        self.methods.get(path).map_or(OTHER, String::as_str)
+    }
+
+    fn measure<B>(&self, request: &Request<B>) -> Option<Measurement> {
+        let duration = self.duration.as_ref()?;
+        let method = KeyValue::new(semconv::RPC_METHOD, self.method(request).to_owned());
+        Some(Measurement::start(duration, vec![KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"), method]))
+    }
+
     fn start_span<B>(&self, request: &Request<B>, parent: &Context) -> BoxedSpan {
         let path = request.uri().path().trim_start_matches('/');
-        let method = self.methods.get(path).map_or(OTHER, String::as_str);
+        let method = self.method(request);
         let builder = SpanBuilder::from_name(method.to_owned()).with_kind(SpanKind::Server);
         let mut span = self.tracer.build_with_context(builder, parent);
         if span.is_recording() {
@@ -266,13 +302,14 @@ pub struct GrpcSpan {
     deadline: Option<Instant>,
     /// Of an answer that turns out to have none.
     status: Code,
+    measured: Option<Measurement>,
 }
 
 impl GrpcSpan {
-    fn new(cx: Context, kind: SpanKind, request: &HeaderMap) -> Self {
+    fn new(cx: Context, kind: SpanKind, request: &HeaderMap, measured: Option<Measurement>) -> Self {
         let timeout = request.get("grpc-timeout").and_then(|value| parse_timeout(value.to_str().ok()?));
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        Self { cx, ended: false, kind, deadline, status: Code::Unknown }
+        Self { cx, ended: false, kind, deadline, status: Code::Unknown, measured }
     }
 
     fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
@@ -300,11 +337,19 @@ impl GrpcSpan {
             return;
         }
         let span = self.cx.span();
+        let name = code_name(code);
+        let error_type =
+            is_error(code, &self.kind).then(|| error_type.map_or(name, |ErrorType(reason)| reason));
+        if let Some(mut measured) = self.measured.take() {
+            measured.set(semconv::RPC_STATUS_CODE, name);
+            if let Some(error_type) = error_type {
+                measured.set(semconv::ERROR_TYPE, error_type);
+            }
+            measured.record();
+        }
         if span.is_recording() {
-            let name = code_name(code);
             span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
-            if is_error(code, &self.kind) {
-                let error_type = error_type.map_or(name, |ErrorType(reason)| reason);
+            if let Some(error_type) = error_type {
                 span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
                 span.set_status(SpanStatus::error(""));
             }

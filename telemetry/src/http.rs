@@ -17,6 +17,7 @@
 use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
+    metrics::{self, Measurement},
     semconv::{self, CANCELLED, OTHER, PANIC},
 };
 use axum::extract::{ConnectInfo, MatchedPath};
@@ -26,6 +27,7 @@ use opentelemetry::{
     Context, KeyValue, StringValue,
     context::FutureExt,
     global::{BoxedSpan, BoxedTracer},
+    metrics::{Histogram, UpDownCounter},
     propagation::{Extractor, Injector},
     trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer},
 };
@@ -47,13 +49,32 @@ use tower::{Layer, Service};
 #[derive(Clone)]
 pub struct HttpServerLayer {
     tracer: Arc<BoxedTracer>,
+    metrics: Option<Metrics>,
+}
+
+/// `http.server.*` of semantic conventions 1.45. What a caller can choose freely, a path or a host, is no
+/// attribute of them.
+#[derive(Clone)]
+struct Metrics {
+    duration: Histogram<f64>,
+    active: UpDownCounter<i64>,
 }
 
 impl HttpServerLayer {
     /// A layer that uses the tracer provider in force now.
     #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
     pub fn new() -> Self {
-        Self { tracer: Arc::new(crate::tracer()) }
+        let metrics = metrics::are_exported().then(|| {
+            let meter = metrics::meter();
+            Metrics {
+                duration: metrics::duration_histogram(&meter, "http.server.request.duration"),
+                active: meter
+                    .i64_up_down_counter("http.server.active_requests")
+                    .with_unit("{request}")
+                    .build(),
+            }
+        });
+        Self { tracer: Arc::new(crate::tracer()), metrics }
     }
 }
 
@@ -61,7 +82,7 @@ impl<S> Layer<S> for HttpServerLayer {
     type Service = HttpServer<S>;
 
     fn layer(&self, inner: S) -> HttpServer<S> {
-        HttpServer { inner, tracer: self.tracer.clone() }
+        HttpServer { inner, layer: self.clone() }
     }
 }
 
@@ -69,7 +90,7 @@ impl<S> Layer<S> for HttpServerLayer {
 #[derive(Clone)]
 pub struct HttpServer<S> {
     inner: S,
-    tracer: Arc<BoxedTracer>,
+    layer: HttpServerLayer,
 }
 
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for HttpServer<S>
@@ -88,8 +109,13 @@ where
 
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let parent = crate::extract(&Headers(request.headers()));
-        let cx = crate::with_span(&parent, start_span(&self.tracer, &request, &parent));
-        let span = HttpServerSpan { cx: cx.clone(), ended: false, is_head: request.method() == Method::HEAD };
+        let cx = crate::with_span(&parent, start_span(&self.layer.tracer, &request, &parent));
+        let span = HttpServerSpan {
+            cx: cx.clone(),
+            ended: false,
+            is_head: request.method() == Method::HEAD,
+            measured: self.layer.metrics.as_ref().map(|metrics| Measured::start(metrics, &request)),
+        };
 
         let response = {
             let _attached = cx.clone().attach();
@@ -179,6 +205,40 @@ pub struct HttpServerSpan {
     cx: Context,
     ended: bool,
     is_head: bool,
+    measured: Option<Measured>,
+}
+
+/// A request in the metrics: active until this is dropped.
+#[derive(Debug)]
+struct Measured {
+    duration: Measurement,
+    active: UpDownCounter<i64>,
+    of_active: [KeyValue; 2],
+}
+
+impl Measured {
+    fn start<B>(metrics: &Metrics, request: &Request<B>) -> Self {
+        let scheme = if request.uri().scheme_str() == Some("https") { "https" } else { "http" };
+        let of_active = [
+            KeyValue::new(semconv::HTTP_REQUEST_METHOD, known_method(request.method()).unwrap_or(OTHER)),
+            KeyValue::new(semconv::URL_SCHEME, scheme),
+        ];
+        metrics.active.add(1, &of_active);
+        let mut duration = Measurement::start(&metrics.duration, of_active.to_vec());
+        if let Some(route) = request.extensions().get::<MatchedPath>() {
+            duration.set(semconv::HTTP_ROUTE, route.as_str().to_owned());
+        }
+        if let Some(version) = protocol_version(request.version()) {
+            duration.set(semconv::NETWORK_PROTOCOL_VERSION, version);
+        }
+        Self { duration, active: metrics.active.clone(), of_active }
+    }
+}
+
+impl Drop for Measured {
+    fn drop(&mut self) {
+        self.active.add(-1, &self.of_active);
+    }
 }
 
 enum Outcome {
@@ -188,17 +248,23 @@ enum Outcome {
 }
 
 impl HttpServerSpan {
-    fn respond<B: Body>(self, mut response: Response<B>) -> Response<TracedBody<B, Self>> {
+    fn respond<B: Body>(mut self, mut response: Response<B>) -> Response<TracedBody<B, Self>> {
         let status = response.status();
+        // 4xx is the caller's fault, so it is no error (HTTP spans, "Status").
+        let error_type = status.is_server_error().then(|| match response.extensions().get::<ErrorType>() {
+            Some(ErrorType(reason)) => StringValue::from(*reason),
+            None => status.as_str().to_owned().into(),
+        });
+        if let Some(Measured { duration, .. }) = &mut self.measured {
+            duration.set(semconv::HTTP_RESPONSE_STATUS_CODE, i64::from(status.as_u16()));
+            if let Some(error_type) = &error_type {
+                duration.set(semconv::ERROR_TYPE, error_type.clone());
+            }
+        }
         let span = self.cx.span();
         if span.is_recording() {
             span.set_attribute(KeyValue::new(semconv::HTTP_RESPONSE_STATUS_CODE, i64::from(status.as_u16())));
-            // 4xx is the caller's fault: the span status stays unset (HTTP spans, "Status").
-            if status.is_server_error() {
-                let error_type = match response.extensions().get::<ErrorType>() {
-                    Some(ErrorType(reason)) => StringValue::from(*reason),
-                    None => status.as_str().to_owned().into(),
-                };
+            if let Some(error_type) = error_type {
                 span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
                 span.set_status(Status::error(""));
             }
@@ -234,9 +300,16 @@ impl HttpServerSpan {
             return;
         }
         let span = self.cx.span();
+        let mut measured = self.measured.take();
         if let Outcome::Error(error_type) = outcome {
             span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
             span.set_status(Status::error(error_type));
+            if let Some(Measured { duration, .. }) = &mut measured {
+                duration.set(semconv::ERROR_TYPE, error_type);
+            }
+        }
+        if let Some(Measured { duration, .. }) = measured.as_ref() {
+            duration.record();
         }
         span.end();
     }

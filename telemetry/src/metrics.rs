@@ -11,7 +11,7 @@ use crate::{
     prometheus, semconv,
 };
 use opentelemetry::{
-    InstrumentationScope, KeyValue, global,
+    InstrumentationScope, KeyValue, Value, global,
     metrics::{Histogram, Meter},
 };
 use opentelemetry_sdk::{
@@ -19,7 +19,10 @@ use opentelemetry_sdk::{
     metrics::{PeriodicReader, SdkMeterProvider, exporter::PushMetricExporter},
 };
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Instant,
 };
 use tracing_appender::non_blocking::ErrorCounter;
@@ -61,6 +64,7 @@ pub(crate) fn start(
     }
     let provider = builder.build();
     global::set_meter_provider(provider.clone());
+    ARE_EXPORTED.store(true, Relaxed);
     observe_process();
     observe_runtime();
     observe_spans(accounts);
@@ -82,6 +86,37 @@ pub(crate) fn meter() -> Meter {
         .with_schema_url(semconv::SCHEMA_URL)
         .build();
     global::meter_with_scope(scope)
+}
+
+/// Whether metrics are exported. If they are not, nobody need prepare their attributes.
+pub(crate) fn are_exported() -> bool {
+    ARE_EXPORTED.load(Relaxed)
+}
+
+static ARE_EXPORTED: AtomicBool = AtomicBool::new(false);
+
+/// A duration that is being measured, and the attributes known so far.
+#[derive(Debug)]
+pub(crate) struct Measurement {
+    histogram: Histogram<f64>,
+    started: Instant,
+    attributes: Vec<KeyValue>,
+}
+
+impl Measurement {
+    /// Begins now.
+    pub fn start(histogram: &Histogram<f64>, attributes: Vec<KeyValue>) -> Self {
+        Self { histogram: histogram.clone(), started: Instant::now(), attributes }
+    }
+
+    pub fn set(&mut self, key: &'static str, value: impl Into<Value>) {
+        self.attributes.push(KeyValue::new(key, value));
+    }
+
+    /// Ends now.
+    pub fn record(&self) {
+        self.histogram.record(self.started.elapsed().as_secs_f64(), &self.attributes);
+    }
 }
 
 /// A histogram of durations in seconds, with the buckets of the semantic conventions.

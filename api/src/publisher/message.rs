@@ -10,7 +10,7 @@ use proto::{
     login::{HeaderCarrier, LoginMessage},
 };
 use serde::{Deserialize, Serialize};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use telemetry::amqp::HeadersMut;
 
 /// AMQP's delivery mode "persistent": the message survives a restart of the broker.
@@ -21,6 +21,9 @@ const PERSISTENT: u8 = 2;
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     id: String,
+    /// When the login was taken, in seconds since 1970.
+    #[serde(default)]
+    taken_at: u64,
     /// The trace context of its producer span.
     headers: Carrier,
     body: String,
@@ -44,7 +47,13 @@ impl Message {
         let mut carrier = HeaderCarrier::default();
         telemetry::inject(cx, &mut carrier);
         let body = LoginMessage { carrier, msg: mobile }.to_json();
-        Self { id, headers, body: String::from_utf8(body).expect("JSON is UTF-8") }
+        let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        Self { id, taken_at, headers, body: String::from_utf8(body).expect("JSON is UTF-8") }
+    }
+
+    /// When the login was taken.
+    pub fn taken_at(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(self.taken_at)
     }
 
     /// What goes into the body.

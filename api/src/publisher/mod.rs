@@ -99,7 +99,7 @@ pub enum PublishError {
 }
 
 impl Unconfirmed {
-    /// A short name, for spans.
+    /// A short name, for spans and metrics.
     fn reason(self) -> &'static str {
         match self {
             Self::NotConnected => "not_connected",
@@ -175,6 +175,7 @@ impl Publisher {
             spool: spool.state(),
         };
         let spool_state = spool.state();
+        observe(spool.state());
         let dispatcher = Dispatcher::new(uri, topology, timeout, spool, incoming, stopped, connected);
         let task = tokio::spawn(dispatcher.run());
         (Self { requests, shared: Arc::new(shared) }, Publishing { stop, task, spool: spool_state })
@@ -245,6 +246,25 @@ impl Service<LoginEvent> for Publisher {
     fn call(&mut self, login: LoginEvent) -> Self::Future {
         Box::pin(self.clone().publish(login))
     }
+}
+
+/// How much is in the spool, for the metrics.
+fn observe(spool: spool::State) {
+    let meter = opentelemetry::global::meter("api");
+    let gauge = |name, unit, description, value: fn(&spool::State) -> u64| {
+        let spool = spool.clone();
+        meter
+            .u64_observable_gauge(name)
+            .with_unit(unit)
+            .with_description(description)
+            .with_callback(move |observer| observer.observe(value(&spool), &[]))
+            .build();
+    };
+    gauge("throughline.spool.entries", "{login}", "Logins in the spool.", spool::State::entries);
+    gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", spool::State::bytes);
+    gauge("throughline.spool.age", "s", "Time since the oldest login in the spool was taken.", |spool| {
+        spool.oldest().map_or(0, |taken| taken.elapsed().unwrap_or_default().as_secs())
+    });
 }
 
 /// What runs behind a [`Publisher`].

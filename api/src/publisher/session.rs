@@ -11,8 +11,9 @@ use lapin::{
 use proto::{broker, topology::Topology};
 use std::{
     pin::Pin,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
+use telemetry::amqp::Broker;
 use tokio::{
     select,
     time::{sleep, timeout},
@@ -23,6 +24,7 @@ pub struct Session {
     connection: Connection,
     channel: Channel,
     events: Events,
+    broker: Broker,
 }
 
 type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
@@ -35,7 +37,7 @@ impl Session {
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         topology.declare(&channel).await?;
-        Ok(Self { connection, channel, events })
+        Ok(Self { connection, channel, events, broker: Broker::new(uri, CLIENT_ID) })
     }
 
     /// Publishes messages in this order, and waits until all are confirmed. After an error any of them may
@@ -43,15 +45,19 @@ impl Session {
     pub async fn publish(
         &mut self,
         topology: &Topology,
-        messages: impl Iterator<Item = &Message>,
+        messages: impl ExactSizeIterator<Item = &Message>,
         limit: Duration,
     ) -> Result<(), Unconfirmed> {
         let Self { channel, events, .. } = self;
+        let (started, count) = (Instant::now(), messages.len() as u64);
         let round = timeout(limit, publish_all(channel, topology, messages));
-        select! {
+        let result = select! {
             confirmed = round => confirmed.unwrap_or(Err(Unconfirmed::Timeout)),
             why = trouble(events) => Err(why),
-        }
+        };
+        let destination = (topology.exchange.as_str(), topology.routing_key.as_str());
+        self.broker.sent(destination, count, started, result.err().map(Unconfirmed::reason));
+        result
     }
 
     /// Waits until this session can't be used any more.

@@ -11,11 +11,12 @@ use std::{
     iter,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
         mpsc::{self, RecvTimeoutError},
     },
     thread,
+    time::SystemTime,
 };
 use store::{RETRY, Store, StoreError};
 use tokio::sync::oneshot;
@@ -40,6 +41,8 @@ pub struct State(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     entries: AtomicU64,
+    bytes: AtomicU64,
+    oldest: Mutex<Option<SystemTime>>,
     takes: AtomicBool,
 }
 
@@ -53,6 +56,16 @@ impl State {
     /// Logins in the spool.
     pub fn entries(&self) -> u64 {
         self.0.entries.load(Relaxed)
+    }
+
+    /// Bytes of the logins in the spool.
+    pub fn bytes(&self) -> u64 {
+        self.0.bytes.load(Relaxed)
+    }
+
+    /// When the oldest login in the spool was taken; `None` if there is none.
+    pub fn oldest(&self) -> Option<SystemTime> {
+        *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether it has room, and its disk works.
@@ -70,7 +83,7 @@ impl Spool {
         let store = Store::open(directory, limits)?;
         let (commands, received) = mpsc::channel();
         let state = State::default();
-        let keeper = Keeper {
+        let mut keeper = Keeper {
             store,
             state: state.clone(),
             is_failing: false,
@@ -210,8 +223,12 @@ impl Keeper {
         }
     }
 
-    fn tell(&self) {
+    fn tell(&mut self) {
         self.state.0.entries.store(self.store.entries(), Relaxed);
+        self.state.0.bytes.store(self.store.bytes(), Relaxed);
+        // A disk that fails says so at the next change.
+        let oldest = self.store.read(0, 1).ok().and_then(|entries| Some(entries.first()?.1.taken_at()));
+        *self.state.0.oldest.lock().unwrap_or_else(PoisonError::into_inner) = oldest;
         self.state.0.takes.store(!self.is_failing && !self.is_full && self.store.has_room(), Relaxed);
     }
 }

@@ -88,6 +88,11 @@ impl Store {
         self.held.entries
     }
 
+    /// How many bytes they take together.
+    pub fn bytes(&self) -> u64 {
+        self.held.bytes
+    }
+
     /// Whether a small message would be taken.
     pub fn has_room(&self) -> bool {
         self.held.entries < self.limits.entries && self.held.bytes < self.limits.bytes
