@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use devstack::{
     raw::{Raw, publish_with},
     stack::{KNOWN_MOBILE, Stack},
+    trace::Span,
 };
 use lapin::{
     BasicProperties,
@@ -87,6 +88,37 @@ async fn every_vector_has_its_outcome() -> Result<()> {
     // The one that was not sampled left no span, and every other exactly one.
     let consumed = stack.receiver.spans().len();
     assert_eq!(consumed, cases.len() - 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_context_in_byte_arrays_is_continued_and_a_timestamp_of_zero_is_none() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut headers = FieldTable::default();
+    for (name, value) in [
+        ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        ("tracestate", "vendor=a"),
+    ] {
+        headers.insert(name.into(), AMQPValue::ByteArray(value.as_bytes().to_vec().into()));
+    }
+    for (id, timestamp) in [("at-zero", 0), ("at-one", 1)] {
+        let properties = BasicProperties::default()
+            .with_message_id(id.into())
+            .with_headers(headers.clone())
+            .with_timestamp(timestamp);
+        stack.publish(properties, br#"{"Msg":"13800138000"}"#).await?;
+        let of_message =
+            |span: &Span| span.attributes.get("messaging.message.id").is_some_and(|other| other == id);
+        let span = stack.receiver.expect_span(of_message).await;
+        assert_eq!(span.trace_id, "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_eq!(
+            (span.parent_span_id.as_str(), span.trace_state.as_str()),
+            ("00f067aa0ba902b7", "vendor=a")
+        );
+        assert_eq!(span.attributes["throughline.trace_context.source"], "headers");
+        let has_time = span.attributes.contains_key("throughline.message.time_in_queue_ms");
+        assert_eq!(has_time, timestamp > 0, "{span:#?}");
+    }
     Ok(())
 }
 

@@ -42,7 +42,8 @@ pub fn dead_letter_reason(properties: &BasicProperties) -> Option<String> {
     }
 }
 
-/// When the message was given to the broker, this time; `None` beyond the year 9999, too.
+/// When the message was given to the broker, this time. A time beyond the year 9999 counts as absent, and so does
+/// 0, which clients send for a time that they don't know.
 pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
     let milliseconds =
         header(properties, PUBLISHED_AT).and_then(integer).and_then(|ms| u64::try_from(ms).ok());
@@ -51,7 +52,7 @@ pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
         None => Duration::from_secs((*properties.timestamp())?),
     };
     const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
-    (since_1970 < YEAR_10000).then(|| UNIX_EPOCH + since_1970)
+    (!since_1970.is_zero() && since_1970 < YEAR_10000).then(|| UNIX_EPOCH + since_1970)
 }
 
 /// What a message is published with once more: all that it had, and `headers`, except for what the broker
@@ -179,6 +180,11 @@ mod tests {
         assert_eq!(published_at(&BasicProperties::default()), None);
         assert_eq!(published_at(&with_header(PUBLISHED_AT, AMQPValue::LongLongInt(-1))), None);
         assert_eq!(published_at(&BasicProperties::default().with_timestamp(u64::MAX)), None);
+        assert_eq!(published_at(&BasicProperties::default().with_timestamp(0)), None);
+        assert_eq!(
+            published_at(&with_header(PUBLISHED_AT, AMQPValue::LongLongInt(0)).with_timestamp(7)),
+            None
+        );
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use crate::{metrics, semconv};
 use lapin::{
     message::Delivery,
-    types::{AMQPValue, FieldTable, LongString},
+    types::{AMQPValue, FieldTable},
     uri::AMQPUri,
 };
 use opentelemetry::{
@@ -50,11 +50,13 @@ impl Extractor for Headers<'_> {
 
 /// A value that is no string is malformed in every format there is; it must not look absent.
 fn strings(value: &AMQPValue) -> Vec<&str> {
-    fn utf8(value: &LongString) -> &str {
-        std::str::from_utf8(value.as_bytes()).unwrap_or("\u{fffd}")
+    fn utf8(value: &[u8]) -> &str {
+        std::str::from_utf8(value).unwrap_or("\u{fffd}")
     }
     match value {
-        AMQPValue::LongString(value) => vec![utf8(value)],
+        AMQPValue::LongString(value) => vec![utf8(value.as_bytes())],
+        // What clients make of a byte string: Go of `[]byte`, Python of `bytes`, Java of `byte[]`.
+        AMQPValue::ByteArray(value) => vec![utf8(value.as_slice())],
         AMQPValue::ShortString(value) => vec![value.as_str()],
         AMQPValue::FieldArray(values) => values.as_slice().iter().flat_map(strings).collect(),
         AMQPValue::Void => Vec::new(),
@@ -338,6 +340,8 @@ mod tests {
         headers.insert("TraceParent".into(), AMQPValue::ShortString("short".into()));
         headers.insert("number".into(), AMQPValue::LongInt(7));
         headers.insert("bytes".into(), AMQPValue::LongString(b"\xff"[..].into()));
+        headers.insert("array-of-bytes".into(), AMQPValue::ByteArray(b"text".to_vec().into()));
+        headers.insert("array-of-no-text".into(), AMQPValue::ByteArray(b"\xff".to_vec().into()));
         headers.insert("void".into(), AMQPValue::Void);
         let mut array = FieldArray::default();
         array.push(AMQPValue::LongString("a".into()));
@@ -348,6 +352,8 @@ mod tests {
         assert_eq!(headers.get("traceparent"), Some("short"));
         assert_eq!(headers.get("number"), Some("\u{fffd}"));
         assert_eq!(headers.get("bytes"), Some("\u{fffd}"));
+        assert_eq!(headers.get("array-of-bytes"), Some("text"));
+        assert_eq!(headers.get("array-of-no-text"), Some("\u{fffd}"));
         assert_eq!(headers.get("void"), None);
         assert_eq!(headers.get_all("array"), Some(vec!["a", "b"]));
     }
