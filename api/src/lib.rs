@@ -7,6 +7,7 @@
 //! - [`publisher`]: the message to the broker, or to disk, with the hand-written span `send_msg_mq`
 //! - [`token`]: the access token
 //! - [`problem`]: which failure gets which answer
+//! - [`host`]: the header `Host`
 //! - [`health`]: alive, ready, and the probe that `api health` makes
 //! - [`mod@server`][]: connections
 //! - [`usercenter`]: the gRPC client, and every layer around it
@@ -14,6 +15,7 @@
 pub mod body;
 pub mod config;
 pub mod health;
+pub mod host;
 pub mod login;
 pub mod problem;
 pub mod publisher;

@@ -35,6 +35,8 @@ pub enum Problem {
     InvalidMobile,
     /// Nobody registered this mobile number.
     UnknownUser,
+    /// The header `Host` is missing, there twice, or no host.
+    BadHost,
     /// There is nothing at this path.
     NoSuchRoute,
     /// There is something at this path, for another method.
@@ -84,6 +86,11 @@ impl Problem {
             Self::UnknownUser => {
                 (StatusCode::UNAUTHORIZED, "unknown-user", "Nobody registered this mobile number")
             }
+            Self::BadHost => (
+                StatusCode::BAD_REQUEST,
+                "bad-host",
+                "The request must name its host, once, in the header Host",
+            ),
             Self::NoSuchRoute => (StatusCode::NOT_FOUND, "no-such-route", "There is nothing at this path"),
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "This path has another method")

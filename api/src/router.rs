@@ -2,7 +2,7 @@
 
 use crate::{
     body::{self, BodyMemory},
-    health, login,
+    health, host, login,
     problem::Problem,
     publisher::Publisher,
     token::TokenIssuer,
@@ -10,7 +10,7 @@ use crate::{
 };
 use axum::{
     Router,
-    middleware::from_fn_with_state,
+    middleware::{from_fn, from_fn_with_state},
     routing::{get, post},
 };
 use resilience::{CatchPanicLayer, DeadlineLayer, ShedLayer};
@@ -48,11 +48,12 @@ pub fn router(app: Arc<App>, limits: Limits) -> Router {
         .route("/usercenter/v1/user/login", post(login::login))
         .method_not_allowed_fallback(async || Problem::MethodNotAllowed)
         .fallback(async || Problem::NoSuchRoute);
-    in_layers(routes, limits)
-        // Outside of all layers: neither traced nor refused.
+    // Outside of the layers: not traced, and refused only what is no HTTP.
+    let health = Router::new()
         .route("/healthz", get(async || "alive\n"))
         .route("/readyz", get(health::ready))
-        .with_state(app)
+        .layer(from_fn(host::named_once));
+    in_layers(routes, limits).merge(health).with_state(app)
 }
 
 /// Puts the layers around routes: a request passes them from the first to the last, its answer from the last
@@ -61,6 +62,7 @@ pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Li
     routes.layer(
         ServiceBuilder::new()
             .layer(HttpServerLayer::new()) // the server span: all that follows is in it, refusals too
+            .layer(from_fn(host::named_once)) // HTTP/1.1 that names its host, once
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
             .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or none
             .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // all of it, if not too large

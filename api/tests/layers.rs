@@ -81,7 +81,7 @@ fn layered(routes: Router, limits: router::Limits) -> Router {
 const LIMITS: router::Limits = router::Limits { max_in_flight: 10, deadline: Duration::from_secs(3) };
 
 fn request(path: &str) -> Request<Body> {
-    Request::get(path).body(Body::empty()).expect("a request")
+    Request::get(path).header("host", "api").body(Body::empty()).expect("a request")
 }
 
 /// Checks that `answer` is this problem, in the trace of `span`, which says why.

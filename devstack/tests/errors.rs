@@ -8,7 +8,7 @@ use axum::{
 };
 use devstack::{
     PATIENCE,
-    client::Answer,
+    client::{Answer, answers, raw},
     free_port,
     stack::{KNOWN_MOBILE, Stack},
     stand_in::{Reply, StandIn},
@@ -140,6 +140,43 @@ async fn unknown_paths_and_methods_are_problems_with_a_span_of_few_names() -> Re
         assert_eq!(original, (method == "INVENTED").then_some("INVENTED"));
         assert_eq!(spans[0].attributes["url.path"], path);
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn by_http_1_1_a_request_has_exactly_one_host() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let traceparent = format!("traceparent: 00-{trace}-00f067aa0ba902b7-01\r\n");
+    for (path, otherwise) in [("/usercenter/v1/user/login", "405"), ("/nothing", "404"), ("/healthz", "200")]
+    {
+        for (version, hosts, is_served) in [
+            ("1.1", "", false),
+            ("1.1", "host: a\r\nhost: b\r\n", false),
+            ("1.1", "host: a\r\nhost: a\r\n", false),
+            ("1.0", "host: a\r\nhost: a\r\n", false),
+            ("1.1", "host: a b\r\n", false),
+            ("1.1", "host: user@a\r\n", false),
+            ("1.1", "host: a\r\n", true),
+            ("1.1", "host:\r\n", true),
+            ("1.1", "host: [::1]:80\r\n", true),
+            ("1.0", "", true),
+            ("1.0", "host: a\r\n", true),
+        ] {
+            let request =
+                format!("GET {path} HTTP/{version}\r\n{hosts}{traceparent}connection: close\r\n\r\n");
+            let answer = raw(stack.api.address, request.as_bytes(), answers(1)).await?;
+            let case = format!("{request}{answer}");
+            assert_eq!(answer.split(' ').nth(1), Some(if is_served { otherwise } else { "400" }), "{case}");
+            if !is_served {
+                assert!(answer.contains("urn:throughline:problem:bad-host"), "{case}");
+                assert!(path == "/healthz" || answer.contains(&format!(r#""traceId":"{trace}""#)), "{case}");
+            }
+        }
+    }
+    let is_refused = |span: &Span| span.attributes["http.response.status_code"] == "400";
+    let spans = stack.receiver.expect_span(is_refused).await;
+    assert_eq!((spans.trace_id.as_str(), spans.status), (trace, "UNSET"));
     Ok(())
 }
 

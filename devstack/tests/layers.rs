@@ -99,7 +99,7 @@ async fn around_the_http_service() -> Result<()> {
 
     let app = router::in_layers(routes.layer(ServiceBuilder::new().layer(outer).layer(inner)), limits);
 
-    app.oneshot(http::Request::get("/hello").body(Body::empty())?).await?;
+    app.oneshot(http::Request::get("/hello").header("host", "api").body(Body::empty())?).await?;
     assert_ended(&times, &["inner", "outer"]);
     Ok(())
 }

@@ -1,0 +1,44 @@
+//! The header `Host`, which a request by HTTP/1.1 has once (RFC 9112, section 3.2): proxies on the way may have
+//! gone by another one.
+
+use crate::problem::Problem;
+use axum::{
+    extract::Request,
+    http::{HeaderValue, Version, header, uri::Authority},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+/// Refuses a request without it, with several, or with one that is no host.
+pub async fn named_once(request: Request, next: Next) -> Response {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let is_legal = match (hosts.next(), hosts.next()) {
+        // HTTP/1.0 knows no such header; HTTP/2 has a pseudo-header in its place.
+        (None, _) => request.version() != Version::HTTP_11,
+        (Some(host), None) => is_host(host),
+        (Some(_), Some(_)) => false,
+    };
+    if is_legal { next.run(request).await } else { Problem::BadHost.into_response() }
+}
+
+/// `host`, `host:port`, or nothing at all.
+fn is_host(value: &HeaderValue) -> bool {
+    let is_authority = |host: &str| !host.contains('@') && host.parse::<Authority>().is_ok();
+    value.to_str().is_ok_and(|host| host.is_empty() || is_authority(host))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_has_no_more_than_a_name_and_a_port() {
+        for host in ["", "x", "127.0.0.1:8888", "[::1]:8888", "a-b.example"] {
+            assert!(is_host(&HeaderValue::from_static(host)), "{host}");
+        }
+        for other in ["user@x", "a b", "a/b", "http://a", "a:b:c", "a]"] {
+            assert!(!is_host(&HeaderValue::from_static(other)), "{other}");
+        }
+        assert!(!is_host(&HeaderValue::from_bytes(b"\xff").unwrap()));
+    }
+}
