@@ -309,6 +309,25 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_user_agent_keeps_its_versions_and_no_mobile_number() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let firefox = "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0";
+    let android = "Dalvik/2.1.0 (Linux; U; Android 12; 2201116SG Build/20190302)";
+    for (sent, shown) in [
+        (firefox.to_owned(), firefox.to_owned()),
+        (android.to_owned(), android.to_owned()),
+        (format!("{firefox} ({KNOWN_MOBILE})"), format!("{firefox} (REDACTED)")),
+        (format!("app/{KNOWN_MOBILE} (1380013)"), "app/REDACTED (REDACTED)".to_owned()),
+    ] {
+        let trace = stack.login(KNOWN_MOBILE, &[("user-agent", &sent)]).await?.trace_id();
+        let of_request = |span: &Span| span.trace_id == trace && span.attributes.contains_key("url.path");
+        let span = stack.receiver.expect_span(of_request).await;
+        assert_eq!(span.attributes["user_agent.original"], shown);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
     let loud = ("*", "RUST_LOG", "info,lapin=trace,api=trace,rpc=trace,mq=trace,telemetry=trace,proto=trace");
     let secret = ("api", "ACCESS_SECRET", "0123456789abcdef-this-is-a-secret-0123456789");

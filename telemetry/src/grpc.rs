@@ -25,8 +25,9 @@ pub use protocol::{code_name, code_of_http, parse_timeout, transport_status};
 use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
-    http::{Headers, HeadersMut, host_attribute, peer_attributes, without_long_numbers},
+    http::{Headers, HeadersMut, host_attribute, peer_attributes},
     metrics::{self, Measurement},
+    redaction::without_long_numbers,
     semconv::{self, OTHER},
 };
 use http::{HeaderMap, Request, Response, Uri};

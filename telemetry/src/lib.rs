@@ -33,6 +33,7 @@ mod otlp;
 mod outage;
 mod prometheus;
 pub mod propagation;
+mod redaction;
 mod resource;
 pub mod semconv;
 mod telemetry;
