@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use devstack::{
+    client::Answer,
     process::Process,
     receiver::Receiver,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
@@ -145,11 +146,16 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
         for (answer, expected) in [without, with_on, with_off].iter().zip(expected) {
             let count = stack.receiver.trace(&answer.trace_id()).len();
             // Also the flag that the caller sees.
-            let flag = answer.header("traceparent").ends_with("-01");
+            let flag = is_sampled(answer);
             assert_eq!((count, flag), (if expected { 6 } else { 0 }, expected), "{sampler} {arg}");
         }
     }
     Ok(())
+}
+
+/// By the flags in the header `traceparent`, the second of which says that the trace id is random.
+fn is_sampled(answer: &Answer) -> bool {
+    answer.header("traceparent").ends_with(['1', '3'])
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,7 +165,7 @@ async fn a_ratio_samples_about_so_many_traces_and_each_of_them_whole() -> Result
     let mut stack = Stack::start(&variables).await?;
     let mut sampled = 0;
     for _ in 0..100 {
-        sampled += usize::from(stack.login(KNOWN_MOBILE, &[]).await?.header("traceparent").ends_with("-01"));
+        sampled += usize::from(is_sampled(&stack.login(KNOWN_MOBILE, &[]).await?));
     }
     stack.stop().await?;
     // Outside of this with a chance of one in ten million.
@@ -185,6 +191,33 @@ async fn propagators_are_chosen_by_name() -> Result<()> {
         let answer = stack.login(KNOWN_MOBILE, &headers).await?;
         assert_eq!(answer.trace_id(), trace, "{propagators}");
         stack.receiver.expect_tree_below(parent, trace, LOGIN_TREE).await;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_b3_sampling_state_without_ids_decides_about_the_whole_trace() -> Result<()> {
+    let (on, off) = ("parentbased_always_on", "parentbased_always_off");
+    for (propagators, sampler, headers, is_traced) in [
+        ("b3", on, &[("b3", "0")][..], false),
+        ("b3", on, &[("x-b3-sampled", "0")], false),
+        ("b3multi", on, &[("x-b3-sampled", "0")], false),
+        ("tracecontext,b3", on, &[("b3", "0")], false),
+        ("b3", off, &[("b3", "1")], true),
+        ("b3", off, &[("b3", "d")], true),
+        ("b3multi", off, &[("x-b3-flags", "1")], true),
+    ] {
+        let variables = [("*", "OTEL_PROPAGATORS", propagators), ("*", "OTEL_TRACES_SAMPLER", sampler)];
+        let mut stack = Stack::start(&variables).await?;
+        let answer = stack.login(KNOWN_MOBILE, headers).await?;
+        assert_eq!((answer.status.as_u16(), is_sampled(&answer)), (200, is_traced), "{headers:?}");
+        stack.mq.said("login recorded").await?;
+        stack.stop().await?;
+        if is_traced {
+            stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+        } else {
+            assert_eq!(stack.receiver.spans(), [], "{propagators} {headers:?}");
+        }
     }
     Ok(())
 }

@@ -80,7 +80,7 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
     assert_eq!(headers["x-dead-letter-reason"], AMQPValue::LongString("refused_by_database".into()));
     assert_eq!(headers["x-dead-letter-attempts"], AMQPValue::LongInt(4));
     let producer = spans.iter().find(|span| span.kind == "PRODUCER").context("producer span")?;
-    let traceparent = format!("00-{}-{}-01", producer.trace_id, producer.span_id);
+    let traceparent = format!("00-{}-{}-03", producer.trace_id, producer.span_id);
     assert_eq!(headers["traceparent"], AMQPValue::LongString(traceparent.into()));
     let id = letter.properties.message_id().as_ref().map(|id| id.to_string());
     assert_eq!(id.as_ref(), producer.attributes.get("messaging.message.id"));

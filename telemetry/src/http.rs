@@ -269,9 +269,7 @@ impl HttpServerSpan {
                 span.set_status(Status::error(""));
             }
         }
-        if span.span_context().is_valid()
-            && let Ok(value) = HeaderValue::try_from(crate::propagation::traceparent(span.span_context()))
-        {
+        if let Some(Ok(value)) = crate::propagation::traceparent(&self.cx).map(HeaderValue::try_from) {
             response.headers_mut().insert(TRACEPARENT.clone(), value);
         }
         let length = response.headers().get(header::CONTENT_LENGTH);

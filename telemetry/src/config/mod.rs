@@ -10,7 +10,10 @@ mod otlp;
 
 pub(crate) use otlp::{OtlpConfig, Signal, Tls};
 
-use crate::{log, propagation::Propagator};
+use crate::{
+    log,
+    propagation::{AskedBy, Propagator},
+};
 use environment::{Environment, parse, unknown};
 use http::Uri;
 use opentelemetry::KeyValue;
@@ -306,7 +309,7 @@ fn sampler(env: &Environment) -> Result<Sampler, ConfigError> {
         return Err(ConfigError::new(ARG, format!("the sampler {name} takes no argument")));
     }
     let ratio = Sampler::TraceIdRatioBased(arg.unwrap_or(1.0));
-    let parent_based = |root| Sampler::ParentBased(Box::new(root));
+    let parent_based = |root| Sampler::ParentBased(Box::new(AskedBy(root)));
     Ok(match name {
         "always_on" => Sampler::AlwaysOn,
         "always_off" => Sampler::AlwaysOff,

@@ -25,7 +25,7 @@ fn attribute(config: &Config, key: &'static str) -> String {
 #[test]
 fn defaults_are_those_of_the_specification() {
     let config = read(&[]).unwrap();
-    assert_eq!(format!("{:?}", config.sampler), "ParentBased(AlwaysOn)");
+    assert_eq!(format!("{:?}", config.sampler), "ParentBased(AskedBy(AlwaysOn))");
     assert_eq!(config.propagators, [Propagator::TraceContext, Propagator::Baggage]);
     assert_eq!(config.limits.max_attributes_per_span, 128);
     assert_eq!(config.batch.schedule_delay, Duration::from_secs(5));
@@ -115,10 +115,10 @@ fn samplers_are_chosen_by_name() {
         ("always_on", "AlwaysOn"),
         ("always_off", "AlwaysOff"),
         ("traceidratio", "TraceIdRatioBased(1.0)"),
-        ("parentbased_always_on", "ParentBased(AlwaysOn)"),
-        ("parentbased_always_off", "ParentBased(AlwaysOff)"),
-        ("parentbased_traceidratio", "ParentBased(TraceIdRatioBased(1.0))"),
-        ("Parentbased_Always_OFF", "ParentBased(AlwaysOff)"),
+        ("parentbased_always_on", "ParentBased(AskedBy(AlwaysOn))"),
+        ("parentbased_always_off", "ParentBased(AskedBy(AlwaysOff))"),
+        ("parentbased_traceidratio", "ParentBased(AskedBy(TraceIdRatioBased(1.0)))"),
+        ("Parentbased_Always_OFF", "ParentBased(AskedBy(AlwaysOff))"),
     ] {
         assert_eq!(format!("{:?}", read(&[("OTEL_TRACES_SAMPLER", name)]).unwrap().sampler), sampler);
     }

@@ -2,10 +2,11 @@
 
 use super::{Debug, padded_hex};
 use opentelemetry::{
-    Context,
+    Context, KeyValue,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
-    trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
+    trace::{Link, SpanContext, SpanId, SpanKind, TraceContextExt, TraceFlags, TraceId, TraceState},
 };
+use opentelemetry_sdk::trace::{SamplingDecision, SamplingResult, ShouldSample};
 use std::sync::LazyLock;
 
 const SINGLE: &str = "b3";
@@ -26,7 +27,8 @@ pub enum B3Encoding {
 /// Reads both encodings (the single header first) and writes one.
 ///
 /// A debug flag counts as sampled, and is sent on. A deferred decision (no sampling state) counts as not sampled, as
-/// in the other OpenTelemetry SDKs.
+/// in the other OpenTelemetry SDKs. A sampling state without ids (`b3: 0`) is what the samplers `parentbased_*` do
+/// with the trace that begins here.
 #[derive(Debug, Clone, Copy)]
 pub struct B3Propagator(pub B3Encoding);
 
@@ -35,6 +37,13 @@ impl TextMapPropagator for B3Propagator {
         let span = cx.span();
         let span_context = span.span_context();
         if !span_context.is_valid() {
+            // Without a trace of this process, the next one has to know.
+            match (cx.get::<Asked>(), self.0) {
+                (Some(asked), B3Encoding::Single) => injector.set(SINGLE, asked.state().to_owned()),
+                (Some(Asked::Debug), B3Encoding::Multi) => injector.set(FLAGS, "1".to_owned()),
+                (Some(asked), B3Encoding::Multi) => injector.set(SAMPLED, asked.state().to_owned()),
+                (None, _) => {}
+            }
             return;
         }
         let (trace_id, span_id) = (span_context.trace_id(), span_context.span_id());
@@ -61,7 +70,8 @@ impl TextMapPropagator for B3Propagator {
         });
         match remote {
             Some((remote, is_debug)) => Debug::remote(cx, remote, is_debug),
-            None => cx.clone(),
+            None if cx.has_active_span() => cx.clone(),
+            None => Asked::of(extractor).map_or_else(|| cx.clone(), |asked| cx.with_value(asked)),
         }
     }
 
@@ -73,6 +83,66 @@ impl TextMapPropagator for B3Propagator {
             B3Encoding::Single => FieldIter::new(ONE.as_slice()),
             B3Encoding::Multi => FieldIter::new(MANY.as_slice()),
         }
+    }
+}
+
+/// What a caller without a trace asks for: `b3: 0`, or `X-B3-Sampled: 0`, and no ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asked {
+    Drop,
+    Sample,
+    /// To sample, and to send this on as long as the trace goes.
+    Debug,
+}
+
+impl Asked {
+    fn of(headers: &dyn Extractor) -> Option<Self> {
+        let from_state = |state: &str| match state.trim() {
+            "0" | "false" => Some(Self::Drop),
+            "1" | "true" => Some(Self::Sample),
+            "d" => Some(Self::Debug),
+            _ => None,
+        };
+        if let Some(single) = headers.get(SINGLE) {
+            return from_state(single);
+        }
+        // With an id there should be a trace: these are malformed.
+        if headers.get(TRACE_ID).or(headers.get(SPAN_ID)).is_some() {
+            return None;
+        }
+        let is_debug = headers.get(FLAGS).map(str::trim) == Some("1");
+        if is_debug { Some(Self::Debug) } else { from_state(headers.get(SAMPLED)?) }
+    }
+
+    fn state(self) -> &'static str {
+        match self {
+            Self::Drop => "0",
+            Self::Sample => "1",
+            Self::Debug => "d",
+        }
+    }
+}
+
+/// A sampler for the spans that begin a trace: does what the caller asks for, or what another sampler says.
+#[derive(Debug, Clone)]
+pub(crate) struct AskedBy<S>(pub S);
+
+impl<S: ShouldSample + Clone + 'static> ShouldSample for AskedBy<S> {
+    fn should_sample(
+        &self,
+        cx: Option<&Context>,
+        trace_id: TraceId,
+        name: &str,
+        kind: &SpanKind,
+        attributes: &[KeyValue],
+        links: &[Link],
+    ) -> SamplingResult {
+        let decision = match cx.and_then(|cx| cx.get::<Asked>()) {
+            None => return self.0.should_sample(cx, trace_id, name, kind, attributes, links),
+            Some(Asked::Drop) => SamplingDecision::Drop,
+            Some(Asked::Sample | Asked::Debug) => SamplingDecision::RecordAndSample,
+        };
+        SamplingResult { decision, attributes: Vec::new(), trace_state: TraceState::NONE }
     }
 }
 
@@ -108,6 +178,7 @@ fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<(SpanConte
 mod tests {
     use super::*;
     use crate::propagation::testing::Lines;
+    use opentelemetry_sdk::trace::Sampler;
     use proptest::prelude::*;
     use std::collections::HashMap;
 
@@ -121,8 +192,12 @@ mod tests {
 
     fn injected(encoding: B3Encoding) -> HashMap<String, String> {
         let remote = extract(&[("b3", &format!("{TRACE}-{SPAN}-1"))]).unwrap();
+        sent(encoding, &Context::new().with_remote_span_context(remote))
+    }
+
+    fn sent(encoding: B3Encoding, cx: &Context) -> HashMap<String, String> {
         let mut headers = HashMap::new();
-        B3Propagator(encoding).inject_context(&Context::new().with_remote_span_context(remote), &mut headers);
+        B3Propagator(encoding).inject_context(cx, &mut headers);
         headers
     }
 
@@ -193,11 +268,6 @@ mod tests {
             &[("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN), ("x-b3-flags", "1")],
         ] {
             let cx = B3Propagator(B3Encoding::Single).extract_with_context(&Context::new(), &Lines(received));
-            let sent = |encoding, cx: &Context| {
-                let mut headers = HashMap::new();
-                B3Propagator(encoding).inject_context(cx, &mut headers);
-                headers
-            };
             assert_eq!(sent(B3Encoding::Single, &cx)["b3"], single);
             let multi = sent(B3Encoding::Multi, &cx);
             assert_eq!((multi["x-b3-flags"].as_str(), multi.contains_key("x-b3-sampled")), ("1", false));
@@ -205,6 +275,55 @@ mod tests {
             let other = extract(&[("b3", &format!("{}-{SPAN}-1", "1".repeat(32)))]).unwrap();
             assert!(sent(B3Encoding::Single, &cx.with_remote_span_context(other))["b3"].ends_with("-1"));
         }
+    }
+
+    #[test]
+    fn a_sampling_state_alone_decides_about_the_trace_that_begins_here() {
+        let of = |headers: &[(&str, &str)]| {
+            let cx = B3Propagator(B3Encoding::Single).extract_with_context(&Context::new(), &Lines(headers));
+            assert!(!cx.has_active_span(), "{headers:?}");
+            let sampled = |root: Sampler| {
+                let (id, kind) = (TraceId::from(1), SpanKind::Server);
+                let parent_based = Sampler::ParentBased(Box::new(AskedBy(root)));
+                parent_based.should_sample(Some(&cx), id, "", &kind, &[], &[]).decision
+            };
+            let decisions = [sampled(Sampler::AlwaysOn), sampled(Sampler::AlwaysOff)];
+            (cx, decisions.map(|decision| decision == SamplingDecision::RecordAndSample))
+        };
+        let trace =
+            SpanContext::new(TraceId::from(1), SpanId::from(2), TraceFlags::SAMPLED, false, TraceState::NONE);
+        for (headers, decisions, single, multi) in [
+            (&[("b3", "0")][..], [false, false], "0", ("x-b3-sampled", "0")),
+            (&[("x-b3-sampled", "0")], [false, false], "0", ("x-b3-sampled", "0")),
+            (&[("x-b3-sampled", "false")], [false, false], "0", ("x-b3-sampled", "0")),
+            (&[("b3", "1")], [true, true], "1", ("x-b3-sampled", "1")),
+            (&[("x-b3-sampled", "1")], [true, true], "1", ("x-b3-sampled", "1")),
+            (&[("b3", "d")], [true, true], "d", ("x-b3-flags", "1")),
+            (&[("x-b3-flags", "1"), ("x-b3-sampled", "0")], [true, true], "d", ("x-b3-flags", "1")),
+        ] {
+            let (cx, decided) = of(headers);
+            assert_eq!(decided, decisions, "{headers:?}");
+            // Where no trace begins it is sent on; where one does, it goes with the ids.
+            assert_eq!(sent(B3Encoding::Single, &cx), [("b3".into(), single.into())].into());
+            assert_eq!(sent(B3Encoding::Multi, &cx), [(multi.0.into(), multi.1.into())].into());
+            if decided[0] {
+                let cx = cx.with_remote_span_context(trace.clone());
+                assert!(sent(B3Encoding::Single, &cx)["b3"].ends_with(&format!("-{single}")));
+            }
+        }
+        for headers in [
+            &[][..],
+            &[("b3", "2")],
+            &[("x-b3-sampled", "yes")],
+            &[("x-b3-sampled", "0"), ("x-b3-traceid", "7")],
+        ] {
+            assert_eq!(of(headers).1, [true, false], "{headers:?}");
+            assert_eq!(sent(B3Encoding::Single, &of(headers).0), HashMap::new());
+        }
+        // A trace that came is none that begins here.
+        let cx = Context::new().with_remote_span_context(trace);
+        let cx = B3Propagator(B3Encoding::Single).extract_with_context(&cx, &Lines(&[("b3", "d")]));
+        assert!(sent(B3Encoding::Single, &cx)["b3"].ends_with("-1"));
     }
 
     proptest! {

@@ -9,6 +9,7 @@ mod baggage;
 mod jaeger;
 mod trace_context;
 
+pub(crate) use b3::AskedBy;
 pub use b3::{B3Encoding, B3Propagator};
 pub use baggage::BaggagePropagator;
 pub use jaeger::JaegerPropagator;
@@ -70,16 +71,31 @@ pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
 struct Debug(TraceId);
 
 impl Debug {
-    /// The context of a caller, and whether it asks for debugging.
+    /// The context of a caller, and whether it asks for debugging. Neither B3 nor Jaeger say that a trace id is
+    /// random, but another propagator may know it.
     fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
         let trace_id = remote.trace_id();
+        let is_known = cx.span().span_context().trace_id() == trace_id;
         let cx = cx.with_remote_span_context(remote);
+        let cx = if is_known { cx } else { cx.with_value(NotRandom(trace_id)) };
         if is_debug { cx.with_value(Self(trace_id)) } else { cx }
     }
 
     /// Whether it is to be sent on with this span.
     fn is_on(cx: &Context, span: &SpanContext) -> bool {
-        cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id()) && span.is_sampled()
+        let came_with_it = cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id());
+        (came_with_it || cx.get::<b3::Asked>() == Some(&b3::Asked::Debug)) && span.is_sampled()
+    }
+}
+
+/// A trace that came from a caller who didn't say that its id is random. Any other trace id is: the SDK makes
+/// them so, but never sets the flag, and it resets the caller's in spans that are not sampled.
+#[derive(Debug)]
+struct NotRandom(TraceId);
+
+impl NotRandom {
+    fn is_on(cx: &Context, span: &SpanContext) -> bool {
+        cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id())
     }
 }
 
