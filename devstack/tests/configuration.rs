@@ -22,6 +22,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("OTEL_TRACES_SAMPLER", "sometimes"),
         ("OTEL_PROPAGATORS", "xray"),
         ("OTEL_SDK_DISABLED", "maybe"),
+        ("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET,,POST"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:431700"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "carrier-pigeon"),
@@ -217,6 +218,29 @@ async fn a_b3_sampling_state_without_ids_decides_about_the_whole_trace() -> Resu
             stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
         } else {
             assert_eq!(stack.receiver.spans(), [], "{propagators} {headers:?}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_methods_that_name_a_span_are_known_or_listed() -> Result<()> {
+    for (list, named) in [
+        ("", [("GET", true), ("QUERY", true), ("get", false), ("PROPFIND", false)]),
+        ("PROPFIND, get", [("GET", false), ("QUERY", false), ("get", true), ("PROPFIND", true)]),
+    ] {
+        let stack = Stack::start(&[("api", "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", list)]).await?;
+        let url = format!("http://{}/nothing", stack.api.address);
+        for (method, is_known) in named {
+            let answer = stack.client.send(method.parse()?, &url, &[], "").await?;
+            let trace = answer.trace_id();
+            let span = stack.receiver.expect_span(|span| span.trace_id == trace).await;
+            let attribute = |key| span.attributes.get(key).map(String::as_str);
+            let (name, known, original) =
+                if is_known { (method, method, None) } else { ("HTTP", "_OTHER", Some(method)) };
+            assert_eq!(span.name, name, "{list:?}");
+            assert_eq!(attribute("http.request.method"), Some(known), "{list:?}");
+            assert_eq!(attribute("http.request.method_original"), original, "{list:?}");
         }
     }
     Ok(())

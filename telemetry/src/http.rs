@@ -34,9 +34,10 @@ use opentelemetry::{
 };
 use std::{
     borrow::Cow,
+    env,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     task::{self, Poll},
     thread,
 };
@@ -333,20 +334,21 @@ impl Drop for HttpServerSpan {
     }
 }
 
-/// The methods of RFC 9110 and RFC 5789; any other is `_OTHER`, since a caller can invent them.
+/// The variable that lists the known methods, in place of [`KNOWN_METHODS`] (semantic conventions 1.45, HTTP
+/// spans, `http.request.method`). They are compared with regard to case.
+pub(crate) const KNOWN_METHODS_VARIABLE: &str = "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS";
+
+/// The methods of RFC 9110, PATCH of RFC 5789, and QUERY.
+const KNOWN_METHODS: &str = "CONNECT,DELETE,GET,HEAD,OPTIONS,PATCH,POST,PUT,QUERY,TRACE";
+
+/// The name of a known method; any other is `_OTHER`, since a caller can invent them.
 fn known_method(method: &Method) -> Option<&'static str> {
-    Some(match *method {
-        Method::GET => "GET",
-        Method::POST => "POST",
-        Method::PUT => "PUT",
-        Method::DELETE => "DELETE",
-        Method::HEAD => "HEAD",
-        Method::OPTIONS => "OPTIONS",
-        Method::CONNECT => "CONNECT",
-        Method::TRACE => "TRACE",
-        Method::PATCH => "PATCH",
-        _ => return None,
-    })
+    static KNOWN: LazyLock<Vec<String>> = LazyLock::new(|| {
+        let list = env::var(KNOWN_METHODS_VARIABLE).ok().filter(|list| !list.trim().is_empty());
+        let list = list.as_deref().unwrap_or(KNOWN_METHODS);
+        list.split(',').map(|method| method.trim().to_owned()).collect()
+    });
+    KNOWN.iter().map(String::as_str).find(|known| *known == method.as_str())
 }
 
 fn protocol_version(version: Version) -> Option<&'static str> {

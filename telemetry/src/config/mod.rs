@@ -11,11 +11,12 @@ mod otlp;
 pub(crate) use otlp::{OtlpConfig, Signal, Tls};
 
 use crate::{
+    http::KNOWN_METHODS_VARIABLE,
     log,
     propagation::{AskedBy, Propagator},
 };
 use environment::{Environment, parse, unknown};
-use http::Uri;
+use http::{Method, Uri};
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::{
     Resource,
@@ -142,6 +143,7 @@ impl Config {
         if env.get("OTEL_CONFIG_FILE")?.is_some() {
             return Err(ConfigError::new("OTEL_CONFIG_FILE", "declarative configuration is not supported"));
         }
+        known_methods(env)?;
         Ok(Self {
             resource: resource(name, version, env)?,
             exporters: exporters(env)?,
@@ -338,6 +340,18 @@ fn propagators(env: &Environment) -> Result<Vec<Propagator>, ConfigError> {
         None => Err(unknown(VARIABLE, name, "tracecontext, baggage, b3, b3multi, jaeger, none")),
     };
     names.iter().map(propagator).collect()
+}
+
+/// Checks the list, which the HTTP layer reads by itself.
+fn known_methods(env: &Environment) -> Result<(), ConfigError> {
+    let list = env.get(KNOWN_METHODS_VARIABLE)?.unwrap_or_default();
+    for method in list.split(',').map(str::trim).filter(|_| !list.is_empty()) {
+        if Method::from_bytes(method.as_bytes()).is_err() {
+            let problem = format!("expected methods like GET,POST, found {method:?}");
+            return Err(ConfigError::new(KNOWN_METHODS_VARIABLE, problem));
+        }
+    }
+    Ok(())
 }
 
 fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {

@@ -51,6 +51,8 @@ fn what_cannot_be_honoured_is_an_error_that_names_its_variable() {
         ("OTEL_TRACES_EXPORTER", "otlp,,zipkin"),
         ("OTEL_PROPAGATORS", "tracecontext,xray"),
         ("OTEL_PROPAGATORS", "none,b3"),
+        ("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET,,POST"),
+        ("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET POST"),
         ("OTEL_TRACES_SAMPLER", "sometimes"),
         ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
         ("OTEL_TRACES_SAMPLER_ARG", "0.5"),
