@@ -4,7 +4,7 @@
 //! - [`verify`]: checks a running system against the contract, with [`jaeger`]
 //! - [`receiver`]: an OTLP (and Zipkin) receiver on a free port
 //! - [`backend`]: a trace backend in memory, with Jaeger's query API
-//! - [`trace`]: spans as they were received, drawn as a tree
+//! - [`trace`]: spans as they were received, drawn as a tree; [`metric`] and [`log`] beside them
 //! - [`broker`]: an AMQP 0-9-1 broker, and [`raw`]: its frames by hand
 //! - [`rabbitmq`]: a RabbitMQ node of this program's own
 //! - [`process`]: the services as real processes
@@ -27,6 +27,8 @@ pub mod client;
 pub mod database;
 pub mod dev;
 pub mod jaeger;
+pub mod log;
+pub mod metric;
 mod orphans;
 pub mod process;
 pub mod proxy;

@@ -1,10 +1,12 @@
-//! An OTLP receiver, as gRPC and as HTTP, that keeps what it gets: a test sees what was exported, not
-//! what was meant. It takes Zipkin's JSON as well.
+//! An OTLP receiver of traces, metrics and logs, as gRPC and as HTTP, that keeps what it gets: a test sees
+//! what was exported, not what was meant. It takes Zipkin's JSON as well.
 
 use crate::{
     PATIENCE,
     backend::{Rejected, ingest, ingest::Sink},
     background::Background,
+    log::{self, LogRecord},
+    metric::{self, Metric},
     poll,
     trace::{self, Span},
 };
@@ -16,7 +18,10 @@ use axum::{
     http::{HeaderMap, StatusCode},
     routing::post,
 };
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::collector::{
+    logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
+    trace::v1::ExportTraceServiceRequest,
+};
 use serde_json::Value;
 use std::{
     net::SocketAddr,
@@ -28,7 +33,7 @@ use tonic::Status;
 pub struct Receiver {
     /// Where it listens for OTLP/gRPC.
     pub grpc: SocketAddr,
-    /// Where it listens for OTLP/HTTP (`/v1/traces`) and Zipkin (`/api/v2/spans`).
+    /// Where it listens for OTLP/HTTP (`/v1/traces`, `/v1/metrics`, `/v1/logs`) and Zipkin (`/api/v2/spans`).
     pub http: SocketAddr,
     store: Store,
     _runtime: Background,
@@ -40,14 +45,18 @@ struct Store(Arc<Mutex<Received>>);
 #[derive(Default)]
 struct Received {
     spans: Vec<Span>,
+    metrics: Vec<Metric>,
+    logs: Vec<LogRecord>,
     zipkin: Vec<Value>,
-    /// The headers of each request, gRPC's metadata among them.
+    /// The headers of each request with spans, gRPC's metadata among them.
     requests: Vec<HeaderMap>,
-    /// Answers to come before requests are taken again.
+    metrics_requests: Vec<HeaderMap>,
+    logs_requests: Vec<HeaderMap>,
+    /// Answers to come before requests with spans are taken again.
     refusals: Vec<Refusal>,
 }
 
-/// An answer that is not a success, or not wholly.
+/// An answer to a request with spans that is not a success, or not wholly.
 #[derive(Debug, Clone, Copy)]
 pub enum Refusal {
     /// UNAVAILABLE, or 503: come back later.
@@ -100,12 +109,33 @@ impl Receiver {
         self.store.lock().zipkin.clone()
     }
 
-    /// The headers of each request.
+    /// All data points received so far, in the order of their arrival: of a series that was exported several
+    /// times, the last is the latest.
+    pub fn metrics(&self) -> Vec<Metric> {
+        self.store.lock().metrics.clone()
+    }
+
+    /// All log records received so far.
+    pub fn logs(&self) -> Vec<LogRecord> {
+        self.store.lock().logs.clone()
+    }
+
+    /// The headers of each request with spans.
     pub fn requests(&self) -> Vec<HeaderMap> {
         self.store.lock().requests.clone()
     }
 
-    /// Refuses the next requests, one for each.
+    /// The headers of each request with metrics.
+    pub fn metrics_requests(&self) -> Vec<HeaderMap> {
+        self.store.lock().metrics_requests.clone()
+    }
+
+    /// The headers of each request with logs.
+    pub fn logs_requests(&self) -> Vec<HeaderMap> {
+        self.store.lock().logs_requests.clone()
+    }
+
+    /// Refuses the next requests with spans, one for each. Metrics and logs are taken all the same.
     pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
         self.store.lock().refusals.extend(refusals);
     }
@@ -135,6 +165,30 @@ impl Receiver {
         self.expect_tree_below("", trace_id, expected).await
     }
 
+    /// Waits for a data point that `wanted` accepts: the first to have come.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub async fn expect_metric(&self, wanted: impl Fn(&Metric) -> bool) -> Metric {
+        let seen = poll(PATIENCE, async || self.metrics().into_iter().find(|metric| wanted(metric)));
+        match seen.await {
+            Some(metric) => metric,
+            None => panic!("no such data point among:\n{:#?}", self.metrics()),
+        }
+    }
+
+    /// Waits for a log record that `wanted` accepts: the first to have come.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub async fn expect_log(&self, wanted: impl Fn(&LogRecord) -> bool) -> LogRecord {
+        let seen = poll(PATIENCE, async || self.logs().into_iter().find(|record| wanted(record)));
+        match seen.await {
+            Some(record) => record,
+            None => panic!("no such log record among:\n{:#?}", self.logs()),
+        }
+    }
+
     /// Waits for a span that `wanted` accepts.
     ///
     /// # Panics
@@ -155,17 +209,31 @@ impl Store {
 }
 
 impl Sink for Store {
-    fn take(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
+    fn traces(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         let mut received = self.lock();
         received.requests.push(headers);
         if !received.refusals.is_empty() {
             return match received.refusals.remove(0) {
                 Refusal::Unavailable => Err(Status::unavailable("refused")),
                 Refusal::Invalid => Err(Status::invalid_argument("refused")),
-                Refusal::OneSpan => Ok(Rejected { spans: 1, reason: "refused" }),
+                Refusal::OneSpan => Ok(Rejected { count: 1, reason: "refused" }),
             };
         }
         received.spans.extend(request.resource_spans.iter().flat_map(trace::spans));
+        Ok(Rejected::default())
+    }
+
+    fn metrics(&self, headers: HeaderMap, request: ExportMetricsServiceRequest) -> Result<Rejected, Status> {
+        let mut received = self.lock();
+        received.metrics_requests.push(headers);
+        received.metrics.extend(request.resource_metrics.iter().flat_map(metric::metrics));
+        Ok(Rejected::default())
+    }
+
+    fn logs(&self, headers: HeaderMap, request: ExportLogsServiceRequest) -> Result<Rejected, Status> {
+        let mut received = self.lock();
+        received.logs_requests.push(headers);
+        received.logs.extend(request.resource_logs.iter().flat_map(log::records));
         Ok(Rejected::default())
     }
 }

@@ -138,11 +138,11 @@ pub fn dedent(text: &str) -> String {
     lines.iter().map(|line| format!("{}\n", line[indent..].trim_end())).collect()
 }
 
-fn attributes(attributes: &[KeyValue]) -> BTreeMap<String, String> {
+pub(crate) fn attributes(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     attributes.iter().map(|kv| (kv.key.clone(), kv.value.as_ref().map(text).unwrap_or_default())).collect()
 }
 
-fn text(value: &AnyValue) -> String {
+pub(crate) fn text(value: &AnyValue) -> String {
     match &value.value {
         Some(Value::StringValue(v)) => v.clone(),
         Some(Value::BoolValue(v)) => v.to_string(),
@@ -152,6 +152,6 @@ fn text(value: &AnyValue) -> String {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -154,7 +154,7 @@ impl Backend {
 }
 
 impl Sink for Arc<Store> {
-    fn take(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
+    fn traces(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         Ok(self.insert(request))
     }
 }

@@ -77,11 +77,11 @@ pub(super) struct Shared<T> {
     spans: AtomicUsize,
 }
 
-/// Spans of a request that were not stored.
+/// Items of a request (spans, data points or log records) that were not stored.
 #[derive(Debug, Default)]
 pub(crate) struct Rejected {
     /// How many.
-    pub spans: u64,
+    pub count: u64,
     /// Why the first was not.
     pub reason: &'static str,
 }
@@ -104,10 +104,10 @@ impl StoredSpan {
 
 impl Rejected {
     pub fn add(&mut self, reason: &'static str) {
-        if self.spans == 0 {
+        if self.count == 0 {
             self.reason = reason;
         }
-        self.spans += 1;
+        self.count += 1;
     }
 }
 

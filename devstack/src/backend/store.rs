@@ -133,8 +133,8 @@ impl Store {
                     changed.insert(id);
                 }
             }
-            contents.statistics.received += rejected.spans;
-            contents.statistics.rejected += rejected.spans;
+            contents.statistics.received += rejected.count;
+            contents.statistics.rejected += rejected.count;
             contents.evict(self.limits)
         };
         // Thousands of allocations are freed here: outside of the lock.

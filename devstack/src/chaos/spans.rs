@@ -111,7 +111,7 @@ impl Trees {
 }
 
 impl Sink for Trees {
-    fn take(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
+    fn traces(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         let scopes = request.resource_spans.iter().flat_map(|resource| &resource.scope_spans);
         for span in scopes.flat_map(|scope| &scope.spans) {
             self.take_span(span)

@@ -1,6 +1,6 @@
 //! OTLP's three encodings, with gzip and without; what is malformed gets the protocol's own error.
 
-use crate::{Fixture, GZIP, JSON, PROTOBUF, request, span, trace_id};
+use crate::{Fixture, GZIP, JSON, PROTOBUF, ZSTD, request, span, trace_id};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use devstack::backend::{Addresses, Backend};
@@ -134,6 +134,11 @@ async fn malformed_http_is_answered_with_a_status_in_the_requests_own_encoding()
     let valid = request("shop", [span(1, 1, 0, "buy")]).encode_to_vec();
     let zipped = gzip(&valid);
     let bomb = gzip(&vec![0; MAX_BYTES + 1]);
+    // A few bytes that would have the decoder allocate 128 MiB.
+    let mut wide = zstd::Encoder::new(Vec::new(), 0)?;
+    wide.window_log(27)?;
+    wide.write_all(&valid)?;
+    let wide = wide.finish()?;
     assert!(bomb.len() < 100_000);
     let deep = |open: &str, close: &str| open.repeat(50_000) + &close.repeat(50_000);
     let deep_attribute = deep(r#"{"arrayValue":{"values":["#, "]}}");
@@ -163,6 +168,15 @@ async fn malformed_http_is_answered_with_a_status_in_the_requests_own_encoding()
         ("no gzip", &[PROTOBUF, GZIP], valid.clone(), 400, 3),
         ("half a gzip", &[PROTOBUF, GZIP], zipped[..zipped.len() - 5].to_vec(), 400, 3),
         ("half a gzip of JSON", &[JSON, GZIP], gzip(json_request(1).as_bytes())[..50].to_vec(), 400, 3),
+        ("no zstd", &[PROTOBUF, ZSTD], valid.clone(), 400, 3),
+        ("a zstd window beyond what HTTP allows", &[PROTOBUF, ZSTD], wide, 400, 3),
+        (
+            "too large without zstd",
+            &[PROTOBUF, ZSTD],
+            zstd::encode_all(&vec![0; MAX_BYTES + 1][..], 0)?,
+            413,
+            8,
+        ),
         ("too many", &[PROTOBUF, GZIP], gzip(&empty_spans()), 413, 8),
         (
             "too many, JSON",
@@ -209,8 +223,8 @@ async fn other_types_encodings_methods_and_paths_are_refused() -> Result<()> {
         let answer = fixture.client.send(method, &url, &[JSON], "{}").await?;
         assert_eq!((answer.status.as_u16(), answer.header("allow")), (405, "POST"));
     }
-    let metrics = url.replace("traces", "metrics");
-    assert_eq!(fixture.client.send(Method::POST, &metrics, &[JSON], "{}").await?.status, 404);
+    let profiles = url.replace("traces", "profiles");
+    assert_eq!(fixture.client.send(Method::POST, &profiles, &[JSON], "{}").await?.status, 404);
     Ok(())
 }
 
@@ -220,6 +234,7 @@ async fn malformed_grpc_is_an_invalid_argument() -> Result<()> {
     let valid = request("shop", [span(1, 1, 0, "buy")]).encode_to_vec();
     let zipped = gzip(&valid);
     let gzip_header = ("grpc-encoding", "gzip");
+    let zstd_header = ("grpc-encoding", "zstd");
     let none = ("x", "1");
     for (name, header, body, status) in [
         ("well-formed", none, framed(false, &valid), "0"),
@@ -234,6 +249,9 @@ async fn malformed_grpc_is_an_invalid_argument() -> Result<()> {
         ("a length beyond the limit", none, b"\0\xff\xff\xff\xff".to_vec(), "11"),
         ("millions of empty spans", gzip_header, framed(true, &gzip(&empty_spans())), "8"),
         ("a gzip bomb", gzip_header, framed(true, &gzip(&vec![0; MAX_BYTES + 1])), "8"),
+        ("well-formed, with zstd", zstd_header, framed(true, &zstd::encode_all(&valid[..], 0)?), "0"),
+        ("no zstd", zstd_header, framed(true, &valid), "3"),
+        ("a zstd bomb", zstd_header, framed(true, &zstd::encode_all(&vec![0; MAX_BYTES + 1][..], 0)?), "8"),
         ("another encoding", ("grpc-encoding", "br"), framed(true, &valid), "12"),
     ] {
         assert_eq!(grpc_status(&fixture.backend, header, body).await?, status, "{name}");
@@ -267,7 +285,7 @@ async fn spans_with_invalid_ids_are_rejected_and_counted_and_the_others_stored()
             Span { span_id: vec![3; 8], parent_span_id: vec![0; 8], ..good },
         ]
     };
-    let message = "of the first span: its trace id or span id is invalid";
+    let message = "the first of them: its trace id or span id is invalid";
 
     let mut grpc =
         TraceServiceClient::connect(format!("http://{}", fixture.backend.addresses().otlp_grpc)).await?;

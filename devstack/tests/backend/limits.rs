@@ -159,7 +159,7 @@ async fn what_every_answer_would_repeat_is_bounded() -> Result<()> {
 async fn no_trace_takes_more_than_a_quarter_of_the_store() -> Result<()> {
     let fixture = Fixture::with_limits(Limits { spans: 100, bytes: 4 * MEGABYTE }).await?;
     fixture.export("shop", [span(1, 1, 0, "old")]).await?;
-    let reason = "of the first span: its trace takes a quarter of the store already";
+    let reason = "the first of them: its trace takes a quarter of the store already";
     for (trace, spans, rejected) in [
         (2, (1..=40).map(|id| span(2, id, 0, "one of many")).collect::<Vec<_>>(), 15),
         (3, (1..=4).map(|id| with_text(span(3, id, 0, "large"), 300_000)).collect(), 1),

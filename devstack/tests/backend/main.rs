@@ -7,6 +7,7 @@ mod limits;
 mod login;
 mod recent;
 mod search;
+mod signals;
 
 use anyhow::Result;
 use devstack::{
@@ -29,6 +30,7 @@ const MILLISECOND: u64 = 1_000_000;
 const PROTOBUF: (&str, &str) = ("content-type", "application/x-protobuf");
 const JSON: (&str, &str) = ("content-type", "application/json");
 const GZIP: (&str, &str) = ("content-encoding", "gzip");
+const ZSTD: (&str, &str) = ("content-encoding", "zstd");
 
 /// A backend, and a client for it.
 struct Fixture {

@@ -1,16 +1,24 @@
 //! Decoding, bounded by what comes out of it: an empty span takes two bytes in protobuf and three hundred
 //! decoded, so that a request of the size that is allowed could otherwise become gigabytes.
 
+use super::Export;
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::ExportTraceServiceRequest,
+    collector::{
+        logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
+        trace::v1::ExportTraceServiceRequest,
+    },
     common::v1::{AnyValue, ArrayValue, EntityRef, InstrumentationScope, KeyValue, KeyValueList},
+    logs::v1::{LogRecord, ResourceLogs, ScopeLogs},
+    metrics::v1::{
+        Exemplar, ExponentialHistogramDataPoint, HistogramDataPoint, Metric, NumberDataPoint,
+        ResourceMetrics, ScopeMetrics, SummaryDataPoint, summary_data_point::ValueAtQuantile,
+    },
     resource::v1::Resource,
     trace::v1::{
         ResourceSpans, ScopeSpans, Span,
         span::{Event, Link},
     },
 };
-use prost::Message;
 use std::mem::size_of;
 use tonic::Status;
 
@@ -21,106 +29,98 @@ const MAX_DECODED_BYTES: usize = 128 * 1024 * 1024;
 /// As deep as prost decodes.
 const MAX_DEPTH: usize = 100;
 
-pub(super) fn protobuf(message: &[u8]) -> Result<ExportTraceServiceRequest, Status> {
+pub(super) fn protobuf<E: Export>(message: &[u8]) -> Result<E, Status> {
     let mut budget = MAX_DECODED_BYTES;
-    if !fits(message, Kind::Request, &mut budget, MAX_DEPTH) {
+    if !fits(message, E::KIND, &mut budget, MAX_DEPTH) {
         return Err(too_much());
     }
-    ExportTraceServiceRequest::decode(message).map_err(|error| Status::invalid_argument(error.to_string()))
+    E::decode(message).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
-pub(super) fn json(text: &[u8]) -> Result<ExportTraceServiceRequest, Status> {
-    // Each bracket may be a message's, and any message a span: that is the largest.
+pub(super) fn json<E: Export>(text: &[u8]) -> Result<E, Status> {
+    // Each bracket may be a message's, and any message one of the largest.
     let brackets = text.iter().filter(|byte| matches!(byte, b'{' | b'[')).count();
-    if brackets * size_of::<Span>() > MAX_DECODED_BYTES {
+    let largest = size_of::<Span>().max(size_of::<ExponentialHistogramDataPoint>());
+    if brackets * largest > MAX_DECODED_BYTES {
         return Err(too_much());
     }
     serde_json::from_slice(text).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
 fn too_much() -> Status {
-    Status::resource_exhausted("the request has too many spans, attributes, events or links")
+    Status::resource_exhausted("the request has too many items, attributes, events, links or values")
 }
 
 /// A message that may be there many times, or has such in it.
-#[derive(Clone, Copy)]
-enum Kind {
-    Request,
-    ResourceSpans,
-    Resource,
-    EntityRef,
-    ScopeSpans,
-    Scope,
-    Span,
-    Event,
-    Link,
-    KeyValue,
-    AnyValue,
-    ArrayValue,
-    KeyValueList,
-    Text,
-}
-
-impl Kind {
+pub(super) struct Kind {
     /// What it takes once decoded.
-    fn bytes(self) -> usize {
-        match self {
-            Self::Request => size_of::<ExportTraceServiceRequest>(),
-            Self::ResourceSpans => size_of::<ResourceSpans>(),
-            Self::Resource => size_of::<Resource>(),
-            Self::EntityRef => size_of::<EntityRef>(),
-            Self::ScopeSpans => size_of::<ScopeSpans>(),
-            Self::Scope => size_of::<InstrumentationScope>(),
-            Self::Span => size_of::<Span>(),
-            Self::Event => size_of::<Event>(),
-            Self::Link => size_of::<Link>(),
-            Self::KeyValue => size_of::<KeyValue>(),
-            Self::AnyValue => size_of::<AnyValue>(),
-            Self::ArrayValue => size_of::<ArrayValue>(),
-            Self::KeyValueList => size_of::<KeyValueList>(),
-            Self::Text => size_of::<String>(),
-        }
-    }
-
-    /// The message in its field of this number.
-    fn field(self, number: usize) -> Option<Self> {
-        match (self, number) {
-            (Self::Request, 1) => Some(Self::ResourceSpans),
-            (Self::ResourceSpans, 1) => Some(Self::Resource),
-            (Self::ResourceSpans, 2) => Some(Self::ScopeSpans),
-            (Self::Resource, 3) => Some(Self::EntityRef),
-            (Self::EntityRef, 3 | 4) => Some(Self::Text),
-            (Self::ScopeSpans, 1) => Some(Self::Scope),
-            (Self::ScopeSpans, 2) => Some(Self::Span),
-            (Self::Span, 11) => Some(Self::Event),
-            (Self::Span, 13) => Some(Self::Link),
-            (Self::Resource, 1)
-            | (Self::Scope, 3)
-            | (Self::Span, 9)
-            | (Self::Event, 3)
-            | (Self::Link, 4)
-            | (Self::KeyValueList, 1) => Some(Self::KeyValue),
-            (Self::KeyValue, 2) | (Self::ArrayValue, 1) => Some(Self::AnyValue),
-            (Self::AnyValue, 5) => Some(Self::ArrayValue),
-            (Self::AnyValue, 6) => Some(Self::KeyValueList),
-            _ => None,
-        }
-    }
+    bytes: usize,
+    /// The numbers of its fields that are such messages.
+    fields: &'static [(usize, &'static Kind)],
 }
+
+const fn kind<T>(fields: &'static [(usize, &'static Kind)]) -> Kind {
+    Kind { bytes: size_of::<T>(), fields }
+}
+
+pub(super) static TRACES: Kind = kind::<ExportTraceServiceRequest>(&[(1, &RESOURCE_SPANS)]);
+static RESOURCE_SPANS: Kind = kind::<ResourceSpans>(&[(1, &RESOURCE), (2, &SCOPE_SPANS)]);
+static SCOPE_SPANS: Kind = kind::<ScopeSpans>(&[(1, &SCOPE), (2, &SPAN)]);
+static SPAN: Kind = kind::<Span>(&[(9, &KEY_VALUE), (11, &EVENT), (13, &LINK)]);
+static EVENT: Kind = kind::<Event>(&[(3, &KEY_VALUE)]);
+static LINK: Kind = kind::<Link>(&[(4, &KEY_VALUE)]);
+
+pub(super) static LOGS: Kind = kind::<ExportLogsServiceRequest>(&[(1, &RESOURCE_LOGS)]);
+static RESOURCE_LOGS: Kind = kind::<ResourceLogs>(&[(1, &RESOURCE), (2, &SCOPE_LOGS)]);
+static SCOPE_LOGS: Kind = kind::<ScopeLogs>(&[(1, &SCOPE), (2, &LOG_RECORD)]);
+static LOG_RECORD: Kind = kind::<LogRecord>(&[(5, &ANY_VALUE), (6, &KEY_VALUE)]);
+
+pub(super) static METRICS: Kind = kind::<ExportMetricsServiceRequest>(&[(1, &RESOURCE_METRICS)]);
+static RESOURCE_METRICS: Kind = kind::<ResourceMetrics>(&[(1, &RESOURCE), (2, &SCOPE_METRICS)]);
+static SCOPE_METRICS: Kind = kind::<ScopeMetrics>(&[(1, &SCOPE), (2, &METRIC)]);
+static METRIC: Kind = kind::<Metric>(&[
+    (5, &NUMBERS),
+    (7, &NUMBERS),
+    (9, &HISTOGRAM),
+    (10, &EXPONENTIAL_HISTOGRAM),
+    (11, &SUMMARY),
+    (12, &KEY_VALUE),
+]);
+// What holds the points of a metric has its place in the metric.
+static NUMBERS: Kind = kind::<()>(&[(1, &NUMBER)]);
+static HISTOGRAM: Kind = kind::<()>(&[(1, &HISTOGRAM_POINT)]);
+static EXPONENTIAL_HISTOGRAM: Kind = kind::<()>(&[(1, &EXPONENTIAL_HISTOGRAM_POINT)]);
+static SUMMARY: Kind = kind::<()>(&[(1, &SUMMARY_POINT)]);
+static NUMBER: Kind = kind::<NumberDataPoint>(&[(5, &EXEMPLAR), (7, &KEY_VALUE)]);
+static HISTOGRAM_POINT: Kind = kind::<HistogramDataPoint>(&[(8, &EXEMPLAR), (9, &KEY_VALUE)]);
+static EXPONENTIAL_HISTOGRAM_POINT: Kind =
+    kind::<ExponentialHistogramDataPoint>(&[(1, &KEY_VALUE), (11, &EXEMPLAR)]);
+static SUMMARY_POINT: Kind = kind::<SummaryDataPoint>(&[(6, &QUANTILE), (7, &KEY_VALUE)]);
+static QUANTILE: Kind = kind::<ValueAtQuantile>(&[]);
+static EXEMPLAR: Kind = kind::<Exemplar>(&[(7, &KEY_VALUE)]);
+
+static RESOURCE: Kind = kind::<Resource>(&[(1, &KEY_VALUE), (3, &ENTITY_REF)]);
+static ENTITY_REF: Kind = kind::<EntityRef>(&[(3, &TEXT), (4, &TEXT)]);
+static SCOPE: Kind = kind::<InstrumentationScope>(&[(3, &KEY_VALUE)]);
+static KEY_VALUE: Kind = kind::<KeyValue>(&[(2, &ANY_VALUE)]);
+static ANY_VALUE: Kind = kind::<AnyValue>(&[(5, &ARRAY_VALUE), (6, &KEY_VALUE_LIST)]);
+static ARRAY_VALUE: Kind = kind::<ArrayValue>(&[(1, &ANY_VALUE)]);
+static KEY_VALUE_LIST: Kind = kind::<KeyValueList>(&[(1, &KEY_VALUE)]);
+static TEXT: Kind = kind::<String>(&[]);
 
 /// Whether the messages in this one take no more than the budget, which they use up. What is malformed
 /// ends the count: it is for the decoder to say so.
-fn fits(mut message: &[u8], kind: Kind, budget: &mut usize, depth: usize) -> bool {
+fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bool {
     while let Some((number, bytes)) = next_field(&mut message) {
-        let Some(inner) = kind.field(number) else {
+        let Some((_, inner)) = kind.fields.iter().find(|(field, _)| *field == number) else {
             continue;
         };
-        let Some(left) = budget.checked_sub(inner.bytes()) else {
+        let Some(left) = budget.checked_sub(inner.bytes) else {
             return false;
         };
         *budget = left;
         // What is nested deeper, the decoder refuses.
-        if depth > 0 && !matches!(inner, Kind::Text) && !fits(bytes, inner, budget, depth - 1) {
+        if depth > 0 && !inner.fields.is_empty() && !fits(bytes, inner, budget, depth - 1) {
             return false;
         }
     }
@@ -155,6 +155,7 @@ fn next_field<'a>(message: &mut &'a [u8]) -> Option<(usize, &'a [u8])> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use prost::Message;
 
     /// A field of this number with these bytes.
     fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
@@ -170,7 +171,16 @@ mod tests {
 
     #[test]
     fn many_small_messages_of_any_kind_are_refused_undecoded() {
-        for (name, path, message) in [
+        fn check<E: Export>(rows: &[(&str, &[u8], Vec<u8>)]) {
+            for (name, path, message) in rows {
+                let few = nested(path, message.repeat(1000));
+                assert!(protobuf::<E>(&few).is_ok(), "{name}");
+                let many = nested(path, message.repeat(6_000_000));
+                let status = protobuf::<E>(&many).err().expect(name);
+                assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{name}");
+            }
+        }
+        check::<ExportTraceServiceRequest>(&[
             ("resource spans", &[][..], field(1, b"")),
             ("scope spans", &[1], field(2, b"")),
             ("spans", &[1, 2], field(2, b"")),
@@ -185,13 +195,24 @@ mod tests {
             ("attributes of a link", &[1, 2, 2, 13], field(4, b"")),
             ("values of a list", &[1, 2, 2, 9, 2, 5], field(1, b"")),
             ("values of a map", &[1, 2, 2, 9, 2, 6], field(1, b"")),
-        ] {
-            let few = nested(path, message.repeat(1000));
-            assert!(protobuf(&few).is_ok(), "{name}");
-            let many = nested(path, message.repeat(6_000_000));
-            let status = protobuf(&many).expect_err(name);
-            assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{name}");
-        }
+        ]);
+        check::<ExportLogsServiceRequest>(&[
+            ("log records", &[1, 2], field(2, b"")),
+            ("attributes of a log record", &[1, 2, 2], field(6, b"")),
+            ("values of a body", &[1, 2, 2, 5, 5], field(1, b"")),
+        ]);
+        check::<ExportMetricsServiceRequest>(&[
+            ("metrics", &[1, 2], field(2, b"")),
+            ("metadata", &[1, 2, 2], field(12, b"")),
+            ("points of a gauge", &[1, 2, 2, 5], field(1, b"")),
+            ("points of a sum", &[1, 2, 2, 7], field(1, b"")),
+            ("points of a histogram", &[1, 2, 2, 9], field(1, b"")),
+            ("points of an exponential histogram", &[1, 2, 2, 10], field(1, b"")),
+            ("points of a summary", &[1, 2, 2, 11], field(1, b"")),
+            ("attributes of a point", &[1, 2, 2, 7, 1], field(7, b"")),
+            ("exemplars", &[1, 2, 2, 9, 1], field(8, b"")),
+            ("quantiles", &[1, 2, 2, 11, 1], field(6, b"").repeat(2)),
+        ]);
     }
 
     #[test]
@@ -201,8 +222,8 @@ mod tests {
                 let spans = small.repeat(count);
                 format!(r#"{{"resourceSpans":[{{"scopeSpans":[{{"spans":[{spans}{{}}]}}]}}]}}"#)
             };
-            assert!(json(many(1000).as_bytes()).is_ok());
-            let status = json(many(1_000_000).as_bytes()).expect_err(small);
+            assert!(json::<ExportTraceServiceRequest>(many(1000).as_bytes()).is_ok());
+            let status = json::<ExportTraceServiceRequest>(many(1_000_000).as_bytes()).expect_err(small);
             assert_eq!(status.code(), tonic::Code::ResourceExhausted);
         }
     }
@@ -210,15 +231,17 @@ mod tests {
     #[test]
     fn a_deep_message_is_refused() {
         let deep = nested(&[5, 1].repeat(5000), Vec::new());
-        let status = protobuf(&nested(&[1, 2, 2, 9, 2], deep)).expect_err("deep");
+        let status =
+            protobuf::<ExportTraceServiceRequest>(&nested(&[1, 2, 2, 9, 2], deep)).expect_err("deep");
         assert_eq!(status.code(), tonic::Code::InvalidArgument);
     }
 
     proptest! {
         #[test]
         fn what_prost_decodes_is_decoded_here(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let here = protobuf(&bytes).ok();
-            prop_assert_eq!(here, ExportTraceServiceRequest::decode(&bytes[..]).ok());
+            prop_assert_eq!(protobuf(&bytes).ok(), ExportTraceServiceRequest::decode(&bytes[..]).ok());
+            prop_assert_eq!(protobuf(&bytes).ok(), ExportMetricsServiceRequest::decode(&bytes[..]).ok());
+            prop_assert_eq!(protobuf(&bytes).ok(), ExportLogsServiceRequest::decode(&bytes[..]).ok());
         }
     }
 }

@@ -1,14 +1,17 @@
-//! OTLP/gRPC. The service is written by hand: the generated one would decode a message before anything
-//! can look at it, and answer INTERNAL if it can't.
+//! OTLP/gRPC. The services are written by hand: the generated ones would decode a message before anything
+//! can look at it, and answer INTERNAL if they can't.
 
-use super::{MAX_BYTES, Sink, decode, response};
+use super::{Export, MAX_BYTES, Sink, decode, response};
 use bytes::Buf;
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse, trace_service_server::SERVICE_NAME,
+use opentelemetry_proto::tonic::collector::{
+    logs::v1::ExportLogsServiceRequest,
+    metrics::v1::ExportMetricsServiceRequest,
+    trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
 };
 use std::{
     convert::Infallible,
     future::{Ready, ready},
+    marker::PhantomData,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -25,32 +28,35 @@ use tonic_prost::{ProstCodec, ProstEncoder};
 /// Serves OTLP/gRPC until the runtime ends.
 pub(crate) async fn serve(listener: TcpListener, sink: impl Sink) {
     let server = tonic::transport::Server::builder()
-        .add_service(TraceService(sink))
+        .add_service(Service(sink.clone(), PhantomData::<ExportTraceServiceRequest>))
+        .add_service(Service(sink.clone(), PhantomData::<ExportMetricsServiceRequest>))
+        .add_service(Service(sink, PhantomData::<ExportLogsServiceRequest>))
         // Otherwise the end of an answer waits for the client to acknowledge its beginning: 40 ms.
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     // It ends with its runtime, and has nobody to tell.
     drop(server.await);
 }
 
+/// The service of one signal.
 #[derive(Clone)]
-struct TraceService<S>(S);
+struct Service<S, E>(S, PhantomData<E>);
 
-impl<S> NamedService for TraceService<S> {
-    const NAME: &'static str = SERVICE_NAME;
+impl<S, E: Export> NamedService for Service<S, E> {
+    const NAME: &'static str = E::SERVICE;
 }
 
-impl<S: Sink> UnaryService<ExportTraceServiceRequest> for TraceService<S> {
+impl<S: Sink, E: Export> UnaryService<E> for Service<S, E> {
     type Response = ExportTraceServiceResponse;
     type Future = Ready<Result<Response<ExportTraceServiceResponse>, Status>>;
 
-    fn call(&mut self, request: Request<ExportTraceServiceRequest>) -> Self::Future {
+    fn call(&mut self, request: Request<E>) -> Self::Future {
         let (metadata, _, request) = request.into_parts();
-        let rejected = self.0.take(metadata.into_headers(), request);
+        let rejected = request.give(&self.0, metadata.into_headers());
         ready(rejected.map(|rejected| Response::new(response(&rejected))))
     }
 }
 
-impl<S: Sink> tower::Service<http::Request<Body>> for TraceService<S> {
+impl<S: Sink, E: Export + Clone> tower::Service<http::Request<Body>> for Service<S, E> {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
@@ -65,8 +71,9 @@ impl<S: Sink> tower::Service<http::Request<Body>> for TraceService<S> {
         }
         let service = self.clone();
         Box::pin(async move {
-            let mut grpc = Grpc::new(BoundedCodec)
+            let mut grpc = Grpc::new(BoundedCodec(PhantomData))
                 .accept_compressed(CompressionEncoding::Gzip)
+                .accept_compressed(CompressionEncoding::Zstd)
                 .max_decoding_message_size(MAX_BYTES);
             Ok(undecodable_is_invalid(grpc.unary(service, request).await))
         })
@@ -85,28 +92,28 @@ fn undecodable_is_invalid(mut response: http::Response<Body>) -> http::Response<
 }
 
 /// Protobuf, of a bounded size once decoded.
-struct BoundedCodec;
+struct BoundedCodec<E>(PhantomData<E>);
 
-impl Codec for BoundedCodec {
+impl<E: Export> Codec for BoundedCodec<E> {
     type Encode = ExportTraceServiceResponse;
-    type Decode = ExportTraceServiceRequest;
+    type Decode = E;
     type Encoder = ProstEncoder<ExportTraceServiceResponse>;
     type Decoder = Self;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstCodec::<ExportTraceServiceResponse, ExportTraceServiceRequest>::default().encoder()
+        ProstCodec::<ExportTraceServiceResponse, E>::default().encoder()
     }
 
     fn decoder(&mut self) -> Self {
-        Self
+        Self(PhantomData)
     }
 }
 
-impl Decoder for BoundedCodec {
-    type Item = ExportTraceServiceRequest;
+impl<E: Export> Decoder for BoundedCodec<E> {
+    type Item = E;
     type Error = Status;
 
-    fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
+    fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<E>, Status> {
         let message = message.copy_to_bytes(message.remaining());
         decode::protobuf(&message).map(Some)
     }

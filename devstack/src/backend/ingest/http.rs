@@ -1,6 +1,6 @@
 //! OTLP/HTTP, in protobuf and in JSON.
 
-use super::{MAX_BYTES, Sink, decode, response};
+use super::{Export, MAX_BYTES, Sink, decode, response};
 use crate::backend::Rejected;
 use axum::{
     Router,
@@ -11,21 +11,33 @@ use axum::{
 };
 use flate2::read::MultiGzDecoder;
 use http::{HeaderMap, StatusCode, header};
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::collector::{
+    logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
+    trace::v1::ExportTraceServiceRequest,
+};
 use prost::Message;
 use serde_json::json;
-use std::{borrow::Cow, io::Read};
+use std::{
+    borrow::Cow,
+    io::{self, Read},
+};
 use tonic::{Code, Status};
 
-/// `/v1/traces`
+/// The largest window of a zstd frame, as a power of two: 8 MiB, which RFC 9659 allows in HTTP. zstd's own
+/// default has a frame of a few bytes allocate 128.
+const MAX_WINDOW_LOG: u32 = 23;
+
+/// `/v1/traces`, `/v1/metrics` and `/v1/logs`
 pub(crate) fn routes<S: Sink>(sink: S) -> Router {
     Router::new()
-        .route("/v1/traces", post(export::<S>))
+        .route(ExportTraceServiceRequest::PATH, post(export::<S, ExportTraceServiceRequest>))
+        .route(ExportMetricsServiceRequest::PATH, post(export::<S, ExportMetricsServiceRequest>))
+        .route(ExportLogsServiceRequest::PATH, post(export::<S, ExportLogsServiceRequest>))
         .layer(DefaultBodyLimit::max(MAX_BYTES))
         .with_state(sink)
 }
 
-async fn export<S: Sink>(
+async fn export<S: Sink, E: Export>(
     State(sink): State<S>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
@@ -34,41 +46,60 @@ async fn export<S: Sink>(
         let why = "the content type must be application/x-protobuf or application/json";
         return (StatusCode::UNSUPPORTED_MEDIA_TYPE, why).into_response();
     };
-    let compressed = match headers.get(header::CONTENT_ENCODING).map(|value| value.as_bytes()) {
-        None | Some(b"identity") => false,
-        Some(b"gzip") => true,
+    let decompress = match headers.get(header::CONTENT_ENCODING).map(|value| value.as_bytes()) {
+        None | Some(b"identity") => None,
+        Some(b"gzip") => Some(gunzip as Decompress),
+        Some(b"zstd") => Some(unzstd as Decompress),
         Some(_) => {
-            let why = "the content encoding must be gzip, if there is one";
+            let why = "the content encoding must be gzip or zstd, if there is one";
             return (StatusCode::UNSUPPORTED_MEDIA_TYPE, why).into_response();
         }
     };
     let rejected = match body {
-        Ok(body) => decode(encoding, compressed, &body).and_then(|request| sink.take(headers, request)),
+        Ok(body) => decode::<E>(encoding, decompress, &body).and_then(|request| request.give(&sink, headers)),
         Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large()),
         Err(rejection) => Err(Status::invalid_argument(rejection.body_text())),
     };
     match rejected {
-        Ok(rejected) => encoding.success(&rejected),
+        Ok(rejected) => encoding.success::<E>(&rejected),
         Err(status) => encoding.failure(&status),
     }
 }
 
-fn decode(encoding: Encoding, compressed: bool, body: &[u8]) -> Result<ExportTraceServiceRequest, Status> {
-    let body = if compressed { Cow::Owned(unzip(body)?) } else { Cow::Borrowed(body) };
+fn decode<E: Export>(encoding: Encoding, decompress: Option<Decompress>, body: &[u8]) -> Result<E, Status> {
+    let body = match decompress {
+        Some(decompress) => {
+            let decompressed = decompress(body);
+            Cow::Owned(decompressed.map_err(|error| Status::invalid_argument(error.to_string()))?)
+        }
+        None => Cow::Borrowed(body),
+    };
+    if body.len() > MAX_BYTES {
+        return Err(too_large());
+    }
     match encoding {
         Encoding::Protobuf => decode::protobuf(&body),
         Encoding::Json => decode::json(&body),
     }
 }
 
-/// A few kilobytes of gzip can become gigabytes: it is read up to the limit, and not further.
-fn unzip(body: &[u8]) -> Result<Vec<u8>, Status> {
-    let mut unzipped = Vec::new();
-    MultiGzDecoder::new(body)
-        .take(MAX_BYTES as u64 + 1)
-        .read_to_end(&mut unzipped)
-        .map_err(|error| Status::invalid_argument(format!("gzip: {error}")))?;
-    if unzipped.len() > MAX_BYTES { Err(too_large()) } else { Ok(unzipped) }
+type Decompress = fn(&[u8]) -> io::Result<Vec<u8>>;
+
+fn gunzip(body: &[u8]) -> io::Result<Vec<u8>> {
+    read(MultiGzDecoder::new(body))
+}
+
+fn unzstd(body: &[u8]) -> io::Result<Vec<u8>> {
+    let mut decoder = zstd::Decoder::with_buffer(body)?;
+    decoder.window_log_max(MAX_WINDOW_LOG)?;
+    read(decoder)
+}
+
+/// A few kilobytes can become gigabytes: they are read up to the limit, and a byte further.
+fn read(decoder: impl Read) -> io::Result<Vec<u8>> {
+    let mut decompressed = Vec::new();
+    decoder.take(MAX_BYTES as u64 + 1).read_to_end(&mut decompressed)?;
+    Ok(decompressed)
 }
 
 fn too_large() -> Status {
@@ -102,13 +133,13 @@ impl Encoding {
         }
     }
 
-    fn success(self, rejected: &Rejected) -> Response {
+    fn success<E: Export>(self, rejected: &Rejected) -> Response {
         let response = response(rejected);
         let json = match &response.partial_success {
             None => json!({}),
             // Protobuf's JSON has 64-bit integers as strings.
             Some(partial) => json!({ "partialSuccess": {
-                "rejectedSpans": partial.rejected_spans.to_string(),
+                E::REJECTED: partial.rejected_spans.to_string(),
                 "errorMessage": partial.error_message,
             }}),
         };

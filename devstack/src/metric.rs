@@ -1,0 +1,133 @@
+//! Metrics as they were received: one value for each data point.
+
+use crate::trace::attributes;
+use opentelemetry_proto::tonic::{
+    common::v1::KeyValue,
+    metrics::v1::{
+        self as otlp, AggregationTemporality, NumberDataPoint, ResourceMetrics, metric::Data,
+        number_data_point::Value,
+    },
+};
+use std::collections::BTreeMap;
+
+/// A data point, with what its metric, scope and resource say.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Metric {
+    /// Its `service.name`.
+    pub service: String,
+    /// Attributes of the process that made it.
+    pub resource: BTreeMap<String, String>,
+    /// The instrumentation scope.
+    pub scope: String,
+    /// The metric's name.
+    pub name: String,
+    /// The metric's unit, `s` for example.
+    pub unit: String,
+    /// `COUNTER` (a sum that only grows), `UP_DOWN_COUNTER` (another sum), `GAUGE`, `HISTOGRAM`,
+    /// `EXPONENTIAL_HISTOGRAM` or `SUMMARY`.
+    pub kind: &'static str,
+    /// `DELTA` or `CUMULATIVE`; `UNSPECIFIED` where there is none, as for a gauge.
+    pub temporality: &'static str,
+    /// The point's own attributes, as text.
+    pub attributes: BTreeMap<String, String>,
+    /// The value of a sum or of a gauge; for the others, the sum of what was recorded.
+    pub value: f64,
+    /// How many values were recorded; 0 for a sum or a gauge.
+    pub count: u64,
+    /// The upper bounds of a histogram's buckets but the last.
+    pub bounds: Vec<f64>,
+    /// How many values were recorded in each of a histogram's buckets.
+    pub buckets: Vec<u64>,
+    /// From when on it counts, in nanoseconds since 1970.
+    pub start: u64,
+    /// Nanoseconds since 1970.
+    pub time: u64,
+}
+
+/// The data points of one part of an OTLP request.
+pub fn metrics(resource_metrics: &ResourceMetrics) -> Vec<Metric> {
+    let resource = resource_metrics.resource.as_ref().map(|r| attributes(&r.attributes)).unwrap_or_default();
+    let mut points = Vec::new();
+    for scope_metrics in &resource_metrics.scope_metrics {
+        let scope = scope_metrics.scope.clone().unwrap_or_default();
+        for metric in &scope_metrics.metrics {
+            points.extend(data_points(metric).into_iter().map(|point| Metric {
+                service: resource.get("service.name").cloned().unwrap_or_default(),
+                resource: resource.clone(),
+                scope: scope.name.clone(),
+                name: metric.name.clone(),
+                unit: metric.unit.clone(),
+                ..point
+            }));
+        }
+    }
+    points
+}
+
+fn data_points(metric: &otlp::Metric) -> Vec<Metric> {
+    match &metric.data {
+        None => Vec::new(),
+        Some(Data::Gauge(gauge)) => {
+            gauge.data_points.iter().map(|point| number(point, "GAUGE", "UNSPECIFIED")).collect()
+        }
+        Some(Data::Sum(sum)) => {
+            let kind = if sum.is_monotonic { "COUNTER" } else { "UP_DOWN_COUNTER" };
+            let temporality = temporality(sum.aggregation_temporality());
+            sum.data_points.iter().map(|point| number(point, kind, temporality)).collect()
+        }
+        Some(Data::Histogram(histogram)) => {
+            let temporality = temporality(histogram.aggregation_temporality());
+            let points = histogram.data_points.iter().map(|point| Metric {
+                value: point.sum.unwrap_or_default(),
+                count: point.count,
+                bounds: point.explicit_bounds.clone(),
+                buckets: point.bucket_counts.clone(),
+                temporality,
+                ..blank("HISTOGRAM", &point.attributes, point.start_time_unix_nano, point.time_unix_nano)
+            });
+            points.collect()
+        }
+        Some(Data::ExponentialHistogram(histogram)) => {
+            let temporality = temporality(histogram.aggregation_temporality());
+            let kind = "EXPONENTIAL_HISTOGRAM";
+            let points = histogram.data_points.iter().map(|point| Metric {
+                value: point.sum.unwrap_or_default(),
+                count: point.count,
+                temporality,
+                ..blank(kind, &point.attributes, point.start_time_unix_nano, point.time_unix_nano)
+            });
+            points.collect()
+        }
+        Some(Data::Summary(summary)) => {
+            let points = summary.data_points.iter().map(|point| Metric {
+                value: point.sum,
+                count: point.count,
+                ..blank("SUMMARY", &point.attributes, point.start_time_unix_nano, point.time_unix_nano)
+            });
+            points.collect()
+        }
+    }
+}
+
+fn number(point: &NumberDataPoint, kind: &'static str, temporality: &'static str) -> Metric {
+    let value = match point.value {
+        Some(Value::AsDouble(value)) => value,
+        Some(Value::AsInt(value)) => value as f64,
+        None => f64::NAN,
+    };
+    let blank = blank(kind, &point.attributes, point.start_time_unix_nano, point.time_unix_nano);
+    Metric { value, temporality, ..blank }
+}
+
+fn blank(kind: &'static str, of_point: &[KeyValue], start: u64, time: u64) -> Metric {
+    let temporality = temporality(AggregationTemporality::Unspecified);
+    Metric { kind, temporality, attributes: attributes(of_point), start, time, ..Metric::default() }
+}
+
+fn temporality(temporality: AggregationTemporality) -> &'static str {
+    match temporality {
+        AggregationTemporality::Unspecified => "UNSPECIFIED",
+        AggregationTemporality::Delta => "DELTA",
+        AggregationTemporality::Cumulative => "CUMULATIVE",
+    }
+}
