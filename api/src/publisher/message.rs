@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn a_hand_over_says_when_it_is() {
-        let message = Message { id: "id".to_owned(), headers: Carrier::default(), body: String::new() };
+        let message = Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), body: String::new() };
         let properties = message.properties(UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         let headers = properties.headers().clone().unwrap();
@@ -113,7 +113,7 @@ mod tests {
         fn what_the_spool_gives_back_is_what_it_got(
             id in ".*", body in ".*", headers in proptest::collection::vec((".*", ".*"), 0..4)
         ) {
-            let message = Message { id, headers: Carrier(headers), body };
+            let message = Message { id, taken_at: 7, headers: Carrier(headers), body };
             prop_assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
         }
 
