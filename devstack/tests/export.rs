@@ -1,12 +1,18 @@
 //! Export: without a collector nothing suffers, with one nothing is lost.
 
 use anyhow::{Context, Result};
-use axum::{Router, routing::post};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    http::{HeaderMap, HeaderName, HeaderValue, Response},
+    routing::post,
+};
 use devstack::{
     PATIENCE, free_port, poll,
     receiver::{Receiver, Refusal},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
 };
+use http_body_util::{BodyExt, Full};
 use std::{
     fs,
     net::{Ipv4Addr, TcpListener},
@@ -179,8 +185,16 @@ async fn collector_with_strange_details() -> Result<(String, Arc<AtomicUsize>)> 
     let asked = Arc::new(AtomicUsize::new(0));
     let counter = asked.clone();
     let export = async move || {
-        let (status, details) = if counter.fetch_add(1, SeqCst) < 2 { ("14", "!") } else { ("0", "") };
-        [("content-type", "application/grpc"), ("grpc-status", status), ("grpc-status-details-bin", details)]
+        let mut head = Response::builder().header("content-type", "application/grpc");
+        if counter.fetch_add(1, SeqCst) < 2 {
+            head = head.header("grpc-status", "14").header("grpc-status-details-bin", "!");
+            return head.body(Body::empty()).expect("a response");
+        }
+        // A message of no bytes.
+        let ok =
+            HeaderMap::from_iter([(HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"))]);
+        let message = Full::new(Bytes::from_static(&[0; 5])).with_trailers(async { Some(Ok(ok)) });
+        head.body(Body::new(message)).expect("a response")
     };
     let path = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
     let routes = Router::new().route(path, post(export));

@@ -149,11 +149,13 @@ enum Outcome {
 /// Makes a processor that sends spans through `exporter`, and the handle that ends it. Needs a tokio runtime, on
 /// which the exporter's connections live.
 pub(crate) fn start<E: SpanExporter + 'static>(
-    exporter: E,
+    mut exporter: E,
     outage: Outage,
+    resource: &Resource,
     config: BatchConfig,
     value_length_limit: Option<usize>,
 ) -> (AccountedProcessor, Export) {
+    exporter.set_resource(resource);
     let account = Arc::new(Account { max_queue_size: config.max_queue_size, state: Mutex::default() });
     let (closing, closed) = watch::channel(false);
     let exporter = AccountedExporter {
@@ -223,12 +225,6 @@ impl SpanProcessor for AccountedProcessor {
     /// [`Export::shut_down`] has done the work before the SDK calls this.
     fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
         Ok(())
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        if let Some(batches) = Arc::get_mut(&mut self.batches) {
-            batches.set_resource(resource);
-        }
     }
 }
 
@@ -312,10 +308,6 @@ impl<E: SpanExporter> SpanExporter for AccountedExporter<E> {
 
     fn force_flush(&self) -> OTelSdkResult {
         self.exporter.force_flush()
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        self.exporter.set_resource(resource);
     }
 }
 

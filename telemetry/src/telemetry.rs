@@ -127,21 +127,21 @@ impl Telemetry {
 }
 
 fn start_export(exporter: &Exporter, config: &Config) -> Result<(AccountedProcessor, Export), ConfigError> {
-    let (batch, limit) = (config.batch, config.value_length_limit);
+    let (resource, batch, limit) = (&config.resource, config.batch, config.value_length_limit);
     Ok(match exporter {
         Exporter::Otlp(otlp) => {
             let outage = Outage::new("spans", &otlp.endpoint);
-            export::start(otlp::span_exporter(otlp)?, outage, batch, limit)
+            export::start(otlp::span_exporter(otlp)?, outage, resource, batch, limit)
         }
         #[cfg(feature = "zipkin")]
         Exporter::Zipkin { endpoint, timeout } => {
             let client = otlp::client(endpoint, &crate::config::Tls::default(), *timeout)?;
-            let exporter = crate::zipkin::exporter(client, endpoint, &config.resource)?;
-            export::start(exporter, Outage::new("spans", endpoint), batch, limit)
+            let exporter = crate::zipkin::exporter(client, endpoint, resource)?;
+            export::start(exporter, Outage::new("spans", endpoint), resource, batch, limit)
         }
         Exporter::Console => {
             let exporter = opentelemetry_stdout::SpanExporter::default();
-            export::start(exporter, Outage::new("spans", "standard output"), batch, limit)
+            export::start(exporter, Outage::new("spans", "standard output"), resource, batch, limit)
         }
     })
 }

@@ -97,7 +97,8 @@ mod tests {
 
     #[test]
     fn a_hand_over_says_when_it_is() {
-        let message = Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), body: String::new() };
+        let message =
+            Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), body: String::new() };
         let properties = message.properties(UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         let headers = properties.headers().clone().unwrap();
