@@ -4,6 +4,7 @@
 mod decode;
 mod grpc;
 mod http;
+mod lenient;
 
 pub(crate) use self::{grpc::serve as serve_grpc, http::routes as http_routes};
 
