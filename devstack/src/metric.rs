@@ -64,6 +64,20 @@ pub fn metrics(resource_metrics: &ResourceMetrics) -> Vec<Metric> {
     points
 }
 
+/// How many data points one part of an OTLP request has.
+pub(crate) fn count(resource_metrics: &ResourceMetrics) -> usize {
+    let metrics = resource_metrics.scope_metrics.iter().flat_map(|scope| &scope.metrics);
+    let points = metrics.map(|metric| match &metric.data {
+        None => 0,
+        Some(Data::Gauge(gauge)) => gauge.data_points.len(),
+        Some(Data::Sum(sum)) => sum.data_points.len(),
+        Some(Data::Histogram(histogram)) => histogram.data_points.len(),
+        Some(Data::ExponentialHistogram(histogram)) => histogram.data_points.len(),
+        Some(Data::Summary(summary)) => summary.data_points.len(),
+    });
+    points.sum()
+}
+
 fn data_points(metric: &otlp::Metric) -> Vec<Metric> {
     match &metric.data {
         None => Vec::new(),

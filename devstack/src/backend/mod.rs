@@ -1,9 +1,11 @@
-//! The embedded trace backend: takes OTLP, keeps the latest traces in memory, answers as Jaeger does.
+//! The embedded trace backend: takes OTLP, keeps the latest traces in memory with their logs, answers as
+//! Jaeger does. Metrics are taken, counted and forgotten.
 //!
 //! - `ingest`: OTLP over gRPC and HTTP; serves the tests' receiver as well
 //! - `store`: the bounded store of `spans`; `size` says what they take
 //! - `query`: the router of all below
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
+//! - `logs`: the log records of traces, for the page
 //! - `recent`: what the page needs beside them: the latest traces, and word when one changes
 //! - `search`, `parameters`, `ids`: what a query asks for
 //! - `page`: what a browser sees; `jaeger_ui`: what it sees with the feature of that name
@@ -14,6 +16,7 @@ mod jaeger;
 #[cfg(feature = "jaeger-ui")]
 mod jaeger_ui;
 mod jaeger_v3;
+mod logs;
 mod page;
 mod parameters;
 mod query;
@@ -24,16 +27,20 @@ mod spans;
 mod store;
 mod tags;
 
+pub use logs::LogStatistics;
 pub(crate) use spans::Rejected;
 pub use store::{Limits, Statistics};
 
-use crate::{background::Background, trace::Span};
+use crate::{background::Background, metric, trace::Span};
 use anyhow::{Context, Result};
 use axum::Router;
 use clap::Args;
 use http::HeaderMap;
 use ingest::Sink;
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::collector::{
+    logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
+    trace::v1::ExportTraceServiceRequest,
+};
 use std::{net::SocketAddr, sync::Arc};
 use store::Store;
 use tokio::sync::broadcast;
@@ -156,5 +163,14 @@ impl Backend {
 impl Sink for Arc<Store> {
     fn traces(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         Ok(self.insert(request))
+    }
+
+    fn metrics(&self, _: HeaderMap, request: ExportMetricsServiceRequest) -> Result<Rejected, Status> {
+        self.count_data_points(request.resource_metrics.iter().map(metric::count).sum());
+        Ok(Rejected::default())
+    }
+
+    fn logs(&self, _: HeaderMap, request: ExportLogsServiceRequest) -> Result<Rejected, Status> {
+        Ok(self.insert_logs(request))
     }
 }

@@ -1,6 +1,6 @@
 //! The router of the query side: Jaeger's two APIs, what the page needs beside them, and the page.
 
-use super::{jaeger, jaeger_v3, parameters::Refusal, recent, store::Store};
+use super::{jaeger, jaeger_v3, logs, parameters::Refusal, recent, store::Store};
 use axum::{
     Json, Router,
     http::StatusCode,
@@ -15,6 +15,7 @@ pub(super) fn router(store: Arc<Store>, page: Router) -> Router {
         .merge(jaeger::routes())
         .merge(jaeger_v3::routes())
         .merge(recent::routes())
+        .merge(logs::routes())
         .with_state(store)
         .merge(page)
 }

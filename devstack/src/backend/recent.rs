@@ -27,6 +27,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    select,
     sync::broadcast::{
         Receiver,
         error::{RecvError, TryRecvError},
@@ -97,9 +98,10 @@ async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Server-sent events: the summary of each trace that changes.
+/// Server-sent events: the summary of each trace that gets spans or log records.
 async fn events(State(store): State<Arc<Store>>) -> Response {
-    let feed = Feed { changes: store.changes(), store, changed: HashSet::new() };
+    let (changes, log_changes) = (store.changes(), store.log_changes());
+    let feed = Feed { store, changes, log_changes, changed: HashSet::new() };
     let events = stream::unfold(feed, |mut feed| async {
         let event = feed.next().await?;
         Some((Ok::<_, Infallible>(event), feed))
@@ -117,6 +119,7 @@ async fn statistics(State(store): State<Arc<Store>>) -> Response {
 struct Feed {
     store: Arc<Store>,
     changes: Receiver<String>,
+    log_changes: Receiver<String>,
     changed: HashSet<String>,
 }
 
@@ -131,18 +134,24 @@ impl Feed {
                     return Event::default().json_data(Summary::new(&trace)).ok();
                 }
             }
-            match self.changes.recv().await {
+            let change = select! {
+                change = self.changes.recv() => change,
+                change = self.log_changes.recv() => change,
+            };
+            match change {
                 Ok(id) => self.changed.insert(id),
                 Err(RecvError::Lagged(_)) => continue,
                 Err(RecvError::Closed) => return None,
             };
             sleep(PAUSE).await;
-            loop {
-                match self.changes.try_recv() {
-                    Ok(id) if self.changed.len() < MAX_CHANGED => self.changed.insert(id),
-                    Ok(_) | Err(TryRecvError::Lagged(_)) => continue,
-                    Err(TryRecvError::Empty | TryRecvError::Closed) => break,
-                };
+            for changes in [&mut self.changes, &mut self.log_changes] {
+                loop {
+                    match changes.try_recv() {
+                        Ok(id) if self.changed.len() < MAX_CHANGED => self.changed.insert(id),
+                        Ok(_) | Err(TryRecvError::Lagged(_)) => continue,
+                        Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+                    };
+                }
             }
         }
     }

@@ -1,24 +1,31 @@
-//! The bounded store: spans by trace. When it is full, the oldest trace goes.
+//! The bounded store: spans by trace, and log records beside them. When it is full, the oldest trace goes.
 //!
 //! Readers get a snapshot (`Arc`s), so that a long search never holds up what comes in.
 
 use super::{
     ids::{SpanId, TraceId},
+    logs::{LogStatistics, Logs, StoredRecord, stored_records},
     spans::{DecodedSpan, Rejected, StoredSpan, stored_spans},
 };
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::collector::{
+    logs::v1::ExportLogsServiceRequest, trace::v1::ExportTraceServiceRequest,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     mem::size_of,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 use tokio::sync::broadcast;
 
 /// What a trace takes beside its spans: its entries in the store's tables, roughly.
 const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 
-/// How much is kept. When there is more, the oldest traces go; no trace may take more than a quarter.
+/// How much is kept. When there is more, the oldest traces go; no trace may take more than a quarter. Log
+/// records have the same limits, by themselves.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
     /// Spans.
@@ -40,7 +47,7 @@ impl Limits {
         (self.spans / 4).max(1)
     }
 
-    fn bytes_of_a_trace(&self) -> usize {
+    pub(super) fn bytes_of_a_trace(&self) -> usize {
         self.bytes / 4
     }
 }
@@ -62,13 +69,20 @@ pub struct Statistics {
     pub rejected: u64,
     /// Of these: gone again with their trace, to make room.
     pub evicted: u64,
+    /// The log records.
+    pub logs: LogStatistics,
+    /// Data points of metrics received so far. None is stored.
+    pub data_points: u64,
 }
 
 /// All traces.
 pub(super) struct Store {
     contents: Mutex<Contents>,
+    logs: Mutex<Logs>,
+    data_points: AtomicU64,
     limits: Limits,
     changes: broadcast::Sender<String>,
+    log_changes: broadcast::Sender<String>,
 }
 
 #[derive(Default)]
@@ -94,7 +108,9 @@ pub(super) struct Trace {
 impl Store {
     pub fn new(limits: Limits) -> Self {
         let (changes, _) = broadcast::channel(4096);
-        Self { contents: Mutex::default(), limits, changes }
+        let (log_changes, _) = broadcast::channel(4096);
+        let (contents, logs) = Default::default();
+        Self { contents, logs, data_points: AtomicU64::new(0), limits, changes, log_changes }
     }
 
     /// The trace, as it is now.
@@ -112,13 +128,25 @@ impl Store {
     }
 
     pub fn statistics(&self) -> Statistics {
+        let logs = self.lock_logs().statistics();
+        let data_points = self.data_points.load(Relaxed);
         let contents = self.lock();
-        Statistics { traces: contents.traces.len(), ..contents.statistics }
+        Statistics { traces: contents.traces.len(), logs, data_points, ..contents.statistics }
+    }
+
+    /// The log records of a trace, as they came.
+    pub fn logs(&self, id: TraceId) -> Vec<Arc<StoredRecord>> {
+        self.lock_logs().of_trace(id)
     }
 
     /// Ids of traces that get spans from now on.
     pub fn changes(&self) -> broadcast::Receiver<String> {
         self.changes.subscribe()
+    }
+
+    /// Ids of traces that get log records from now on.
+    pub fn log_changes(&self) -> broadcast::Receiver<String> {
+        self.log_changes.subscribe()
     }
 
     /// Stores what is valid and new.
@@ -139,16 +167,38 @@ impl Store {
         };
         // Thousands of allocations are freed here: outside of the lock.
         drop(evicted);
-        if self.changes.receiver_count() > 0 {
-            for id in changed {
-                let _ = self.changes.send(id.to_string());
-            }
-        }
+        tell(&self.changes, changed);
         rejected
+    }
+
+    /// Stores the log records that were written in a trace.
+    pub fn insert_logs(&self, request: ExportLogsServiceRequest) -> Rejected {
+        let mut rejected = Rejected::default();
+        let records = stored_records(request);
+        let changed = self.lock_logs().insert(records, self.limits, &mut rejected);
+        tell(&self.log_changes, changed);
+        rejected
+    }
+
+    /// Counts data points: metrics are not for showing traces.
+    pub fn count_data_points(&self, count: usize) {
+        self.data_points.fetch_add(count as u64, Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_logs(&self) -> MutexGuard<'_, Logs> {
+        self.logs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn tell(changes: &broadcast::Sender<String>, changed: HashSet<TraceId>) {
+    if changes.receiver_count() > 0 {
+        for id in changed {
+            let _ = changes.send(id.to_string());
+        }
     }
 }
 

@@ -87,12 +87,12 @@ pub(super) fn kind(kind: SpanKind) -> Option<&'static str> {
     }
 }
 
-fn of_attributes(attributes: &[KeyValue]) -> Vec<Tag<'_>> {
+pub(super) fn of_attributes(attributes: &[KeyValue]) -> Vec<Tag<'_>> {
     attributes.iter().map(Tag::new).collect()
 }
 
 impl<'a> Tag<'a> {
-    fn new(attribute: &'a KeyValue) -> Self {
+    pub fn new(attribute: &'a KeyValue) -> Self {
         let value = attribute.value.as_ref().and_then(|value| value.value.as_ref());
         let (kind, value) = match value {
             Some(any_value::Value::StringValue(text)) => ("string", Value::Text(text.into())),

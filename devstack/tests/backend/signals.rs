@@ -1,15 +1,19 @@
 //! Metrics and logs beside the spans, by every transport, encoding and compression.
 
-use crate::{JSON, MILLISECOND, NOON, PROTOBUF, attribute, span, text, trace_id};
+use crate::{Fixture, JSON, MILLISECOND, NOON, PROTOBUF, attribute, span, text, trace_id};
 use anyhow::Result;
 use devstack::{
+    backend::{Limits, LogStatistics},
     client::Client,
     receiver::{Receiver, Refusal},
 };
 use flate2::{Compression, write::GzEncoder};
 use http::{Method, uri::PathAndQuery};
 use opentelemetry_proto::tonic::{
-    collector::{logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest},
+    collector::{
+        logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
+        trace::v1::ExportTraceServiceResponse,
+    },
     common::v1::{AnyValue, InstrumentationScope, any_value::Value},
     logs::v1::{LogRecord, ResourceLogs, ScopeLogs},
     metrics::v1::{
@@ -21,6 +25,7 @@ use opentelemetry_proto::tonic::{
 };
 use prost::Message;
 use serde::Serialize;
+use serde_json::json;
 use std::{io::Write, net::SocketAddr};
 use tonic::{codec::CompressionEncoding, transport::Endpoint};
 use tonic_prost::ProstCodec;
@@ -238,5 +243,128 @@ async fn metrics_and_logs_leave_the_refusals_to_the_spans() -> Result<()> {
         assert_eq!(answer.status, status);
     }
     assert_eq!((receiver.spans().len(), receiver.requests().len()), (1, 2));
+    Ok(())
+}
+
+impl Fixture {
+    async fn export_logs(&self, records: impl IntoIterator<Item = LogRecord>) -> Result<bytes::Bytes> {
+        let url = format!("http://{}/v1/logs", self.backend.addresses().otlp_http);
+        let body = logs(records).encode_to_vec();
+        let answer = self.client.send(Method::POST, &url, &[PROTOBUF], body).await?;
+        assert_eq!(answer.status, 200);
+        Ok(answer.body)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_backend_counts_metrics_and_forgets_them() -> Result<()> {
+    let fixture = Fixture::start().await?;
+    let addresses = fixture.backend.addresses();
+    send_in_every_way((addresses.otlp_http, addresses.otlp_grpc), METRICS, &metrics()).await?;
+    let statistics = fixture.backend.statistics();
+    assert_eq!((statistics.data_points, statistics.received, statistics.bytes), (54, 0, 0));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_logs_of_a_trace_are_answered_by_their_time_whenever_they_came() -> Result<()> {
+    let fixture = Fixture::start().await?;
+    let addresses = fixture.backend.addresses();
+    let later = LogRecord { time_unix_nano: NOON + 2 * MILLISECOND, ..record("later") };
+    // It happened at a time that nobody knows, and has no name for its severity.
+    let observed = LogRecord {
+        time_unix_nano: 0,
+        severity_number: 17,
+        severity_text: String::new(),
+        attributes: Vec::new(),
+        span_id: Vec::new(),
+        body: None,
+        ..record("")
+    };
+    fixture.export_logs([later, observed]).await?;
+    fixture.export("shop", [span(1, 2, 0, "buy")]).await?;
+    let outside = LogRecord { trace_id: Vec::new(), ..record("outside") };
+    let invalid = LogRecord { trace_id: vec![1; 15], ..record("invalid") };
+    let elsewhere = LogRecord { trace_id: 2_u128.to_be_bytes().into(), ..record("elsewhere") };
+    let request = logs([record("first"), outside, invalid, elsewhere]);
+    let sent = send_in_every_way((addresses.otlp_http, addresses.otlp_grpc), LOGS, &request).await?;
+
+    let answer = fixture.get(&format!("/api/logs/{}", trace_id(1))).await?;
+    let records = answer.json()["data"].clone();
+    let noon = NOON / 1000;
+    let text = |key: &str, value: &str| json!({ "key": key, "type": "string", "value": value });
+    let expected = |timestamp: u64, span_id: &str, severity: &str, body: &str| {
+        let attributes = if body.is_empty() { vec![] } else { vec![text("cart", "full")] };
+        json!({ "spanID": span_id, "timestamp": timestamp, "severity": severity, "body": text("", body),
+            "attributes": attributes })
+    };
+    assert_eq!(records[0], expected(noon, "0000000000000002", "WARN", "first"));
+    assert_eq!(records[sent], expected(noon + 1000, "", "ERROR", ""));
+    assert_eq!(records[sent + 1], expected(noon + 2000, "0000000000000002", "WARN", "later"));
+    assert_eq!(records.as_array().map(Vec::len), Some(11));
+    // Jaeger's own answer knows nothing of them.
+    let trace = fixture.get(&format!("/api/traces/{}", trace_id(1))).await?.json();
+    assert_eq!(trace["data"][0]["spans"][0]["logs"], json!([]));
+
+    let statistics = fixture.backend.statistics();
+    assert_eq!(statistics.traces, 1);
+    let LogStatistics { records, received, untraced, rejected, evicted, .. } = statistics.logs;
+    assert_eq!((records, received, untraced, rejected, evicted), (20, 38, 18, 0, 0));
+    assert_eq!(fixture.get(&format!("/api/logs/{}", trace_id(3))).await?.json()["data"], json!([]));
+    assert_eq!(fixture.get("/api/logs/x").await?.status, 400);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_are_bounded_by_number_and_bytes_and_of_one_trace_to_a_quarter() -> Result<()> {
+    let of_trace =
+        |trace: u128, body: &str| LogRecord { trace_id: trace.to_be_bytes().into(), ..record(body) };
+    let fixture = Fixture::with_limits(Limits { spans: 100, bytes: 1_000_000 }).await?;
+    let body = fixture.export_logs((0..30).map(|_| of_trace(1, "many"))).await?;
+    let partial = ExportTraceServiceResponse::decode(body)?.partial_success.expect("a partial success");
+    let reason = "the first of them: the records of its trace take a quarter of the store already";
+    assert_eq!((partial.rejected_spans, partial.error_message.as_str()), (5, reason));
+    for trace in 2..=5 {
+        fixture.export_logs((0..25).map(|_| of_trace(trace, "many"))).await?;
+    }
+    // The oldest went.
+    let LogStatistics { records, received, rejected, evicted, .. } = fixture.backend.statistics().logs;
+    assert_eq!((records, received, rejected, evicted), (100, 130, 5, 25));
+    assert_eq!(fixture.get(&format!("/api/logs/{}", trace_id(1))).await?.json()["total"], 0);
+    assert_eq!(fixture.get(&format!("/api/logs/{}", trace_id(2))).await?.json()["total"], 25);
+
+    let large = "x".repeat(200_000);
+    for trace in 6..=20 {
+        fixture.export_logs([of_trace(trace, &large), of_trace(trace, &large)]).await?;
+        assert!(fixture.backend.statistics().logs.bytes <= 1_000_000);
+    }
+    let logs = fixture.backend.statistics().logs;
+    assert_eq!((logs.records, logs.rejected), (4, 20));
+    assert!(logs.bytes > 800_000, "{logs:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_forms_of_json_that_otlp_allows_are_taken_and_an_error_names_the_member() -> Result<()> {
+    let fixture = Fixture::start().await?;
+    let request = |double: serde_json::Value| {
+        let attributes = json!([{ "key": "ratio", "value": { "doubleValue": double } }]);
+        json!({ "resourceSpans": [{ "resource": null, "schemaUrl": null, "scopeSpans": [{ "scope": null, "spans": [{
+            "traceId": trace_id(1), "spanId": "00000000000000a1", "parentSpanId": null, "name": "buy",
+            "kind": "2", "startTimeUnixNano": NOON.to_string(), "endTimeUnixNano": NOON, "links": null,
+            "events": null, "status": null, "attributes": attributes,
+        }]}]}]})
+        .to_string()
+    };
+    for double in [json!("much"), json!([1])] {
+        let answer = fixture.post(&[JSON], request(double)).await?;
+        assert_eq!(answer.status, 400);
+        let message = answer.json()["message"].as_str().expect("a text").to_owned();
+        let member = "resourceSpans[0].scopeSpans[0].spans[0].attributes[0].value";
+        assert!(message.starts_with(member), "{message}");
+    }
+    assert_eq!(fixture.post(&[JSON], request(json!("NaN"))).await?.status, 200);
+    let spans = fixture.backend.trace(&trace_id(1));
+    assert_eq!((spans[0].kind, spans[0].attributes["ratio"].as_str()), ("SERVER", "NaN"));
     Ok(())
 }

@@ -12,7 +12,7 @@ import large from "./checks/large.mjs";
 import list from "./checks/list.mjs";
 import reach from "./checks/reach.mjs";
 import trace from "./checks/trace.mjs";
-import { post } from "./spans.mjs";
+import { post, postLogs } from "./spans.mjs";
 
 const { values: options } = parseArgs({
   options: {
@@ -41,7 +41,7 @@ await browser.close();
 console.log(`${wanted.length - failed} of ${wanted.length} checks passed`);
 process.exitCode = failed || wanted.length === 0 ? 1 : 0;
 
-/** Runs a check with what it needs: `open(path, options)`, `post(...traces)`, and the backend's address. */
+/** Runs a check with what it needs: `open(path, options)`, `post(...traces)`, `postLogs(trace, ...records)`, and the backend's address. */
 async function run(check) {
   const contexts = [];
   const errors = [];
@@ -61,6 +61,7 @@ async function run(check) {
     const remark = await check({
       open,
       post: (...traces) => post(options.otlp, ...traces),
+      postLogs: (trace, ...records) => postLogs(options.otlp, trace, ...records),
       base: options.page,
     });
     if (errors.length) throw new Error(`the page said on its console:\n${errors.join("\n")}`);

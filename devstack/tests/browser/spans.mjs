@@ -8,17 +8,34 @@ export const id = (bytes) => randomBytes(bytes).toString("hex");
 
 /** Posts traces to an OTLP/HTTP receiver. */
 export async function post(otlp, ...traces) {
-  const response = await fetch(`${otlp}/v1/traces`, {
+  await send(`${otlp}/v1/traces`, { resourceSpans: traces.flatMap((trace) => trace.resourceSpans) });
+}
+
+/** Posts log records given as `{ spanID, at, severity, body, attributes }`, `at` in microseconds after `start`. */
+export async function postLogs(otlp, { traceID, start }, ...records) {
+  const logRecords = records.map((record) => ({
+    traceId: traceID,
+    spanId: record.spanID,
+    timeUnixNano: nanos(start + record.at),
+    severityText: record.severity,
+    body: anyValue(record.body),
+    attributes: attributes(record.attributes),
+  }));
+  await send(`${otlp}/v1/logs`, { resourceLogs: [{ scopeLogs: [{ logRecords }] }] });
+}
+
+async function send(url, request) {
+  const response = await fetch(url, {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({ resourceSpans: traces.flatMap((trace) => trace.resourceSpans) }),
+    body: JSON.stringify(request),
   });
-  if (!response.ok) throw new Error(`${otlp} answered ${response.status}: ${await response.text()}`);
+  if (!response.ok) throw new Error(`${url} answered ${response.status}: ${await response.text()}`);
 }
 
 /**
  * A trace of spans given as `{ service, name, kind, at, took, parent, attributes, events, links, error, resource }`,
- * times in microseconds after `start`, parents by index or id. Returns `{ traceID, ids, resourceSpans }`.
+ * times in microseconds after `start`, parents by index or id. Returns `{ traceID, ids, start, resourceSpans }`.
  */
 export function trace(spans, { traceID = id(16), start = now() } = {}) {
   const ids = spans.map((span) => span.id ?? id(8));
@@ -49,7 +66,7 @@ export function trace(spans, { traceID = id(16), start = now() } = {}) {
       },
     ],
   }));
-  return { traceID, ids, resourceSpans };
+  return { traceID, ids, start, resourceSpans };
 }
 
 /** Microseconds since 1970. */

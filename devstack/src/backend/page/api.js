@@ -13,10 +13,10 @@ export async function recentTraces(criteria) {
     .filter((summary) => summary.traceID);
 }
 
-/** A trace, or null if the backend has none with this id. */
+/** A trace with its logs, or null if the backend has none with this id. */
 export async function trace(traceID) {
-  const answer = await ask(`/api/traces/${encodeURIComponent(traceID)}`, [404]);
-  return readTrace(answer);
+  const id = encodeURIComponent(traceID);
+  return readTrace(...(await Promise.all([ask(`/api/traces/${id}`, [404]), ask(`/api/logs/${id}`)])));
 }
 
 /** The names of all services. */

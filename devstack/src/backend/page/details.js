@@ -13,6 +13,7 @@ export function showDetails(side, trace, span, { go, close }) {
     facts(trace, span, go),
     ...section("Attributes", span.attributes.length > 0 && table(span.attributes)),
     ...section(count(span.events.length, "event"), span.events.length > 0 && events(trace, span)),
+    ...section(count(span.logs.length, "log record"), span.logs.length > 0 && logs(trace, span)),
     ...section(count(span.links.length, "link"), span.links.length > 0 && links(span)),
     ...section("Warnings", span.warnings.length > 0 && lines(span.warnings)),
     ...section("Resource", span.resource.length > 0 && table(span.resource)),
@@ -89,19 +90,32 @@ function table(attributes) {
 }
 
 function events(trace, span) {
-  const items = [...span.events]
+  return timeline("events", trace, span.events, ({ name }) => [element("b", {}, name || "(no name)")]);
+}
+
+function logs(trace, span) {
+  return timeline("logs", trace, span.logs, ({ severity, body }) => [
+    element("b", { class: /^(error|fatal)/i.test(severity) ? "failed" : false }, severity),
+    " ",
+    element("span", { class: "body" }, body),
+  ]);
+}
+
+/** What happened in the order of its time; `said(item)` is what stands beside the time. */
+function timeline(name, trace, items, said) {
+  const lines = [...items]
     .sort((a, b) => a.time - b.time)
-    .map((event) =>
+    .map((item) =>
       element(
         "li",
         {},
-        element("span", { class: "when" }, `+${duration(Math.max(event.time - trace.start, 0))}`),
+        element("span", { class: "when" }, `+${duration(Math.max(item.time - trace.start, 0))}`),
         " ",
-        element("b", {}, event.name || "(no name)"),
-        event.attributes.length ? table(event.attributes) : null,
+        ...said(item),
+        item.attributes.length ? table(item.attributes) : null,
       ),
     );
-  return element("ul", { class: "events" }, ...items);
+  return element("ul", { class: name }, ...lines);
 }
 
 function links(span) {

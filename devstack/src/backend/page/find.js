@@ -51,6 +51,7 @@ function holds(span, wanted) {
   return (
     [span.name, span.service, span.kind, span.id, span.errorDescription].some(has) ||
     span.attributes.some(tagged) ||
-    span.events.some((event) => has(event.name) || event.attributes.some(tagged))
+    span.events.some((event) => has(event.name) || event.attributes.some(tagged)) ||
+    span.logs.some((record) => has(record.body) || record.attributes.some(tagged))
   );
 }

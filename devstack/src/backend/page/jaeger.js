@@ -1,4 +1,4 @@
-// Reads Jaeger's JSON into plain spans. Whoever can reach the receiver writes what is in it, so anything can be
+// Reads Jaeger's JSON, and that of the logs, into plain spans. Whoever can reach the receiver writes what is in it, so anything can be
 // missing or of another type; past this file every field is there and is what it says.
 
 const KINDS = ["server", "client", "producer", "consumer", "internal"];
@@ -20,17 +20,18 @@ export function readSummary(summary) {
   };
 }
 
-/** The first trace of an answer as `{ traceID, spans, warnings }`, or null if there is none. */
-export function readTrace(answer) {
+/** The first trace of an answer as `{ traceID, spans, warnings }`, or null if there is none; `logs` is of another. */
+export function readTrace(answer, logs) {
   const trace = list(answer?.data)[0];
   if (!list(trace?.spans).length) return null;
   const processes = new Map();
   for (const [id, process] of Object.entries(trace.processes ?? {})) {
     processes.set(id, { service: text(process?.serviceName), attributes: tags(process?.tags) });
   }
+  const records = Map.groupBy(list(logs?.data), (record) => text(record?.spanID));
   return {
     traceID: text(trace.traceID),
-    spans: trace.spans.map((span) => new Span(span, text(trace.traceID), processes)),
+    spans: trace.spans.map((span) => new Span(span, text(trace.traceID), processes, records)),
     warnings: list(trace.warnings).map(text),
   };
 }
@@ -38,9 +39,11 @@ export function readTrace(answer) {
 /** What only its details show is read when it is asked for: of a large trace, most spans never are. */
 class Span {
   #json;
+  #logs;
 
-  constructor(json, traceID, processes) {
+  constructor(json, traceID, processes, records) {
     this.#json = json;
+    this.#logs = records.get(text(json?.spanID)) ?? [];
     const process = processes.get(text(json?.processID));
     const kind = this.#tag("span.kind").toLowerCase();
     const references = list(json?.references).map(readReference);
@@ -68,6 +71,10 @@ class Span {
 
   get events() {
     return list(this.#json?.logs).map(readEvent);
+  }
+
+  get logs() {
+    return this.#logs.map(readRecord);
   }
 
   get warnings() {
@@ -100,6 +107,15 @@ function readEvent(log) {
     time: number(log?.timestamp),
     name: name?.value ?? "",
     attributes: fields.filter((field) => field !== name),
+  };
+}
+
+function readRecord(record) {
+  return {
+    time: number(record?.timestamp),
+    severity: text(record?.severity),
+    body: text(record?.body?.value),
+    attributes: tags(record?.attributes),
   };
 }
 

@@ -39,7 +39,7 @@ export default {
     assert.equal(thrown, "TypeError");
   },
 
-  async markup_in_any_field_is_shown_as_the_text_it_is({ open, post }) {
+  async markup_in_any_field_is_shown_as_the_text_it_is({ open, post, postLogs }) {
     const posted = trace(
       [
         { service: ATTACK, name: ATTACK, kind: "SERVER", at: 0, took: 100 },
@@ -59,6 +59,8 @@ export default {
       { start: now() + 1e6 },
     );
     await post(posted);
+    const attributes = { [ATTACK]: ATTACK };
+    await postLogs(posted, { spanID: posted.ids[1], at: 30, severity: ATTACK, body: ATTACK, attributes });
     const list = await open("/");
     await list.waitForSelector(`#rows a[href="/trace/${posted.traceID}"]`);
     assert.equal(await list.textContent("#rows tr .service"), ATTACK);
@@ -78,11 +80,12 @@ export default {
     await page.keyboard.press("e");
     await page.waitForSelector("#side dl");
     const said = await page.$$eval(
-      "#side th, #side td, #side b, #side .failed, #side h2 .operation",
+      "#side th, #side td, #side b, #side .body, #side .failed, #side h2 .operation",
       (nodes) => nodes.map((node) => node.textContent),
     );
-    // Key and value of the attribute, of the event's and of the resource's; the event, the status, the span.
-    assert.equal(said.filter((text) => text === ATTACK).length, 9, JSON.stringify(said));
+    // Key and value of the attribute, of the event's, of the record's and of the resource's; the event, the
+    // record's severity and body, the status, the span.
+    assert.equal(said.filter((text) => text === ATTACK).length, 13, JSON.stringify(said));
     assert.ok(said.includes(`error ${ATTACK}`));
     assert.equal(await page.title(), `${ATTACK.slice(0, 60)}… ${ATTACK.slice(0, 100)}… · Throughline`);
     await assertHarmless(page);
@@ -155,7 +158,12 @@ export default {
       logs: [{ timestamp: 11, fields: [{ key: "event", value: "e" }] }],
     };
     const answers = [];
+    const record = { spanID: "a1", timestamp: 12, severity: "INFO", body: { value: "b" }, attributes: [] };
+    const trace = { data: [{ traceID, spans: [whole] }] };
     for (const value of values) {
+      for (const field of Object.keys(record))
+        answers.push([trace, { data: [{ ...record, [field]: value }] }]);
+      answers.push([trace, value], [trace, { data: value }], [trace, { data: [value] }]);
       for (const field of Object.keys(whole))
         answers.push({ data: [{ traceID, processes: {}, spans: [{ ...whole, [field]: value }] }] });
       for (const field of ["key", "value"])
@@ -188,7 +196,7 @@ export default {
       const side = document.createElement("aside");
       for (const answer of answers) {
         try {
-          const trace = arrange(readTrace(answer));
+          const trace = arrange(readTrace(...[answer].flat()));
           showOverview(side, trace);
           for (const span of trace.spans) {
             showDetails(side, trace, span, {});

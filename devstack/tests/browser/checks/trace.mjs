@@ -253,6 +253,36 @@ export default {
     );
   },
 
+  async the_logs_of_a_span_are_in_its_details_also_when_they_come_late({ open, post, postLogs }) {
+    const posted = trace([
+      { service: "a", name: "root", at: 0, took: 2000 },
+      { service: "a", name: "buy", at: 0, took: 1000, parent: 0 },
+    ]);
+    const [root, buy] = posted.ids;
+    await postLogs(posted, { spanID: root, at: 1, severity: "INFO", body: "of another span" });
+    await post(posted);
+    const page = await open(`/trace/${posted.traceID}`);
+    await page.waitForSelector("[data-state=live]");
+    await openDetails(page, "buy");
+    await eventually(() => beside(page), "a buy");
+    assert.equal(await page.locator("#side .logs").count(), 0);
+    await postLogs(
+      posted,
+      { spanID: buy, at: 500, severity: "ERROR", body: "no stock", attributes: { left: 0, "item.id": "b7" } },
+      { spanID: buy, at: 250, severity: "INFO", body: "looking" },
+      { spanID: id(8), at: 0, severity: "INFO", body: "of no span here" },
+    );
+    await eventually(
+      () => page.$$eval("#side .logs li", (records) => records.map((record) => record.textContent)),
+      ["+250 µs INFO looking", "+500 µs ERROR no stockleft0item.idb7"],
+    );
+    assert.equal(await page.textContent("#side .logs .failed"), "ERROR");
+    assert.ok((await page.textContent("#side")).includes("2 log records"));
+    assert.equal(await page.locator("#side .events").count(), 0);
+    await page.fill("#find-text", "no stock");
+    await eventually(() => page.textContent("#found"), "1 found");
+  },
+
   async errors_are_marked_and_the_key_e_leads_from_one_to_the_next({ open, post }) {
     const posted = trace([
       { service: "a", name: "fine", at: 0, took: 100 },
