@@ -9,6 +9,7 @@
 //! - [`rabbitmq`]: a RabbitMQ node of this program's own
 //! - [`process`]: the services as real processes
 //! - [`proxy`]: a TCP proxy that fails as networks do
+//! - [`certificates`]: for tests of TLS, and [`tls_front`]: TLS in front of a broker
 //! - [`database`]: mq's database, looked into and spoiled
 //! - [`stand_in`]: a usercenter that answers as it is told
 //! - [`stack`]: all of them together, as the end-to-end tests use them
@@ -22,6 +23,7 @@ mod background;
 pub mod balancer;
 pub mod bench;
 pub mod broker;
+pub mod certificates;
 pub mod chaos;
 pub mod client;
 pub mod database;
@@ -37,6 +39,7 @@ pub mod raw;
 pub mod receiver;
 pub mod stack;
 pub mod stand_in;
+pub mod tls_front;
 pub mod trace;
 pub mod verify;
 
