@@ -2,10 +2,16 @@
 
 use crate::publisher::Limits;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use lapin::uri::AMQPUri;
-use serving::{arguments, shutdown};
+use proto::broker::Server;
+use serving::{
+    arguments, shutdown,
+    tls::{BrokerFiles, Client, PemFile},
+};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
-use tonic::{codegen::http::uri::Authority, transport::Uri};
+use tonic::{
+    codegen::http::uri::Authority,
+    transport::{ClientTlsConfig, Uri},
+};
 
 /// The HTTP service: logs users in.
 // Without Debug: two of the values are secrets.
@@ -28,9 +34,23 @@ pub struct Config {
     #[arg(long, env = "API_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_in_flight: u32,
 
-    /// The gRPC service usercenter, as http://host:port.
+    /// The gRPC service usercenter, as http://host:port or https://host:port.
     #[arg(long, env = "USERCENTER_URL", default_value = "http://127.0.0.1:50051", value_parser = grpc_url)]
     pub usercenter_url: Uri,
+
+    /// For https: a PEM file with the certificates of those whose word counts for usercenter's certificate; by
+    /// default the system's.
+    #[arg(long, env = "USERCENTER_CA")]
+    usercenter_ca: Option<PathBuf>,
+
+    /// For https: a PEM file with the certificate that is shown to usercenter, and those between it and its
+    /// authority.
+    #[arg(long, env = "USERCENTER_CLIENT_CERTIFICATE")]
+    usercenter_client_certificate: Option<PathBuf>,
+
+    /// For https: a PEM file with the key of that certificate.
+    #[arg(long, env = "USERCENTER_CLIENT_KEY")]
+    usercenter_client_key: Option<PathBuf>,
 
     /// How long a call of usercenter may take, with its retries.
     #[arg(long, env = "USERCENTER_TIMEOUT", default_value = "2s", value_parser = positive_duration)]
@@ -44,9 +64,13 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
     pub usercenter_circuit_pause: Duration,
 
-    /// The broker, as amqp://user:password@host:port/vhost.
+    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
     #[arg(long, env = "AMQP_URL", default_value = proto::broker::DEFAULT_URL, hide_env_values = true)]
     amqp_url: String,
+
+    /// TLS to the broker.
+    #[command(flatten)]
+    amqp_files: BrokerFiles,
 
     /// Put before the names of exchange and queues, for deployments that share a broker.
     #[arg(long, env = "AMQP_PREFIX", default_value = "")]
@@ -99,9 +123,13 @@ impl Config {
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
-        let checked =
-            config.amqp_uri().map(drop).and(config.access_secret().map(drop)).and(config.shutdown.check());
-        if let Err(problem) = checked {
+        let check = || {
+            config.broker()?;
+            config.usercenter_tls()?;
+            config.access_secret()?;
+            config.shutdown.check()
+        };
+        if let Err(problem) = check() {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
@@ -110,9 +138,29 @@ impl Config {
     /// The broker.
     ///
     /// # Errors
-    /// If the URL is not one; [`Config::load`] has seen to that.
-    pub fn amqp_uri(&self) -> Result<AMQPUri, String> {
-        proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))
+    /// If the URL is not one, or a file can't be used; [`Config::load`] has seen to that.
+    pub fn broker(&self) -> Result<Server, String> {
+        let server =
+            proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
+        Ok(match self.amqp_files.read(server.wants_tls())? {
+            Some(tls) => server.with_tls(tls.rustls),
+            None => server,
+        })
+    }
+
+    /// TLS to usercenter, if its URL asks for it.
+    ///
+    /// # Errors
+    /// If a file can't be used; [`Config::load`] has seen to that.
+    pub fn usercenter_tls(&self) -> Result<Option<ClientTlsConfig>, String> {
+        let is_https = self.usercenter_url.scheme_str() == Some("https");
+        let files = [
+            PemFile("USERCENTER_CA", &self.usercenter_ca),
+            PemFile("USERCENTER_CLIENT_CERTIFICATE", &self.usercenter_client_certificate),
+            PemFile("USERCENTER_CLIENT_KEY", &self.usercenter_client_key),
+        ];
+        let tls = Client::read(is_https.then_some(()).ok_or("USERCENTER_URL is not https"), files)?;
+        Ok(tls.map(|tls| tls.tonic))
     }
 
     /// How much the spool may hold.
@@ -152,8 +200,13 @@ fn positive_duration(text: &str) -> Result<Duration, String> {
 fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     match url.parse::<Uri>() {
         // A port that is none is no error to the parser; it would be 80.
-        Ok(uri) if uri.scheme_str() == Some("http") && uri.authority().is_some_and(has_good_port) => Ok(uri),
-        _ => Err("expected http://host:port"),
+        Ok(uri)
+            if matches!(uri.scheme_str(), Some("http" | "https"))
+                && uri.authority().is_some_and(has_good_port) =>
+        {
+            Ok(uri)
+        }
+        _ => Err("expected http(s)://host:port"),
     }
 }
 

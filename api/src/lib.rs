@@ -35,6 +35,7 @@ use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;
 use tokio::net::TcpListener;
 use tonic::transport::Endpoint;
+use usercenter::Reported;
 
 /// Makes the hand-written spans of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
@@ -48,13 +49,16 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     // While an answer is waited for: after how long a silence a sign of life is asked for, and how long that may
     // take. Together no longer than a call, so that those after it have another connection.
     let keep_alive = config.usercenter_timeout / 2;
-    let channel = Endpoint::from(config.usercenter_url.clone())
+    let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
         .tcp_nodelay(true)
         // A peer that is gone without a word: calls would wait for it, one after the other, until TCP gives up.
         .http2_keep_alive_interval(keep_alive)
-        .keep_alive_timeout(keep_alive)
-        .connect_lazy();
+        .keep_alive_timeout(keep_alive);
+    if let Some(tls) = config.usercenter_tls().map_err(anyhow::Error::msg)? {
+        endpoint = endpoint.tls_config(tls).context("TLS to usercenter")?;
+    }
+    let channel = Reported::new(&config.usercenter_url, endpoint.connect_lazy());
     let limits = usercenter::Limits {
         timeout: config.usercenter_timeout,
         attempts: config.usercenter_attempts,
@@ -64,7 +68,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let spool = Spool::open(&config.data_dir, config.spool_limits())
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, publishing) = Publisher::start(
-        config.amqp_uri().map_err(anyhow::Error::msg)?,
+        config.broker().map_err(anyhow::Error::msg)?,
         Topology::with_prefix(&config.amqp_prefix),
         config.publish_timeout,
         spool,

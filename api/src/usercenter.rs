@@ -5,14 +5,25 @@ use resilience::{
     CallDeadline, CallDeadlineLayer, Circuit, CircuitBreaker, CircuitBreakerLayer, Retry, RetryLayer, Unary,
     UnaryLayer,
 };
-use std::time::Duration;
+use serving::seldom::Seldom;
+use std::{
+    error::Error,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 use telemetry::grpc::{GrpcClient, GrpcClientLayer};
-use tonic::transport::{Channel, Uri};
+use tonic::{
+    body::Body,
+    codegen::http::{Request, Response},
+    transport::{self, Channel, Uri},
+};
 use tonic_health::pb::health_client::HealthClient;
-use tower::ServiceBuilder;
+use tower::{Service, ServiceBuilder};
 
 /// The client.
-pub type Usercenter = UsercenterClient<Layered<Channel>>;
+pub type Usercenter = UsercenterClient<Layered<Reported>>;
 
 /// A channel `C` in the layers of [`in_layers`], the outermost first.
 pub type Layered<C> = GrpcClient<CallDeadline<Retry<CircuitBreaker<Unary<C>>>>>;
@@ -32,10 +43,10 @@ pub struct Limits {
 const IDEMPOTENT: &[&str] = &["/usercenter.v1.Usercenter/GetUserByMobile"];
 
 /// Asks usercenter for its health, on the same connection: not traced, not counted by the circuit.
-pub type Health = HealthClient<Retry<Unary<Channel>>>;
+pub type Health = HealthClient<Retry<Unary<Reported>>>;
 
 /// Its client.
-pub fn health(channel: Channel) -> Health {
+pub fn health(channel: Reported) -> Health {
     let once = RetryLayer::new(&[], 1);
     HealthClient::new(ServiceBuilder::new().layer(once).layer(UnaryLayer).service(channel))
 }
@@ -51,4 +62,52 @@ pub fn in_layers<C>(endpoint: &Uri, limits: Limits, channel: C) -> Layered<C> {
         .layer(CircuitBreakerLayer::new(circuit)) // each attempt counts; none while too many fail
         .layer(UnaryLayer) // one message there, one outcome back
         .service(channel)
+}
+
+/// A channel that says on the log why there is no connection, once a minute: during an outage this is every
+/// call. The layers around it know the status that the failure stands for, and not its cause.
+#[derive(Clone)]
+pub struct Reported {
+    channel: Channel,
+    endpoint: Uri,
+    warnings: Seldom,
+}
+
+impl Reported {
+    /// Of a channel to `endpoint`.
+    pub fn new(endpoint: &Uri, channel: Channel) -> Self {
+        Self { channel, endpoint: endpoint.clone(), warnings: Seldom::default() }
+    }
+
+    fn report(&self, error: &transport::Error) {
+        if self.warnings.is_due() {
+            let causes = chain(error);
+            tracing::warn!(endpoint = %self.endpoint, "can't reach usercenter: {causes}");
+        }
+    }
+}
+
+impl Service<Request<Body>> for Reported {
+    type Response = Response<Body>;
+    type Error = transport::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, transport::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), transport::Error>> {
+        self.channel.poll_ready(cx).map_err(|error| {
+            self.report(&error);
+            error
+        })
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let answer = self.channel.call(request);
+        let this = self.clone();
+        Box::pin(async move { answer.await.inspect_err(|error| this.report(error)) })
+    }
+}
+
+/// An error with what caused it: what went wrong in TLS is at the end.
+fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

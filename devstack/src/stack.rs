@@ -3,11 +3,13 @@
 use crate::{
     PATIENCE,
     broker::Broker,
+    certificates::Files,
     client::{Answer, Client},
     poll,
     process::Process,
     proxy::Proxy,
     receiver::Receiver,
+    tls_front::TlsFront,
 };
 use anyhow::{Context, Result};
 use http::Method;
@@ -78,7 +80,8 @@ impl Stack {
         let mut settings = Settings::new(&broker, &receiver, variables);
 
         let rpc = Process::start("rpc", &settings.of("rpc")).await?;
-        settings.usercenter_url = format!("http://{}", rpc.address);
+        let has_tls = variables.iter().any(|(_, name, _)| *name == "USERCENTER_TLS_CERTIFICATE");
+        settings.usercenter_url = format!("{}://{}", if has_tls { "https" } else { "http" }, rpc.address);
         let (for_api, for_mq) = (settings.of("api"), settings.of("mq"));
         let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &for_mq))?;
         try_join!(
@@ -288,8 +291,8 @@ impl TestBroker {
     }
 
     async fn connect_to(url: String, embedded: Option<Broker>) -> Result<Self> {
-        let uri = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
-        let connection = proto::broker::connect(&uri, "test").await?;
+        let server = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
+        let connection = proto::broker::connect(&server, "test").await?;
         let channel = connection.create_channel().await?;
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
         let topology = Topology::with_prefix(&prefix);
@@ -315,12 +318,33 @@ impl TestBroker {
     }
 
     fn proxy_by(&self, start: fn(SocketAddr) -> Result<Proxy>) -> Result<(Proxy, String)> {
-        let uri = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
-        let authority = uri.authority;
-        let target = (authority.host.as_str(), authority.port).to_socket_addrs()?.next();
-        let proxy = start(target.context("the broker has no address")?)?;
-        let (from, to) = (format!("@{}:{}", authority.host, authority.port), format!("@{}", proxy.address));
-        Ok((proxy, self.url.replace(&from, &to)))
+        let proxy = start(self.address()?)?;
+        let url = self.url_by(proxy.address)?;
+        Ok((proxy, url))
+    }
+
+    /// TLS in front of it, and the URL that leads through it; with the file of an authority, for clients with a
+    /// certificate of that only.
+    ///
+    /// # Errors
+    /// As for [`TestBroker::proxy`], or if a file can't be read.
+    pub fn tls_front(&self, files: &Files, client_ca: Option<&str>) -> Result<(TlsFront, String)> {
+        let front = TlsFront::start(self.address()?, files, client_ca)?;
+        let url = self.url_by(front.address)?.replacen("amqp://", "amqps://", 1);
+        Ok((front, url))
+    }
+
+    fn address(&self) -> Result<SocketAddr> {
+        let authority = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
+        let address = (authority.host.as_str(), authority.port).to_socket_addrs()?.next();
+        address.context("the broker has no address")
+    }
+
+    /// Its URL, with another address.
+    fn url_by(&self, address: SocketAddr) -> Result<String> {
+        let authority = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
+        let from = format!("@{}:{}", authority.host, authority.port);
+        Ok(self.url.replace(&from, &format!("@{address}")))
     }
 
     /// Raises or clears the memory alarm of an embedded broker.
@@ -338,9 +362,9 @@ impl Drop for TestBroker {
             return;
         }
         let clean_up = async {
-            let uri = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
+            let server = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
             // A connection of its own: the test may have broken the other one.
-            let connection = proto::broker::connect(&uri, "test clean-up").await?;
+            let connection = proto::broker::connect(&server, "test clean-up").await?;
             let channel = connection.create_channel().await?;
             let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;
             let retry_queues = self.retry_delays.iter().map(|delay| self.topology.retry_queue(*delay));

@@ -61,7 +61,8 @@ fn files_in_backticks_exist() -> Result<()> {
 fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     let text = fs::read_to_string(root().join("docs/configuration.md"))?;
     let services = ["api/src/config.rs", "rpc/src/config.rs", "mq/src/config.rs"];
-    for file in ["telemetry/src/config/mod.rs", "serving/src/shutdown.rs"].into_iter().chain(services) {
+    let shared = ["telemetry/src/config/mod.rs", "serving/src/shutdown.rs", "serving/src/tls.rs"];
+    for file in shared.into_iter().chain(services) {
         let source = fs::read_to_string(root().join(file))?;
         // As the tests' own text would be found, too, only what is before them counts.
         let source = source.split("#[cfg(test)]").next().unwrap_or_default();

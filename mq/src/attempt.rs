@@ -269,13 +269,13 @@ mod tests {
     {
         let directory = TempDir::new().unwrap();
         let database = format!("sqlite://{}", directory.path().join("mq.db").display());
-        let uri = proto::broker::parse_url(proto::broker::DEFAULT_URL).unwrap();
+        let server = proto::broker::parse_url(proto::broker::DEFAULT_URL).unwrap();
         let topology = Topology::with_prefix("");
         let attempts = Attempts {
             processing,
             history: History::start(crate::history::parse_url(&database).unwrap()),
-            broker: Broker::new(&uri, "test"),
-            publisher: Publisher::new(uri, topology.clone(), Vec::new()),
+            broker: Broker::new(&server.uri, "test"),
+            publisher: Publisher::new(server, topology.clone(), Vec::new()),
             topology,
             relation: Relation::Parent,
             retry_delays: vec![Duration::from_secs(1)],

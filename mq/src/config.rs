@@ -1,9 +1,8 @@
 //! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use lapin::uri::AMQPUri;
-use proto::topology::DEFAULT_RETRY_DELAYS;
-use serving::{arguments, shutdown};
+use proto::{broker::Server, topology::DEFAULT_RETRY_DELAYS};
+use serving::{arguments, shutdown, tls::BrokerFiles};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{net::SocketAddr, str::FromStr, time::Duration};
 use telemetry::amqp::Relation;
@@ -21,9 +20,13 @@ pub struct Config {
     #[arg(long, env = "MQ_LISTEN", default_value = "127.0.0.1:50052", global = true)]
     pub listen: SocketAddr,
 
-    /// The broker, as amqp://user:password@host:port/vhost.
+    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
     #[arg(long, env = "AMQP_URL", default_value = proto::broker::DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
+
+    /// TLS to the broker.
+    #[command(flatten)]
+    amqp_files: BrokerFiles,
 
     /// Put before the names of exchange and queues, for deployments that share a broker.
     #[arg(long, env = "AMQP_PREFIX", default_value = "", global = true)]
@@ -119,7 +122,7 @@ impl Config {
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.
-        if let Err(problem) = config.amqp_uri().map(drop).and(config.shutdown.check()) {
+        if let Err(problem) = config.broker().map(drop).and(config.shutdown.check()) {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         if let Err(problem) = config.database() {
@@ -131,9 +134,14 @@ impl Config {
     /// The broker.
     ///
     /// # Errors
-    /// If the URL is not one; [`Config::load`] has seen to that.
-    pub fn amqp_uri(&self) -> Result<AMQPUri, String> {
-        proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))
+    /// If the URL is not one, or a file can't be used; [`Config::load`] has seen to that.
+    pub fn broker(&self) -> Result<Server, String> {
+        let server =
+            proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
+        Ok(match self.amqp_files.read(server.wants_tls())? {
+            Some(tls) => server.with_tls(tls.rustls),
+            None => server,
+        })
     }
 
     /// The database of the login history.

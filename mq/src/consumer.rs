@@ -12,9 +12,8 @@ use lapin::{
     message::Delivery,
     options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
-    uri::AMQPUri,
 };
-use proto::broker::{self, Backoff};
+use proto::broker::{self, Backoff, Server};
 use tokio::{select, sync::watch, time::Instant};
 use tower::{BoxError, Service};
 
@@ -27,7 +26,7 @@ const MAX_CHUNK: usize = 64;
 /// Consumes login messages.
 pub struct Consumer<S> {
     /// The broker.
-    pub uri: AMQPUri,
+    pub server: Server,
     /// How many messages it may send ahead of their acknowledgement.
     pub prefetch: u16,
     /// What is done with each delivery.
@@ -99,7 +98,7 @@ where
 
     async fn open(&self) -> lapin::Result<(lapin::Connection, Channel, lapin::Consumer)> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
-        let connection = broker::connect(&self.uri, CLIENT_ID).await?;
+        let connection = broker::connect(&self.server, CLIENT_ID).await?;
         let channel = connection.create_channel().await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         topology.declare(&channel).await?;

@@ -42,10 +42,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// # Errors
 /// If the broker can't be reached, or if there is no such message.
 pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
-    let uri = config.amqp_uri().map_err(anyhow::Error::msg)?;
-    let broker = Broker::new(&uri, CLIENT_ID);
+    let server = config.broker().map_err(anyhow::Error::msg)?;
+    let broker = Broker::new(&server.uri, CLIENT_ID);
     let topology = Topology::with_prefix(&config.amqp_prefix);
-    let connection = broker::connect(&uri, CLIENT_ID).await;
+    let connection = broker::connect(&server, CLIENT_ID).await;
     let connection = connection.with_context(|| format!("connecting to the broker at {broker}"))?;
     let mut letters = Letters::open(&connection, topology.dead_letter_queue.clone()).await?;
 
@@ -54,7 +54,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         DeadLetters::Show { message_id, body } => show(&mut letters, message_id, *body).await,
         DeadLetters::Replay { message_id, .. } => {
             // It publishes to the main exchange only.
-            let publisher = Publisher::new(uri, topology.clone(), Vec::new());
+            let publisher = Publisher::new(server, topology.clone(), Vec::new());
             let replay = Replay { publisher, topology, broker };
             let done = replay.run(&mut letters, message_id.as_deref()).await;
             replay.publisher.close().await;

@@ -53,24 +53,24 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
-    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), MAX_CONNECTION_AGE);
+    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), MAX_CONNECTION_AGE, None);
     let health = grpc::builder(MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
 
-    let uri = config.amqp_uri().map_err(anyhow::Error::msg)?;
+    let server = config.broker().map_err(anyhow::Error::msg)?;
     let topology = Topology::with_prefix(&config.amqp_prefix);
     let history = History::start(config.database().map_err(anyhow::Error::msg)?);
     let retry_delays = config.retry_delays.0.clone();
     let (consuming, is_consuming) = watch::channel(false);
     let available = history.available();
     let consumer = Consumer {
-        uri: uri.clone(),
+        server: server.clone(),
         prefetch: config.prefetch,
         consuming,
         attempts: Attempts {
             processing: processing_stack(history.clone()),
             history,
-            broker: Broker::new(&uri, consumer::CLIENT_ID),
-            publisher: Publisher::new(uri, topology.clone(), retry_delays.clone()),
+            broker: Broker::new(&server.uri, consumer::CLIENT_ID),
+            publisher: Publisher::new(server, topology.clone(), retry_delays.clone()),
             topology,
             relation: config.relation,
             retry_delays,

@@ -7,10 +7,9 @@ use anyhow::{Context, bail};
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection,
     options::{BasicPublishOptions, ConfirmSelectOptions},
-    uri::AMQPUri,
 };
 use proto::{
-    broker::{self, Backoff},
+    broker::{self, Backoff, Server},
     topology::Topology,
 };
 use std::{
@@ -29,7 +28,7 @@ const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 /// Publishes to the queues of a topology.
 pub struct Publisher {
     broker: Broker,
-    uri: AMQPUri,
+    server: Server,
     topology: Topology,
     retry_delays: Vec<Duration>,
     /// Opened with the first message, and anew after a failure.
@@ -43,8 +42,9 @@ struct Session {
 
 impl Publisher {
     /// Opens nothing yet.
-    pub fn new(uri: AMQPUri, topology: Topology, retry_delays: Vec<Duration>) -> Self {
-        Self { broker: Broker::new(&uri, CLIENT_ID), uri, topology, retry_delays, session: Mutex::default() }
+    pub fn new(server: Server, topology: Topology, retry_delays: Vec<Duration>) -> Self {
+        let broker = Broker::new(&server.uri, CLIENT_ID);
+        Self { broker, server, topology, retry_delays, session: Mutex::default() }
     }
 
     /// Publishes a message, again and again until the broker has confirmed it. It may be there more than
@@ -102,7 +102,7 @@ impl Publisher {
     }
 
     async fn open(&self) -> lapin::Result<Session> {
-        let connection = broker::connect(&self.uri, CLIENT_ID).await?;
+        let connection = broker::connect(&self.server, CLIENT_ID).await?;
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         self.topology.declare(&channel).await?;

@@ -1,19 +1,24 @@
 //! How both sides reach the broker that the login message travels through.
 
-use crate::inbound;
+use crate::inbound::{self, Checked, Socket};
+use async_compat::CompatExt;
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
-    tcp::AMQPUriTcpExt,
-    uri::{AMQPScheme, AMQPUri},
+    uri::{AMQPAuthority, AMQPScheme, AMQPUri},
 };
 use std::{
     io,
-    net::{Shutdown, TcpStream},
+    net::{self, Shutdown},
     os::fd::AsFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::time::timeout;
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{ClientConfig, pki_types::ServerName},
+};
+use tokio_util::either::Either;
 
 /// RabbitMQ as it comes, on this machine.
 pub const DEFAULT_URL: &str = "amqp://guest:guest@127.0.0.1:5672/%2f";
@@ -24,23 +29,66 @@ const HEARTBEAT_SECONDS: u16 = 10;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Reads `amqp://user:password@host:port/vhost`.
+/// Where the broker is, and how to speak to it.
+#[derive(Clone)]
+pub struct Server {
+    /// Its address, and as whom to log in.
+    pub uri: AMQPUri,
+    /// For `amqps`.
+    tls: Option<TlsConnector>,
+}
+
+/// Reads `amqp://user:password@host:port/vhost`, or the same with `amqps`, to which
+/// [`Server::with_tls`] belongs.
 ///
 /// # Errors
 /// Says what is expected and not what was given, which may hold a password.
-pub fn parse_url(url: &str) -> Result<AMQPUri, &'static str> {
-    let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp://user:password@host:port/vhost")?;
+pub fn parse_url(url: &str) -> Result<Server, &'static str> {
+    let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp(s)://user:password@host:port/vhost")?;
     // The parser knows names and IPv4; for [::1] it would take this machine.
     let authority = url.split(['/', '?']).nth(2).unwrap_or_default();
     let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     if let Some((address, _)) = host.strip_prefix('[').and_then(|host| host.split_once(']')) {
         uri.authority.host = address.to_owned();
     }
-    if uri.scheme != AMQPScheme::AMQP {
-        return Err("TLS (amqps) is not supported");
+    if uri.scheme == AMQPScheme::AMQPS && ServerName::try_from(uri.authority.host.as_str()).is_err() {
+        return Err("a certificate can't have this host's name");
     }
     uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
-    Ok(uri)
+    Ok(Server { uri, tls: None })
+}
+
+impl Server {
+    /// Whether the URL asks for TLS.
+    pub fn wants_tls(&self) -> bool {
+        self.uri.scheme == AMQPScheme::AMQPS
+    }
+
+    /// Connects by this configuration if the URL asks for TLS.
+    pub fn with_tls(self, config: Arc<ClientConfig>) -> Self {
+        let tls = self.wants_tls().then(|| config.into());
+        Self { tls, ..self }
+    }
+
+    /// A connection to it; its socket is also put where it can be ended from outside.
+    async fn open(&self, handle: &Mutex<Option<net::TcpStream>>) -> io::Result<Socket> {
+        let AMQPAuthority { host, port, .. } = &self.uri.authority;
+        let stream = TcpStream::connect((host.as_str(), *port)).await?;
+        stream.set_nodelay(true)?;
+        *lock(handle) = Some(stream.as_fd().try_clone_to_owned()?.into());
+        let stream = match &self.tls {
+            Some(tls) => {
+                let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
+                Either::Right(tls.connect(name, stream).await?)
+            }
+            // Nobody speaks in the clear where TLS is asked for.
+            None if self.wants_tls() => {
+                return Err(io::Error::other("amqps, and no authorities to check it by"));
+            }
+            None => Either::Left(stream),
+        };
+        Ok(stream.compat())
+    }
 }
 
 /// Opens a connection that the broker knows as `name`. It does not recover by itself: whoever holds it
@@ -48,27 +96,22 @@ pub fn parse_url(url: &str) -> Result<AMQPUri, &'static str> {
 ///
 /// # Errors
 /// If the broker is not reached within five seconds, or refuses.
-pub async fn connect(uri: &AMQPUri, name: &'static str) -> lapin::Result<Connection> {
+pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Connection> {
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody
     // waits for it any more. So there is a second handle to the socket, to end that by.
     let socket = Arc::new(Mutex::new(None));
-    // What lapin can't read would cost the connection, or the process.
-    let runtime = inbound::runtime();
     let connect_socket = {
-        let (socket, runtime) = (Arc::clone(&socket), runtime.clone());
-        async move |uri: AMQPUri, _| {
-            let connecting = uri.connect_async(&runtime);
-            let stream = timeout(CONNECT_TIMEOUT, connecting).await.map_err(io::Error::from).flatten();
-            let stream = stream.map_err(lapin_error)?;
-            if let AsyncTcpStream::Plain(stream) = &stream {
-                let handle = stream.get_ref().get_ref().as_fd().try_clone_to_owned().map_err(lapin_error)?;
-                *lock(&socket) = Some(TcpStream::from(handle));
-            }
-            Ok(stream)
+        let (socket, server) = (Arc::clone(&socket), server.clone());
+        async move |_, _| {
+            let opened =
+                timeout(CONNECT_TIMEOUT, server.open(&socket)).await.map_err(io::Error::from).flatten();
+            // What lapin can't read would cost the connection, or the process.
+            Ok(AsyncTcpStream::Plain(Checked::new(opened.map_err(lapin_error)?)))
         }
     };
-    let connecting = Connection::connector(uri.clone(), runtime, connect_socket, properties);
+    let connecting =
+        Connection::connector(server.uri.clone(), inbound::runtime(), connect_socket, properties);
     let connected = timeout(CONNECT_TIMEOUT, connecting).await;
     let socket = lock(&socket).take();
     connected.unwrap_or_else(|_| {
@@ -118,8 +161,8 @@ mod tests {
 
     #[test]
     fn errors_do_not_show_the_url() {
-        for url in ["", "amqp//user:secret@host", "http://user:secret@host", "amqps://user:secret@host"] {
-            assert!(!parse_url(url).unwrap_err().contains("secret"), "{url}");
+        for url in ["", "amqp//user:secret@host", "http://user:secret@host", "amqps://user:secret@ho st"] {
+            assert!(!parse_url(url).err().unwrap().contains("secret"), "{url}");
         }
     }
 
@@ -134,8 +177,8 @@ mod tests {
     #[tokio::test]
     async fn a_broker_that_says_nothing_is_given_up_and_leaves_no_thread_behind() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let uri = parse_url(&format!("amqp://{}", listener.local_addr().unwrap())).unwrap();
-        let connecting = tokio::spawn(async move { connect(&uri, "test").await.map(drop) });
+        let server = parse_url(&format!("amqp://{}", listener.local_addr().unwrap())).unwrap();
+        let connecting = tokio::spawn(async move { connect(&server, "test").await.map(drop) });
         let _silent = listener.accept().await.unwrap();
         assert_eq!(lapin_threads(), 1);
         assert!(connecting.await.unwrap().is_err());
@@ -155,15 +198,17 @@ mod tests {
             ("amqp://user:pass@10.0.0.1:1234/%2f", "10.0.0.1", 1234),
             ("amqp://user:pass@[fd00::5]:1234/%2f?heartbeat=3", "fd00::5", 1234),
             ("amqp://[::1]", "::1", 5672),
+            ("amqps://broker", "broker", 5671),
+            ("amqps://[::1]", "::1", 5671),
         ] {
-            let authority = parse_url(url).unwrap().authority;
+            let authority = parse_url(url).unwrap().uri.authority;
             assert_eq!((authority.host.as_str(), authority.port), (host, port), "{url}");
         }
     }
 
     #[test]
     fn a_heartbeat_is_asked_for_unless_the_url_has_one() {
-        assert_eq!(parse_url(DEFAULT_URL).unwrap().query.heartbeat, Some(10));
-        assert_eq!(parse_url("amqp://localhost/%2f?heartbeat=3").unwrap().query.heartbeat, Some(3));
+        assert_eq!(parse_url(DEFAULT_URL).unwrap().uri.query.heartbeat, Some(10));
+        assert_eq!(parse_url("amqp://localhost/%2f?heartbeat=3").unwrap().uri.query.heartbeat, Some(3));
     }
 }

@@ -13,9 +13,15 @@ use tonic_health::pb::{
 /// # Errors
 /// If it does not answer within two seconds, or is not serving.
 pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
-    let endpoint = Endpoint::from_shared(format!("http://{}", listen))?
-        .connect_timeout(Duration::from_secs(2))
-        .timeout(Duration::from_secs(2));
+    probe_by(Endpoint::from_shared(format!("http://{listen}"))?).await
+}
+
+/// The same, of a service that is reached in another way, by TLS say.
+///
+/// # Errors
+/// As for [`probe`].
+pub async fn probe_by(endpoint: Endpoint) -> anyhow::Result<()> {
+    let endpoint = endpoint.connect_timeout(Duration::from_secs(2)).timeout(Duration::from_secs(2));
     let channel = endpoint.connect().await.context("connecting")?;
     let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await?;
     ensure!(answer.get_ref().status() == ServingStatus::Serving, "not serving");

@@ -15,6 +15,7 @@ use amq_protocol::{
     protocol::{BasicProperties, basic::gen_properties, constants},
     types::{AMQPValue, FieldTable},
 };
+use async_compat::{Compat, CompatExt};
 use async_rs::{Tokio, traits::Reactor, util::RuntimeParts};
 use bytes::{Buf, BytesMut};
 use futures_io::{AsyncRead, AsyncWrite};
@@ -26,6 +27,9 @@ use std::{
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 
 /// The properties that could not be read are kept, as bytes, if they are not longer.
 const LONGEST_KEPT: usize = 64 * 1024;
@@ -36,6 +40,10 @@ const LONGEST_FRAME: usize = 1024 * 1024;
 
 /// Type, channel and size before a frame's payload; behind it is one byte more (AMQP 0-9-1, section 4.2.3).
 const FRAME_HEAD: usize = 7;
+
+/// A connection to a broker, without TLS or with it. lapin takes it for a plain one either way: its own TLS
+/// would bring 75 crates.
+pub type Socket = Compat<Either<TcpStream, TlsStream<TcpStream>>>;
 
 /// lapin's runtime, except that what it reads is [`Checked`].
 pub type CheckedRuntime = async_rs::Runtime<RuntimeParts<Tokio, CheckedReactor>>;
@@ -50,7 +58,7 @@ pub fn runtime() -> CheckedRuntime {
 pub struct CheckedReactor(Tokio);
 
 impl Reactor for CheckedReactor {
-    type TcpStream = Checked<<Tokio as Reactor>::TcpStream>;
+    type TcpStream = Checked<Socket>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
     /// For sockets that somebody else has connected; lapin has none.
@@ -73,8 +81,8 @@ impl Reactor for CheckedReactor {
         &self,
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Checked::new(connecting.await?)) }
+        let connecting = TcpStream::connect(address);
+        async { Ok(Checked::new(Either::Left(connecting.await?).compat())) }
     }
 }
 
@@ -87,13 +95,9 @@ pub struct Checked<S> {
 }
 
 impl<S> Checked<S> {
-    fn new(inner: S) -> Self {
+    /// Looks at what comes from `inner`.
+    pub fn new(inner: S) -> Self {
         Self { inner, read: vec![0; 16 * 1024].into(), frames: Frames::default() }
-    }
-
-    /// The connection itself.
-    pub fn get_ref(&self) -> &S {
-        &self.inner
     }
 }
 

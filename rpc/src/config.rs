@@ -1,8 +1,11 @@
 //! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use serving::{arguments, shutdown};
-use std::{net::SocketAddr, time::Duration};
+use serving::{
+    arguments, shutdown,
+    tls::{PemFile, Server},
+};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// The gRPC service usercenter.
 #[derive(Debug, Parser)]
@@ -34,6 +37,19 @@ pub struct Config {
     )]
     pub max_connection_age: Duration,
 
+    /// For TLS: a PEM file with the certificate of this service, and those between it and its authority.
+    #[arg(long, env = "USERCENTER_TLS_CERTIFICATE", global = true)]
+    tls_certificate: Option<PathBuf>,
+
+    /// For TLS: a PEM file with the key of that certificate.
+    #[arg(long, env = "USERCENTER_TLS_KEY", global = true)]
+    tls_key: Option<PathBuf>,
+
+    /// With TLS: a PEM file with the certificates of those whose word counts for a client's certificate; without
+    /// it clients need none.
+    #[arg(long, env = "USERCENTER_TLS_CLIENT_CA", global = true)]
+    tls_client_ca: Option<PathBuf>,
+
     /// How to end.
     #[command(flatten)]
     pub shutdown: shutdown::Options,
@@ -50,10 +66,22 @@ impl Config {
     /// Reads flags and environment; exits with 2 if something in them can't be honoured.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
-        if let Err(problem) = config.shutdown.check() {
+        if let Err(problem) = config.shutdown.check().and(config.tls().map(drop)) {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
+    }
+
+    /// TLS for callers, if there is to be any.
+    ///
+    /// # Errors
+    /// If a file can't be used; [`Config::load`] has seen to that.
+    pub fn tls(&self) -> Result<Option<Server>, String> {
+        Server::read([
+            PemFile("USERCENTER_TLS_CERTIFICATE", &self.tls_certificate),
+            PemFile("USERCENTER_TLS_KEY", &self.tls_key),
+            PemFile("USERCENTER_TLS_CLIENT_CA", &self.tls_client_ca),
+        ])
     }
 }
 

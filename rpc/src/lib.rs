@@ -19,6 +19,7 @@ use proto::usercenter::v1::{FILE_DESCRIPTOR_SET, usercenter_server::UsercenterSe
 use service::Service;
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
 use tokio::{net::TcpListener, time::timeout_at};
+use tonic::transport::Endpoint;
 use tonic_health::ServingStatus;
 
 /// Connections from outside, at most. Only `api` calls this service, on a connection per instance.
@@ -26,6 +27,19 @@ const MAX_CONNECTIONS: usize = 10_000;
 
 /// The largest message that a caller may send, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
+
+/// Asks the service on this machine whether it is ready, with TLS if it has that.
+///
+/// # Errors
+/// If it does not answer within two seconds, or is not serving.
+pub async fn health(config: &Config) -> anyhow::Result<()> {
+    let Some(tls) = config.tls().map_err(anyhow::Error::msg)? else {
+        return proto::health::probe(config.listen).await;
+    };
+    let (tls, verifier) = tls.asked_by_itself();
+    let endpoint = Endpoint::from_shared(format!("https://{}", config.listen))?;
+    proto::health::probe_by(endpoint.tls_config_with_verifier(tls, verifier)?).await
+}
 
 /// Serves on `listener` until `shutdown`.
 ///
@@ -41,7 +55,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .context("gRPC reflection")?;
 
     let usercenter = UsercenterServer::new(Service::new(Directory::demo()));
-    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), config.max_connection_age);
+    let tls = config.tls().map_err(anyhow::Error::msg)?.map(|tls| tls.rustls);
+    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), config.max_connection_age, tls);
     let limits = Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let server = layers::in_layers(grpc::builder(config.max_connection_age), limits)
         .add_service(usercenter.max_decoding_message_size(MAX_MESSAGE))

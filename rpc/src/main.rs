@@ -11,7 +11,7 @@ use std::process::ExitCode;
 async fn main() -> ExitCode {
     let config = Config::load();
     if let Some(Command::Health) = config.command {
-        return match proto::health::probe(config.listen).await {
+        return match rpc::health(&config).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("unhealthy: {error:#}");

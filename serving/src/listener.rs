@@ -1,11 +1,12 @@
 //! Accepts connections, whatever happens: a peer that goes before it is accepted, or a machine that is out
 //! of file descriptors, must not end the service, or make it spin.
 
+use crate::seldom::Seldom;
 use socket2::SockRef;
 use std::{io, net::SocketAddr, time::Duration};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
-    time::{Instant, sleep},
+    time::sleep,
 };
 
 /// How long a peer may leave bytes that were sent to it unread. It bounds what a peer that asks and never
@@ -14,9 +15,6 @@ const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause when no connection can be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// The time between two warnings of that, which may come and go many times a second.
-const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// File descriptors that are kept for other things than connections from outside.
 const RESERVED_FILES: usize = 64;
@@ -41,14 +39,14 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 #[derive(Debug)]
 pub struct Listener {
     inner: TcpListener,
-    /// When it was said that no connection can be accepted.
-    warned: Option<Instant>,
+    /// Those that no connection can be accepted, which may come and go many times a second.
+    warnings: Seldom,
 }
 
 impl Listener {
     /// Accepts from this socket.
     pub fn new(inner: TcpListener) -> Self {
-        Self { inner, warned: None }
+        Self { inner, warnings: Seldom::default() }
     }
 
     /// The next connection, and its peer. Dropped while it waits, it loses no connection.
@@ -65,9 +63,8 @@ impl Listener {
                 Err(error) if is_of_the_peer(&error) => {}
                 Err(error) => {
                     // Out of file descriptors, most likely: time-outs will close some.
-                    if self.warned.is_none_or(|warned| warned.elapsed() >= WARN_INTERVAL) {
+                    if self.warnings.is_due() {
                         tracing::warn!(%error, "can't accept connections; trying on");
-                        self.warned = Some(Instant::now());
                     }
                     sleep(PAUSE).await;
                 }

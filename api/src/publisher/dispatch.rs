@@ -8,8 +8,10 @@
 use super::{
     CLIENT_ID, PublishError, Published, Unconfirmed, message::Message, session::Session, spool::Spool,
 };
-use lapin::uri::AMQPUri;
-use proto::{broker::Backoff, topology::Topology};
+use proto::{
+    broker::{Backoff, Server},
+    topology::Topology,
+};
 use std::time::Duration;
 use telemetry::amqp::Broker;
 use tokio::{
@@ -30,7 +32,7 @@ pub struct Request {
 
 /// What the task has.
 pub struct Dispatcher {
-    uri: AMQPUri,
+    server: Server,
     topology: Topology,
     timeout: Duration,
     requests: mpsc::Receiver<Request>,
@@ -71,7 +73,7 @@ impl From<Unconfirmed> for End {
 impl Dispatcher {
     /// Nothing happens before [`Dispatcher::run`].
     pub fn new(
-        uri: AMQPUri,
+        server: Server,
         topology: Topology,
         timeout: Duration,
         spool: Spool,
@@ -80,8 +82,8 @@ impl Dispatcher {
         is_connected: watch::Sender<bool>,
     ) -> Self {
         let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
-        let (backoff, log) = (Backoff::new(), Log::new(Broker::new(&uri, CLIENT_ID)));
-        Self { uri, topology, timeout, requests, stopped, is_connected, backlog, backoff, log }
+        let (backoff, log) = (Backoff::new(), Log::new(Broker::new(&server.uri, CLIENT_ID)));
+        Self { server, topology, timeout, requests, stopped, is_connected, backlog, backoff, log }
     }
 
     /// Publishes until it is stopped: then what is in the spool, as long as there is a session.
@@ -116,10 +118,10 @@ impl Dispatcher {
 
     /// Opens a session, as often as needed; `None` if stopped before.
     async fn connect(&mut self) -> Option<Session> {
-        let Self { uri, topology, requests, stopped, backlog, backoff, log, .. } = self;
+        let Self { server, topology, requests, stopped, backlog, backoff, log, .. } = self;
         let opening = async {
             loop {
-                match Session::open(uri, topology).await {
+                match Session::open(server, topology).await {
                     Ok(session) => {
                         log.connected();
                         return session;

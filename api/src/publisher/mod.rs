@@ -16,13 +16,12 @@ mod spool;
 use crate::TRACER;
 use dispatch::{Dispatcher, Request};
 use futures_util::future::BoxFuture;
-use lapin::uri::AMQPUri;
 use message::Message;
 use opentelemetry::{
     Context, KeyValue,
     trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
 };
-use proto::topology::Topology;
+use proto::{broker::Server, topology::Topology};
 use std::{
     sync::Arc,
     task::{self, Poll},
@@ -161,8 +160,8 @@ impl Readiness {
 impl Publisher {
     /// Connects in the background, and again whenever the connection breaks. The broker has `timeout` to
     /// confirm a message; then it goes to the spool.
-    pub fn start(uri: AMQPUri, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
-        let broker = Broker::new(&uri, CLIENT_ID);
+    pub fn start(server: Server, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
+        let broker = Broker::new(&server.uri, CLIENT_ID);
         let (requests, incoming) = mpsc::channel(MAX_WAITING);
         let (stop, stopped) = oneshot::channel();
         let (connected, is_connected) = watch::channel(false);
@@ -176,7 +175,7 @@ impl Publisher {
         };
         let spool_state = spool.state();
         observe(spool.state());
-        let dispatcher = Dispatcher::new(uri, topology, timeout, spool, incoming, stopped, connected);
+        let dispatcher = Dispatcher::new(server, topology, timeout, spool, incoming, stopped, connected);
         let task = tokio::spawn(dispatcher.run());
         (Self { requests, shared: Arc::new(shared) }, Publishing { stop, task, spool: spool_state })
     }

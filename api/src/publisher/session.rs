@@ -6,7 +6,6 @@ use futures_util::{Stream, StreamExt, future::join_all};
 use lapin::{
     Channel, Confirmation, Connection, Event,
     options::{BasicPublishOptions, ConfirmSelectOptions},
-    uri::AMQPUri,
 };
 use proto::{broker, topology::Topology};
 use std::{
@@ -31,13 +30,13 @@ type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
 
 impl Session {
     /// Connects, and declares the topology.
-    pub async fn open(uri: &AMQPUri, topology: &Topology) -> lapin::Result<Self> {
-        let connection = broker::connect(uri, CLIENT_ID).await?;
+    pub async fn open(server: &broker::Server, topology: &Topology) -> lapin::Result<Self> {
+        let connection = broker::connect(server, CLIENT_ID).await?;
         let events = Box::pin(connection.events_listener());
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         topology.declare(&channel).await?;
-        Ok(Self { connection, channel, events, broker: Broker::new(uri, CLIENT_ID) })
+        Ok(Self { connection, channel, events, broker: Broker::new(&server.uri, CLIENT_ID) })
     }
 
     /// Publishes messages in this order, and waits until all are confirmed. After an error any of them may

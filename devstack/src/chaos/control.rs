@@ -12,9 +12,8 @@ use lapin::{
     BasicProperties,
     options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions},
     types::{AMQPValue, FieldTable},
-    uri::AMQPUri,
 };
-use proto::{login::LoginMessage, topology::Topology};
+use proto::{broker, login::LoginMessage, topology::Topology};
 use serde_json::{Value, json};
 use sqlx::{
     ConnectOptions, Connection, SqliteConnection,
@@ -39,33 +38,33 @@ pub enum Service {
 /// If it can't start.
 pub async fn run(service: Service) -> Result<()> {
     let url = env::var("AMQP_URL")?;
-    let uri = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
+    let server = broker::parse_url(&url).map_err(anyhow::Error::msg)?;
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     say(&format!("listening address={}", listener.local_addr()?));
     match service {
         Service::Api => {
             say("connected to the broker");
             let routes =
-                Router::new().route("/usercenter/v1/user/login", post(log_in)).with_state(Arc::new(uri));
+                Router::new().route("/usercenter/v1/user/login", post(log_in)).with_state(Arc::new(server));
             Ok(axum::serve(listener, routes).await?)
         }
-        Service::Mq => consume(&uri).await,
+        Service::Mq => consume(&server).await,
     }
 }
 
 async fn log_in(
-    State(uri): State<Arc<AMQPUri>>,
+    State(server): State<Arc<broker::Server>>,
     headers: HeaderMap,
     Json(login): Json<Value>,
 ) -> Json<Value> {
-    if let Err(error) = publish(&uri, &headers, &login).await {
+    if let Err(error) = publish(&server, &headers, &login).await {
         say(&format!("publishing: {error:#}"));
     }
     Json(json!({ "accessToken": "", "accessExpire": 0, "refreshAfter": 0 }))
 }
 
-async fn publish(uri: &AMQPUri, headers: &HeaderMap, login: &Value) -> Result<()> {
-    let connection = proto::broker::connect(uri, "control api").await?;
+async fn publish(server: &broker::Server, headers: &HeaderMap, login: &Value) -> Result<()> {
+    let connection = broker::connect(server, "control api").await?;
     let channel = connection.create_channel().await?;
     let Topology { exchange, routing_key, .. } = Topology::with_prefix("");
     let traceparent = headers.get("traceparent").context("no traceparent")?.to_str()?;
@@ -89,18 +88,18 @@ async fn publish(uri: &AMQPUri, headers: &HeaderMap, login: &Value) -> Result<()
     Ok(())
 }
 
-async fn consume(uri: &AMQPUri) -> Result<()> {
+async fn consume(server: &broker::Server) -> Result<()> {
     let mut database = open_database().await?;
     loop {
-        if let Err(error) = consume_until_it_breaks(uri, &mut database).await {
+        if let Err(error) = consume_until_it_breaks(server, &mut database).await {
             say(&format!("consuming: {error:#}"));
         }
         sleep(Duration::from_millis(200)).await;
     }
 }
 
-async fn consume_until_it_breaks(uri: &AMQPUri, database: &mut SqliteConnection) -> Result<()> {
-    let connection = proto::broker::connect(uri, "control mq").await?;
+async fn consume_until_it_breaks(server: &broker::Server, database: &mut SqliteConnection) -> Result<()> {
+    let connection = broker::connect(server, "control mq").await?;
     let channel = connection.create_channel().await?;
     channel.basic_qos(64, BasicQosOptions::default()).await?;
     let topology = Topology::with_prefix("");

@@ -121,7 +121,10 @@ impl Parts {
             Some(broker) => format!("{}, embedded (guest, guest)", broker.address()),
             // The URL may hold a password.
             None => match proto::broker::parse_url(&self.amqp_url) {
-                Ok(uri) => format!("{}:{}, by AMQP_URL", uri.authority.host, uri.authority.port),
+                Ok(server) => {
+                    let authority = server.uri.authority;
+                    format!("{}:{}, by AMQP_URL", authority.host, authority.port)
+                }
                 Err(_) => "by AMQP_URL".to_owned(),
             },
         };

@@ -1,0 +1,25 @@
+//! Keeps what happens many times a second from filling the log.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// The time between two lines.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// Allows one line a minute; clones count together.
+#[derive(Debug, Clone, Default)]
+pub struct Seldom(Arc<Mutex<Option<Instant>>>);
+
+impl Seldom {
+    /// Whether a line may be written now; if so, that counts as one.
+    pub fn is_due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| last.elapsed() >= INTERVAL);
+        if is_due {
+            *last = Some(Instant::now());
+        }
+        is_due
+    }
+}
