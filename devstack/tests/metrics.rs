@@ -102,7 +102,8 @@ async fn the_spool_a_retry_and_a_dead_letter_are_in_the_metrics() -> Result<()> 
     let variables = [&OTLP[..], &[("mq", "MQ_RETRY_DELAYS", "none")]].concat();
     let mut stack = Stack::start(&variables).await?;
     stack.publish(BasicProperties::default(), b"not a message").await?;
-    expect(&stack, "mq", "throughline.message.dead_letters", &[("error.type", "unreadable_body")], 1.0).await;
+    expect(&stack, "mq", "throughline.message.dead_letters", &[("error.type", "not_a_json_object")], 1.0)
+        .await;
     stack.rpc.stop().await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 503);
     expect(&stack, "api", "throughline.rpc.retries", &[], 1.0).await;
