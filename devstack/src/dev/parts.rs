@@ -81,10 +81,13 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp_endpoint),
             ("SHUTDOWN_TIMEOUT", "3s"),
         ];
-        if env::var_os("OTEL_BSP_SCHEDULE_DELAY").is_none() {
-            // Not five seconds: whoever tries a login wants to see its trace.
-            variables.push(("OTEL_BSP_SCHEDULE_DELAY", "200"));
+        // Whoever tries a login wants to see its trace in less than five seconds.
+        let mut defaults = vec![("OTEL_BSP_SCHEDULE_DELAY", "200")];
+        if backend.is_some() {
+            // Unlike a plain Jaeger, this backend takes log records.
+            defaults.extend([("OTEL_LOGS_EXPORTER", "otlp"), ("OTEL_BLRP_SCHEDULE_DELAY", "200")]);
         }
+        variables.extend(defaults.into_iter().filter(|(variable, _)| env::var_os(variable).is_none()));
         let services = [("rpc", &usercenter), ("mq", &mq), ("api", &api)]
             .into_iter()
             .map(|(name, address)| Process::start_beside(name, address.parse()?, &variables))
