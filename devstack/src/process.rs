@@ -328,6 +328,13 @@ fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }
+    // What cargo tells a test about its package would make ring, and all that needs it, be built anew.
+    for (variable, _) in env::vars_os() {
+        if variable.to_string_lossy().starts_with("CARGO_PKG_") {
+            build.env_remove(variable);
+        }
+    }
+    build.env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_MANIFEST_LINKS");
     let output = build.current_dir(env!("CARGO_MANIFEST_DIR")).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "cargo build failed");
     let artifacts = output.stdout.split(|byte| *byte == b'\n').filter_map(|line| {
