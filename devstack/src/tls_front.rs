@@ -45,8 +45,10 @@ impl TlsFront {
             None => builder.with_no_client_auth(),
         };
         let certificate = CertificateDer::from_pem_file(&files.certificate)?;
-        let config =
+        let mut config =
             builder.with_single_cert(vec![certificate], PrivateKeyDer::from_pem_file(&files.key)?)?;
+        // gRPC insists on it; a client that offers neither has none.
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let runtime = Background::start(1, 1)?;
         let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
         let address = listener.local_addr()?;

@@ -26,7 +26,11 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:431700"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "carrier-pigeon"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "br"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "s3cr3t"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=s3cr3t,content-length=5"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "Transfer-Encoding=chunked"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "grpc-timeout=1n"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "99999999"),
         ("OTEL_RESOURCE_ATTRIBUTES", "novalue"),
         ("LOG_FORMAT", "xml"),
@@ -348,7 +352,7 @@ async fn otlp_by_grpc_has_gzip_and_headers_too() -> Result<()> {
         assert_eq!(headers["grpc-encoding"], "gzip");
         // Then tonic's own.
         let agent = headers["user-agent"].to_str()?;
-        assert!(agent.starts_with("Throughline-OTLP-Exporter-Rust/"), "{agent}");
+        assert!(agent.starts_with("OTel-OTLP-Exporter-Rust/"), "{agent}");
     }
     Ok(())
 }

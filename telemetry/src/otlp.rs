@@ -2,11 +2,11 @@
 //! and a cause to tell when they fail.
 
 use crate::{
-    config::{ConfigError, OtlpConfig, Tls},
+    config::{ConfigError, OtlpConfig, Pem, Tls},
     outage::note_cause,
 };
 use async_trait::async_trait;
-use http::Uri;
+use http::{Uri, header};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response, hyper::HyperClient};
@@ -81,6 +81,8 @@ fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -
 }
 
 fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
+    // tonic parses the same files, but its errors do not name them.
+    client_config(&config.endpoint, &config.tls)?;
     let endpoint = Endpoint::from(config.endpoint.clone())
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(config.timeout)
@@ -89,17 +91,15 @@ fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
     if config.endpoint.scheme_str() != Some("https") {
         return Ok(endpoint.connect_lazy());
     }
-    let Tls { ca, identity } = &config.tls;
+    let Tls { ca, identity } = &*config.tls;
     let mut tls = match ca {
-        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&pem.bytes)),
         None => ClientTlsConfig::new().with_native_roots(),
     };
     if let Some((certificate, key)) = identity {
-        tls = tls.identity(Identity::from_pem(certificate, key));
+        tls = tls.identity(Identity::from_pem(&certificate.bytes, &key.bytes));
     }
-    // Parses with an error of its own kind, so the same files are read by rustls first, which says what is wrong.
-    client_config(&config.endpoint, &config.tls)?;
-    Ok(endpoint.tls_config(tls).map_err(|error| tls_error(&error))?.connect_lazy())
+    Ok(endpoint.tls_config(tls).map_err(|error| unusable(&error))?.connect_lazy())
 }
 
 /// An HTTP client for the exporters of this crate.
@@ -116,50 +116,63 @@ pub(crate) fn client(endpoint: &Uri, tls: &Tls, timeout: Duration) -> Result<Cli
     Ok(Client(HyperClient::new(connector, timeout, None)))
 }
 
-/// The published client, but for an error that tells its cause.
+/// The published client, but for an error that tells its cause, and for pages that are no answer.
 #[derive(Debug)]
 pub(crate) struct Client(HyperClient<HttpsConnector<HttpConnector>>);
 
 #[async_trait]
 impl HttpClient for Client {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        self.0.send_bytes(request).await.inspect_err(|error| note_cause(error.as_ref()))
+        let result = self.0.send_bytes(request).await.and_then(|response| {
+            if response.status().is_success() && is_page(&response) {
+                return Err("the answer is a web page".into());
+            }
+            Ok(response)
+        });
+        result.inspect_err(|error| note_cause(error.as_ref()))
     }
+}
+
+/// Servers of web pages answer with one to whatever they are asked. To the exporter that would be success.
+fn is_page(response: &Response<Bytes>) -> bool {
+    let content_type = response.headers().get(header::CONTENT_TYPE);
+    content_type.is_some_and(|content_type| content_type.as_bytes().starts_with(b"text/html"))
 }
 
 fn client_config(endpoint: &Uri, tls: &Tls) -> Result<ClientConfig, ConfigError> {
     let mut roots = RootCertStore::empty();
-    match &tls.ca {
-        Some(pem) => {
-            for certificate in CertificateDer::pem_slice_iter(pem) {
-                let certificate = certificate.map_err(|error| tls_error(&error))?;
-                roots.add(certificate).map_err(|error| tls_error(&error))?;
-            }
+    if let Some(pem) = &tls.ca {
+        for certificate in certificates(pem)? {
+            roots.add(certificate).map_err(|error| pem.problem(&error))?;
         }
-        None if endpoint.scheme_str() == Some("https") => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    } else if endpoint.scheme_str() == Some("https") {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if roots.is_empty() {
+            return Err(unusable(&"not set, and this system has no certificates of authorities"));
         }
-        None => {}
-    }
-    if roots.is_empty() && endpoint.scheme_str() == Some("https") {
-        return Err(tls_error(&"there is no root certificate, neither in the file nor on this system"));
     }
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
-        .map_err(|error| tls_error(&error))?
+        .map_err(|error| unusable(&error))?
         .with_root_certificates(roots);
     let Some((certificate, key)) = &tls.identity else {
         return Ok(config.with_no_client_auth());
     };
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
-    let chain = chain.map_err(|error| tls_error(&error))?;
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| tls_error(&error))?;
-    config.with_client_auth_cert(chain, key).map_err(|error| tls_error(&error))
+    let private_key = PrivateKeyDer::from_pem_slice(&key.bytes).map_err(|error| key.problem(&error))?;
+    config
+        .with_client_auth_cert(certificates(certificate)?, private_key)
+        .map_err(|error| certificate.problem(&error))
 }
 
-fn tls_error(error: &dyn Display) -> ConfigError {
-    ConfigError::new(
-        "OTEL_EXPORTER_OTLP_CERTIFICATE, …_CLIENT_CERTIFICATE or …_CLIENT_KEY",
-        error.to_string(),
-    )
+fn certificates(pem: &Pem) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem.bytes).collect();
+    let certificates = certificates.map_err(|error| pem.problem(&error))?;
+    if certificates.is_empty() {
+        return Err(pem.problem(&"there is no certificate in it"));
+    }
+    Ok(certificates)
+}
+
+fn unusable(problem: &dyn Display) -> ConfigError {
+    ConfigError::new("OTEL_EXPORTER_OTLP_CERTIFICATE", problem.to_string())
 }

@@ -116,7 +116,7 @@ impl Outage {
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
         state.is_on = failure == Failure::Temporary;
         if state.may_warn() {
-            let reason = short(&reason) + guess(endpoint, &reason);
+            let reason = short(&reason) + guess(&reason);
             match failure {
                 Failure::Final => {
                     tracing::warn!(reason, endpoint, "{what} were rejected; at most one warning a minute");
@@ -165,11 +165,16 @@ fn classify(reason: &str) -> Failure {
 }
 
 /// The mistake that most often has this result.
-fn guess(endpoint: &str, reason: &str) -> &'static str {
-    let is_http = endpoint.contains("/v1/");
-    if !is_http && (reason.contains("http2 error") || reason.contains("HTTP/2")) {
-        "; is this the port of OTLP/HTTP? gRPC is usually at 4317"
-    } else if is_http && (reason.contains("HTTP version") || reason.contains("message completed")) {
+fn guess(reason: &str) -> &'static str {
+    // The answers of servers that know no HTTP/2, and of those that know it, but not this service.
+    const NOT_GRPC: [&str; 3] =
+        ["frame with invalid size", "HTTP/2 was not negotiated", "gRPC code: Unimplemented"];
+    // A server of gRPC speaks first, in frames.
+    const NOT_HTTP: [&str; 2] = ["invalid HTTP version", "unexpected message from connection"];
+
+    if NOT_GRPC.iter().any(|mark| reason.contains(mark)) {
+        "; is this the port of OTLP/HTTP, or a collector that does not take these? gRPC is usually at 4317"
+    } else if NOT_HTTP.iter().any(|mark| reason.contains(mark)) {
         "; is this the port of OTLP/gRPC? HTTP is usually at 4318"
     } else {
         ""

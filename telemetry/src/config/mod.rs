@@ -8,7 +8,7 @@
 mod environment;
 mod otlp;
 
-pub(crate) use otlp::{OtlpConfig, Signal, Tls};
+pub(crate) use otlp::{OtlpConfig, Pem, Signal, Tls};
 
 use crate::{
     http::KNOWN_METHODS_VARIABLE,

@@ -10,7 +10,6 @@ use super::{
 use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
 use opentelemetry_otlp::{Compression, Protocol};
 use percent_encoding::percent_decode_str;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{fmt, fs, time::Duration};
 
 /// What is exported.
@@ -30,15 +29,29 @@ pub(crate) struct OtlpConfig {
     /// Bounds one request.
     pub timeout: Duration,
     pub compression: Option<Compression>,
-    pub tls: Tls,
+    pub tls: Box<Tls>,
 }
 
-/// Certificates and keys as PEM; without `ca` the system's roots are trusted.
+/// Without `ca` the system's roots are trusted.
 #[derive(Clone, Default)]
 pub(crate) struct Tls {
-    pub ca: Option<Vec<u8>>,
+    pub ca: Option<Pem>,
     /// Certificate chain and private key.
-    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+    pub identity: Option<(Pem, Pem)>,
+}
+
+/// A file that a variable names.
+#[derive(Clone)]
+pub(crate) struct Pem {
+    variable: String,
+    path: String,
+    pub bytes: Vec<u8>,
+}
+
+impl Pem {
+    pub fn problem(&self, problem: &dyn fmt::Display) -> ConfigError {
+        ConfigError::new(&self.variable, format!("{}: {problem}", self.path))
+    }
 }
 
 impl fmt::Debug for OtlpConfig {
@@ -95,7 +108,7 @@ impl OtlpConfig {
         let [own, general] = signal.variables("TIMEOUT");
         let timeout = env.timeout(&[&own, &general], 10_000)?;
         let endpoint = endpoint(env, signal, protocol)?;
-        Ok(Self { protocol, endpoint, timeout, compression, tls: Tls::read(env, signal)? })
+        Ok(Self { protocol, endpoint, timeout, compression, tls: Tls::read(env, signal)?.into() })
     }
 }
 
@@ -172,33 +185,20 @@ impl Tls {
             let Some((variable, path)) = env.first(&[&own, &general])? else {
                 return Ok(None);
             };
-            let failed = |problem: &dyn fmt::Display| {
-                Err(ConfigError::new(variable, format!("reading {path}: {problem}")))
-            };
-            let pem = match fs::read(&path) {
-                Ok(pem) => pem,
-                Err(error) => return failed(&error),
-            };
-            let problem = if name == "CLIENT_KEY" {
-                PrivateKeyDer::from_pem_slice(&pem).err()
-            } else {
-                CertificateDer::from_pem_slice(&pem).err()
-            };
-            match problem {
-                None => Ok(Some((variable.to_owned(), pem))),
-                Some(problem) => failed(&problem),
-            }
+            let mut pem = Pem { variable: variable.to_owned(), path, bytes: Vec::new() };
+            pem.bytes = fs::read(&pem.path).map_err(|error| pem.problem(&error))?;
+            Ok(Some(pem))
         };
         let identity = match (file("CLIENT_CERTIFICATE")?, file("CLIENT_KEY")?) {
-            (Some((_, certificate)), Some((_, key))) => Some((certificate, key)),
+            (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
-            (Some((variable, _)), None) => {
-                return Err(ConfigError::new(&variable, "its private key is missing: …_CLIENT_KEY"));
+            (Some(certificate), None) => {
+                return Err(certificate.problem(&"its private key is missing: …_CLIENT_KEY"));
             }
-            (None, Some((variable, _))) => {
-                return Err(ConfigError::new(&variable, "its certificate is missing: …_CLIENT_CERTIFICATE"));
+            (None, Some(key)) => {
+                return Err(key.problem(&"its certificate is missing: …_CLIENT_CERTIFICATE"));
             }
         };
-        Ok(Self { ca: file("CERTIFICATE")?.map(|(_, pem)| pem), identity })
+        Ok(Self { ca: file("CERTIFICATE")?, identity })
     }
 }
