@@ -1,5 +1,5 @@
-//! What tracing costs: the three services as processes, a real broker, a collector that only counts, and
-//! a load generator, all on this machine.
+//! What traces, metrics and logs cost: the three services as processes, a real broker, a collector that only
+//! counts, and a load generator, all on this machine.
 //!
 //! Each round starts every variant afresh. Then they take turns of a few seconds under the same load, in an
 //! order that chance decides, while the others are idle; a lap is one turn of each. What two variants cost is
@@ -51,12 +51,15 @@ pub struct Options {
 /// A file system that is no disk.
 const MEMORY: &str = "/dev/shm";
 
-/// A way to run the services, by the variables that make it.
+/// A way to run the services, by the variables that make it. Every variant writes the same lines to standard
+/// error, two for each login.
 struct Variant {
     name: &'static str,
     variables: &'static [(&'static str, &'static str)],
     /// Spans that one login leaves.
     spans: u64,
+    /// Log records that one login leaves. Where there are some, metrics are exported as well.
+    records: u64,
     /// Whether the collector answers.
     has_collector: bool,
 }
@@ -65,16 +68,31 @@ const DISABLED: Variant = Variant {
     name: "SDK disabled",
     variables: &[("OTEL_SDK_DISABLED", "true")],
     spans: 0,
+    records: 0,
+    has_collector: true,
+};
+
+const ALL_SIGNALS: Variant = Variant {
+    name: "traces + metrics + logs",
+    variables: &[
+        ("OTEL_METRICS_EXPORTER", "otlp"),
+        // One export in each turn: far more often than the default, a minute.
+        ("OTEL_METRIC_EXPORT_INTERVAL", "2000"),
+        ("OTEL_LOGS_EXPORTER", "otlp"),
+    ],
+    spans: 6,
+    records: 2,
     has_collector: true,
 };
 
 /// The first is what the others are compared with.
-const VARIANTS: [Variant; 5] = [
+const VARIANTS: [Variant; 6] = [
     DISABLED,
     Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
     Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
-    // It takes connections and never answers: the worst that a collector can do. At the end that is not waited for.
-    Variant { name: "silent sink", variables: &[("SHUTDOWN_TIMEOUT", "2s")], spans: 6, has_collector: false },
+    ALL_SIGNALS,
+    // It takes connections and never answers, which is the worst that a collector can do.
+    Variant { name: "silent sink, all three", has_collector: false, ..ALL_SIGNALS },
     Variant { name: "disabled again", ..DISABLED },
 ];
 
@@ -152,12 +170,12 @@ fn print_table(Measured { laps, rounds }: &Measured) {
         |i: usize, value: fn(&Costs) -> f64| median(rounds.iter().map(|round| value(&round[i])));
 
     print(&format!(
-        "{:<16}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n",
-        "", "logins/s", "p50 ms", "p99 ms", "CPU us", "RSS MB", "dropped"
+        "{:<24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}{:>11}\n",
+        "", "logins/s", "p50 ms", "p99 ms", "CPU us", "RSS MB", "spans lost", "logs lost"
     ));
     for (i, variant) in VARIANTS.iter().enumerate() {
         print(&format!(
-            "{:<16}{:>10.0}{:>10.2}{:>10.2}{:>10.0}{:>10.1}{:>10.0}\n",
+            "{:<24}{:>10.0}{:>10.2}{:>10.2}{:>10.0}{:>10.1}{:>12.0}{:>11.0}\n",
             variant.name,
             over_laps(i, Report::throughput),
             over_laps(i, |report| milliseconds(report.latency(0.50))),
@@ -165,10 +183,11 @@ fn print_table(Measured { laps, rounds }: &Measured) {
             over_rounds(i, |costs| costs.cpu_per_login.as_secs_f64() * 1e6),
             over_rounds(i, |costs| costs.resident),
             over_rounds(i, |costs| costs.dropped as f64),
+            over_rounds(i, |costs| costs.lost_records as f64),
         ));
     }
     print(&format!(
-        "\nas a multiple of {}\n{:<16}{:>22}{:>22}{:>22}{:>22}\n",
+        "\nas a multiple of {}\n{:<24}{:>22}{:>22}{:>22}{:>22}\n",
         VARIANTS[0].name, "(of this, 95 % sure)", "logins/s", "p50", "p99", "CPU"
     ));
     for (i, variant) in VARIANTS.iter().enumerate().skip(1) {
@@ -176,7 +195,7 @@ fn print_table(Measured { laps, rounds }: &Measured) {
             |value: fn(&Report) -> f64| Ratio::of(laps.iter().map(|lap| value(&lap[i]) / value(&lap[0])));
         let cpu = rounds.iter().map(|round| round[i].cpu_per_login.div_duration_f64(round[0].cpu_per_login));
         print(&format!(
-            "{:<16}{:>22}{:>22}{:>22}{:>22}\n",
+            "{:<24}{:>22}{:>22}{:>22}{:>22}\n",
             variant.name,
             of_laps(Report::throughput),
             of_laps(|report| milliseconds(report.latency(0.50))),

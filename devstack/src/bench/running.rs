@@ -35,13 +35,15 @@ pub struct Costs {
     pub resident: f64,
     /// Spans.
     pub dropped: u64,
+    /// Log records that were to be exported and did not arrive. The SDK drops them when its queue is full.
+    pub lost_records: u64,
 }
 
 /// The services, after their warm-up.
 pub struct Running {
     /// api, rpc, mq.
     services: [Process; 3],
-    spans_per_login: u64,
+    variant: &'static Variant,
     sink: Sink,
     /// Takes connections and never answers.
     _black_hole: TcpListener,
@@ -59,7 +61,7 @@ impl Running {
     ///
     /// # Errors
     /// If something doesn't start, or a login fails.
-    pub async fn start(variant: &Variant, load: &Load, place: &Place) -> Result<Self> {
+    pub async fn start(variant: &'static Variant, load: &Load, place: &Place) -> Result<Self> {
         let sink = Sink::start().await?;
         let broker = match &place.amqp_url {
             Some(url) => TestBroker::at(url.clone()).await?,
@@ -77,11 +79,13 @@ impl Running {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
             ("API_DATA_DIR", data_dir),
             ("MQ_DATABASE_URL", &database),
-            // A line for each login is no part of what is compared.
-            ("RUST_LOG", "info,api::login=warn,mq::processing=warn"),
         ];
         // A disk that stalls makes a login slow, which is measured, and not a failure.
         variables.extend(PATIENT);
+        if !variant.has_collector {
+            // A service would wait for it at its end.
+            variables.push(("SHUTDOWN_TIMEOUT", "2s"));
+        }
         variables.extend(variant.variables);
         let rpc = Process::start("rpc", &variables).await?;
         let usercenter = format!("http://{}", rpc.address);
@@ -91,7 +95,7 @@ impl Running {
 
         let mut running = Self {
             services: [api, rpc, mq],
-            spans_per_login: variant.spans,
+            variant,
             sink,
             _black_hole: black_hole,
             broker,
@@ -128,24 +132,29 @@ impl Running {
     /// Stops the services, and accounts for every span.
     ///
     /// # Errors
-    /// If one doesn't end well, or a span is missing that was not reported as dropped.
+    /// If one doesn't end well, a span is missing that was not reported as dropped, or there were no metrics.
     pub async fn stop(mut self) -> Result<Costs> {
         let cpu = self.cpu_time()? - self.cpu_of_warm_up;
         let resident =
             self.services.iter().map(|service| resident(service.id())).collect::<Result<Vec<_>>>()?;
+        let &Variant { spans, records, has_collector, .. } = self.variant;
         let mut dropped = 0;
         for service in &mut self.services {
             service.stop().await?;
-            if self.spans_per_login > 0 {
-                dropped += dropped_spans(&service.output()).with_context(|| service.output())?;
+            if spans > 0 {
+                dropped += dropped_spans(&service.output()).with_context(|| service.last_lines(20))?;
             }
         }
-        let missing = (self.logins * self.spans_per_login).saturating_sub(self.sink.spans());
+        let [received_spans, received_metrics, received_records] = self.sink.received();
+        let missing = (self.logins * spans).saturating_sub(received_spans);
         ensure!(missing == dropped, "{missing} spans did not arrive, but {dropped} were reported as dropped");
+        let has_metrics = records > 0 && has_collector;
+        ensure!(has_metrics == (received_metrics > 0), "{received_metrics} metrics arrived");
         Ok(Costs {
             cpu_per_login: cpu / u32::try_from(self.logins - self.warm_up)?,
             resident: resident.into_iter().fold(0.0, f64::max),
             dropped,
+            lost_records: (self.logins * records).saturating_sub(received_records),
         })
     }
 
@@ -155,6 +164,6 @@ impl Running {
 }
 
 fn dropped_spans(output: &str) -> Option<u64> {
-    let line = output.lines().rfind(|line| line.contains("dropped="))?;
+    let line = output.lines().rfind(|line| line.contains("exported="))?;
     line.split_once("dropped=")?.1.split(' ').next()?.parse().ok()
 }

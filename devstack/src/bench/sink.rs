@@ -1,8 +1,11 @@
-//! A collector that counts spans and forgets them: it looks no deeper into a request than it must, so
-//! that it takes little of the machine that it shares with what is measured.
+//! A collector that counts spans, metrics and log records, and forgets them. It looks no deeper into a
+//! request than it must, so that it takes little of the machine that it shares with the services.
 
 use anyhow::Result;
 use bytes::Bytes;
+use opentelemetry_proto::tonic::collector::{
+    logs::v1::logs_service_server, metrics::v1::metrics_service_server, trace::v1::trace_service_server,
+};
 use prost::Message;
 use std::{
     convert::Infallible,
@@ -21,11 +24,18 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
+/// The services of OTLP/gRPC, one for each signal.
+const SERVICES: [&str; 3] = [
+    trace_service_server::SERVICE_NAME,
+    metrics_service_server::SERVICE_NAME,
+    logs_service_server::SERVICE_NAME,
+];
+
 /// Stops with its owner.
 pub struct Sink {
     /// Where it listens for OTLP/gRPC.
     pub address: SocketAddr,
-    spans: Arc<AtomicU64>,
+    counts: [Arc<AtomicU64>; SERVICES.len()],
     task: JoinHandle<()>,
 }
 
@@ -37,16 +47,21 @@ impl Sink {
     pub async fn start() -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
-        let spans = Arc::default();
-        let server = tonic::transport::Server::builder().add_service(Counter { spans: Arc::clone(&spans) });
+        let counts = <[Arc<AtomicU64>; SERVICES.len()]>::default();
+        let [spans, metrics, records] = counts.clone();
+        let server = tonic::transport::Server::builder()
+            .add_service(Counter::<0>(spans))
+            .add_service(Counter::<1>(metrics))
+            .add_service(Counter::<2>(records));
         let task =
             tokio::spawn(async { drop(server.serve_with_incoming(TcpIncoming::from(listener)).await) });
-        Ok(Self { address, spans, task })
+        Ok(Self { address, counts, task })
     }
 
-    /// Spans received so far.
-    pub fn spans(&self) -> u64 {
-        self.spans.load(Relaxed)
+    /// Spans, metrics and log records received so far. A metric counts once in each request, whatever the number
+    /// of its data points.
+    pub fn received(&self) -> [u64; SERVICES.len()] {
+        self.counts.each_ref().map(|count| count.load(Relaxed))
     }
 }
 
@@ -56,46 +71,46 @@ impl Drop for Sink {
     }
 }
 
-/// `ExportTraceServiceRequest`, down to the spans and no further: they stay bytes.
+/// A request of any signal, down to the spans, metrics or log records and no further: they stay bytes. The
+/// three signals have the same tags down to there.
 #[derive(Clone, PartialEq, Message)]
-struct Spans {
+struct Export {
     #[prost(message, repeated, tag = "1")]
-    resource_spans: Vec<ResourceSpans>,
+    resources: Vec<Resource>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct ResourceSpans {
+struct Resource {
     #[prost(message, repeated, tag = "2")]
-    scope_spans: Vec<ScopeSpans>,
+    scopes: Vec<Scope>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct ScopeSpans {
+struct Scope {
     #[prost(bytes = "bytes", repeated, tag = "2")]
-    spans: Vec<Bytes>,
+    items: Vec<Bytes>,
 }
 
+/// The service of the signal with this index in [`SERVICES`].
 #[derive(Clone)]
-struct Counter {
-    spans: Arc<AtomicU64>,
+struct Counter<const SIGNAL: usize>(Arc<AtomicU64>);
+
+impl<const SIGNAL: usize> NamedService for Counter<SIGNAL> {
+    const NAME: &'static str = SERVICES[SIGNAL];
 }
 
-impl NamedService for Counter {
-    const NAME: &'static str = "opentelemetry.proto.collector.trace.v1.TraceService";
-}
-
-impl UnaryService<Spans> for Counter {
+impl<const SIGNAL: usize> UnaryService<Export> for Counter<SIGNAL> {
     type Response = ();
     type Future = std::future::Ready<Result<Response<()>, Status>>;
 
-    fn call(&mut self, request: Request<Spans>) -> Self::Future {
-        let scopes = request.get_ref().resource_spans.iter().flat_map(|resource| &resource.scope_spans);
-        self.spans.fetch_add(scopes.map(|scope| scope.spans.len() as u64).sum(), Relaxed);
+    fn call(&mut self, request: Request<Export>) -> Self::Future {
+        let scopes = request.get_ref().resources.iter().flat_map(|resource| &resource.scopes);
+        self.0.fetch_add(scopes.map(|scope| scope.items.len() as u64).sum(), Relaxed);
         std::future::ready(Ok(Response::new(())))
     }
 }
 
-impl tower::Service<http::Request<Body>> for Counter {
+impl<const SIGNAL: usize> tower::Service<http::Request<Body>> for Counter<SIGNAL> {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = std::pin::Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
