@@ -1,8 +1,8 @@
-//! Tracing for a service of axum, tonic and lapin.
+//! Traces, metrics and logs for a service of axum, tonic and lapin.
 //!
 //! | Part | What it has |
 //! |---|---|
-//! | [`http`], [`grpc`], [`amqp`] | one boundary each: carrier, spans, attributes |
+//! | [`http`], [`grpc`], [`amqp`] | one boundary each: carrier, spans, attributes, metrics |
 //! | [`propagation`] | the wire formats of a context |
 //! | [`Config`], [`Telemetry`] | the `OTEL_*` variables, set-up, shutdown |
 //! | [`ErrorType`] | why a layer refused, for the span around it |
