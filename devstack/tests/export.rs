@@ -225,6 +225,8 @@ async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() ->
     let variables = [
         ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
         ("*", "SHUTDOWN_TIMEOUT", "2s"),
+        ("*", "OTEL_METRICS_EXPORTER", "otlp"),
+        ("*", "OTEL_LOGS_EXPORTER", "otlp"),
         ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4"),
     ];
     let mut stack = Stack::start(&variables).await?;

@@ -20,9 +20,9 @@ use opentelemetry_sdk::{
     metrics::SdkMeterProvider,
     trace::{SdkTracerProvider, Span, SpanData, SpanProcessor},
 };
-use std::time::Duration;
+use std::{thread, time::Duration};
 use tokio::{
-    task::spawn_blocking,
+    sync::oneshot,
     time::{Instant, timeout_at},
 };
 
@@ -89,19 +89,17 @@ impl Telemetry {
         let deadline = Instant::now() + limit;
         // The log goes last, and may tell what happened to the rest.
         let limit = limit.mul_f64(0.8);
+        let until_log = Instant::now() + limit;
         // All at once, because one that gets no answer must not take the others' time. On threads of their own,
         // because the SDK blocks until the runtime has sent what is left.
-        let meters = self.meters.map(|meters| spawn_blocking(move || meters.shutdown_with_timeout(limit)));
+        let meters = self.meters.map(|meters| on_thread(move || drop(meters.shutdown_with_timeout(limit))));
         let exports = self.exports.into_iter().map(|export| {
-            spawn_blocking(move || {
-                export.shut_down(limit);
-                export.account.counts()
-            })
+            let account = export.account.clone();
+            (account, on_thread(move || export.shut_down(limit)))
         });
-        for export in exports.collect::<Vec<_>>() {
-            let Ok(SpanCounts { ended, exported, dropped, .. }) = export.await else {
-                continue;
-            };
+        for (account, ended) in exports.collect::<Vec<_>>() {
+            let _ = timeout_at(until_log, ended).await;
+            let SpanCounts { ended, exported, dropped, .. } = account.counts();
             // Nothing waits any more.
             let dropped = dropped.total().max(ended - exported);
             if dropped > 0 {
@@ -115,15 +113,27 @@ impl Telemetry {
             tracing::warn!(dropped, "log lines were lost: nobody read standard error");
         }
         if let Some(meters) = meters {
-            let _ = timeout_at(deadline, meters).await;
+            let _ = timeout_at(until_log, meters).await;
         }
         if let Some(loggers) = self.loggers {
             let left = deadline.saturating_duration_since(Instant::now());
-            let _ = spawn_blocking(move || loggers.shutdown_with_timeout(left)).await;
+            let ended = on_thread(move || drop(loggers.shutdown_with_timeout(left)));
+            let _ = timeout_at(deadline, ended).await;
         }
         // Its processors have ended already.
         drop(self.tracers);
     }
+}
+
+/// Runs `work` on a thread of its own, which the end of the process does not wait for: the SDK's meters take no
+/// limit for their shutdown, and a blocking task would hold up the end of the runtime.
+fn on_thread(work: impl FnOnce() + Send + 'static) -> oneshot::Receiver<()> {
+    let (done, ended) = oneshot::channel();
+    thread::spawn(move || {
+        work();
+        let _ = done.send(());
+    });
+    ended
 }
 
 fn start_export(exporter: &Exporter, config: &Config) -> Result<(AccountedProcessor, Export), ConfigError> {
