@@ -1,5 +1,5 @@
 //! TLS: PEM files that the configuration names become rustls configurations, with ring as the one crypto
-//! provider. [`own`](crate::own) is how a server with TLS asks itself for its health.
+//! provider. `own` is how a server with TLS asks itself for its health.
 //!
 //! Files are read once, at the start: a process takes a new certificate when it is started again.
 
