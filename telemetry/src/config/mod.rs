@@ -16,7 +16,7 @@ use crate::{
     propagation::{AskedBy, Propagator},
 };
 use environment::{Environment, parse, unknown};
-use http::{Method, Uri};
+use http::Method;
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::{
     Resource,
@@ -61,7 +61,7 @@ pub(crate) enum Exporter {
     Otlp(OtlpConfig),
     #[cfg(feature = "zipkin")]
     Zipkin {
-        endpoint: Uri,
+        endpoint: http::Uri,
         timeout: Duration,
     },
     Console,
@@ -213,7 +213,7 @@ fn exporters(env: &Environment) -> Result<Vec<Exporter>, ConfigError> {
         #[cfg(feature = "zipkin")]
         "zipkin" => Ok(Exporter::Zipkin {
             endpoint: env.endpoint(&["OTEL_EXPORTER_ZIPKIN_ENDPOINT"])?.map_or_else(
-                || Uri::from_static("http://127.0.0.1:9411/api/v2/spans"),
+                || http::Uri::from_static("http://127.0.0.1:9411/api/v2/spans"),
                 |(_, endpoint)| endpoint,
             ),
             timeout: env.timeout(&["OTEL_EXPORTER_ZIPKIN_TIMEOUT"], 10_000)?,

@@ -129,6 +129,7 @@ fn samplers_are_chosen_by_name() {
 }
 
 #[test]
+#[cfg(feature = "zipkin")]
 fn several_exporters_are_used_at_once_each_once() {
     let config = read(&[("OTEL_TRACES_EXPORTER", "otlp, Console,OTLP,zipkin")]).unwrap();
     assert!(matches!(config.exporters[..], [Exporter::Otlp(_), Exporter::Console, Exporter::Zipkin { .. }]));
