@@ -141,11 +141,12 @@ pub(crate) fn install(
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_writer(writer)
         .with_filter(filter.layer());
-    let records = loggers.map(|loggers| OpenTelemetryTracingBridge::new(loggers).with_filter(filter.layer()));
-    let spans = tracer.map(|tracer| {
-        let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
-        tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_filter(recorded)
-    });
+    // The filters are around the options: if a layer with its filter were absent, tracing would ask for each span
+    // anew whether somebody wants it.
+    let records = loggers.map(OpenTelemetryTracingBridge::new).with_filter(filter.layer());
+    let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
+    let spans = tracer.map(|tracer| tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false));
+    let spans = spans.with_filter(recorded);
     let answers = PartialSuccess.with_filter(Targets::new().with_target("opentelemetry-otlp", Level::WARN));
     // Fails if there is a subscriber already, as in a test: then that one stays.
     let subscriber = tracing_subscriber::registry().with(spans).with(lines).with(records).with(answers);
