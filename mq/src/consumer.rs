@@ -5,7 +5,7 @@ use crate::{
     attempt::{Attempts, Failed, Outcome},
     processing::{Login, Processed},
 };
-use anyhow::{bail, ensure};
+use anyhow::bail;
 use futures_util::{FutureExt, StreamExt, future::join_all, stream::FuturesUnordered};
 use lapin::{
     Channel,
@@ -89,8 +89,7 @@ where
         self.consuming.send_replace(false);
         if ended.is_ok() {
             // What is not acknowledged goes back to the queue.
-            let closed = connection.close(200, "shutting down".into()).await;
-            tracing::debug!(?closed, "closed the connection to the broker");
+            broker::close(&connection).await;
             self.attempts.publisher.close().await;
         }
         (true, ended)
@@ -99,7 +98,7 @@ where
     async fn open(&self) -> lapin::Result<(lapin::Connection, Channel, lapin::Consumer)> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
         let connection = broker::connect(&self.server, CLIENT_ID).await?;
-        let channel = connection.create_channel().await?;
+        let channel = broker::open_channel(&connection).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         topology.declare(&channel).await?;
         topology.declare_retry_queues(&channel, retry_delays).await?;
@@ -125,7 +124,7 @@ where
         let mut deliveries = deliveries.ready_chunks(MAX_CHUNK);
         let hand_on = async |(delivery, failed): (Delivery, Failed)| {
             self.attempts.hand_on(&delivery, failed).await;
-            acknowledge(&delivery, false).await
+            acknowledge(channel, &delivery, false).await
         };
         // Apart from the others, which a message that failed must not hold up.
         let mut handing_on = FuturesUnordered::new();
@@ -133,7 +132,7 @@ where
             select! {
                 chunk = deliveries.next() => match chunk {
                     Some(chunk) => {
-                        let failed = self.deliver_all(chunk, handing_on.is_empty()).await?;
+                        let failed = self.deliver_all(channel, chunk, handing_on.is_empty()).await?;
                         handing_on.extend(failed.into_iter().map(hand_on));
                     }
                     None => bail!("the broker cancelled the consumer"),
@@ -145,7 +144,7 @@ where
         tracing::info!("stopping: finishing deliveries in hand");
         channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
         while let Some(chunk) = deliveries.next().await {
-            let failed = self.deliver_all(chunk, handing_on.is_empty()).await?;
+            let failed = self.deliver_all(channel, chunk, handing_on.is_empty()).await?;
             handing_on.extend(failed.into_iter().map(hand_on));
         }
         while let Some(acked) = handing_on.next().await {
@@ -160,6 +159,7 @@ where
     /// `all_before`: whether all earlier deliveries are acknowledged.
     async fn deliver_all(
         &self,
+        channel: &Channel,
         chunk: Vec<lapin::Result<Delivery>>,
         all_before: bool,
     ) -> anyhow::Result<Vec<(Delivery, Failed)>> {
@@ -169,7 +169,7 @@ where
         // One of these may have killed the process. One by one, so that it is known which it was.
         for delivery in again {
             match self.attempts.process(&delivery).await {
-                Outcome::Settled => acknowledge(&delivery, false).await?,
+                Outcome::Settled => acknowledge(channel, &delivery, false).await?,
                 Outcome::Failed(why) => failed.push((delivery, why)),
             }
         }
@@ -185,18 +185,19 @@ where
         if all_before && failed.is_empty() {
             // All at once costs both sides less. It would include any that is not to be acknowledged yet.
             if let Some(last) = settled.last() {
-                acknowledge(last, true).await?;
+                acknowledge(channel, last, true).await?;
             }
         } else {
             for delivery in settled {
-                acknowledge(&delivery, false).await?;
+                acknowledge(channel, &delivery, false).await?;
             }
         }
         Ok(failed)
     }
 }
 
-async fn acknowledge(delivery: &Delivery, multiple: bool) -> anyhow::Result<()> {
-    ensure!(delivery.ack(BasicAckOptions { multiple }).await?, "the channel is closed");
-    Ok(())
+/// By the channel and not by `Delivery::ack`: if the connection is lost just then, lapin 4.12 may leave the
+/// latter in the queue of a task that has ended, and never answer.
+async fn acknowledge(channel: &Channel, delivery: &Delivery, multiple: bool) -> lapin::Result<()> {
+    channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple }).await
 }

@@ -62,7 +62,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         }
     };
     // What was taken and not replayed goes back to its place.
-    connection.close(200, "done".into()).await.context("closing the connection to the broker")?;
+    broker::close(&connection).await;
     done
 }
 
@@ -131,7 +131,7 @@ impl Replay {
             if message_id.is_some_and(|wanted| !letter.has_id(wanted)) {
                 continue;
             }
-            self.publish(&letter).await.with_context(|| format!("after {count} messages"))?;
+            self.publish(letters, &letter).await.with_context(|| format!("after {count} messages"))?;
             count += 1;
             writeln!(io::stdout(), "replayed {}", letter.message_id())?;
         }
@@ -141,7 +141,7 @@ impl Replay {
 
     /// In the trace of the message: as a child of whoever published it last, and the parent of its next
     /// attempt.
-    async fn publish(&self, Letter(letter): &Letter) -> anyhow::Result<()> {
+    async fn publish(&self, letters: &Letters, Letter(letter): &Letter) -> anyhow::Result<()> {
         let producer = Letter::producer(letter);
         let message_id = attempt::message_id(letter, producer.span().span_context());
         let Topology { exchange, routing_key, .. } = &self.topology;
@@ -167,10 +167,8 @@ impl Replay {
         cx.span().end();
         published?;
         // Else it is in both queues; applied it is once.
-        ensure!(
-            letter.ack(BasicAckOptions::default()).await?,
-            "the channel closed: it stays a dead letter, too"
-        );
+        let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
+        acked.context("acknowledging the dead letter: it may stay one, too")?;
         Ok(())
     }
 }
@@ -184,7 +182,7 @@ struct Letters {
 
 impl Letters {
     async fn open(connection: &Connection, queue: String) -> anyhow::Result<Self> {
-        let channel = connection.create_channel().await?;
+        let channel = broker::open_channel(connection).await?;
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         let declared = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
         let left = declared.context("looking for the dead-letter queue")?.message_count();

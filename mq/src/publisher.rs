@@ -96,14 +96,13 @@ impl Publisher {
     /// Closes the connection in an orderly way.
     pub async fn close(&self) {
         if let Some(session) = self.session.lock().await.take() {
-            let closed = session.connection.close(200, "done".into()).await;
-            tracing::debug!(?closed, "closed the publishing connection");
+            broker::close(&session.connection).await;
         }
     }
 
     async fn open(&self) -> lapin::Result<Session> {
         let connection = broker::connect(&self.server, CLIENT_ID).await?;
-        let channel = connection.create_channel().await?;
+        let channel = broker::open_channel(&connection).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         self.topology.declare(&channel).await?;
         self.topology.declare_retry_queues(&channel, &self.retry_delays).await?;

@@ -3,7 +3,7 @@
 use crate::inbound::{self, Checked, Socket};
 use async_compat::CompatExt;
 use lapin::{
-    AsyncTcpStream, Connection, ConnectionProperties,
+    AsyncTcpStream, Channel, Connection, ConnectionProperties,
     uri::{AMQPAuthority, AMQPScheme, AMQPUri},
 };
 use std::{
@@ -119,6 +119,23 @@ pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Conne
         let _ = socket.map(|socket| socket.shutdown(Shutdown::Both));
         Err(lapin_error(io::Error::new(io::ErrorKind::TimedOut, "no answer from the broker")))
     })
+}
+
+/// Opens a channel on a connection.
+///
+/// # Errors
+/// If the connection is lost, or the broker does not answer within five seconds.
+pub async fn open_channel(connection: &Connection) -> lapin::Result<Channel> {
+    // If the connection is lost just now, lapin 4.12 may leave the request in the queue of a task that has
+    // ended, and never answer.
+    let opened = timeout(CONNECT_TIMEOUT, connection.create_channel()).await;
+    opened.map_err(|elapsed| lapin_error(elapsed.into())).flatten()
+}
+
+/// Closes a connection in an orderly way, for at most a second.
+pub async fn close(connection: &Connection) {
+    // If it does not close so, it does when it is dropped.
+    let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -33,7 +33,7 @@ impl Session {
     pub async fn open(server: &broker::Server, topology: &Topology) -> lapin::Result<Self> {
         let connection = broker::connect(server, CLIENT_ID).await?;
         let events = Box::pin(connection.events_listener());
-        let channel = connection.create_channel().await?;
+        let channel = broker::open_channel(&connection).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         topology.declare(&channel).await?;
         Ok(Self { connection, channel, events, broker: Broker::new(&server.uri, CLIENT_ID) })
@@ -82,9 +82,7 @@ impl Session {
 
     /// Closes the connection in an orderly way, for at most a second.
     pub async fn close(self) {
-        let closing = self.connection.close(200, "shutting down".into());
-        let closed = timeout(Duration::from_secs(1), closing).await;
-        tracing::debug!(?closed, "closed the connection to the broker");
+        broker::close(&self.connection).await;
     }
 }
 
