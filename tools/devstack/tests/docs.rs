@@ -10,7 +10,7 @@ const DOCUMENTS: [&str; 5] =
     ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/configuration.md", "docs/layers.md"];
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
 fn documents() -> Result<Vec<(PathBuf, String)>> {
@@ -61,7 +61,8 @@ fn files_in_backticks_exist() -> Result<()> {
 fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     let text = fs::read_to_string(root().join("docs/configuration.md"))?;
     let services = ["api/src/config.rs", "rpc/src/config.rs", "mq/src/config.rs"];
-    let shared = ["telemetry/src/config/mod.rs", "serving/src/shutdown.rs", "serving/src/tls.rs"];
+    let shared =
+        ["crates/telemetry/src/config/mod.rs", "crates/serving/src/shutdown.rs", "crates/serving/src/tls.rs"];
     for file in shared.into_iter().chain(services) {
         let source = fs::read_to_string(root().join(file))?;
         // As the tests' own text would be found, too, only what is before them counts.
@@ -76,8 +77,8 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     let mut tests = 0;
     for (file, test) in text.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")) {
         let source = match file {
-            "telemetry" => root().join("telemetry/src/config/tests.rs"),
-            file => root().join(format!("devstack/tests/{file}.rs")),
+            "telemetry" => root().join("crates/telemetry/src/config/tests.rs"),
+            file => root().join(format!("tools/devstack/tests/{file}.rs")),
         };
         let source = fs::read_to_string(&source).with_context(|| source.display().to_string())?;
         assert!(source.contains(&format!("fn {test}()")), "there is no {file}::{test}");
@@ -90,7 +91,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
 #[test]
 fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
     let page = fs::read_to_string(root().join("docs/layers.md"))?;
-    let source = fs::read_to_string(root().join("devstack/tests/layers.rs"))?;
+    let source = fs::read_to_string(root().join("tools/devstack/tests/layers.rs"))?;
     // Some of it is indented there.
     let source: Vec<_> = source.lines().map(str::trim).collect();
     let blocks: Vec<_> =

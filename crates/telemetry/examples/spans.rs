@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Run it with `OTEL_TRACES_EXPORTER=console cargo run -p telemetry --example spans`. The test
-//! `devstack/tests/spans.rs` runs it, and looks at the tree.
+//! `tools/devstack/tests/spans.rs` runs it, and looks at the tree.
 
 use axum::{Router, body::Body, extract::Path, routing::get};
 use http::Request;
