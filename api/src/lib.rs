@@ -24,10 +24,14 @@ pub mod server;
 pub mod token;
 pub mod usercenter;
 
+use amqp::Topology;
 use anyhow::Context;
 use config::Config;
 use opentelemetry::global::{self, BoxedTracer};
-use proto::{topology::Topology, usercenter::v1::usercenter_client::UsercenterClient};
+use proto::{
+    topology::{EXCHANGE, QUEUE, ROUTING_KEY},
+    usercenter::v1::usercenter_client::UsercenterClient,
+};
 use publisher::{Publisher, Spool};
 use router::App;
 use serving::{listener::reserve_files, shutdown::Shutdown};
@@ -69,7 +73,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, publishing) = Publisher::start(
         config.broker().map_err(anyhow::Error::msg)?,
-        Topology::with_prefix(&config.amqp_prefix),
+        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
         config.publish_timeout,
         spool,
     );

@@ -7,6 +7,7 @@ use crate::{
     properties,
     publisher::Publisher,
 };
+use ::amqp::Topology;
 use futures_util::FutureExt as _;
 use lapin::{message::Delivery, types::AMQPValue};
 use opentelemetry::{
@@ -19,7 +20,6 @@ use opentelemetry::{
 use proto::{
     headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON},
     login::LoginMessage,
-    topology::Topology,
 };
 use std::{
     panic::AssertUnwindSafe,
@@ -269,8 +269,8 @@ mod tests {
     {
         let directory = TempDir::new().unwrap();
         let database = format!("sqlite://{}", directory.path().join("mq.db").display());
-        let server = proto::broker::parse_url(proto::broker::DEFAULT_URL).unwrap();
-        let topology = Topology::with_prefix("");
+        let server = ::amqp::connection::parse_url(::amqp::connection::DEFAULT_URL).unwrap();
+        let topology = Topology::new("", "e", "k", "q");
         let attempts = Attempts {
             processing,
             history: History::start(crate::history::parse_url(&database).unwrap()),

@@ -1,7 +1,8 @@
 //! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
 
+use amqp::Server;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use proto::{broker::Server, topology::DEFAULT_RETRY_DELAYS};
+use proto::topology::DEFAULT_RETRY_DELAYS;
 use serving::{arguments, shutdown, tls::BrokerFiles};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{net::SocketAddr, str::FromStr, time::Duration};
@@ -21,7 +22,7 @@ pub struct Config {
     pub listen: SocketAddr,
 
     /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
-    #[arg(long, env = "AMQP_URL", default_value = proto::broker::DEFAULT_URL, hide_env_values = true, global = true)]
+    #[arg(long, env = "AMQP_URL", default_value = amqp::connection::DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
 
     /// TLS to the broker.
@@ -137,7 +138,7 @@ impl Config {
     /// If the URL is not one, or a file can't be used; [`Config::load`] has seen to that.
     pub fn broker(&self) -> Result<Server, String> {
         let server =
-            proto::broker::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
+            amqp::connection::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
         Ok(match self.amqp_files.read(server.wants_tls())? {
             Some(tls) => server.with_tls(tls.rustls),
             None => server,

@@ -5,6 +5,10 @@ use crate::{
     attempt::{Attempts, Failed, Outcome},
     processing::{Login, Processed},
 };
+use amqp::{
+    Backoff, Server,
+    connection::{self, connect, open_channel},
+};
 use anyhow::bail;
 use futures_util::{FutureExt, StreamExt, future::join_all, stream::FuturesUnordered};
 use lapin::{
@@ -13,7 +17,6 @@ use lapin::{
     options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
-use proto::broker::{self, Backoff, Server};
 use tokio::{select, sync::watch, time::Instant};
 use tower::{BoxError, Service};
 
@@ -89,7 +92,7 @@ where
         self.consuming.send_replace(false);
         if ended.is_ok() {
             // What is not acknowledged goes back to the queue.
-            broker::close(&connection).await;
+            connection::close(&connection).await;
             self.attempts.publisher.close().await;
         }
         (true, ended)
@@ -97,8 +100,8 @@ where
 
     async fn open(&self) -> lapin::Result<(lapin::Connection, Channel, lapin::Consumer)> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
-        let connection = broker::connect(&self.server, CLIENT_ID).await?;
-        let channel = broker::open_channel(&connection).await?;
+        let connection = connect(&self.server, CLIENT_ID).await?;
+        let channel = open_channel(&connection).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         topology.declare(&channel).await?;
         topology.declare_retry_queues(&channel, retry_delays).await?;

@@ -9,6 +9,7 @@ use crate::{
     properties,
     publisher::Publisher,
 };
+use ::amqp::{Topology, connection};
 use anyhow::{Context as _, bail, ensure};
 use lapin::{
     Channel, Connection,
@@ -20,7 +21,7 @@ use opentelemetry::{
     Context, KeyValue, global,
     trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
 };
-use proto::{broker, login::LoginMessage, topology::Topology};
+use proto::login::LoginMessage;
 use std::{
     io::{self, Write},
     time::Duration,
@@ -44,8 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
     let server = config.broker().map_err(anyhow::Error::msg)?;
     let broker = Broker::new(&server.uri, CLIENT_ID);
-    let topology = Topology::with_prefix(&config.amqp_prefix);
-    let connection = broker::connect(&server, CLIENT_ID).await;
+    let topology = crate::topology(config);
+    let connection = connection::connect(&server, CLIENT_ID).await;
     let connection = connection.with_context(|| format!("connecting to the broker at {broker}"))?;
     let mut letters = Letters::open(&connection, topology.dead_letter_queue.clone()).await?;
 
@@ -62,7 +63,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         }
     };
     // What was taken and not replayed goes back to its place.
-    broker::close(&connection).await;
+    connection::close(&connection).await;
     done
 }
 
@@ -182,7 +183,7 @@ struct Letters {
 
 impl Letters {
     async fn open(connection: &Connection, queue: String) -> anyhow::Result<Self> {
-        let channel = broker::open_channel(connection).await?;
+        let channel = connection::open_channel(connection).await?;
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         let declared = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
         let left = declared.context("looking for the dead-letter queue")?.message_count();

@@ -37,7 +37,7 @@ impl Failure {
         Self { reason: "redelivered_too_often", text, is_final: true }
     }
 
-    /// The message has properties that can't be read ([`proto::inbound`]): not even its id is known.
+    /// The message has properties that can't be read ([`amqp::inbound`]): not even its id is known.
     pub fn unreadable_properties() -> Self {
         let text = "the properties of the message can't be read".to_owned();
         Self { reason: "unreadable_properties", text, is_final: true }

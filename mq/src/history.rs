@@ -6,13 +6,18 @@
 mod store;
 
 use crate::processing::{Login, Processed};
-use proto::broker::Backoff;
 use sqlx::sqlite::SqliteConnectOptions;
-use std::future;
+use std::{future, time::Duration};
 use store::{Change, Store};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::sleep,
+};
 
 pub use store::parse_url;
+
+/// Between two attempts to reach the database.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Changes that share a transaction, at most.
 const MAX_GROUP: usize = 256;
@@ -112,7 +117,6 @@ async fn commit(
     changes: &[Change],
     available: &watch::Sender<bool>,
 ) -> Vec<Result<i64, Refused>> {
-    let mut backoff = Backoff::new();
     let mut was_told = false;
     loop {
         match store.commit(changes).await {
@@ -128,7 +132,7 @@ async fn commit(
                 if !std::mem::replace(&mut was_told, true) {
                     tracing::warn!("the database is unavailable; trying on: {error:#}");
                 }
-                backoff.pause().await;
+                sleep(PAUSE).await;
             }
         }
     }

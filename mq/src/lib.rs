@@ -18,6 +18,7 @@ pub mod processing;
 pub mod properties;
 pub mod publisher;
 
+use amqp::Topology;
 use anyhow::Context;
 use attempt::Attempts;
 use config::Config;
@@ -25,7 +26,7 @@ use consumer::Consumer;
 use futures_util::FutureExt;
 use history::History;
 use processing::{Login, Processed, RecordLogin};
-use proto::topology::Topology;
+use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use publisher::Publisher;
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
 use std::time::Duration;
@@ -46,6 +47,11 @@ pub fn processing_stack(
 const MAX_CONNECTIONS: usize = 10_000;
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 
+/// The queues of this deployment.
+fn topology(config: &Config) -> Topology {
+    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE)
+}
+
 /// Consumes until `shutdown`. Answers health checks on `listener`.
 ///
 /// # Errors
@@ -57,7 +63,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let health = grpc::builder(MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
 
     let server = config.broker().map_err(anyhow::Error::msg)?;
-    let topology = Topology::with_prefix(&config.amqp_prefix);
+    let topology = topology(config);
     let history = History::start(config.database().map_err(anyhow::Error::msg)?);
     let retry_delays = config.retry_delays.0.clone();
     let (consuming, is_consuming) = watch::channel(false);

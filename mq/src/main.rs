@@ -12,7 +12,7 @@ use tokio::select;
 async fn main() -> ExitCode {
     let config = Config::load();
     if let Some(Command::Health) = &config.command {
-        return match proto::health::probe(config.listen).await {
+        return match serving::health::probe(config.listen).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("unhealthy: {error:#}");

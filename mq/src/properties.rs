@@ -2,21 +2,17 @@
 //! published once more, to a retry queue, to the dead-letter queue or back.
 
 use amq_protocol::frame::WriteContext;
+use amqp::properties::{PERSISTENT, UNREADABLE, header, integer};
 use lapin::{
     BasicProperties,
     protocol::basic::gen_properties,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use proto::headers::{
-    ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, HEADERS_LEFT_OUT, PUBLISHED_AT, UNREADABLE_PROPERTIES,
-};
+use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, HEADERS_LEFT_OUT, PUBLISHED_AT};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-
-/// AMQP's delivery mode "persistent": the message survives a restart of the broker.
-const PERSISTENT: u8 = 2;
 
 /// Which attempt this delivery is, from 1. Whoever publishes can write anything into the header.
 pub fn attempt(properties: &BasicProperties) -> u32 {
@@ -24,9 +20,9 @@ pub fn attempt(properties: &BasicProperties) -> u32 {
     u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
 }
 
-/// Whether these stand for others, which can't be read ([`proto::inbound`]).
+/// Whether these stand for others, which can't be read ([`amqp::inbound`]).
 pub fn are_unreadable(properties: &BasicProperties) -> bool {
-    header(properties, UNREADABLE_PROPERTIES).is_some()
+    header(properties, UNREADABLE).is_some()
 }
 
 /// How many attempts a dead letter has had.
@@ -126,24 +122,6 @@ fn fits(properties: &BasicProperties) -> bool {
 fn now() -> AMQPValue {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     AMQPValue::LongLongInt(i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
-}
-
-fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPValue> {
-    properties.headers().as_ref()?.inner().get(name)
-}
-
-/// A number, whichever of AMQP's types the client's language made of it.
-fn integer(value: &AMQPValue) -> Option<i64> {
-    match *value {
-        AMQPValue::ShortShortInt(n) => Some(n.into()),
-        AMQPValue::ShortShortUInt(n) => Some(n.into()),
-        AMQPValue::ShortInt(n) => Some(n.into()),
-        AMQPValue::ShortUInt(n) => Some(n.into()),
-        AMQPValue::LongInt(n) => Some(n.into()),
-        AMQPValue::LongUInt(n) => Some(n.into()),
-        AMQPValue::LongLongInt(n) => Some(n),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

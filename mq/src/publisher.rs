@@ -3,21 +3,11 @@
 //! On a connection of its own: a broker short of memory or disk stops to read from connections that
 //! publish, and with them the acknowledgements that they carry.
 
-use anyhow::{Context, bail};
-use lapin::{
-    BasicProperties, Channel, Confirmation, Connection,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
-};
-use proto::{
-    broker::{self, Backoff, Server},
-    topology::Topology,
-};
-use std::{
-    pin::pin,
-    time::{Duration, Instant},
-};
-use telemetry::{amqp::Broker, semconv};
-use tokio::{sync::Mutex, time::timeout};
+use amqp::{Backoff, IfBlocked, Server, Session, Topology, Unconfirmed};
+use lapin::BasicProperties;
+use std::time::{Duration, Instant};
+use telemetry::amqp::Broker;
+use tokio::sync::Mutex;
 
 /// The name of the connection on the broker.
 const CLIENT_ID: &str = "mq-publisher";
@@ -33,11 +23,6 @@ pub struct Publisher {
     retry_delays: Vec<Duration>,
     /// Opened with the first message, and anew after a failure.
     session: Mutex<Option<Session>>,
-}
-
-struct Session {
-    connection: Connection,
-    channel: Channel,
 }
 
 impl Publisher {
@@ -76,18 +61,15 @@ impl Publisher {
         // a message that no queue took would pass for confirmed.
         let mut current = self.session.lock().await;
         // Taken: after a failure the next one opens another, and declares what may have been deleted.
-        let session = match current.take() {
+        let mut session = match current.take() {
             Some(session) => session,
             None => self.open().await?,
         };
         let started = Instant::now();
-        let published = session.publish(exchange, routing_key, properties, body).await;
-        self.broker.sent(
-            (exchange, routing_key),
-            1,
-            started,
-            published.as_ref().err().map(|_| semconv::OTHER),
-        );
+        let destination = (exchange, routing_key);
+        let message = std::iter::once((properties, body));
+        let published = session.publish(destination, message, CONFIRM_TIMEOUT, IfBlocked::Wait).await;
+        self.broker.sent(destination, 1, started, published.err().map(Unconfirmed::reason));
         published?;
         *current = Some(session);
         Ok(())
@@ -96,50 +78,14 @@ impl Publisher {
     /// Closes the connection in an orderly way.
     pub async fn close(&self) {
         if let Some(session) = self.session.lock().await.take() {
-            broker::close(&session.connection).await;
+            session.close().await;
         }
     }
 
     async fn open(&self) -> lapin::Result<Session> {
-        let connection = broker::connect(&self.server, CLIENT_ID).await?;
-        let channel = broker::open_channel(&connection).await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        self.topology.declare(&channel).await?;
-        self.topology.declare_retry_queues(&channel, &self.retry_delays).await?;
-        Ok(Session { connection, channel })
-    }
-}
-
-impl Session {
-    async fn publish(
-        &self,
-        exchange: &str,
-        routing_key: &str,
-        properties: BasicProperties,
-        body: &[u8],
-    ) -> anyhow::Result<()> {
-        // Without `mandatory` a message that no queue takes would vanish.
-        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-        let confirmed = async {
-            let sent =
-                self.channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties);
-            sent.await?.await
-        };
-        let mut confirmed = pin!(confirmed);
-        let confirmation = loop {
-            match timeout(CONFIRM_TIMEOUT, &mut confirmed).await {
-                Ok(confirmation) => break confirmation?,
-                // It is on its way, and will be taken when the broker takes messages again. To publish it
-                // on another connection would only make it two.
-                Err(_) if self.connection.status().blocked() => {}
-                Err(elapsed) => return Err(elapsed).context("waiting for the broker's confirm"),
-            }
-        };
-        match confirmation {
-            Confirmation::Ack(None) => Ok(()),
-            // An unroutable message is returned, and then acked all the same.
-            Confirmation::Ack(Some(_)) => bail!("the message was returned as unroutable"),
-            Confirmation::Nack(_) | Confirmation::NotRequested => bail!("the broker refused the message"),
-        }
+        let session = Session::open(&self.server, CLIENT_ID).await?;
+        self.topology.declare(session.channel()).await?;
+        self.topology.declare_retry_queues(session.channel(), &self.retry_delays).await?;
+        Ok(session)
     }
 }

@@ -15,10 +15,6 @@ pub const DEAD_LETTER_REASON: &str = "x-dead-letter-reason";
 /// How many attempts a dead letter has had (long-int).
 pub const DEAD_LETTER_ATTEMPTS: &str = "x-dead-letter-attempts";
 
-/// Stands for properties that can't be read (long string: the properties as bytes, or empty if they are very
-/// long): put there by whoever received the message, in place of all others.
-pub const UNREADABLE_PROPERTIES: &str = "x-unreadable-properties";
-
 /// Says (boolean) that the headers which a message had are missing, because with ours they would not have
 /// fitted into a frame.
 pub const HEADERS_LEFT_OUT: &str = "x-headers-left-out";

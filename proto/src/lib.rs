@@ -3,16 +3,9 @@
 //! - [`usercenter::v1`]: the gRPC API, from `usercenter/v1/usercenter.proto`
 //! - [`login`]: the message that `api` publishes and `mq` consumes
 //! - [`headers`]: the names of its AMQP headers, besides those of the trace context
-//! - [`topology`]: the exchange and queues it travels through
-//! - [`broker`]: how to connect to the broker that holds them
-//! - [`inbound`]: what the broker sends, looked at before lapin reads it; [`content_header`]: how
-//! - [`health`]: the gRPC health check, asked
+//! - [`topology`]: the names of the exchange and queues it travels through
 
-pub mod broker;
-pub mod content_header;
 pub mod headers;
-pub mod health;
-pub mod inbound;
 pub mod login;
 pub mod topology;
 

@@ -34,11 +34,11 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// If it does not answer within two seconds, or is not serving.
 pub async fn health(config: &Config) -> anyhow::Result<()> {
     let Some(tls) = config.tls().map_err(anyhow::Error::msg)? else {
-        return proto::health::probe(config.listen).await;
+        return serving::health::probe(config.listen).await;
     };
     let (tls, verifier) = tls.asked_by_itself();
     let endpoint = Endpoint::from_shared(format!("https://{}", config.listen))?;
-    proto::health::probe_by(endpoint.tls_config_with_verifier(tls, verifier)?).await
+    serving::health::probe_by(endpoint.tls_config_with_verifier(tls, verifier)?).await
 }
 
 /// Serves on `listener` until `shutdown`.

@@ -5,14 +5,9 @@
 //! begins when all of the last are confirmed. So what is known of a round is known of all of it, and what
 //! is answered later is sent later.
 
-use super::{
-    CLIENT_ID, PublishError, Published, Unconfirmed, message::Message, session::Session, spool::Spool,
-};
-use proto::{
-    broker::{Backoff, Server},
-    topology::Topology,
-};
-use std::time::Duration;
+use super::{CLIENT_ID, PublishError, Published, Unconfirmed, message::Message, spool::Spool};
+use amqp::{Backoff, IfBlocked, Server, Session, Topology};
+use std::time::{Duration, Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
     pin, select,
@@ -33,14 +28,36 @@ pub struct Request {
 /// What the task has.
 pub struct Dispatcher {
     server: Server,
-    topology: Topology,
-    timeout: Duration,
+    publisher: RoundPublisher,
     requests: mpsc::Receiver<Request>,
     stopped: oneshot::Receiver<()>,
     is_connected: watch::Sender<bool>,
     backlog: Backlog,
     backoff: Backoff,
     log: Log,
+}
+
+/// Where rounds go.
+struct RoundPublisher {
+    topology: Topology,
+    /// Bounds the wait for the confirms of a round.
+    timeout: Duration,
+    broker: Broker,
+}
+
+impl RoundPublisher {
+    async fn publish(
+        &self,
+        session: &mut Session,
+        messages: impl ExactSizeIterator<Item = &Message>,
+    ) -> Result<(), amqp::Unconfirmed> {
+        let destination = (self.topology.exchange.as_str(), self.topology.routing_key.as_str());
+        let (started, count) = (Instant::now(), messages.len() as u64);
+        let messages = messages.map(|message| (message.properties(SystemTime::now()), message.body()));
+        let result = session.publish(destination, messages, self.timeout, IfBlocked::Fail).await;
+        self.broker.sent(destination, count, started, result.err().map(amqp::Unconfirmed::reason));
+        result
+    }
 }
 
 /// The spool, and how far it is published.
@@ -58,14 +75,14 @@ struct Backlog {
 
 /// Why a session ends.
 enum End {
-    Trouble(Unconfirmed),
+    Trouble(amqp::Unconfirmed),
     /// The spool can't be read.
     Spool,
     Stopped,
 }
 
-impl From<Unconfirmed> for End {
-    fn from(why: Unconfirmed) -> Self {
+impl From<amqp::Unconfirmed> for End {
+    fn from(why: amqp::Unconfirmed) -> Self {
         Self::Trouble(why)
     }
 }
@@ -82,8 +99,10 @@ impl Dispatcher {
         is_connected: watch::Sender<bool>,
     ) -> Self {
         let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
-        let (backoff, log) = (Backoff::new(), Log::new(Broker::new(&server.uri, CLIENT_ID)));
-        Self { server, topology, timeout, requests, stopped, is_connected, backlog, backoff, log }
+        let broker = Broker::new(&server.uri, CLIENT_ID);
+        let (backoff, log) = (Backoff::new(), Log::new(broker.clone()));
+        let publisher = RoundPublisher { topology, timeout, broker };
+        Self { server, publisher, requests, stopped, is_connected, backlog, backoff, log }
     }
 
     /// Publishes until it is stopped: then what is in the spool, as long as there is a session.
@@ -99,7 +118,7 @@ impl Dispatcher {
                     break;
                 }
                 // Nothing can be published before, on another connection neither.
-                End::Trouble(Unconfirmed::Blocked) => {
+                End::Trouble(amqp::Unconfirmed::Blocked) => {
                     if !self.wait_until_unblocked(&mut session).await {
                         break;
                     }
@@ -118,10 +137,15 @@ impl Dispatcher {
 
     /// Opens a session, as often as needed; `None` if stopped before.
     async fn connect(&mut self) -> Option<Session> {
-        let Self { server, topology, requests, stopped, backlog, backoff, log, .. } = self;
+        let Self { server, publisher, requests, stopped, backlog, backoff, log, .. } = self;
         let opening = async {
             loop {
-                match Session::open(server, topology).await {
+                let opened = async {
+                    let session = Session::open(server, CLIENT_ID).await?;
+                    publisher.topology.declare(session.channel()).await?;
+                    Ok(session)
+                };
+                match opened.await {
                     Ok(session) => {
                         log.connected();
                         return session;
@@ -160,7 +184,7 @@ impl Dispatcher {
         loop {
             select! {
                 () = session.unblocked() => return true,
-                Some(request) = self.requests.recv() => self.backlog.append(request, Unconfirmed::Blocked),
+                Some(request) = self.requests.recv() => self.backlog.append(request, amqp::Unconfirmed::Blocked.into()),
                 _ = &mut self.stopped => return false,
             }
         }
@@ -192,7 +216,7 @@ impl Dispatcher {
             _ = &mut self.stopped => return Err(End::Stopped),
         }
         let messages = round.iter().map(|request| &request.message);
-        match session.publish(&self.topology, messages, self.timeout).await {
+        match self.publisher.publish(session, messages).await {
             Ok(()) => {
                 self.log.confirmed();
                 for request in round {
@@ -203,7 +227,7 @@ impl Dispatcher {
             }
             Err(why) => {
                 for request in round {
-                    self.backlog.append(request, why);
+                    self.backlog.append(request, why.into());
                 }
                 Err(why.into())
             }
@@ -213,7 +237,7 @@ impl Dispatcher {
     /// A round from the spool. Logins that come meanwhile go behind it; except that those that come during
     /// the last round wait for its end, or under load it would never be the last.
     async fn publish_backlog(&mut self, session: &mut Session) -> Result<(), End> {
-        let Self { backlog, requests, .. } = self;
+        let Self { backlog, requests, publisher, .. } = self;
         let entries = backlog.next().await.ok_or(End::Spool)?;
         let Some((last, _)) = entries.last() else {
             backlog.is_empty = true;
@@ -225,7 +249,7 @@ impl Dispatcher {
         };
         let is_last_round = entries.len() < backlog.round;
         let messages = entries.iter().map(|(_, message)| message);
-        let publishing = session.publish(&self.topology, messages, self.timeout);
+        let publishing = publisher.publish(session, messages);
         pin!(publishing);
         loop {
             select! {
@@ -309,7 +333,8 @@ impl Log {
             tracing::warn!(broker = %self.broker, reason, "lost the connection to the broker");
         }
         // One that breaks while nothing is published may have been useful.
-        let broke = matches!(end, End::Trouble(Unconfirmed::ConnectionBroken | Unconfirmed::Blocked));
+        let broke =
+            matches!(end, End::Trouble(amqp::Unconfirmed::ConnectionBroken | amqp::Unconfirmed::Blocked));
         self.is_fruitless |= !self.is_useful && !broke;
     }
 }

@@ -1,5 +1,6 @@
 //! What is sent, encoded once: what waits in the spool is what would have been sent at first.
 
+use amqp::properties::PERSISTENT;
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
@@ -12,9 +13,6 @@ use proto::{
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use telemetry::amqp::HeadersMut;
-
-/// AMQP's delivery mode "persistent": the message survives a restart of the broker.
-const PERSISTENT: u8 = 2;
 
 /// A login message.
 // Without Debug: the body holds a mobile number.

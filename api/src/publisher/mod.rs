@@ -5,15 +5,14 @@
 //!
 //! - `message`: what is sent, as first encoded
 //! - `dispatch`: the one task that all messages pass: to the broker, or to the spool and then to the broker
-//! - `session`: a connection to the broker with its channel
 //! - `spool`: the file
 
 mod dispatch;
 mod message;
-mod session;
 mod spool;
 
 use crate::TRACER;
+use amqp::{Server, Topology};
 use dispatch::{Dispatcher, Request};
 use futures_util::future::BoxFuture;
 use message::Message;
@@ -21,7 +20,6 @@ use opentelemetry::{
     Context, KeyValue,
     trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
 };
-use proto::{broker::Server, topology::Topology};
 use std::{
     sync::Arc,
     task::{self, Poll},
@@ -66,21 +64,9 @@ pub enum Unconfirmed {
     /// There is no connection to the broker now.
     #[error("not connected to the broker")]
     NotConnected,
-    /// The broker is short of memory or disk and takes no messages (`connection.blocked`).
-    #[error("the broker takes no messages now")]
-    Blocked,
-    /// The broker did not confirm in time.
-    #[error("the broker did not confirm in time")]
-    Timeout,
-    /// The broker refused the message.
-    #[error("the broker refused the message")]
-    Nacked,
-    /// There is no queue for the message.
-    #[error("no queue takes the message")]
-    Unroutable,
-    /// The connection or the channel broke.
-    #[error("the connection to the broker broke")]
-    ConnectionBroken,
+    /// It was published, and not confirmed.
+    #[error(transparent)]
+    Published(#[from] amqp::Unconfirmed),
     /// Logins before it are in the spool, and go first.
     #[error("earlier logins go first")]
     BehindSpool,
@@ -102,11 +88,7 @@ impl Unconfirmed {
     fn reason(self) -> &'static str {
         match self {
             Self::NotConnected => "not_connected",
-            Self::Blocked => "blocked",
-            Self::Timeout => "timeout",
-            Self::Nacked => "nacked",
-            Self::Unroutable => "unroutable",
-            Self::ConnectionBroken => "connection_broken",
+            Self::Published(why) => why.reason(),
             Self::BehindSpool => "behind_spool",
         }
     }

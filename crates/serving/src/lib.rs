@@ -3,6 +3,7 @@
 //! - [`arguments`]: flags and environment
 //! - [`listener`]: accepts connections, whatever happens
 //! - [`grpc`]: tonic's server, with bounds on what a connection may take
+//! - [`health`]: the gRPC health check, asked
 //! - `socket`: a connection with TLS or without; [`tls`]: PEM files, read; `own`: a probe of a server with TLS
 //! - [`waiting`]: which connection goes when there are too many
 //! - [`seldom`]: one line a minute
@@ -10,6 +11,7 @@
 
 pub mod arguments;
 pub mod grpc;
+pub mod health;
 pub mod listener;
 mod own;
 pub mod seldom;

@@ -108,7 +108,7 @@ impl Instances {
                         .get(&format!("http://{}/readyz", instance.address))
                         .await
                         .is_ok_and(|answer| answer.status == 200),
-                    Check::Grpc => proto::health::probe(instance.address).await.is_ok(),
+                    Check::Grpc => serving::health::probe(instance.address).await.is_ok(),
                 }
             });
             instance.is_ready.store(is_ready.await.unwrap_or(false), Relaxed);

@@ -5,9 +5,9 @@ use amq_protocol::{
     protocol::{AMQPClass, basic, channel, connection, constants},
     types::AMQPValue,
 };
+use amqp::content_header::CONTENT_HEAD;
 use anyhow::{Context, Result, bail};
 use lapin::uri::AMQPUri;
-use proto::content_header::CONTENT_HEAD;
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

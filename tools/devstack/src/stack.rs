@@ -11,6 +11,7 @@ use crate::{
     receiver::Receiver,
     tls_front::TlsFront,
 };
+use amqp::Topology;
 use anyhow::{Context, Result};
 use http::Method;
 use lapin::{
@@ -18,7 +19,7 @@ use lapin::{
     message::BasicGetMessage,
     options::{BasicGetOptions, BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions},
 };
-use proto::topology::{DEFAULT_RETRY_DELAYS, Topology};
+use proto::topology::{DEFAULT_RETRY_DELAYS, EXCHANGE, QUEUE, ROUTING_KEY};
 use std::{
     env,
     net::{SocketAddr, ToSocketAddrs},
@@ -278,7 +279,7 @@ impl TestBroker {
     /// # Errors
     /// If there is none.
     pub async fn rabbitmq() -> Result<Self> {
-        let url = env::var("AMQP_URL").unwrap_or_else(|_| proto::broker::DEFAULT_URL.to_owned());
+        let url = env::var("AMQP_URL").unwrap_or_else(|_| amqp::connection::DEFAULT_URL.to_owned());
         Self::at(url).await.context("start RabbitMQ here, or name one by AMQP_URL")
     }
 
@@ -291,11 +292,11 @@ impl TestBroker {
     }
 
     async fn connect_to(url: String, embedded: Option<Broker>) -> Result<Self> {
-        let server = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
-        let connection = proto::broker::connect(&server, "test").await?;
+        let server = amqp::connection::parse_url(&url).map_err(anyhow::Error::msg)?;
+        let connection = amqp::connection::connect(&server, "test").await?;
         let channel = connection.create_channel().await?;
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
-        let topology = Topology::with_prefix(&prefix);
+        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
         topology.declare(&channel).await?;
         let retry_delays = delays(DEFAULT_RETRY_DELAYS);
         Ok(Self { url, prefix, topology, retry_delays, channel, _connection: connection, embedded })
@@ -335,14 +336,14 @@ impl TestBroker {
     }
 
     fn address(&self) -> Result<SocketAddr> {
-        let authority = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
+        let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
         let address = (authority.host.as_str(), authority.port).to_socket_addrs()?.next();
         address.context("the broker has no address")
     }
 
     /// Its URL, with another address.
     fn url_by(&self, address: SocketAddr) -> Result<String> {
-        let authority = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
+        let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
         let from = format!("@{}:{}", authority.host, authority.port);
         Ok(self.url.replace(&from, &format!("@{address}")))
     }
@@ -362,9 +363,9 @@ impl Drop for TestBroker {
             return;
         }
         let clean_up = async {
-            let server = proto::broker::parse_url(&self.url).map_err(anyhow::Error::msg)?;
+            let server = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?;
             // A connection of its own: the test may have broken the other one.
-            let connection = proto::broker::connect(&server, "test clean-up").await?;
+            let connection = amqp::connection::connect(&server, "test clean-up").await?;
             let channel = connection.create_channel().await?;
             let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;
             let retry_queues = self.retry_delays.iter().map(|delay| self.topology.retry_queue(*delay));

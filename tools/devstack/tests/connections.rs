@@ -224,7 +224,7 @@ async fn connections_that_do_not_begin_to_speak_http2_are_cut_off_and_harm_no_ca
     let count = as_many_as_possible()? / 2;
     for service in [&stack.rpc, &stack.mq] {
         let slow = open(service.address, count, |i| if i % 2 == 0 { "" } else { "PRI * HT" }).await?;
-        let healthy = poll(LOGIN_PATIENCE, async || proto::health::probe(service.address).await.ok());
+        let healthy = poll(LOGIN_PATIENCE, async || serving::health::probe(service.address).await.ok());
         healthy.await.context("a health check was held up")?;
         logins(&stack, 10).await?;
         all_closed(slow).await.context(service.name)?;

@@ -102,7 +102,7 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
             let enough = |text: &str| if *is_fatal { goes_away(text) } else { !text.is_empty() };
             let answer = raw(service.address, &sent, enough).await?;
             assert!(goes_away(&answer) || !is_fatal, "{}: {name}", service.name);
-            let alive = poll(PATIENCE, async || proto::health::probe(service.address).await.ok());
+            let alive = poll(PATIENCE, async || serving::health::probe(service.address).await.ok());
             alive.await.with_context(|| format!("{}: {name}", service.name))?;
         }
         let grown = resident_kib(service.id())?.saturating_sub(before);

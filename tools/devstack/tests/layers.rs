@@ -149,7 +149,7 @@ async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
 async fn around_the_publisher() -> Result<()> {
     let ([outer, inner], times) = timed(["outer", "inner"]);
     let (broker, data) = (TestBroker::connect().await?, tempfile::tempdir()?);
-    let server = proto::broker::parse_url(&broker.url).map_err(anyhow::Error::msg)?;
+    let server = amqp::connection::parse_url(&broker.url).map_err(anyhow::Error::msg)?;
     let spool = Spool::open(data.path(), Limits { entries: 10, bytes: 10_000 })?;
     let limit = PATIENCE;
     let (publisher, publishing) = Publisher::start(server, broker.topology.clone(), limit, spool);

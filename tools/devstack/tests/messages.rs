@@ -1,5 +1,6 @@
 //! What the consumer makes of messages: ours, those of other languages, and garbage.
 
+use amqp::properties::UNREADABLE;
 use anyhow::{Context, Result};
 use devstack::{
     raw::{Raw, publish_with},
@@ -11,7 +12,6 @@ use lapin::{
     message::BasicGetMessage,
     types::{AMQPValue, DecimalValue, FieldArray, FieldTable},
 };
-use proto::headers::UNREADABLE_PROPERTIES;
 use serde_json::Value;
 
 /// Publishes what `api` would not.
@@ -204,7 +204,7 @@ async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> 
         assert_eq!(reason(&letter), "unreadable_properties");
         assert_eq!(letter.data, body.as_bytes());
         let headers = letter.properties.headers().as_ref().context("headers")?.inner();
-        assert_eq!(headers[UNREADABLE_PROPERTIES], AMQPValue::LongString(kept.into()));
+        assert_eq!(headers[UNREADABLE], AMQPValue::LongString(kept.into()));
     }
     // The body still tells which trace it was.
     let tree = "

@@ -246,7 +246,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
         client.get_user_by_mobile(lookup).await.err()
     });
     assert_eq!(refused.await.expect("a refusal").code(), Code::Unavailable);
-    let healthy = poll(PATIENCE, async || proto::health::probe(rpc).await.ok());
+    let healthy = poll(PATIENCE, async || serving::health::probe(rpc).await.ok());
     healthy.await.expect("usercenter is busy, not unwell");
 
     // api says so, too, after its attempts.

@@ -209,11 +209,13 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     };
     let rpc = stack.rpc.address;
     ready(200).await?;
-    poll(PATIENCE, async || proto::health::probe(rpc).await.ok()).await.context("usercenter is not ready")?;
+    poll(PATIENCE, async || serving::health::probe(rpc).await.ok())
+        .await
+        .context("usercenter is not ready")?;
 
     // usercenter first: that one of its instances goes must not make api unready, which has others.
     stack.rpc.signal("TERM").await?;
-    let unready = poll(PATIENCE, async || proto::health::probe(rpc).await.is_err().then_some(()));
+    let unready = poll(PATIENCE, async || serving::health::probe(rpc).await.is_err().then_some(()));
     unready.await.context("usercenter says that it is ready")?;
     ready(200).await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);

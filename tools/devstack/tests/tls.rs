@@ -164,7 +164,7 @@ async fn usercenter_asks_itself_for_its_health_by_tls_whatever_the_certificate()
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         // Whoever serves there is another.
         assert_eq!(asks(&other).await?.status.code(), Some(1));
-        assert!(proto::health::probe(rpc.address).await.is_err(), "without TLS");
+        assert!(serving::health::probe(rpc.address).await.is_err(), "without TLS");
     }
     Ok(())
 }

@@ -8,10 +8,8 @@ use amq_protocol::{
     frame::{AMQPFrame, gen_frame, parsing::parse_content_header},
     protocol::{AMQPClass, BasicProperties, constants, parse_class},
 };
+use amqp::content_header::{CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string};
 use bytes::BytesMut;
-use proto::content_header::{
-    CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string,
-};
 
 /// The largest frame that is negotiated, in bytes. It is never 0, "no limit", which lapin does not take.
 pub const FRAME_MAX: usize = 131_072;
@@ -168,8 +166,8 @@ mod tests {
         protocol::{basic, queue},
         types::{AMQPValue, FieldArray, FieldTable},
     };
+    use amqp::content_header::MAX_DEPTH;
     use proptest::{collection::vec, prelude::*};
-    use proto::content_header::MAX_DEPTH;
 
     fn declare(arguments: FieldTable) -> AMQPClass {
         let declare = queue::Declare { queue: "q".into(), arguments, ..Default::default() };

@@ -95,8 +95,8 @@ impl Broker {
     /// If there is none.
     pub async fn connect(&self) -> Result<(Connection, Channel)> {
         let url = format!("amqp://guest:guest@{}/%2f", self.address());
-        let server = proto::broker::parse_url(&url).map_err(anyhow::Error::msg)?;
-        let connection = proto::broker::connect(&server, "chaos").await?;
+        let server = amqp::connection::parse_url(&url).map_err(anyhow::Error::msg)?;
+        let connection = amqp::connection::connect(&server, "chaos").await?;
         let channel = connection.create_channel().await?;
         Ok((connection, channel))
     }

@@ -4,6 +4,7 @@
 //!
 //! It leaves usercenter out: that has no part in what is lost.
 
+use amqp::{Server, Topology, connection};
 use anyhow::{Context, Result};
 use axum::{Json, Router, extract::State, http::HeaderMap, routing::post};
 use clap::Subcommand;
@@ -13,7 +14,10 @@ use lapin::{
     options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions},
     types::{AMQPValue, FieldTable},
 };
-use proto::{broker, login::LoginMessage, topology::Topology};
+use proto::{
+    login::LoginMessage,
+    topology::{EXCHANGE, QUEUE, ROUTING_KEY},
+};
 use serde_json::{Value, json};
 use sqlx::{
     ConnectOptions, Connection, SqliteConnection,
@@ -38,7 +42,7 @@ pub enum Service {
 /// If it can't start.
 pub async fn run(service: Service) -> Result<()> {
     let url = env::var("AMQP_URL")?;
-    let server = broker::parse_url(&url).map_err(anyhow::Error::msg)?;
+    let server = connection::parse_url(&url).map_err(anyhow::Error::msg)?;
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     say(&format!("listening address={}", listener.local_addr()?));
     match service {
@@ -53,7 +57,7 @@ pub async fn run(service: Service) -> Result<()> {
 }
 
 async fn log_in(
-    State(server): State<Arc<broker::Server>>,
+    State(server): State<Arc<Server>>,
     headers: HeaderMap,
     Json(login): Json<Value>,
 ) -> Json<Value> {
@@ -63,10 +67,10 @@ async fn log_in(
     Json(json!({ "accessToken": "", "accessExpire": 0, "refreshAfter": 0 }))
 }
 
-async fn publish(server: &broker::Server, headers: &HeaderMap, login: &Value) -> Result<()> {
-    let connection = broker::connect(server, "control api").await?;
+async fn publish(server: &Server, headers: &HeaderMap, login: &Value) -> Result<()> {
+    let connection = connection::connect(server, "control api").await?;
     let channel = connection.create_channel().await?;
-    let Topology { exchange, routing_key, .. } = Topology::with_prefix("");
+    let Topology { exchange, routing_key, .. } = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE);
     let traceparent = headers.get("traceparent").context("no traceparent")?.to_str()?;
     let mut table = FieldTable::default();
     table.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
@@ -88,7 +92,7 @@ async fn publish(server: &broker::Server, headers: &HeaderMap, login: &Value) ->
     Ok(())
 }
 
-async fn consume(server: &broker::Server) -> Result<()> {
+async fn consume(server: &Server) -> Result<()> {
     let mut database = open_database().await?;
     loop {
         if let Err(error) = consume_until_it_breaks(server, &mut database).await {
@@ -98,11 +102,11 @@ async fn consume(server: &broker::Server) -> Result<()> {
     }
 }
 
-async fn consume_until_it_breaks(server: &broker::Server, database: &mut SqliteConnection) -> Result<()> {
-    let connection = broker::connect(server, "control mq").await?;
+async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnection) -> Result<()> {
+    let connection = connection::connect(server, "control mq").await?;
     let channel = connection.create_channel().await?;
     channel.basic_qos(64, BasicQosOptions::default()).await?;
-    let topology = Topology::with_prefix("");
+    let topology = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE);
     topology.declare(&channel).await?;
     let (queue, tag) = (topology.queue.as_str().into(), "mq".into());
     let mut deliveries =

@@ -6,8 +6,9 @@ use super::{
     spans::Collector,
 };
 use crate::{process::Process, proxy::Proxy};
+use amqp::Topology;
 use anyhow::{Context, Result};
-use proto::topology::Topology;
+use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use std::{
     fs::{self, File},
     io::Write,
@@ -84,7 +85,7 @@ impl System {
             mq_broker: Proxy::start_amqp(broker.address())?,
             api_usercenter: Proxy::start(nowhere)?,
             collector_link: Proxy::start(collector.address)?,
-            topology: Topology::with_prefix(""),
+            topology: Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE),
             broker,
             collector,
             api_address: watch::Sender::new(nowhere),

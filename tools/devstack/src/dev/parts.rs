@@ -123,7 +123,7 @@ impl Parts {
         let broker = match &self.broker {
             Some(broker) => format!("{}, embedded (guest, guest)", broker.address()),
             // The URL may hold a password.
-            None => match proto::broker::parse_url(&self.amqp_url) {
+            None => match amqp::connection::parse_url(&self.amqp_url) {
                 Ok(server) => {
                     let authority = server.uri.authority;
                     format!("{}:{}, by AMQP_URL", authority.host, authority.port)

@@ -4,11 +4,11 @@
 //! when a short string among them is not UTF-8, and its parser calls itself for each table in a table, so a
 //! few thousand of them fill the stack and end the process. Either way the broker would deliver the message
 //! again, for ever. So content headers pass [`Checked`] first: one that lapin can't read is replaced by one
-//! with the header [`UNREADABLE_PROPERTIES`], and the consumer makes a dead letter of the message.
+//! with the header [`UNREADABLE`], and the consumer makes a dead letter of the message.
 
 use crate::{
     content_header::{CONTENT_HEAD, check_content_header},
-    headers::UNREADABLE_PROPERTIES,
+    properties::UNREADABLE,
 };
 use amq_protocol::{
     frame::{WriteContext, parsing::parse_content_header},
@@ -217,7 +217,7 @@ fn put_unreadable(out: &mut BytesMut, channel: [u8; 2], payload: &[u8]) {
     let (head, properties) = payload.split_at(payload.len().min(CONTENT_HEAD));
     let kept = if properties.len() <= LONGEST_KEPT { properties } else { &[] };
     let mut headers = FieldTable::default();
-    headers.insert(UNREADABLE_PROPERTIES.into(), AMQPValue::LongString(kept.into()));
+    headers.insert(UNREADABLE.into(), AMQPValue::LongString(kept.into()));
     let properties = BasicProperties::default().with_headers(headers);
     let written = gen_properties(&properties)(WriteContext::from(Vec::new()));
     let properties = written.map(|written| written.write).unwrap_or_default();
@@ -327,7 +327,7 @@ mod tests {
                 let AMQPFrame::Header(7, header) = header else { panic!("{header:?}") };
                 assert_eq!((header.class_id, header.body_size), (60, 5));
                 let headers = header.properties.headers().clone().unwrap();
-                assert_eq!(headers.inner()[UNREADABLE_PROPERTIES], AMQPValue::LongString(kept.into()));
+                assert_eq!(headers.inner()[UNREADABLE], AMQPValue::LongString(kept.into()));
                 assert_eq!(rest, body);
             }
         }

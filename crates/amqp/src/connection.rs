@@ -1,4 +1,4 @@
-//! How both sides reach the broker that the login message travels through.
+//! Connecting to the broker, with TLS or without.
 
 use crate::inbound::{self, Checked, Socket};
 use async_compat::CompatExt;
@@ -144,32 +144,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn lapin_error(error: io::Error) -> lapin::Error {
     lapin::ErrorKind::IOError(error.into()).into()
-}
-
-/// The pause before the next attempt to connect: from a tenth of a second up to two, with jitter, so
-/// that services don't come back in step. It never gives up.
-#[derive(Debug)]
-pub struct Backoff {
-    next: Duration,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(100);
-    /// The longest pause.
-    pub const LONGEST: Duration = Duration::from_secs(2);
-
-    /// Starts with the shortest pause.
-    #[expect(clippy::new_without_default, reason = "there is nothing to default")]
-    pub fn new() -> Self {
-        Self { next: Self::FIRST }
-    }
-
-    /// Waits, and makes the next pause twice as long.
-    pub async fn pause(&mut self) {
-        let pause = self.next.mul_f64(0.5 + 0.5 * fastrand::f64());
-        self.next = (self.next * 2).min(Self::LONGEST);
-        tokio::time::sleep(pause).await;
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,180 @@
+//! A connection to the broker with one channel, for publishing with confirms.
+//!
+//! A session is used until the first thing goes wrong. After an error nobody knows which of its messages the
+//! broker has, so the caller gives the session up, opens another, declares its queues again, and publishes
+//! again whatever was not confirmed.
+
+use crate::connection::{self, Server};
+use futures_util::{Stream, StreamExt, future::join_all};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, Event,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+};
+use std::{
+    pin::{Pin, pin},
+    time::Duration,
+};
+use tokio::{select, time::sleep};
+
+/// An open session.
+pub struct Session {
+    connection: Connection,
+    channel: Channel,
+    events: Events,
+}
+
+type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
+
+/// Why messages are not confirmed. The broker may have any of them nevertheless.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unconfirmed {
+    /// The broker is short of memory or disk and takes no messages (`connection.blocked`).
+    #[error("the broker takes no messages now")]
+    Blocked,
+    /// The broker did not confirm in time.
+    #[error("the broker did not confirm in time")]
+    Timeout,
+    /// The broker refused a message (`basic.nack`).
+    #[error("the broker refused the message")]
+    Nacked,
+    /// There is no queue for a message (`basic.return`).
+    #[error("no queue takes the message")]
+    Unroutable,
+    /// The connection or the channel broke.
+    #[error("the connection to the broker broke")]
+    ConnectionBroken,
+}
+
+impl Unconfirmed {
+    /// A short name of bounded cardinality, for spans and metrics.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Blocked => "blocked",
+            Self::Timeout => "timeout",
+            Self::Nacked => "nacked",
+            Self::Unroutable => "unroutable",
+            Self::ConnectionBroken => "connection_broken",
+        }
+    }
+}
+
+/// What publishing does while the broker takes no messages (`connection.blocked`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IfBlocked {
+    /// It fails at once, because the caller keeps its messages elsewhere.
+    Fail,
+    /// It waits, because messages on their way will be taken when the broker takes messages again. Publishing
+    /// them on another connection would only make two of each.
+    Wait,
+}
+
+impl Session {
+    /// Connects, under a name that the broker shows, and asks for confirms.
+    ///
+    /// # Errors
+    /// If the broker can't be reached, or refuses.
+    pub async fn open(server: &Server, name: &'static str) -> lapin::Result<Self> {
+        let connection = connection::connect(server, name).await?;
+        let events = Box::pin(connection.events_listener());
+        let channel = connection::open_channel(&connection).await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        Ok(Self { connection, channel, events })
+    }
+
+    /// The channel, to declare queues on.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Publishes messages in this order, and waits for at most `limit` until all are confirmed.
+    ///
+    /// # Errors
+    /// If one is not. Then the session is of no use any more.
+    pub async fn publish<'a>(
+        &mut self,
+        (exchange, routing_key): (&str, &str),
+        messages: impl Iterator<Item = (BasicProperties, &'a [u8])>,
+        limit: Duration,
+        if_blocked: IfBlocked,
+    ) -> Result<(), Unconfirmed> {
+        let Self { connection, channel, events } = self;
+        let publish_one = async |(properties, body)| {
+            // Without `mandatory`, a message that no queue takes would vanish.
+            let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+            channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties).await?.await
+        };
+        let mut confirmations = pin!(async {
+            // Each message is handed over when its future is polled first, so in order.
+            all_confirmed(join_all(messages.map(publish_one)).await)
+        });
+        loop {
+            let why = select! {
+                confirmed = &mut confirmations => return confirmed,
+                why = trouble(events) => why,
+                () = sleep(limit) => Unconfirmed::Timeout,
+            };
+            let is_waiting =
+                matches!(why, Unconfirmed::Blocked | Unconfirmed::Timeout) && connection.status().blocked();
+            if if_blocked == IfBlocked::Fail || !is_waiting {
+                return Err(why);
+            }
+        }
+    }
+
+    /// Waits until this session can't be used any more.
+    pub async fn trouble(&mut self) -> Unconfirmed {
+        trouble(&mut self.events).await
+    }
+
+    /// After [`Unconfirmed::Blocked`]: waits until the broker takes messages again, or the connection is lost.
+    pub async fn unblocked(&mut self) {
+        loop {
+            select! {
+                event = self.events.next() => match event {
+                    Some(Event::ConnectionUnblocked | Event::Error(_)) | None => return,
+                    Some(_) => {}
+                },
+                // There is no event when the broker closes the connection in an orderly way.
+                () = sleep(Duration::from_secs(1)) => if !self.connection.status().connected() {
+                    return;
+                },
+            }
+        }
+    }
+
+    /// Closes the connection in an orderly way, for at most a second.
+    pub async fn close(self) {
+        connection::close(&self.connection).await;
+    }
+}
+
+async fn trouble(events: &mut Events) -> Unconfirmed {
+    loop {
+        match events.next().await {
+            // lapin would keep this message, and all after it, until the broker takes messages again.
+            Some(Event::ConnectionBlocked(_)) => return Unconfirmed::Blocked,
+            Some(Event::Error(_)) | None => return Unconfirmed::ConnectionBroken,
+            Some(_) => {}
+        }
+    }
+}
+
+fn all_confirmed(confirmations: Vec<lapin::Result<Confirmation>>) -> Result<(), Unconfirmed> {
+    let mut result = Ok(());
+    for confirmation in confirmations {
+        match confirmation {
+            Ok(Confirmation::Ack(None)) => {}
+            // RabbitMQ returns an unroutable message, and acknowledges it all the same. lapin hands the returned
+            // message to whichever acknowledgement comes next, so nobody knows which message was returned.
+            Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_))) => {
+                return Err(Unconfirmed::Unroutable);
+            }
+            Ok(Confirmation::Nack(None) | Confirmation::NotRequested) => result = Err(Unconfirmed::Nacked),
+            Err(error) => {
+                tracing::debug!(%error, "publishing failed");
+                result = Err(Unconfirmed::ConnectionBroken);
+            }
+        }
+    }
+    result
+}
