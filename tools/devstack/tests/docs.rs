@@ -6,8 +6,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const DOCUMENTS: [&str; 5] =
-    ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/configuration.md", "docs/layers.md"];
+const DOCUMENTS: [&str; 8] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/benchmarks.md",
+    "docs/chaos.md",
+    "docs/configuration.md",
+    "docs/layers.md",
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -101,6 +109,36 @@ fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
         assert!(source.windows(block.len()).any(|lines| lines == block), "{block:#?}");
     }
     assert!(blocks.len() > 3, "{}", blocks.len());
+    Ok(())
+}
+
+/// A row of the list is `| number | [path](path) | lines | sentence |`.
+#[test]
+fn the_reading_list_is_what_it_says() -> Result<()> {
+    let readme = fs::read_to_string(root().join("README.md"))?;
+    let (mut files, mut total) = (0, 0);
+    for row in readme.lines() {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let ["", number, link, told, sentence, ""] = cells.as_slice() else { continue };
+        // The head of the table has no number.
+        let Ok(number) = number.parse::<usize>() else { continue };
+        files += 1;
+        assert_eq!(number, files, "{row}");
+        assert!(sentence.ends_with('.'), "{row}");
+
+        let link = link.strip_prefix('[').and_then(|link| link.strip_suffix(')'));
+        let (name, path) = link.and_then(|link| link.split_once("](")).with_context(|| row.to_owned())?;
+        assert_eq!(name, path, "{row}");
+        let text = fs::read_to_string(root().join(path)).with_context(|| path.to_owned())?;
+        let told: usize = told.parse().with_context(|| row.to_owned())?;
+        assert_eq!(told, text.lines().count(), "the README tells another number of lines for {path}");
+        total += told;
+    }
+    assert!((5..=12).contains(&files), "the list has {files} files");
+    assert!(total <= 1700, "the list has {total} lines");
+
+    let (lines, words) = (readme.lines().count(), readme.split_whitespace().count());
+    assert!(lines <= 120 && words <= 900, "README.md has {lines} lines and {words} words");
     Ok(())
 }
 
