@@ -1,51 +1,20 @@
-//! Starts the HTTP service: configuration, telemetry, service, and telemetry again at the end.
+//! Starts the HTTP service.
 
-use anyhow::Context;
 use api::config::{Command, Config};
-use serving::{listener::bind, shutdown::Shutdown};
+use serving::{listener::bind, process};
 use std::process::ExitCode;
 
 // One thread: see docs/decisions/0004-one-thread.md.
 #[tokio::main(flavor = "current_thread")]
-#[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 async fn main() -> ExitCode {
     let config = Config::load();
     if let Some(Command::Health) = config.command {
-        return match api::health::probe(config.listen).await {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("unhealthy: {error:#}");
-                ExitCode::FAILURE
-            }
-        };
+        return process::health(api::health::probe(config.listen)).await;
     }
-    let shutdown = match Shutdown::on_signal(config.shutdown) {
-        Ok(shutdown) => shutdown,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let configured = telemetry::Config::from_env("api", env!("CARGO_PKG_VERSION"));
-    let telemetry = match configured.and_then(telemetry::Telemetry::start) {
-        Ok(telemetry) => telemetry,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(2);
-        }
-    };
-
-    let result = serve(&config, &shutdown).await;
-    if let Err(error) = &result {
-        tracing::error!("{error:#}");
-    }
-    // After a failure, too: the last spans matter most.
-    telemetry.shut_down(shutdown.time_left()).await;
-    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-async fn serve(config: &Config, shutdown: &Shutdown) -> anyhow::Result<()> {
-    let listener = bind(config.listen).with_context(|| format!("listening on {}", config.listen))?;
-    tracing::info!(address = %listener.local_addr()?, "listening");
-    api::run(config, listener, shutdown).await
+    process::run("api", env!("CARGO_PKG_VERSION"), config.shutdown, async |shutdown| {
+        let listener = bind(config.listen)?;
+        tracing::info!(address = %listener.local_addr()?, "listening");
+        api::run(&config, listener, shutdown).await
+    })
+    .await
 }

@@ -1,58 +1,27 @@
-//! Starts the consumer: configuration, telemetry, service, and telemetry again at the end.
+//! Starts the consumer, or does what an operator wants with dead letters.
 
-use anyhow::Context;
 use mq::config::{Command, Config};
-use serving::{listener::bind, shutdown::Shutdown};
+use serving::{health, listener::bind, process};
 use std::process::ExitCode;
 use tokio::select;
 
 // One thread: see docs/decisions/0004-one-thread.md.
 #[tokio::main(flavor = "current_thread")]
-#[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 async fn main() -> ExitCode {
     let config = Config::load();
     if let Some(Command::Health) = &config.command {
-        return match serving::health::probe(config.listen).await {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("unhealthy: {error:#}");
-                ExitCode::FAILURE
-            }
-        };
+        return process::health(health::probe(config.listen)).await;
     }
-    let shutdown = match Shutdown::on_signal(config.shutdown) {
-        Ok(shutdown) => shutdown,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::FAILURE;
+    process::run("mq", env!("CARGO_PKG_VERSION"), config.shutdown, async |shutdown| {
+        if let Some(Command::DeadLetters(command)) = &config.command {
+            return select! {
+                done = mq::dead_letters::run(&config, command) => done,
+                _ = shutdown.begun() => Err(anyhow::anyhow!("interrupted")),
+            };
         }
-    };
-    let configured = telemetry::Config::from_env("mq", env!("CARGO_PKG_VERSION"));
-    let telemetry = match configured.and_then(telemetry::Telemetry::start) {
-        Ok(telemetry) => telemetry,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(2);
-        }
-    };
-
-    let result = match &config.command {
-        Some(Command::DeadLetters(command)) => select! {
-            done = mq::dead_letters::run(&config, command) => done,
-            _ = shutdown.begun() => Err(anyhow::anyhow!("interrupted")),
-        },
-        Some(Command::Health) | None => consume(&config, &shutdown).await,
-    };
-    if let Err(error) = &result {
-        tracing::error!("{error:#}");
-    }
-    // After a failure, too: the last spans matter most.
-    telemetry.shut_down(shutdown.time_left()).await;
-    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-async fn consume(config: &Config, shutdown: &Shutdown) -> anyhow::Result<()> {
-    let listener = bind(config.listen).with_context(|| format!("listening on {}", config.listen))?;
-    tracing::info!(address = %listener.local_addr()?, "listening for health checks");
-    mq::run(config, listener, shutdown).await
+        let listener = bind(config.listen)?;
+        tracing::info!(address = %listener.local_addr()?, "listening for health checks");
+        mq::run(&config, listener, shutdown).await
+    })
+    .await
 }

@@ -1,6 +1,7 @@
 //! What every service does about its connections, and about its own end.
 //!
 //! - [`arguments`]: flags and environment
+//! - [`process`]: telemetry around a service, and the exit code
 //! - [`listener`]: accepts connections, whatever happens
 //! - [`grpc`]: tonic's server, with bounds on what a connection may take
 //! - [`health`]: the gRPC health check, asked
@@ -14,6 +15,7 @@ pub mod grpc;
 pub mod health;
 pub mod listener;
 mod own;
+pub mod process;
 pub mod seldom;
 pub mod shutdown;
 mod socket;

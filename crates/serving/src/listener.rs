@@ -2,6 +2,7 @@
 //! of file descriptors, must not end the service, or make it spin.
 
 use crate::seldom::Seldom;
+use anyhow::Context;
 use socket2::SockRef;
 use std::{io, net::SocketAddr, time::Duration};
 use tokio::{
@@ -27,12 +28,15 @@ const BACKLOG: u32 = 4096;
 ///
 /// # Errors
 /// If it is in use, or not of this machine.
-pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // Connections of an instance that has just ended don't stand in the way of the next one.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
+pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bind = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // Connections of an instance that has just ended don't stand in the way of the next one.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    bind().with_context(|| format!("listening on {address}"))
 }
 
 /// A listening socket.

@@ -1,0 +1,52 @@
+//! A service's process: telemetry first, the service, telemetry again at the end, and the exit code.
+
+use crate::shutdown::{Options, Shutdown};
+use std::process::ExitCode;
+
+/// Runs `service` between the start and the end of telemetry.
+///
+/// The exit code is 0 after a signal to stop, 1 if the service failed, 2 if an `OTEL_*` variable can't be
+/// honoured. `name` and `version` describe the process in its telemetry.
+#[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
+pub async fn run(
+    name: &'static str,
+    version: &'static str,
+    options: Options,
+    service: impl AsyncFnOnce(&Shutdown) -> anyhow::Result<()>,
+) -> ExitCode {
+    let shutdown = match Shutdown::on_signal(options) {
+        Ok(shutdown) => shutdown,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let configured = telemetry::Config::from_env(name, version);
+    let telemetry = match configured.and_then(telemetry::Telemetry::start) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(2);
+        }
+    };
+
+    let result = service(&shutdown).await;
+    if let Err(error) = &result {
+        tracing::error!("{error:#}");
+    }
+    // After a failure, too, because the last spans matter most.
+    telemetry.shut_down(shutdown.time_left()).await;
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The exit code of a command that asks the running service for its health: 0 or 1.
+#[expect(clippy::print_stderr, reason = "a probe has no log")]
+pub async fn health(probe: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
+    match probe.await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("unhealthy: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
