@@ -63,7 +63,7 @@ async fn they_are_listed_and_shown_without_personal_data() -> Result<()> {
     let (stack, _database) = poisoned().await?;
     let (trace_id, message_id) = dead_login(&stack).await?;
     let (other_trace, other_message) = dead_login(&stack).await?;
-    // Reading changes nothing, so the list is the same twice.
+    // Reading changes nothing, so both lists are the same.
     for _ in 0..2 {
         let list = dead_letters(&stack, &["list"]).await?;
         assert_eq!(list.code, Some(0), "{}", list.err);

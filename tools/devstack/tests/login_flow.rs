@@ -259,7 +259,7 @@ async fn baggage_of_the_caller_reaches_the_consumer() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_message_is_what_the_contract_says() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    // A second queue on the exchange sees what the consumer sees.
+    // A second queue on the exchange gets the same messages as the consumer.
     let channel = &stack.broker.channel;
     let tap = format!("{}tap", stack.broker.prefix);
     let options =

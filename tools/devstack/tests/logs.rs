@@ -68,8 +68,8 @@ async fn a_reader_that_stops_reading_holds_up_neither_requests_nor_the_end() -> 
     let signal = async |signal: &str| Command::new("kill").args([signal, &reader]).status().await;
     signal("-STOP").await?;
 
-    // At this level a login writes more than 100 lines, so these logins write more than pipe and queue can
-    // hold.
+    // At this level a login writes more than 100 lines, so these logins write more than the pipe and
+    // the queue can hold.
     let url = format!("http://{}/usercenter/v1/user/login", api.address);
     let body = format!("{{\"mobile\":\"{KNOWN_MOBILE}\"}}");
     let json = [("content-type", "application/json")];

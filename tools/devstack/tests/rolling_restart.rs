@@ -183,8 +183,8 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     for trace in &answered {
         receiver.expect_tree(trace, LOGIN_TREE).await;
     }
-    // The services stop in the order in which a request passes them. Then all spans have been sent, and a
-    // message that was processed twice shows.
+    // The services stop in the order in which a request passes them. Then all spans have been sent, so the
+    // trees show a message that was processed twice.
     for index in [4, 5, 0, 1, 2, 3] {
         let exit = instances[index].process.stop().await?;
         assert!(exit.success(), "{exit}");

@@ -96,7 +96,7 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             format!("{LOGIN}transfer-encoding: chunked\r\n\r\n{:x};a=b\r\n{BODY}\r\n0\r\n\r\n", BODY.len()),
             &["200"],
         ),
-        // Both requests are answered in order, once each, unlike those of `a_hidden_request_is_never_served`.
+        // Both requests are answered in order, once each, unlike the hidden ones in the test above.
         ("pipelined requests", format!("{LOGIN}{whole}\r\n{BODY}{HIDDEN}"), &["200", "200"]),
         ("HTTP/1.0", format!("{}{whole}\r\n{BODY}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")), &["200"]),
         // HTTP/1.0 has no keep-alive by default, so the second request is not read.

@@ -171,7 +171,7 @@ async fn usercenter_asks_itself_for_its_health_by_tls_whatever_the_certificate()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_do_not_finish_the_handshake_are_cut_off_and_hold_up_nobody() -> Result<()> {
-    /// The beginning of a handshake, up to the length of the missing part.
+    /// The first bytes of a handshake, whose length fields announce more.
     const BEGUN: &[u8] = &[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
 
     let certificates = Certificates::new()?;
