@@ -1,4 +1,4 @@
-//! What becomes of spans, counted: ended = exported + dropped + waiting, exactly and at any moment.
+//! Counts what became of the spans: at any moment, ended = exported + dropped + waiting, exactly.
 
 use anyhow::{Context, Result, ensure};
 use devstack::{
@@ -11,11 +11,11 @@ use devstack::{
 use std::{fs, net::TcpListener};
 use tokio::task::JoinSet;
 
-/// A service that serves its metrics, on a free port.
+/// Makes each service serve its metrics on a free port.
 const METRICS: [(&str, &str, &str); 2] =
     [("*", "OTEL_METRICS_EXPORTER", "prometheus"), ("*", "OTEL_EXPORTER_PROMETHEUS_PORT", "0")];
 
-/// The counts of one moment.
+/// The span counts at one moment.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     ended: u64,
@@ -105,20 +105,20 @@ async fn every_span_that_ended_is_exported_dropped_or_waiting_at_any_moment() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_for_a_collector_that_never_answers_are_counted_and_take_no_more_memory() -> Result<()> {
-    // It accepts connections, as far as the kernel goes, and never reads.
+    // The kernel accepts connections to this port, but nobody ever reads from them.
     let black_hole = TcpListener::bind("127.0.0.1:0")?;
     let endpoint = format!("http://{}", black_hole.local_addr()?);
     let mut variables = METRICS.to_vec();
     variables.extend([
         ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
         ("*", "OTEL_BSP_MAX_QUEUE_SIZE", "1000"),
-        // The first batch is never given up.
+        // With this time-out, the first batch is never given up.
         ("*", "OTEL_BSP_EXPORT_TIMEOUT", "600000"),
         ("*", "SHUTDOWN_TIMEOUT", "2s"),
         ("*", "RUST_LOG", "info,api::login=warn"),
     ]);
     let mut stack = Stack::start(&variables).await?;
-    // The queue is full from here on.
+    // These logins fill the queue.
     log_in(&stack, 800).await?;
     let before = resident(&stack.api)?;
     log_in(&stack, 2400).await?;
@@ -127,14 +127,14 @@ async fn spans_for_a_collector_that_never_answers_are_counted_and_take_no_more_m
 
     let counts = Counts::of(&stack.api).await?;
     assert_eq!((counts.ended, counts.exported), (12_800, 0));
-    // The batch that is being sent is one of those.
+    // The 1000 waiting spans include the batch that is being sent.
     assert_eq!(counts.waiting, 1000, "{counts:?}");
     stack.stop().await?;
     stack.api.said("ended=12800 exported=0 dropped=12800").await?;
     Ok(())
 }
 
-/// Resident memory, in kB.
+/// Returns the resident memory, in kB.
 fn resident(process: &Process) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;

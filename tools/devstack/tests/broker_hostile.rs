@@ -1,5 +1,5 @@
-//! What the embedded broker does with clients that mean harm, or are broken: each is told, or cut, and
-//! harms nobody else.
+//! The embedded broker and hostile or broken clients: it tells each client its error or cuts it off, and no
+//! other client is harmed.
 
 use amq_protocol::{
     frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame, parse_frame},
@@ -22,7 +22,7 @@ use tokio::{
     time::timeout,
 };
 
-/// A client that behaves, beside the others.
+/// A well-behaved client, connected at the same time as the hostile ones.
 struct Healthy {
     _connection: Connection,
     channel: Channel,
@@ -37,7 +37,7 @@ impl Healthy {
         Ok(Self { _connection: connection, channel })
     }
 
-    /// Publishes a message and gets it, on the connection that it has had all the time.
+    /// Publishes and gets a message on the same connection as always.
     async fn works(&self, after: &str) -> Result<()> {
         let works = async {
             publish(&self.channel, "", "healthy", after.as_bytes()).await?;
@@ -86,7 +86,7 @@ fn begin_message(number: u16, body_size: u64) -> Vec<u8> {
     .concat()
 }
 
-/// All that it takes to be let in, and a channel.
+/// The bytes that open a connection and a channel.
 fn introduction() -> Vec<u8> {
     let start_ok = connection::StartOk {
         mechanism: "PLAIN".into(),
@@ -106,16 +106,16 @@ fn introduction() -> Vec<u8> {
     .concat()
 }
 
-/// Connects, and sends this after the introduction.
+/// Connects, opens a channel, and sends `bytes`.
 async fn attack(broker: &Broker, bytes: &[u8]) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(broker.address()).await?;
     stream.write_all(&introduction()).await?;
-    // The broker may have closed the socket by now.
+    // The write may fail, because the broker may have closed the socket by now.
     let _ = stream.write_all(bytes).await;
     Ok(stream)
 }
 
-/// The code with which the broker closes the connection, or a channel.
+/// Returns the code with which the broker closes the connection or a channel.
 async fn closed_with(stream: &mut TcpStream) -> Result<u16> {
     let mut input = Vec::new();
     loop {
@@ -148,7 +148,7 @@ async fn random_frames_harm_nobody() -> Result<()> {
         let bytes: Vec<u8> = (0..random.usize(1..30)).flat_map(|_| frame(&mut random)).collect();
         let mut stream = attack(&broker, &bytes).await?;
         if random.bool() {
-            // Some read an answer before they go.
+            // Some clients read an answer before they disconnect.
             let _ = timeout(Duration::from_millis(20), stream.read(&mut [0; 4096])).await;
         }
         drop(stream);
@@ -158,7 +158,7 @@ async fn random_frames_harm_nobody() -> Result<()> {
     Ok(())
 }
 
-/// One that is right, or nearly, or not at all.
+/// Makes a random frame: valid, almost valid, or garbage.
 fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
     let number = random.u16(0..4);
     let any =
@@ -265,7 +265,7 @@ async fn a_table_as_deep_as_a_frame_is_refused() -> Result<()> {
     let broker = Broker::start().await?;
     let healthy = Healthy::connect(&broker).await?;
     let depth: u32 = 26_000;
-    // An empty routing key and so on, then a table with an array in an array.
+    // The frame has an empty routing key and so on, then a table with deeply nested arrays.
     let mut payload = vec![0, 50, 0, 10, 0, 0, 0, 0];
     payload.extend((depth * 5 + 2).to_be_bytes());
     payload.extend([1, b'a']);
@@ -312,7 +312,7 @@ async fn many_messages_that_are_begun_and_never_finished_end_the_connection() ->
         }
         anyhow::Ok(())
     };
-    // It is refused before all is written, or thereafter.
+    // The broker refuses the message before it is complete, or afterwards.
     let _ = timeout(PATIENCE, begun).await?;
     assert_eq!(closed_with(&mut stream).await?, 506);
     healthy.works("messages without an end").await
@@ -332,11 +332,11 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
     for _ in 0..MESSAGES {
         publish(&healthy.channel, "", "q", &body).await?;
     }
-    // What it could not take waits in the queue: 40 MB, but for the buffers of the sockets.
+    // The messages that the consumer did not read wait in the queue: 40 MB, less the sockets' buffers.
     let waiting = declare(&healthy.channel, "q", &[]).await?;
     assert!(waiting > MESSAGES / 2, "{waiting}");
     healthy.works("a consumer that does not read").await?;
-    // When it reads, it gets the rest.
+    // When the consumer reads, it gets the remaining messages.
     let mut read = 0;
     let mut buffer = vec![0; 1 << 20];
     while read < MESSAGES as usize * body.len() {
@@ -345,7 +345,7 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
             some => read += some,
         }
     }
-    // The last bytes that were counted are frames: a message may be on its way.
+    // The byte count includes frame headers, so a message may still be on its way.
     let none = poll(PATIENCE, async || (declare(&healthy.channel, "q", &[]).await.ok()? == 0).then_some(()));
     none.await.context("messages are left")
 }
@@ -392,7 +392,7 @@ async fn dead_letters_that_multiply_leave_others_their_turn() -> Result<()> {
         .channel
         .exchange_declare("all".into(), ExchangeKind::Fanout, options, FieldTable::default())
         .await?;
-    // Each gives all it gets to all others at once: more ways than there are atoms in a broker.
+    // Each queue dead-letters every message to all queues at once, so the copies multiply without end.
     for i in 0..16 {
         let name = format!("q{i}");
         let arguments = [
@@ -407,7 +407,7 @@ async fn dead_letters_that_multiply_leave_others_their_turn() -> Result<()> {
     for _ in 0..3 {
         healthy.works("dead letters").await?;
     }
-    // And they can be stopped, also when they have filled its memory: by who publishes nothing.
+    // Even when dead letters have filled the broker's memory, a client that publishes nothing can stop them.
     let other = Healthy::connect(&broker).await?;
     for i in 0..16 {
         let deleted = other.channel.queue_delete(format!("q{i}").into(), Default::default());

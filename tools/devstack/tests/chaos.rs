@@ -1,10 +1,9 @@
-//! `cargo dev chaos`, short: that the services pass it, and that the control does not. Its long form is a
-//! command of its own.
+//! A short `cargo dev chaos`: the services pass it, and the control does not. The long form is a command.
 
 use devstack::chaos::{self, Options, broker::Kind, faults::Fault};
 
-/// Some seconds of load with one of the worst of each kind: a crash on either side of the broker at the
-/// worst moment, and an outage.
+/// A few seconds of load with one of the worst faults of each kind: a crash on either side of the broker at
+/// the worst moment, and an outage.
 fn short(is_control: bool) -> Options {
     Options {
         logins: 500,

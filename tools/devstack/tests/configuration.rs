@@ -1,4 +1,4 @@
-//! Configuration alone turns tracing on and shapes it. docs/configuration.md lists which test shows what.
+//! Configuration alone turns tracing on and shapes it. docs/configuration.md names the test for each setting.
 
 use anyhow::Result;
 use devstack::{
@@ -13,7 +13,7 @@ const REMOTE_PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens() -> Result<()> {
-    // A port that is taken: a service that tried to listen would fail with 1.
+    // This port is taken, so a service that tried to listen would exit with 1.
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let listen = taken.local_addr()?.to_string();
     let cases = [
@@ -36,7 +36,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("LOG_FORMAT", "xml"),
         ("RUST_LOG", "api=loud"),
         ("SHUTDOWN_TIMEOUT", "soon"),
-        // As long as the time-out.
+        // The delay is as long as the time-out.
         ("SHUTDOWN_DELAY", "8s"),
         ("API_MAX_CONNECTIONS", "0"),
         ("USERCENTER_MAX_CONNECTION_AGE", "old"),
@@ -69,7 +69,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
             let output = Process::command(service, &variables)?.output().await?;
             let said = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(2), "{service} with {variable}={value}: {said}");
-            // clap names the flag, which is the variable's name or its end.
+            // clap names the flag, which is the variable's name or the end of it.
             let kebab = variable.to_ascii_lowercase().replace('_', "-");
             let names_flag = said.split("--").skip(1).any(|rest| {
                 let flag =
@@ -109,7 +109,7 @@ async fn a_disabled_sdk_makes_no_spans_and_passes_the_context_on() -> Result<()>
     let mut stack = Stack::start(&[("*", "OTEL_SDK_DISABLED", "true")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[("traceparent", REMOTE_PARENT)]).await?;
     assert_eq!(answer.status, 200);
-    // The span is the caller's own: nobody opened another.
+    // The answer has the caller's own span, because no service opened another.
     assert_eq!(answer.header("traceparent"), REMOTE_PARENT);
     stack.mq.said("trace_id=4bf92f3577b34da6a3ce929d0e0e4736").await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.header("traceparent"), "");
@@ -130,7 +130,8 @@ async fn a_service_has_the_name_that_it_is_given() -> Result<()> {
 async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
     let on = REMOTE_PARENT;
     let off = REMOTE_PARENT.replace("-01", "-00");
-    // Sampler, its argument, and whether it samples: without parent, with a sampled one, with one that is not.
+    // Each case has a sampler, its argument, and whether it samples without a parent, with a sampled parent
+    // and with an unsampled parent.
     for (sampler, arg, expected) in [
         ("always_on", "", [true, true, true]),
         ("always_off", "", [false, false, false]),
@@ -150,7 +151,7 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
         stack.stop().await?;
         for (answer, expected) in [without, with_on, with_off].iter().zip(expected) {
             let count = stack.receiver.trace(&answer.trace_id()).len();
-            // Also the flag that the caller sees.
+            // The flag in the caller's answer must agree.
             let flag = is_sampled(answer);
             assert_eq!((count, flag), (if expected { 6 } else { 0 }, expected), "{sampler} {arg}");
         }
@@ -158,7 +159,7 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
     Ok(())
 }
 
-/// By the flags in the header `traceparent`, the second of which says that the trace id is random.
+/// Reads the flags in the header `traceparent`. (Their second bit says that the trace id is random.)
 fn is_sampled(answer: &Answer) -> bool {
     answer.header("traceparent").ends_with(['1', '3'])
 }
@@ -173,7 +174,7 @@ async fn a_ratio_samples_about_so_many_traces_and_each_of_them_whole() -> Result
         sampled += usize::from(is_sampled(&stack.login(KNOWN_MOBILE, &[]).await?));
     }
     stack.stop().await?;
-    // Outside of this with a chance of one in ten million.
+    // The number is outside this range with a probability of one in ten million.
     assert!((24..=76).contains(&sampled), "{sampled}");
     assert_eq!(stack.receiver.spans().len(), 6 * sampled);
     Ok(())
@@ -350,7 +351,7 @@ async fn otlp_by_grpc_has_gzip_and_headers_too() -> Result<()> {
     for headers in stack.receiver.requests() {
         assert_eq!(headers["api-key"], "k");
         assert_eq!(headers["grpc-encoding"], "gzip");
-        // Then tonic's own.
+        // tonic's own user agent follows.
         let agent = headers["user-agent"].to_str()?;
         assert!(agent.starts_with("OTel-OTLP-Exporter-Rust/"), "{agent}");
     }
@@ -374,12 +375,12 @@ async fn limits_hold_on_every_span() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
-    // Nothing is due for an hour, but a batch is full after two spans.
+    // No batch is due for an hour, but a batch is full after two spans.
     let variables =
         [("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"), ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")];
     let mut stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    // Four spans of api are two batches; one each of the others wait.
+    // api's four spans fill two batches; the single spans of the other services wait.
     let tree = "
         api POST /usercenter/v1/user/login SERVER
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT

@@ -1,5 +1,5 @@
-//! Connections that are slow, silent or too many: they are cut off in time, and those who have something to
-//! ask don't notice.
+//! Slow, silent or too many connections: they are closed in time, and clients with a request don't notice
+//! them.
 
 use anyhow::{Context, Result, ensure};
 use devstack::{
@@ -22,21 +22,21 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
-/// A login must be answered within this while others do their worst: generous, for a busy machine, but less than
-/// the ten seconds after which a silent connection is cut off.
+/// A login must be answered within this time during an attack. That is generous, for a busy machine, but less
+/// than the ten seconds after which a silent connection is closed.
 const LOGIN_PATIENCE: Duration = Duration::from_secs(9);
 
-/// How long a body may take. No connection is gone before the logins among them are over.
+/// How long a body may take. With this limit, no slow connection is closed before the logins are done.
 const BODY: (&str, &str, &str) = ("api", "API_DEADLINE", "9s");
 
-/// What the issue of slow clients is about.
+/// The number of slow clients that a service must survive.
 const MANY: usize = 10_000;
 
-/// How many connections this process can hold, at most [`MANY`].
+/// Returns how many connections this process can hold, at most [`MANY`].
 #[expect(clippy::print_stderr, reason = "that fewer are tried must not go unnoticed")]
 fn as_many_as_possible() -> Result<usize> {
     let limit = usize::try_from(rlimit::increase_nofile_limit(rlimit::INFINITY)?)?;
-    // The service needs as many, under the same limit, and both have other files open.
+    // The service needs as many files, under the same limit, and both processes have other files open.
     let possible = limit.saturating_sub(300).min(MANY);
     if possible < MANY {
         eprintln!("ulimit -n is {limit}: only {possible} connections of {MANY} are tried");
@@ -44,7 +44,7 @@ fn as_many_as_possible() -> Result<usize> {
     Ok(possible)
 }
 
-/// Opens connections, and sends `first(i)` on each.
+/// Opens `count` connections, and sends `first(i)` on the `i`th.
 async fn open(address: SocketAddr, count: usize, first: fn(usize) -> &'static str) -> Result<Vec<TcpStream>> {
     let mut opening = JoinSet::new();
     let mut opened = Vec::new();
@@ -54,7 +54,7 @@ async fn open(address: SocketAddr, count: usize, first: fn(usize) -> &'static st
             stream.write_all(first(i).as_bytes()).await?;
             io::Result::Ok(stream)
         });
-        // Not more at once than the queue of a listening socket holds.
+        // No more connections are opened at once than the queue of a listening socket holds.
         while opening.len() >= 200 {
             opened.extend(opening.join_next().await.transpose()?.transpose()?);
         }
@@ -65,7 +65,7 @@ async fn open(address: SocketAddr, count: usize, first: fn(usize) -> &'static st
     Ok(opened)
 }
 
-/// Sends a byte a second on each of them, while the other end takes it.
+/// Sends a byte a second on each stream, until the other end stops accepting it.
 async fn drip(streams: &[TcpStream]) {
     let mut second = interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -77,7 +77,7 @@ async fn drip(streams: &[TcpStream]) {
     }
 }
 
-/// Waits until the other end has closed all of them.
+/// Waits until the other end has closed all streams.
 async fn all_closed(streams: Vec<TcpStream>) -> Result<()> {
     let closed = async {
         for mut stream in streams {
@@ -88,14 +88,14 @@ async fn all_closed(streams: Vec<TcpStream>) -> Result<()> {
     timeout(PATIENCE, closed).await.context("connections are still open")
 }
 
-/// Resident memory, in MiB.
+/// Returns the resident memory, in MiB.
 fn memory(service: &Process) -> Result<usize> {
     let status = fs::read_to_string(format!("/proc/{}/status", service.id()))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse::<usize>()? / 1024)
 }
 
-/// Logs in again and again, on a new connection each time and on a kept one; how long each took, sorted.
+/// Logs in repeatedly, in turn on a new and on a kept connection. Returns how long each login took, sorted.
 async fn logins(stack: &Stack, count: usize) -> Result<Vec<Duration>> {
     let (kept, url) = (Client::new(), stack.login_url());
     let mut took = Vec::new();
@@ -148,7 +148,7 @@ async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<(
         p50(&among_many),
         p99(&among_many),
     );
-    // 20 KiB each.
+    // Each connection may take 20 KiB.
     assert!(memory_among_many < memory_alone + count / 50, "{memory_alone} -> {memory_among_many} MiB");
     all_closed(slow).await?;
     println!("all were cut off {:.1?} after the first was opened", opened.elapsed());
@@ -163,13 +163,13 @@ async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Res
     for _ in 0..20 {
         silent.push(TcpStream::connect(stack.api.address).await?);
     }
-    // Without room they would wait for the ten seconds that a silent connection has.
+    // If api made no room, the login would wait for the ten seconds that a silent connection has.
     let start = Instant::now();
     logins(&stack, 1).await?;
     assert!(start.elapsed() < LOGIN_PATIENCE);
     let first = silent.remove(0);
     timeout(LOGIN_PATIENCE, all_closed(vec![first])).await.context("the first is still open")??;
-    // The last one is not: it waits, and waits on.
+    // The last connection is still open and goes on waiting.
     let last = silent.pop().context("the last one")?;
     assert_eq!(last.try_read(&mut [0]).map_err(|error| error.kind()), Err(io::ErrorKind::WouldBlock));
     Ok(())
@@ -179,7 +179,7 @@ async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Res
 async fn without_file_descriptors_the_service_waits_and_says_so_once() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     logins(&stack, 1).await?;
-    // What it has open now, and five more.
+    // The limit is the number of files that api has open now, plus five.
     let open_files = fs::read_dir(format!("/proc/{}/fd", stack.api.id()))?.count();
     let limit = format!("--nofile={0}:{0}", open_files + 5);
     let prlimit =
@@ -188,7 +188,7 @@ async fn without_file_descriptors_the_service_waits_and_says_so_once() -> Result
 
     let silent = open(stack.api.address, 50, |_| "").await?;
     stack.api.said("can't accept connections").await?;
-    // In turns of ten seconds the silent ones are cut off; with them gone, there is room again.
+    // Every ten seconds api closes some silent connections. When all are gone, there is room again.
     drop(silent);
     let answered = poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)
@@ -204,7 +204,7 @@ async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     let mut deaf = TcpStream::connect(stack.api.address).await?;
     let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1000);
-    // Until neither side's system takes any more; then for as long as the other side has patience.
+    // Writes until both systems' buffers are full, and then until the other side loses patience.
     let cut_off = async {
         loop {
             if let Err(error) = deaf.write_all(&request).await {
@@ -220,7 +220,7 @@ async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_do_not_begin_to_speak_http2_are_cut_off_and_harm_no_call() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    // Half of what it can take of us, since these are two services.
+    // Each of the two services gets half of the connections that this process can hold.
     let count = as_many_as_possible()? / 2;
     for service in [&stack.rpc, &stack.mq] {
         let slow = open(service.address, count, |i| if i % 2 == 0 { "" } else { "PRI * HT" }).await?;

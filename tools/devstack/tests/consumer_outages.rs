@@ -1,4 +1,4 @@
-//! The broker as mq sees it: away, cut off, frozen, short of memory. mq stays up, tells the truth, resumes.
+//! The broker as mq sees it: away, cut off, frozen, short of memory. mq stays up, reports it, and resumes.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -13,11 +13,11 @@ use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
 use std::time::Duration;
 use tokio::time::sleep;
 
-/// All, with a network between mq and the broker that can break.
+/// Starts all services, with a network between mq and the broker that the test can break.
 async fn with_proxy(database: &Database) -> Result<(Stack, Proxy)> {
     let broker = TestBroker::connect().await?;
     let (proxy, url) = broker.proxy()?;
-    // A frozen network is noticed after two heartbeats.
+    // mq notices a frozen network after two heartbeats.
     let url = format!("{url}?heartbeat=1");
     let variables = [("mq", "AMQP_URL", url.as_str()), ("mq", "MQ_DATABASE_URL", &database.url)];
     Ok((Stack::start_on(broker, &variables).await?, proxy))
@@ -88,7 +88,7 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
         };
         stack.receiver.expect_span(is_it).await;
     }
-    // A line or two for each outage, not for each attempt.
+    // mq logs a line or two for each outage, not for each attempt.
     let output = stack.mq.output();
     let complaints = output.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
     assert!(complaints.count() <= 12, "{output}");
@@ -102,7 +102,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
 
     let database = Database::new()?;
     let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", "none")];
-    // An alarm is everybody's: so it is not raised on a broker that others use.
+    // An alarm affects every client, so the test does not raise it on a broker that others use.
     let mut stack = Stack::start_on(TestBroker::embedded().await?, &variables).await?;
     stack.mq.said("the database is available").await?;
     database.poison(BAD).await?;
@@ -112,7 +112,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
         let properties = BasicProperties::default().with_message_id(format!("{i}").into());
         stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
     }
-    // An answer on the same channel: the broker has them all.
+    // A declaration that is answered on the same channel shows that the broker has all messages.
     let (queue, passive) =
         (&stack.broker.topology.queue, QueueDeclareOptions { passive: true, ..Default::default() });
     let queue =
@@ -122,7 +122,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     stack.broker.set_alarm(true);
     let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("MQ_RETRY_DELAYS", "none")];
     let mq = stack.another("mq", &variables).await?;
-    // More than may be unacknowledged at a time: so they are acknowledged.
+    // These are more messages than may be unacknowledged at a time, so mq must have acknowledged some.
     let applied =
         poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
     assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
@@ -130,12 +130,12 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     let is_bad = |span: &&devstack::trace::Span| span.attributes["messaging.message.id"] == "3";
     assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
 
-    // Longer than a confirm may take otherwise.
+    // This pause is longer than a confirm may otherwise take.
     sleep(Duration::from_secs(6)).await;
     stack.broker.set_alarm(false);
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("3"));
-    // Once, though it had to wait.
+    // The message was published once, although it had to wait.
     stack.receiver.expect_span(|span| is_bad(&span)).await;
     let queue = stack.broker.topology.dead_letter_queue.as_str();
     let another = stack.broker.channel.basic_get(queue.into(), Default::default()).await?;

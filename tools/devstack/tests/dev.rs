@@ -1,4 +1,4 @@
-//! `cargo dev` as its user meets it: a program that starts everything, draws traces, and ends well.
+//! `cargo dev` as its users see it: a program that starts everything, draws traces, and ends cleanly.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -44,7 +44,7 @@ fn devstack(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
 
 impl Dev {
     async fn start(variables: &[(&str, &str)]) -> Result<Self> {
-        // It builds the services. To wait for what it says is not to wait for that.
+        // This builds the services first, so that the time to wait for output does not include the build.
         Process::command("api", &[])?;
         let mut child = devstack(&["--free-ports"], variables).spawn()?;
         let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
@@ -68,7 +68,7 @@ impl Dev {
         self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The word behind `label`.
+    /// Returns the first word after `label`.
     fn after(&self, label: &str) -> Option<String> {
         let said = self.said();
         let (_, rest) = said.split_once(label)?;
@@ -86,12 +86,12 @@ impl Dev {
         Client::new().send(Method::POST, &url, &[("content-type", "application/json")], body).await
     }
 
-    /// The process ids of the services, by the names of their binaries.
+    /// Returns the process id of the service whose binary is called `name`.
     fn service(&self, name: &str) -> Result<u32> {
         let pid = self.child.id().context("it has ended")?;
         let mut children = Vec::new();
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-            // A thread may have ended in the meantime.
+            // The thread may have ended in the meantime.
             let list = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
             children.extend(list.split_whitespace().map(str::to_owned));
         }
@@ -107,7 +107,7 @@ impl Dev {
     }
 }
 
-/// Also after a failed assertion it ends as its user would end it, and leaves nothing behind.
+/// Even after a failed assertion, `cargo dev` ends as its user would end it, and leaves nothing behind.
 impl Drop for Dev {
     fn drop(&mut self) {
         let Some(pid) = self.child.id() else { return };
@@ -131,15 +131,15 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
     let answer = dev.login().await?;
     assert_eq!(answer.status, 200);
 
-    // Drawn, and without colours, since this is no terminal.
+    // The trace is drawn without colours, because the output is not a terminal.
     let url = format!("{}/trace/{}", dev.page, answer.trace_id());
     dev.says(&url).await?;
-    // What comes late is drawn again, so that the last drawing is the whole one.
+    // A trace is drawn again when late spans arrive, so its last drawing is complete.
     dev.says("mq_consumer_msg").await?;
     let said = dev.said();
     let (_, drawing) = said.rsplit_once(&url).context("the drawing")?;
     let lines = drawing.lines().skip(1).take_while(|line| line.starts_with("  "));
-    // Without the widths, which don't matter, and the durations, which differ.
+    // The comparison leaves out the bars' widths, which don't matter, and the durations, which vary.
     let names: Vec<String> = lines
         .map(|line| {
             let words =
@@ -163,13 +163,13 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
 
     let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
     signal("INT", dev.child.id().context("it has ended")?).await?;
-    // 4 s, and then what still runs is killed.
+    // The services have 4 s; then `cargo dev` kills those that still run.
     let exit = timeout(Duration::from_secs(20), dev.child.wait()).await??;
     assert!(exit.success(), "{exit}: {}", dev.said());
     are_gone(services).await
 }
 
-/// Waits until there are no such processes.
+/// Waits until none of these processes exists.
 async fn are_gone(pids: [u32; 3]) -> Result<()> {
     for pid in pids {
         let gone =
@@ -179,7 +179,7 @@ async fn are_gone(pids: [u32; 3]) -> Result<()> {
     Ok(())
 }
 
-/// Ends `cargo dev` in a way of its own; then its services must be gone.
+/// Ends `cargo dev` by `end`; then its services must be gone.
 async fn nothing_is_left_after(end: impl AsyncFnOnce(&mut Dev) -> Result<()>) -> Result<()> {
     let mut dev = Dev::start(&[]).await?;
     let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
@@ -206,7 +206,7 @@ async fn killed_it_still_leaves_no_process() -> Result<()> {
 async fn it_ends_when_nobody_reads_what_it_says() -> Result<()> {
     nothing_is_left_after(async |dev| {
         dev.reader.abort();
-        // Its next words, the drawing of a trace, reach nobody.
+        // The next output, the drawing of a trace, has no reader.
         dev.login().await?;
         assert!(timeout(PATIENCE, dev.child.wait()).await??.success());
         Ok(())
@@ -214,7 +214,7 @@ async fn it_ends_when_nobody_reads_what_it_says() -> Result<()> {
     .await
 }
 
-/// Its standard error, then its standard output.
+/// Returns the command's standard error, followed by its standard output.
 fn said_by(output: &Output) -> String {
     String::from_utf8_lossy(&[output.stderr.as_slice(), &output.stdout].concat()).into_owned()
 }
@@ -227,7 +227,7 @@ async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
     assert!(verified.status.success(), "{said}");
     assert!(said.ends_with("all as it should be\n"), "{said}");
 
-    // Without a consumer the tree lacks a leaf.
+    // Without the consumer, its span is missing from the tree.
     signal("KILL", dev.service("mq")?).await?;
     dev.says("mq has ended (signal: 9 (SIGKILL)). Its last lines:\n").await?;
     dev.says("consuming").await?;
@@ -251,7 +251,7 @@ async fn verify_says_what_does_not_answer() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_in_use_is_named_with_the_remedy() -> Result<()> {
-    // If somebody else has it, that is as good.
+    // If another process has this port already, the test works as well.
     let _taken = std::net::TcpListener::bind("127.0.0.1:8888");
     let output = devstack(&[], &[]).stderr(Stdio::piped()).output().await?;
     assert_eq!(output.status.code(), Some(1));

@@ -1,4 +1,4 @@
-//! What the documents name exists: files, tests, variables.
+//! The files, tests and variables that the documents name exist.
 
 use anyhow::{Context, Result};
 use std::{
@@ -29,7 +29,7 @@ fn documents() -> Result<Vec<(PathBuf, String)>> {
     paths.into_iter().map(|path| Ok((path.clone(), fs::read_to_string(path)?))).collect()
 }
 
-/// The parts of `text` between `open` and the next `close`.
+/// Returns the parts of `text` between `open` and the next `close`.
 fn between<'a>(text: &'a str, open: &'a str, close: char) -> impl Iterator<Item = &'a str> {
     text.split(open).skip(1).filter_map(move |rest| rest.split_once(close).map(|(part, _)| part))
 }
@@ -73,7 +73,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
         ["crates/telemetry/src/config/mod.rs", "crates/serving/src/shutdown.rs", "crates/serving/src/tls.rs"];
     for file in shared.into_iter().chain(services) {
         let source = fs::read_to_string(root().join(file))?;
-        // As the tests' own text would be found, too, only what is before them counts.
+        // Only the part before the unit tests counts, because their strings would be found as well.
         let source = source.split("#[cfg(test)]").next().unwrap_or_default();
         for variable in between(source, "\"", '"').filter(|name| is_variable(name)) {
             let specific = variable.replace("OTEL_EXPORTER_OTLP_TRACES", "…_TRACES");
@@ -100,7 +100,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
 fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
     let page = fs::read_to_string(root().join("docs/layers.md"))?;
     let source = fs::read_to_string(root().join("tools/devstack/tests/layers.rs"))?;
-    // Some of it is indented there.
+    // Some blocks are indented in the test.
     let source: Vec<_> = source.lines().map(str::trim).collect();
     let blocks: Vec<_> =
         page.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();

@@ -1,4 +1,4 @@
-//! What fails, fails clearly: the answer to the caller, and the trace.
+//! Every failure is clear from the answer to the caller and from the trace.
 
 use anyhow::Result;
 use axum::{
@@ -29,7 +29,7 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-/// Checks everything that an error answer must have, its kind and its trace id among them.
+/// Checks everything that an error answer must have, including its kind and its trace id.
 fn assert_problem(answer: &Answer, status: u16, kind: &str) {
     let body = answer.json();
     assert_eq!(answer.status, status, "{body}");
@@ -40,7 +40,7 @@ fn assert_problem(answer: &Answer, status: u16, kind: &str) {
     assert!(!body["title"].as_str().unwrap_or_default().is_empty());
 }
 
-/// The server span, whose status is an error only if the service is to blame.
+/// Checks the server span: its status is an error only if the service is to blame.
 fn assert_server_span(spans: &[Span], status: u16) {
     let span = spans.iter().find(|span| span.kind == "SERVER" && span.service == "api").expect("server span");
     assert_eq!(span.attributes["http.response.status_code"], status.to_string());
@@ -71,7 +71,7 @@ async fn an_unknown_user_gets_401_and_is_an_error_of_the_client_only() -> Result
     Ok(())
 }
 
-/// Headers, body, and the status and kind of the answer.
+/// A request's headers and body, and the status and kind of its answer.
 type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, u16, &'a str);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -182,7 +182,7 @@ async fn by_http_1_1_a_request_has_exactly_one_host() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
-    // One that it can have again.
+    // usercenter needs a fixed port, so that it can listen there again.
     let listen = format!("127.0.0.1:{}", free_port()?);
     let mut stack = Stack::start(&[("rpc", "USERCENTER_LISTEN", &listen)]).await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
@@ -225,7 +225,7 @@ async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
     Ok(())
 }
 
-/// A usercenter that begins its answer and never ends it; what it was told of the deadline.
+/// A usercenter that begins its answer and never ends it. It passes on the `grpc-timeout` that it received.
 async fn begins_and_stalls(timeouts: mpsc::UnboundedSender<String>) -> Result<String> {
     let call = async move |headers: HeaderMap| {
         let timeout = headers.get("grpc-timeout").and_then(|timeout| timeout.to_str().ok());
@@ -305,7 +305,7 @@ async fn a_caller_that_hangs_up_leaves_a_span_that_says_so() -> Result<()> {
     ";
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", trace, tree).await;
-    // Open since before that call.
+    // Both spans were open during the 100 ms in which the test waited for a byte.
     assert!(spans.iter().all(|span| span.end - span.start >= 100_000_000), "{spans:#?}");
     Ok(())
 }

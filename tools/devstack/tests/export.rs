@@ -1,4 +1,4 @@
-//! Export: without a collector nothing suffers, with one nothing is lost.
+//! Export: without a collector no request suffers, and with a collector no span is lost.
 
 use anyhow::{Context, Result};
 use axum::{
@@ -30,7 +30,7 @@ use tonic::{
 const WARNING: &str = "spans can't be exported";
 const REJECTED: &str = "spans were rejected";
 
-/// The numbers in the last line of a service: spans ended, exported, dropped.
+/// Reads the last line of a service's log: how many spans ended, were exported, were dropped.
 fn counts(output: &str) -> Result<[u64; 3]> {
     let line = output.lines().rfind(|line| line.contains("ended=")).context("no counts")?;
     let number = |key: &str| {
@@ -42,12 +42,12 @@ fn counts(output: &str) -> Result<[u64; 3]> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when_it_comes() -> Result<()> {
-    // An address where nobody listens yet.
+    // Nobody listens at this address yet.
     let address = (Ipv4Addr::LOCALHOST, free_port()?).into();
     let endpoint = format!("http://{address}");
     let variables = [
         ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
-        // The first batch waits for as long as it takes.
+        // With this time-out, the first batch waits as long as necessary.
         ("*", "OTEL_BSP_EXPORT_TIMEOUT", "600000"),
     ];
     let stack = Stack::start(&variables).await?;
@@ -60,7 +60,7 @@ async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when
         service.said(WARNING).await?;
     }
 
-    // What waited is sent, and what comes now is.
+    // The waiting spans are sent, and so are new ones.
     let receiver = Receiver::start_at(address).await?;
     for answer in [&answers[0], &answers[199], &stack.login(KNOWN_MOBILE, &[]).await?] {
         receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
@@ -93,7 +93,7 @@ async fn a_full_queue_drops_and_counts_and_memory_stays_bounded() -> Result<()> 
     for _ in 0..500 {
         stack.login(KNOWN_MOBILE, &[("user-agent", &"x".repeat(4000))]).await?;
     }
-    // 500 kept spans of this size alone would be 2 MB, and the SDK's form of 2,000 spans more.
+    // If 500 spans of this size were kept, they alone would take 2 MB, and the SDK's 2,000 spans even more.
     let grown = resident(&stack)?.saturating_sub(before);
     assert!(grown < 1500, "{grown} kB");
     stack.stop().await?;
@@ -137,7 +137,7 @@ async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<
         Stack::start(&[("rpc", "OTEL_TRACES_EXPORTER", "none"), ("mq", "OTEL_TRACES_EXPORTER", "none")])
             .await?;
     stack.receiver.refuse([Refusal::Invalid]);
-    // The whole of this one: sent together with its last span.
+    // The whole batch of this login is refused, because it is sent together with its last span.
     let refused = stack.login("13800138009", &[]).await?;
     stack.api.said(REJECTED).await?;
     let taken = stack.login("13800138009", &[]).await?;
@@ -164,7 +164,7 @@ async fn what_the_collector_refuses_in_part_again_and_again_is_counted_with_one_
             ("api", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1"),
         ])
         .await?;
-        // As the collector of a moment: well, away, well, picky.
+        // The collector alternately refuses one span and is unavailable.
         let moods = [Refusal::OneSpan, Refusal::Unavailable, Refusal::OneSpan, Refusal::Unavailable];
         receiver.refuse(moods.into_iter().cycle().take(20));
         for _ in 0..5 {
@@ -180,7 +180,7 @@ async fn what_the_collector_refuses_in_part_again_and_again_is_counted_with_one_
     Ok(())
 }
 
-/// A collector that refuses with details which are not base64, twice; then it is content. How often it was asked.
+/// A collector that refuses twice, with details that are not base64, then accepts. It counts the requests.
 async fn collector_with_strange_details() -> Result<(String, Arc<AtomicUsize>)> {
     let asked = Arc::new(AtomicUsize::new(0));
     let counter = asked.clone();
@@ -190,7 +190,7 @@ async fn collector_with_strange_details() -> Result<(String, Arc<AtomicUsize>)> 
             head = head.header("grpc-status", "14").header("grpc-status-details-bin", "!");
             return head.body(Body::empty()).expect("a response");
         }
-        // A message of no bytes.
+        // The answer is a message of zero bytes.
         let ok =
             HeaderMap::from_iter([(HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"))]);
         let message = Full::new(Bytes::from_static(&[0; 5])).with_trailers(async { Some(Ok(ok)) });
@@ -219,7 +219,7 @@ async fn a_refusal_with_strange_details_does_not_end_the_export() -> Result<()> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() -> Result<()> {
-    // It accepts connections, as far as the kernel goes, and never reads.
+    // The kernel accepts connections to this port, but nobody ever reads from them.
     let black_hole = TcpListener::bind("127.0.0.1:0")?;
     let endpoint = format!("http://{}", black_hole.local_addr()?);
     let variables = [
@@ -235,8 +235,8 @@ async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() ->
     }
     let start = Instant::now();
     stack.stop().await?;
-    // Three services one after the other, each with 2 s for everything; api alone would wait 10 s for each of a
-    // hundred batches.
+    // The three services stop one after the other, each within 2 s. Without that limit, api alone would wait
+    // 10 s for each of a hundred batches.
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     assert_eq!(counts(&stack.api.output())?, [400, 0, 400]);
     Ok(())
@@ -266,7 +266,7 @@ async fn a_collector_that_never_answers_is_given_up_after_the_timeout_that_is_se
         let start = Instant::now();
         stack.login(KNOWN_MOBILE, &[]).await?;
         stack.api.said(WARNING).await?;
-        // The defaults are 10 and 30 seconds.
+        // The default time-outs are 10 and 30 seconds.
         assert!(start.elapsed() < Duration::from_secs(8), "{variables:?}: {:?}", start.elapsed());
     }
     Ok(())
@@ -274,7 +274,7 @@ async fn a_collector_that_never_answers_is_given_up_after_the_timeout_that_is_se
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_restarts_is_found_again() -> Result<()> {
-    // One that it can have again.
+    // The collector needs a fixed port, so that it can listen there again.
     let first = Receiver::start_at((Ipv4Addr::LOCALHOST, free_port()?).into()).await?;
     let address = first.grpc;
     let endpoint = format!("http://{address}");

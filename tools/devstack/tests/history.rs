@@ -1,4 +1,5 @@
-//! Delivered at least once, applied exactly once: whatever is delivered twice, dies in between, or has to wait.
+//! Messages are delivered at least once and applied exactly once, even if they are delivered twice, mq dies
+//! in between, or the database makes them wait.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -25,7 +26,7 @@ async fn stack() -> Result<(Stack, Database)> {
     Ok((stack, database))
 }
 
-/// Waits for so many consumer spans; their outcomes in the order of their start.
+/// Waits for at least `count` consumer spans. Returns their outcomes in the order of their start.
 async fn outcomes(stack: &Stack, count: usize) -> Vec<String> {
     let seen = poll(PATIENCE, async || {
         let mut spans = stack.receiver.spans();
@@ -71,7 +72,7 @@ async fn without_an_id_the_producer_span_tells_messages_apart() -> Result<()> {
         stack.publish(BasicProperties::default().with_headers(headers), BODY).await?;
     }
     assert_eq!(outcomes(&stack, 3).await, ["applied", "duplicate", "applied"]);
-    // Nothing tells these apart from other logins.
+    // Without any id, these can't be told from other logins.
     for _ in 0..2 {
         stack.publish(BasicProperties::default(), BODY).await?;
     }
@@ -105,14 +106,15 @@ async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Resul
         stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
     }
     let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("RUST_LOG", "info,mq::processing=warn")];
-    // Few at a time, over a slow network: however late a kill is, not all is done before the last.
+    // mq takes few messages at a time over a slow network, so that some are left for the last kill, however
+    // late the kills come.
     let (slow, slow_url) = stack.broker.proxy()?;
     slow.slow_down(Duration::from_millis(50));
     let slowly = [&variables[..], &[("AMQP_URL", slow_url.as_str()), ("MQ_PREFETCH", "16")]].concat();
     let mut killed_at = Vec::new();
     for i in 0..KILLS {
         let mut mq = stack.another("mq", &slowly).await?;
-        // In the middle of something: a little later each time.
+        // Each kill interrupts mq at its work, a little later each time.
         let before = database.logins(KNOWN_MOBILE).await?.0;
         let begun =
             poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()?.0 > before).then_some(()));
@@ -121,7 +123,7 @@ async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Resul
         mq.kill().await?;
         killed_at.push(database.logins(KNOWN_MOBILE).await?.0);
     }
-    // The last time between the commit and the acknowledgement.
+    // The last kill comes between the commit and the acknowledgement.
     let (proxy, url) = stack.broker.amqp_proxy()?;
     let acknowledging = proxy.withhold(Side::Client, BASIC_ACK);
     let through_proxy = [&variables[..], &[("AMQP_URL", url.as_str())]].concat();
@@ -135,7 +137,7 @@ async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Resul
     let done =
         poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()?.0 >= MESSAGES).then_some(()));
     assert!(done.await.is_some(), "{:?} {}", database.logins(KNOWN_MOBILE).await, mq.output());
-    // What was applied and not acknowledged came twice.
+    // Messages that were applied but not acknowledged were delivered twice.
     let is_duplicate = |outcome: &String| outcome == "duplicate";
     let twice = poll(PATIENCE, async || outcomes(&stack, 1).await.iter().any(is_duplicate).then_some(()));
     twice.await.expect("a duplicate");
@@ -153,7 +155,7 @@ async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Resu
         answers.push(stack.login(KNOWN_MOBILE, &[]).await?);
     }
     becomes(&stack.mq, false).await?;
-    // Long enough for several attempts at the database.
+    // This is long enough for several attempts to open the database.
     sleep(Duration::from_secs(4)).await;
     assert!(stack.receiver.spans().iter().all(|span| span.kind != "CONSUMER"));
 
@@ -165,7 +167,7 @@ async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Resu
     }
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (5, 5));
     becomes(&stack.mq, true).await?;
-    // Said once, not for each attempt.
+    // mq logs this once, not for each attempt.
     let output = stack.mq.output();
     assert_eq!(output.matches("the database is unavailable").count(), 1, "{output}");
     Ok(())
@@ -175,7 +177,7 @@ async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Resu
 async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let (stack, _) = stack().await?;
     let directory = tempfile::TempDir::new()?;
-    // A file where the folder should be.
+    // There is a file where the folder should be.
     let folder = directory.path().join("data");
     std::fs::write(&folder, "")?;
     let url = format!("sqlite://{}/mq.db", folder.display());

@@ -1,5 +1,4 @@
-//! Peers that mean harm, or are broken: every one gets an answer or a closed connection, and harms
-//! nobody else.
+//! Hostile or broken peers: each gets an answer or a closed connection, and no other peer is harmed.
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -21,7 +20,7 @@ async fn assert_unharmed(stack: &Stack, after: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
-    // Two of them wait for it.
+    // Two cases wait for this deadline.
     let stack = Stack::start(&[("api", "API_DEADLINE", "5s")]).await?;
     let login = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
     let body = r#"{"mobile":"13800138000"}"#;
@@ -76,7 +75,7 @@ async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
         let answer = raw(stack.api.address, request.as_bytes(), answers(1)).await?;
         let status = answer.split(' ').nth(1).unwrap_or_default();
         assert!(statuses.contains(&status), "{name}: {answer}");
-        // One answer at most: nothing was smuggled in.
+        // There is at most one answer, so no request was smuggled in.
         assert!(answer.matches("HTTP/1.1 ").count() <= 1, "{name}: {answer}");
         assert_unharmed(&stack, name).await?;
     }
@@ -105,7 +104,7 @@ async fn hostile_headers_reach_neither_the_log_nor_the_message() -> Result<()> {
         );
         let answer = raw(stack.api.address, request.as_bytes(), answers(1)).await?;
         let status = answer.split(' ').nth(1).unwrap_or_default();
-        // Refused as no HTTP at all, or processed.
+        // The request was processed, or refused because it is not valid HTTP.
         assert!(["200", "400"].contains(&status), "{headers:?}: {answer}");
         assert!(!answer.to_lowercase().contains("evil"), "{answer}");
     }
@@ -116,7 +115,7 @@ async fn hostile_headers_reach_neither_the_log_nor_the_message() -> Result<()> {
             serde_json::from_str::<serde_json::Value>(line)?;
         }
     }
-    // Every request that was processed was consumed, and every span has ended.
+    // Every processed login was consumed, and every span has ended.
     let count = |kind: &str| stack.receiver.spans().iter().filter(|span| span.kind == kind).count();
     assert_eq!((count("CLIENT"), count("PRODUCER")), (count("CONSUMER"), count("CONSUMER")));
     Ok(())
@@ -137,7 +136,7 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
     let known = "usercenter.v1.Usercenter/GetUserByMobile";
     let long_name = format!("a.B/{}", "x".repeat(5000));
-    // Method, a header, the body, the status expected, whether the method counts as known.
+    // Each case has a method, a header, a body and the expected status.
     for (method, header, body, status) in [
         (known, ("x", "1"), &b"\0\0\0\0\x0d\x0a\x0b13800138000"[..], "0"),
         (known, ("x", "1"), b"", "13"),

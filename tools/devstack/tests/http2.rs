@@ -1,5 +1,5 @@
-//! Broken and hostile HTTP/2, byte by byte, at usercenter and at mq's health checks: the connection ends, the
-//! service lives, and memory stays where it was.
+//! Broken and hostile HTTP/2, byte by byte, sent to usercenter and to mq's health checks: the connection
+//! ends, the service lives, and its memory does not grow.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -12,7 +12,7 @@ use std::fs;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-// RFC 9113, section 6.
+// The frame types of RFC 9113, section 6.
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
@@ -22,7 +22,7 @@ const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
 
-/// `POST http://x/a` as HPACK: three fields of the static table, and a path and an authority spelled out.
+/// `POST http://x/a` in HPACK: two fields from the static table, and a literal path and authority.
 const POST: &[u8] = b"\x83\x86\x04\x02/a\x01\x01x";
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -30,7 +30,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// A header field that is spelled out and not remembered.
+/// Encodes a literal header field without indexing.
 fn field(name: &str, value: &str) -> Vec<u8> {
     let short = |text: &str| vec![u8::try_from(text.len()).expect("a short text")];
     [vec![0], short(name), name.into(), short(value), value.into()].concat()
@@ -50,7 +50,7 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
         |each: &dyn Fn(u32) -> Vec<u8>| (0..50_000).flat_map(|i| each(2 * i + 1)).collect::<Vec<_>>();
     let headers = |payload: &[u8]| frame(HEADERS, END_HEADERS, 1, payload);
     let cases = [
-        // What is sent after the preface and its settings; whether that ends the connection.
+        // Each case has the bytes sent after the preface and settings, and whether they end the connection.
         ("no frame at all", b"\xff".repeat(100), true),
         ("a frame larger than allowed", frame(DATA, 0, 1, &[0; 20_000]), true),
         ("settings of an odd length", frame(SETTINGS, 0, 0, b"odd"), true),
@@ -109,7 +109,7 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
         assert!(grown < 64 * 1024, "{}: {grown} KiB more", service.name);
     }
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
-    // And nothing panicked on the way.
+    // No service panicked.
     stack.stop().await?;
     for service in [&stack.rpc, &stack.mq] {
         assert!(!service.output().contains("panicked"), "{}", service.output());

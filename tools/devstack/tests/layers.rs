@@ -1,4 +1,4 @@
-//! A layer of one's own in each of the places where there can be one. `docs/layers.md` quotes this file.
+//! A custom layer in each place that can have one. `docs/layers.md` quotes this file.
 
 use anyhow::Result;
 use api::{
@@ -79,13 +79,13 @@ where
     }
 }
 
-/// Layers with these names, and where their times arrive.
+/// Makes layers with these names, and the receiver of their times.
 fn timed<const N: usize>(names: [&'static str; N]) -> ([TimedLayer; N], Receiver<(&'static str, Duration)>) {
     let (times, received) = mpsc::channel();
     (names.map(|name| TimedLayer { name, times: times.clone() }), received)
 }
 
-/// Checks that requests ended in the layers of these names, in this order: in an inner one before an outer one.
+/// Checks that requests ended in the layers of these names, in this order: inner layers before outer ones.
 fn assert_ended(times: &Receiver<(&'static str, Duration)>, names: &[&str]) {
     let ended: Vec<_> = times.try_iter().collect();
     assert_eq!(ended.iter().map(|(name, _)| *name).collect::<Vec<_>>(), names);
@@ -104,7 +104,7 @@ async fn around_the_http_service() -> Result<()> {
     Ok(())
 }
 
-/// A usercenter that is never well.
+/// A usercenter that always fails.
 struct Unwell;
 
 #[tonic::async_trait]

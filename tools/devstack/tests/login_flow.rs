@@ -1,4 +1,4 @@
-//! The flow: one login, three processes and a broker, one trace.
+//! One login passes three processes and a broker, and makes one trace.
 
 use anyhow::Result;
 use devstack::{
@@ -17,7 +17,7 @@ fn span<'a>(spans: &'a [Span], service: &str, name: &str) -> &'a Span {
     spans.iter().find(|span| span.service == service && span.name == name).expect(name)
 }
 
-/// The attributes, without those whose values differ from run to run; these must be there.
+/// Returns the attributes without those whose values vary from run to run, which must be present.
 fn stable(span: &Span, varying: &[&str]) -> BTreeMap<String, String> {
     let mut attributes = span.attributes.clone();
     for key in varying {
@@ -39,7 +39,7 @@ async fn a_login_leaves_exactly_one_tree_of_six_spans() -> Result<()> {
     assert_eq!(body["accessToken"].as_str().unwrap().split('.').count(), 3);
     assert!(body["refreshAfter"].as_u64() < body["accessExpire"].as_u64());
 
-    // Everything is sent before the services end: what is there now is all there is.
+    // All spans are sent before the services end, so no span can arrive later.
     stack.stop().await?;
     let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     assert_eq!(stack.receiver.spans().len(), 6, "{}", trace::tree(&stack.receiver.spans(), ""));
@@ -195,7 +195,8 @@ async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
     let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", &answer.trace_id(), LOGIN_TREE).await;
     for span in &spans {
         assert_eq!(span.trace_state, "vendor=a,other=b", "{span:#?}");
-        // Sampled; whether the parent is remote is known, and it is for the first span of each process.
+        // The span is sampled. The flags say whether its parent is remote, as it is for each process's first
+        // span.
         let first = ["SERVER", "CONSUMER"].contains(&span.kind);
         assert_eq!(span.flags & 0x3ff, if first { 0x301 } else { 0x101 }, "{span:#?}");
     }
@@ -210,7 +211,7 @@ async fn a_caller_that_does_not_sample_leaves_no_spans() -> Result<()> {
     assert_eq!(answer.status, 200);
     assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
     assert!(answer.header("traceparent").ends_with("-00"));
-    // The message was processed nevertheless.
+    // The message was processed all the same.
     stack.mq.said("login recorded").await?;
     stack.stop().await?;
     assert_eq!(stack.receiver.spans(), []);
@@ -258,7 +259,7 @@ async fn baggage_of_the_caller_reaches_the_consumer() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_message_is_what_the_contract_says() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    // A second queue on the exchange sees what the consumer sees.
+    // A second queue on the exchange gets the same messages as the consumer.
     let channel = &stack.broker.channel;
     let tap = format!("{}tap", stack.broker.prefix);
     let options =
@@ -297,7 +298,7 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
     {
         assert_eq!(headers[name], AMQPValue::LongString(value.into()));
     }
-    // When it was handed over to the broker, in milliseconds; and in AMQP's own property in seconds.
+    // The time of publishing is in this header in milliseconds, and in AMQP's own property in seconds.
     let AMQPValue::LongLongInt(published) = headers[proto::headers::PUBLISHED_AT] else {
         panic!("{headers:?}");
     };
@@ -338,7 +339,7 @@ async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
         stack.login(KNOWN_MOBILE, &[("authorization", "Bearer s3cr3t"), ("cookie", "s3cr3t")]).await?;
     assert_eq!(answer.status, 200);
     let token = answer.json()["accessToken"].as_str().unwrap().to_owned();
-    // The same number where it does not belong.
+    // These requests have the number in places where it does not belong.
     let url = format!("http://{}/users/{KNOWN_MOBILE}?mobile={KNOWN_MOBILE}", stack.api.address);
     stack.client.send(http::Method::GET, &url, &[("user-agent", KNOWN_MOBILE)], "").await?;
     stack.post(&format!(r#"{{"mobile":{KNOWN_MOBILE}}}"#), &[]).await?;

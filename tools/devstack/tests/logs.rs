@@ -1,4 +1,4 @@
-//! Logs: records by OTLP in the trace in which they were written, and lines that hold up nobody.
+//! Logs: OTLP records belong to the trace in which they were written, and log lines never block a request.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -27,7 +27,7 @@ async fn records_are_exported_with_the_ids_of_their_span_and_filtered_by_rust_lo
         let mut stack = Stack::start(&variables).await?;
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
         let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-        // Records that wait are exported at the end.
+        // Waiting records are exported when the services end.
         stack.stop().await?;
         let server =
             spans.iter().find(|span| span.kind == "SERVER" && span.service == "api").context("a span")?;
@@ -68,7 +68,8 @@ async fn a_reader_that_stops_reading_holds_up_neither_requests_nor_the_end() -> 
     let signal = async |signal: &str| Command::new("kill").args([signal, &reader]).status().await;
     signal("-STOP").await?;
 
-    // At this level a login writes more than 100 lines, so these are more than pipe and queue take together.
+    // At this level a login writes more than 100 lines, so these logins write more than the pipe and
+    // the queue can hold.
     let url = format!("http://{}/usercenter/v1/user/login", api.address);
     let body = format!("{{\"mobile\":\"{KNOWN_MOBILE}\"}}");
     let json = [("content-type", "application/json")];
@@ -93,7 +94,7 @@ async fn a_standard_output_that_is_closed_or_full_harms_no_request() -> Result<(
         ("OTEL_BSP_SCHEDULE_DELAY", "50"),
     ];
     let stack = Stack::start(&[]).await?;
-    // Nobody reads the pipe any more, or the disk is full.
+    // In the first case nobody reads the pipe any more; in the second the disk is full.
     let closed = r#"mkfifo "$PIPE"; : <"$PIPE" & exec "$0" >"$PIPE""#;
     for script in [closed, r#"exec "$0" >/dev/full"#] {
         let directory = TempDir::new()?;

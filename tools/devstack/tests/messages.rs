@@ -1,4 +1,4 @@
-//! What the consumer makes of messages: ours, those of other languages, and garbage.
+//! How the consumer treats messages: our own, those from other languages, and garbage.
 
 use amqp::properties::UNREADABLE;
 use anyhow::{Context, Result};
@@ -14,7 +14,7 @@ use lapin::{
 };
 use serde_json::Value;
 
-/// Publishes what `api` would not.
+/// Publishes a message that api would not publish.
 async fn publish(stack: &Stack, id: &str, headers: FieldTable, body: &[u8]) -> Result<()> {
     let properties =
         BasicProperties::default().with_message_id(id.into()).with_headers(headers).with_delivery_mode(2);
@@ -85,7 +85,7 @@ async fn every_vector_has_its_outcome() -> Result<()> {
             assert_eq!(reason(&letter), span.attributes["error.type"], "{name}");
         }
     }
-    // The one that was not sampled left no span, and every other exactly one.
+    // The unsampled message left no span, and every other message left exactly one.
     let consumed = stack.receiver.spans().len();
     assert_eq!(consumed, cases.len() - 1);
     Ok(())
@@ -122,7 +122,7 @@ async fn a_context_in_byte_arrays_is_continued_and_a_timestamp_of_zero_is_none()
     Ok(())
 }
 
-/// A table in a table in a table ...
+/// Nests `depth` tables inside each other.
 fn nested(depth: usize) -> AMQPValue {
     (0..depth).fold(AMQPValue::Void, |inner, _| {
         let mut table = FieldTable::default();
@@ -148,7 +148,7 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
         AMQPValue::ShortShortInt(-7),
         AMQPValue::ShortInt(-7),
         AMQPValue::LongLongInt(i64::MIN),
-        // Not NaN: RabbitMQ itself does not read it.
+        // NaN is left out, because RabbitMQ itself does not read it.
         AMQPValue::Float(f32::MIN_POSITIVE),
         AMQPValue::Double(f64::MAX),
         AMQPValue::DecimalValue(DecimalValue { scale: 255, value: u32::MAX }),
@@ -175,7 +175,7 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
     Ok(())
 }
 
-/// Properties with a table of headers, in it an array in an array ..., as many as a frame has room for.
+/// Makes properties whose header table nests as many arrays as a frame has room for.
 fn properties_that_fill_the_stack() -> Vec<u8> {
     const DEPTH: u32 = 26_000;
     let mut properties = vec![0x20, 0];
@@ -188,7 +188,7 @@ fn properties_that_fill_the_stack() -> Vec<u8> {
     properties
 }
 
-/// No client library would publish such a message, and RabbitMQ takes it as it is.
+/// No client library would publish such a message, but RabbitMQ accepts it unchanged.
 #[tokio::test(flavor = "multi_thread")]
 async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
@@ -196,7 +196,7 @@ async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> 
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let body = format!(r#"{{"Carrier":{{"Traceparent":["{traceparent}"]}},"Msg":"13800138000"}}"#);
     let mut raw = Raw::open(&stack.broker.url).await?;
-    // A message id of two bytes, which are not UTF-8.
+    // The message id has two bytes, which are not UTF-8.
     let not_utf8 = [0x00, 0x80, 2, 0xff, 0xfe];
     for (properties, kept) in [(&not_utf8[..], &not_utf8[..]), (&properties_that_fill_the_stack(), &[])] {
         raw.send(&publish_with(&queue, properties, body.as_bytes())).await?;
@@ -206,7 +206,7 @@ async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> 
         let headers = letter.properties.headers().as_ref().context("headers")?.inner();
         assert_eq!(headers[UNREADABLE], AMQPValue::LongString(kept.into()));
     }
-    // The body still tells which trace it was.
+    // The trace is still known from the body.
     let tree = "
         mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
         mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
@@ -239,7 +239,7 @@ async fn a_dead_letter_keeps_its_properties_and_its_trace() -> Result<()> {
     let tree = "mq mq_consumer_msg CONSUMER ERROR error.type=not_a_json_object";
     stack.receiver.expect_tree_below("00f067aa0ba902b7", "4bf92f3577b34da6a3ce929d0e0e4736", tree).await;
 
-    // And the next one is processed as if nothing had been.
+    // The next message is processed as usual.
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
     stack.mq.said("login recorded").await?;
     Ok(())

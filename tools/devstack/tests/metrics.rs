@@ -1,4 +1,4 @@
-//! Metrics: what the three services measure, as a collector receives it, and that no caller makes a series.
+//! Metrics of the three services as a collector receives them; no caller can create a new series.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -12,11 +12,11 @@ use http::Method;
 use lapin::BasicProperties;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Metrics by OTLP, often enough for a test.
+/// Exports metrics by OTLP, at an interval short enough for a test.
 const OTLP: [(&str, &str, &str); 2] =
     [("*", "OTEL_METRICS_EXPORTER", "otlp"), ("*", "OTEL_METRIC_EXPORT_INTERVAL", "200")];
 
-/// The latest point of each series of a metric.
+/// Returns the latest point of each series of a metric.
 fn series(stack: &Stack, service: &str, name: &str) -> Vec<Metric> {
     let mut latest = BTreeMap::new();
     for point in stack.receiver.metrics() {
@@ -69,7 +69,7 @@ async fn every_boundary_and_every_process_is_measured_as_the_conventions_say() -
         let ok = [("rpc.system.name", "grpc"), method, ("rpc.status_code", "OK")];
         expect(&stack, service, name, &ok, 3.0).await;
         let not_found = expect(&stack, service, name, &[method, ("rpc.status_code", "NOT_FOUND")], 1.0).await;
-        // A client's error, and not the server's.
+        // The status is an error for the client but not for the server.
         assert_eq!(not_found.attributes.contains_key("error.type"), service == "api");
     }
 

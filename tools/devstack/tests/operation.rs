@@ -1,4 +1,4 @@
-//! What operators see: health, reflection, logs.
+//! Operators' views of the services: health, reflection, logs.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -14,7 +14,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-/// Runs `{service} health` against a running one.
+/// Runs `{service} health` against the running service.
 async fn probe(service: &Process) -> Result<bool> {
     let address = service.address.to_string();
     let mut probe = Process::command(service.name, &[])?;
@@ -29,7 +29,7 @@ async fn health_is_told_in_every_way_and_leaves_no_span() -> Result<()> {
         assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
         let expected =
             json!({"usercenter": true, "broker": true, "spool": true, "spooled": 0, "stopping": false});
-        // Each is asked with a bound on its time: on a busy machine once is luck.
+        // Each check has a time limit, so on a busy machine a single try may fail.
         let ready = poll(PATIENCE, async || {
             let ready = stack.client.get(&format!("{url}/readyz")).await.ok()?;
             (ready.status == 200 && ready.json() == expected).then_some(())
@@ -75,7 +75,7 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
         (503, json!({"usercenter": false, "broker": true, "spool": true, "spooled": 0, "stopping": false}))
     );
     assert!(!probe(&stack.api).await?);
-    // Alive it is.
+    // api is still alive.
     assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
 
     let away = [("AMQP_URL", "amqp://127.0.0.1:1"), ("OTEL_TRACES_EXPORTER", "none")];
@@ -117,7 +117,7 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
                 assert!(!line.contains('\x1b'), "{line}");
             }
         }
-        // A line outside of a request has none.
+        // A line outside a request has no trace id.
         let line = stack.api.said("connected to the broker").await?;
         assert!(!line.contains("trace_id"), "{line}");
         if format == "json" {
@@ -133,7 +133,7 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_filter_filters_logs_and_never_spans() -> Result<()> {
-    // The harness reads the address from a line of the log: the filter is raised for the rest.
+    // The harness reads the address from a log line, so a few info lines must remain.
     let quiet = "off,api=info,api::login=off,rpc=info,mq=info,mq::processing=off";
     let stack = Stack::start(&[("*", "RUST_LOG", quiet)]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;

@@ -1,4 +1,4 @@
-//! Export by OTLP: each protocol with each compression, TLS, and collectors that are none.
+//! Export by OTLP: each protocol with each compression, TLS, and servers that are not OTLP collectors.
 
 use anyhow::{Result, ensure};
 use devstack::{
@@ -25,7 +25,7 @@ type Variable<'a> = (&'a str, &'a str);
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const PROTOCOL: &str = "OTEL_EXPORTER_OTLP_PROTOCOL";
 
-/// What a warning about an export has, whatever the failure.
+/// Each warning about an export contains one of these texts.
 const WARNINGS: [&str; 2] = ["spans can't be exported", "spans were rejected"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -57,8 +57,8 @@ async fn a_login_arrives_by_each_protocol_with_each_compression() -> Result<()> 
     Ok(())
 }
 
-/// TLS in front of the receiver, and the URL that leads through it; with the file of an authority, for clients
-/// with a certificate of that only.
+/// Puts TLS in front of the receiver, and returns the URL that leads through it. With `client_ca`, clients
+/// must have a certificate from that authority.
 fn front(
     receiver: &Receiver,
     protocol: &str,
@@ -85,14 +85,14 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
             ("*", "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &good.certificate),
             ("*", "OTEL_EXPORTER_OTLP_CLIENT_KEY", &good.key),
             ("api", "OTEL_EXPORTER_OTLP_CERTIFICATE", &ca),
-            // A signal's own variable comes first.
+            // A signal's own variable takes precedence.
             ("rpc", "OTEL_EXPORTER_OTLP_CERTIFICATE", &bad.certificate),
             ("rpc", "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", &ca),
             ("rpc", "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &bad.certificate),
             ("rpc", "OTEL_EXPORTER_OTLP_CLIENT_KEY", &bad.key),
             ("rpc", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", &good.certificate),
             ("rpc", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY", &good.key),
-            // The system's authorities.
+            // mq trusts the system's authorities.
             ("mq", "SSL_CERT_FILE", &ca),
         ])
         .await?;
@@ -102,9 +102,9 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
     Ok(())
 }
 
-/// Logs in several times while each service exports to a collector that does not take spans, as api, rpc and mq
-/// in `whys`: the address that its warning names, and what else that says. Requests are as fast as ever, each
-/// service warns once, and has an exact account.
+/// Logs in several times while each service exports to a collector that takes no spans. `whys` has, for api,
+/// rpc and mq, the address that the service's warning names, and other texts in it. Requests are as fast as
+/// ever, and each service warns once and has an exact account.
 async fn each_warns_once(mut stack: Stack, whys: [(SocketAddr, &[&str]); 3]) -> Result<()> {
     const LOGINS: u64 = 5;
 
@@ -224,7 +224,7 @@ async fn a_file_that_cannot_be_used_ends_a_service_with_2_and_a_line_that_names_
     Ok(())
 }
 
-/// A server that answers each connection with this, whatever it is sent.
+/// A server that answers every connection with `answer`, whatever the client sends.
 async fn parrot(answer: &'static str) -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
@@ -244,7 +244,7 @@ async fn parrot(answer: &'static str) -> Result<SocketAddr> {
 #[tokio::test(flavor = "multi_thread")]
 async fn when_ports_of_grpc_and_http_are_mixed_up_one_warning_guesses_so() -> Result<()> {
     let receiver = Receiver::start().await?;
-    // The receiver's port of HTTP takes HTTP/2 as well. Most collectors' does not.
+    // The receiver's HTTP port also accepts HTTP/2, but most collectors' HTTP ports do not.
     let http1 = parrot("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await?;
     let stack = Stack::start(&[
         ("api", ENDPOINT, &format!("http://{}", receiver.grpc)),
@@ -266,7 +266,7 @@ async fn a_collector_that_answers_nonsense_or_a_page_or_elsewhere_loses_no_accou
     let nonsense = parrot("SSH-2.0-OpenSSH_9.6\r\n").await?;
     let page = "HTTP/1.1 200 OK\r\ncontent-type: text/html; charset=utf-8\r\ncontent-length: 6\r\n\r\n<html>";
     let page = parrot(page).await?;
-    // It would be an endless loop.
+    // A client that followed this redirect would loop for ever.
     let elsewhere = parrot("HTTP/1.1 302 Found\r\nlocation: /v1/traces\r\ncontent-length: 0\r\n\r\n").await?;
     let stack = Stack::start(&[
         ("*", PROTOCOL, "http/protobuf"),

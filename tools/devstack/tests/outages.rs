@@ -1,5 +1,5 @@
-//! The broker goes away, in every way that it can: logins are answered all the same, and reach it later, in
-//! order and in their own traces.
+//! The broker fails in every possible way: logins are answered all the same, and their messages reach it
+//! later, in order and in their own traces.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -24,19 +24,19 @@ async fn login(stack: &Stack) -> Result<Answer> {
     Ok(answer)
 }
 
-/// Waits until the trace is complete; returns its producer span.
+/// Waits until the trace is complete. Returns its producer span.
 async fn delivered(stack: &Stack, login: &Answer) -> Span {
     let spans = stack.receiver.expect_tree(&login.trace_id(), LOGIN_TREE).await;
     spans.into_iter().find(|span| span.kind == "PRODUCER").expect("a producer span")
 }
 
-/// The producer span of a login, delivered or not.
+/// Returns the producer span of a login, delivered or not.
 async fn producer(stack: &Stack, login: &Answer) -> Span {
     let trace = login.trace_id();
     stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "PRODUCER").await
 }
 
-/// Why the login was spooled, as its producer span says, which is no error.
+/// Returns the reason in the producer span why the login was spooled. The span must not be an error.
 fn why_spooled(producer: &Span) -> &str {
     assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
     assert_eq!(producer.status, "UNSET");
@@ -54,7 +54,7 @@ async fn ready(stack: &Stack) -> Result<(u16, Value)> {
     Ok((answer.status.as_u16(), answer.json()))
 }
 
-/// Waits until api says that it is ready, and this of the broker. (usercenter has a second to answer it.)
+/// Waits until api is ready, with this `broker` and `spooled`. (usercenter has one second to answer api.)
 async fn ready_with(stack: &Stack, broker: bool, spooled: u64) -> Result<()> {
     let expected =
         json!({"usercenter": true, "broker": broker, "spool": true, "spooled": spooled, "stopping": false});
@@ -62,14 +62,14 @@ async fn ready_with(stack: &Stack, broker: bool, spooled: u64) -> Result<()> {
     told.await.with_context(|| format!("does not become {expected}:\n{}", stack.api.output()))
 }
 
-/// Waits until nothing is in the spool, and the next login is confirmed by the broker.
+/// Waits until the spool is empty and the broker confirms the next login.
 async fn normal_again(stack: &Stack) -> Result<()> {
     ready_with(stack, true, 0).await?;
     assert_confirmed(&delivered(stack, &login(stack).await?).await);
     Ok(())
 }
 
-/// A second queue on the exchange, that sees what the consumer sees.
+/// Declares a second queue on the exchange, which gets the same messages as the consumer.
 async fn tap(broker: &TestBroker, arguments: FieldTable) -> Result<String> {
     let tap = format!("{}tap", broker.prefix);
     let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
@@ -83,7 +83,7 @@ async fn tap(broker: &TestBroker, arguments: FieldTable) -> Result<String> {
     Ok(tap)
 }
 
-/// The trace ids of the messages in a queue, in its order; of one that comes twice, the first.
+/// Returns the trace ids of the messages in a queue, in order; a duplicate counts only once.
 async fn trace_ids(broker: &TestBroker, queue: &str) -> Result<Vec<String>> {
     let mut trace_ids = Vec::new();
     while let Some(message) = broker.channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await?
@@ -100,7 +100,7 @@ async fn trace_ids(broker: &TestBroker, queue: &str) -> Result<Vec<String>> {
     Ok(trace_ids)
 }
 
-/// Lines of api's log that say that something is wrong.
+/// Returns the warnings and errors in api's log.
 fn complaints(stack: &Stack) -> Vec<String> {
     let output = stack.api.output();
     output.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).map(str::to_owned).collect()
@@ -200,14 +200,14 @@ async fn a_frozen_network_delays_one_round_of_logins_and_no_more() -> Result<()>
 
     proxy.restore();
     normal_again(&stack).await?;
-    // None of them has waited for a confirm.
+    // None of these logins waited for a confirm.
     for login in &later {
         assert_eq!(why_spooled(&delivered(&stack, login).await), "not_connected");
     }
     Ok(())
 }
 
-/// RabbitMQ's alarm would concern everybody who uses it: this runs on the embedded broker only.
+/// This test runs only on the embedded broker, because RabbitMQ's alarm would affect all its users.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again() -> Result<()> {
     let stack = Stack::start_on(TestBroker::embedded().await?, &[]).await?;
@@ -222,7 +222,7 @@ async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again()
 
     stack.broker.set_alarm(false);
     normal_again(&stack).await?;
-    // None has waited until its time was up.
+    // None of these logins waited for the time-out.
     for login in &logins {
         let login = producer(&stack, login).await;
         assert_eq!(why_spooled(&login), "blocked");
@@ -245,7 +245,7 @@ async fn a_message_without_a_queue_waits_until_the_topology_is_there_again() -> 
     let login = login(&stack).await?;
     assert_eq!(why_spooled(&delivered(&stack, &login).await), "unroutable");
     normal_again(&stack).await?;
-    // lapin would log what is returned to it, body and all.
+    // lapin would log a returned message with its body.
     assert!(!stack.api.output().contains("BasicReturnMessage"), "{}", stack.api.output());
     Ok(())
 }
@@ -253,7 +253,7 @@ async fn a_message_without_a_queue_waits_until_the_topology_is_there_again() -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
-    // It would declare everything as well.
+    // mq is stopped because it would also declare the topology.
     stack.mq.stop().await?;
     let channel = &stack.broker.channel;
     let (queue, exchange) = (&stack.broker.topology.queue, &stack.broker.topology.exchange);
@@ -263,7 +263,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
     let messages = async |expected: u32| {
         poll(PATIENCE, async || {
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-            // Passive, for a queue that is not there, it would close the channel.
+            // This comes first, because a passive declaration of a missing queue would close the channel.
             let normal = ready(&stack).await.ok()?.1["spooled"] == 0;
             if !normal {
                 return None;
@@ -286,7 +286,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_time() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    // A queue that is full refuses for all queues of the exchange.
+    // If one queue of the exchange is full, the broker nacks the message, although the other queues take it.
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
     arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
@@ -295,7 +295,7 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
     let refused = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &refused).await), "nacked");
 
-    // Offered again at least five times: the consumer's queue takes it each time.
+    // api offers the message at least five more times, and the consumer's queue takes it each time.
     let trace = refused.trace_id();
     let offered = poll(PATIENCE, async || {
         let spans = stack.receiver.trace(&trace);
@@ -311,7 +311,7 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_whose_time_is_over_while_the_broker_is_silent_says_so_in_every_span() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_DEADLINE", "5s")]).await?;
-    // So that the connection to usercenter is there.
+    // This login opens the connection to usercenter.
     login(&stack).await?;
     proxy.freeze();
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -331,7 +331,7 @@ async fn a_login_whose_time_is_over_while_the_broker_is_silent_says_so_in_every_
 #[tokio::test(flavor = "multi_thread")]
 async fn logins_share_one_connection_to_the_broker() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
-    // From now on another connection leads to nobody.
+    // From now on, any other connection leads nowhere.
     proxy.lead_to("127.0.0.1:1".parse()?);
     for _ in 0..20 {
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;

@@ -1,5 +1,5 @@
-//! usercenter slow, failing or away, and more requests than can be served: what the caller gets, what reaches
-//! usercenter, and what the trace says.
+//! usercenter is slow, failing or away, or there are more requests than api can serve: the tests check the
+//! answers, the calls that reach usercenter, and the trace.
 
 use anyhow::Result;
 use devstack::{
@@ -29,7 +29,7 @@ use tokio::sync::Semaphore;
 use tonic::{Code, Request, Status, transport::Channel};
 use tonic_prost::ProstCodec;
 
-/// The services, with api asking `fake`.
+/// Starts the services, with api calling `fake`.
 async fn stack(fake: &StandIn, variables: &[(&str, &str)]) -> Result<Stack> {
     let mut all = vec![("api", "USERCENTER_URL", fake.url.as_str())];
     all.extend(variables.iter().map(|(name, value)| ("api", *name, *value)));
@@ -142,7 +142,8 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     let gate = permits.clone();
     let fake = StandIn::start(move |_| Reply::ErrorAfter(Code::Unavailable, gate.clone())).await?;
     let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", "1"), ("USERCENTER_CIRCUIT_PAUSE", "5s")]).await?;
-    // All within the circuit's window, and none after it has opened, however slow this machine is.
+    // All calls begin before the first fails. So all count in one window, and none begins after the circuit
+    // has opened, however slow this machine is.
     let logins = join_all((0..OPENS_AFTER).map(|_| stack.login(KNOWN_MOBILE, &[])));
     let all_fail = async {
         fake.called(OPENS_AFTER).await?;
@@ -164,7 +165,7 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     assert_eq!(client_span(&spans).events[0].0, "circuit_open");
 
-    // Half-open: one call passes, fails, and none does for another pause.
+    // When the circuit is half-open, one call passes and fails. Then no call passes for another pause.
     let probed = poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.expect("an answer");
         (fake.calls().len() > OPENS_AFTER).then(Instant::now)
@@ -209,8 +210,8 @@ async fn more_requests_than_may_be_in_flight_are_refused_at_once_and_the_others_
 
 const METHOD: &str = "/usercenter.v1.Usercenter/GetUserByMobile";
 
-/// A call whose message never comes, so that it stays in flight. (tonic's own channel would end it at its
-/// `grpc-timeout`.)
+/// Makes a call whose message never arrives, so that it stays in flight. (tonic's own channel would end the
+/// call at its `grpc-timeout`.)
 async fn stalled(rpc: SocketAddr, traceparent: &str, timeout: Option<&str>) -> Result<(), Status> {
     let client: Client<HttpConnector, tonic::body::Body> =
         Client::builder(TokioExecutor::new()).http2_only(true).build_http();
@@ -233,7 +234,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     let rpc = stack.rpc.address;
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let in_flight = tokio::spawn(async move {
-        // Refused itself, if a call below was quicker.
+        // This call is refused if one of the calls below was quicker.
         while let Err(status) = stalled(rpc, parent, None).await {
             assert_eq!(status.code(), Code::Unavailable);
         }
@@ -249,7 +250,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     let healthy = poll(PATIENCE, async || serving::health::probe(rpc).await.ok());
     healthy.await.expect("usercenter is busy, not unwell");
 
-    // api says so, too, after its attempts.
+    // api also reports the overload, after its attempts.
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_problem(&answer, 503, "usercenter-unavailable");
     let refusal = "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=overloaded";
@@ -302,7 +303,7 @@ async fn a_caller_over_http_cannot_shorten_the_deadline_and_open_the_circuit() -
 async fn a_peer_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
     let fake = StandIn::start(|_| Reply::User).await?;
     let address = fake.url.trim_start_matches("http://").parse()?;
-    // The connection leads through both; later ones will go past the second.
+    // This connection leads through both proxies; later ones will bypass the second.
     let vanishing = Proxy::start(address)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);

@@ -1,4 +1,4 @@
-//! A message that fails: its attempts, seen in its trace, and its end as a dead letter.
+//! A failing message: its attempts, as its trace shows them, and its end as a dead letter.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -15,10 +15,10 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// Known as well, and made to fail.
+/// The number of another known user, whose logins fail.
 const POISONED: &str = "13800138001";
 
-/// A login whose message fails so many times.
+/// The tree of a login whose message fails `failures` times.
 fn tree(failures: usize) -> String {
     let failed = "            mq mq_consumer_msg CONSUMER ERROR error.type=refused_by_database\n";
     LOGIN_TREE.replace("        mq mq_consumer_msg CONSUMER\n", &failed[4..].repeat(failures))
@@ -53,7 +53,7 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
     let (stack, database) = poisoned("200ms,500ms,5s").await?;
     let answer = stack.login(POISONED, &[]).await?;
     assert_eq!(answer.status, 200);
-    // Others are not held up.
+    // Other messages are not delayed.
     let other = stack.login(KNOWN_MOBILE, &[]).await?;
     let others = stack.receiver.expect_tree(&other.trace_id(), LOGIN_TREE).await;
 
@@ -88,7 +88,7 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
 
     assert_eq!(database.logins(POISONED).await?, (0, 0));
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
-    // The database's error text has the number.
+    // The mobile number is in the database's error text.
     assert!(!stack.mq.output().contains(POISONED), "{}", stack.mq.output());
     assert!(!format!("{:?}", stack.receiver.spans()).contains(POISONED));
     Ok(())
@@ -96,7 +96,7 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_succeeds_at_a_later_attempt_is_applied_once() -> Result<()> {
-    // It fails until the cure works, however long that takes this machine.
+    // The message fails until the database is repaired, however long that takes on this machine.
     let (stack, database) = poisoned(&["500ms"; 16].join(",")).await?;
     let answer = stack.login(POISONED, &[]).await?;
     let trace = answer.trace_id();
@@ -146,7 +146,7 @@ async fn of_messages_that_are_taken_together_only_those_fail_that_are_to_blame()
 async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
     let (stack, database) = poisoned("300ms").await?;
     let topology = &stack.broker.topology;
-    // The connection that publishes is open by then.
+    // After this login, mq's publishing connection is open.
     let answer = stack.login(POISONED, &[]).await?;
     stack.receiver.expect_tree(&answer.trace_id(), &tree(2)).await;
     let retry_queue = topology.retry_queue(Duration::from_millis(300));
@@ -158,7 +158,7 @@ async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
     stack.receiver.expect_tree(&answer.trace_id(), &tree(2)).await;
     stack.dead_letter().await?;
 
-    // And the one that is consumed.
+    // The consumed queue is deleted as well.
     let options = QueueDeleteOptions::default();
     stack.broker.channel.queue_delete(topology.queue.as_str().into(), options).await?;
     stack.mq.said("the broker cancelled the consumer").await?;
@@ -173,7 +173,7 @@ async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
 async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Result<()> {
     let (mut stack, database) = poisoned("60s").await?;
     stack.mq.stop().await?;
-    // As if deliveries of these had come to nothing before: the bound is 20.
+    // These counts say that earlier deliveries had no result. The bound is 20.
     let mut connection = database.connect().await?;
     for (id, redeliveries) in [("harmless", 19), ("deadly", 20)] {
         let properties = BasicProperties::default().with_message_id(id.into());
@@ -181,7 +181,7 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
         let insert = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, $2)";
         sqlx::query(insert).bind(id).bind(redeliveries).execute(&mut connection).await?;
     }
-    // Taken by a consumer that died: this one.
+    // The test takes both messages and returns them, like a consumer that died.
     let queue = stack.broker.topology.queue.as_str();
     let mut taken = Vec::new();
     for _ in 0..2 {
@@ -203,7 +203,7 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("deadly"));
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
-    // Both have a result: nothing is left to be counted.
+    // Both messages have a result, so no count is left.
     let counts = "SELECT COUNT(*) FROM redelivery_count";
     let counts: i64 = sqlx::query_scalar(counts).fetch_one(&mut connection).await?;
     assert_eq!(counts, 0, "{}", mq.output());
@@ -232,7 +232,7 @@ async fn hostile_headers_of_ours_do_no_harm() -> Result<()> {
                 BasicProperties::default().with_message_id(id.as_str().into()).with_headers(headers.clone());
             stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
             let span = stack.receiver.expect_span(|span| span.attributes["messaging.message.id"] == id).await;
-            // An attempt beyond all others is the last.
+            // An attempt number above the maximum counts as the last attempt.
             let expected = match (kind, i) {
                 ("good", _) => "applied",
                 (_, 0) => "dead_letter",
@@ -248,7 +248,7 @@ async fn hostile_headers_of_ours_do_no_harm() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_that_leave_no_room_for_ours_are_left_out() -> Result<()> {
-    /// Properties must fit into one frame, of 128 KiB by default.
+    /// Properties must fit into one frame, which has 128 KiB by default.
     const LONG: usize = 131_072 - 64;
 
     let stack = Stack::start(&[]).await?;

@@ -1,5 +1,5 @@
-//! A new version goes out: one instance after the other is stopped and started again, under load, and
-//! nobody notices.
+//! A rolling update: under load, one instance after the other is stopped and started again, and no login
+//! fails.
 
 use anyhow::{Context, Result, ensure};
 use devstack::{
@@ -29,15 +29,15 @@ use tokio::{
 
 const RESTARTS: usize = 12;
 
-/// Longer than the balancer takes to notice: it asks each instance twenty times a second, and waits for an answer
-/// for a second at most.
+/// The delay is longer than the balancer takes to notice: it checks each instance twenty times a second, and
+/// waits at most a second for an answer.
 const SHUTDOWN_DELAY: (&str, &str) = ("SHUTDOWN_DELAY", "2s");
 
-/// Callers, and how often each of them logs in.
+/// The number of callers, and the interval at which each logs in.
 const CALLERS: usize = 8;
 const BEAT: Duration = Duration::from_millis(100);
 
-/// An instance of a service, which can be started again where it was.
+/// An instance of a service, which can be restarted at the same address.
 struct Instance {
     process: Process,
     variables: BTreeMap<&'static str, String>,
@@ -46,7 +46,7 @@ struct Instance {
 impl Instance {
     async fn start(name: &'static str, variables: &BTreeMap<&'static str, String>) -> Result<Self> {
         let mut variables = variables.clone();
-        // Nothing balances what comes to mq.
+        // mq is not behind a balancer.
         if name != "mq" {
             variables.insert(SHUTDOWN_DELAY.0, SHUTDOWN_DELAY.1.to_owned());
         }
@@ -64,7 +64,7 @@ impl Instance {
         self.process.address
     }
 
-    /// Stops it, which must end well, and starts it again.
+    /// Stops the instance, which must exit successfully, and starts it again.
     async fn restart(&mut self) -> Result<()> {
         let name = self.process.name;
         let exit = self.process.stop().await?;
@@ -83,7 +83,7 @@ async fn launch(name: &'static str, variables: &BTreeMap<&'static str, String>) 
     Process::start(name, &variables).await
 }
 
-/// Logins at a steady rate until told to stop.
+/// Callers that log in at a steady rate until told to stop.
 struct Load {
     stop: Arc<AtomicBool>,
     callers: JoinSet<(Vec<String>, Vec<String>)>,
@@ -116,7 +116,7 @@ impl Load {
         Self { stop, callers }
     }
 
-    /// The trace ids of the logins that were answered with 200, and what became of the others.
+    /// Returns the trace ids of the logins that were answered with 200, and the outcomes of the others.
     async fn finish(self) -> (Vec<String>, Vec<String>) {
         self.stop.store(true, Relaxed);
         let (answered, failed): (Vec<_>, Vec<_>) = self.callers.join_all().await.into_iter().unzip();
@@ -159,12 +159,12 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     }
 
     let load = Load::start(api.address);
-    // Of each service one instance after the other.
+    // One instance of each service is restarted, then the other of each.
     let turns = [0, 4, 2, 1, 5, 3];
     for turn in turns.iter().cycle().take(RESTARTS) {
         let instance = &mut instances[*turn];
         instance.restart().await?;
-        // As a deployment waits for the new instance before it goes on to the next one.
+        // A deployment also waits until the new instance is ready before it continues.
         if instance.process.name == "mq" {
             instance.process.said("consuming").await?;
         } else {
@@ -183,8 +183,8 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     for trace in &answered {
         receiver.expect_tree(trace, LOGIN_TREE).await;
     }
-    // In the order in which a request passes them: all spans are sent then, and what was processed twice
-    // shows.
+    // The services stop in the order in which a request passes them. Then all spans have been sent, so the
+    // trees show a message that was processed twice.
     for index in [4, 5, 0, 1, 2, 3] {
         let exit = instances[index].process.stop().await?;
         assert!(exit.success(), "{exit}");
@@ -200,7 +200,7 @@ async fn a_connection_that_has_reached_its_age_costs_no_login() -> Result<()> {
     let variables = [("rpc", "USERCENTER_MAX_CONNECTION_AGE", "200ms"), ("api", "USERCENTER_ATTEMPTS", "5")];
     let stack = Stack::start(&variables).await?;
     let load = Load::start(stack.api.address);
-    // Each second sees five connections come and go.
+    // With this age, five connections come and go every second.
     sleep(Duration::from_secs(15)).await;
     let (answered, failed) = load.finish().await;
     assert!(failed.is_empty(), "{} of {}: {failed:#?}", failed.len(), failed.len() + answered.len());

@@ -1,4 +1,5 @@
-//! SIGTERM and SIGINT: no answered request loses a span, nothing in hand is dropped, exit code 0.
+//! SIGTERM and SIGINT: no answered request loses a span, no work in progress is dropped, and the exit code is
+//! 0.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -24,7 +25,7 @@ use tokio::{
     time::sleep,
 };
 
-/// Logins from eight callers until told to stop: the trace ids of those that were answered with 200.
+/// Eight callers that log in until told to stop. They return the trace ids of the logins answered with 200.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicUsize>,
@@ -48,7 +49,7 @@ impl Load {
                             answered.push(answer.trace_id());
                             count.fetch_add(1, Relaxed);
                         }
-                        // The service is gone: don't spin.
+                        // The service is gone, and the pause keeps this loop from spinning.
                         _ => sleep(Duration::from_millis(5)).await,
                     }
                 }
@@ -58,7 +59,7 @@ impl Load {
         Self { stop, answered: count, callers }
     }
 
-    /// Waits until so many are answered.
+    /// Waits until at least this many logins are answered.
     async fn answered(&self, at_least: usize) -> Result<()> {
         let enough = poll(PATIENCE, async || (self.answered.load(Relaxed) >= at_least).then_some(()));
         enough.await.with_context(|| format!("{} logins", self.answered.load(Relaxed)))
@@ -70,7 +71,8 @@ impl Load {
     }
 }
 
-/// Under load stops what `service` picks; then all answered logins must be whole.
+/// Stops the process that `service` picks under load. Then the traces of all answered logins must be
+/// complete.
 async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Process) -> Result<()> {
     let variables =
         [("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn"), ("*", "SHUTDOWN_TIMEOUT", "50s")];
@@ -86,13 +88,14 @@ async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Proc
     let name = stopped.name;
     let answered = load.finish().await;
 
-    // A consumer that was stopped left messages behind: the next one takes them.
+    // A stopped consumer leaves messages behind, so another one takes them.
     let next = if name == "mq" { Some(stack.another("mq", &[]).await?) } else { None };
     for trace in &answered {
         stack.receiver.expect_tree(trace, LOGIN_TREE).await;
     }
     if let Some(mut next) = next {
-        // Once more when it has sent all: what was processed twice shows.
+        // The trees are checked again after mq has sent all spans, to show messages that were processed
+        // twice.
         next.stop().await?;
         for trace in &answered {
             assert_eq!(tree(&stack.receiver.trace(trace), ""), dedent(LOGIN_TREE));
@@ -116,7 +119,7 @@ async fn mq_stopped_under_load_loses_no_span_and_processes_nothing_twice() -> Re
     stop_under_load("INT", |stack| &mut stack.mq).await
 }
 
-/// A login that `usercenter` has in hand.
+/// Starts a login, and waits until `usercenter` has its call.
 async fn in_hand(stack: &Stack, usercenter: &StandIn) -> Result<JoinHandle<Result<Answer>>> {
     let (url, client) = (stack.login_url(), Client::new());
     let json = [("content-type", "application/json")];
@@ -137,7 +140,8 @@ async fn a_request_in_flight_is_answered_and_a_new_connection_refused() -> Resul
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
     assert!(Client::new().get(&format!("http://{}/healthz", stack.api.address)).await.is_err());
-    // For each attempt, should this process have been too busy to give a sign of life.
+    // There are permits for several attempts, because api retries if this process is too busy to answer its
+    // ping.
     permits.add_permits(10);
     assert_eq!(in_flight.await??.status, 200);
     assert!(stack.api.exit().await?.success());
@@ -168,7 +172,7 @@ async fn services_that_wait_for_a_broker_end_at_once() -> Result<()> {
         let variables = [
             ("AMQP_URL", "amqp://127.0.0.1:1"),
             ("OTEL_TRACES_EXPORTER", "none"),
-            // Longer than `stop` waits: nothing ends because its time is up.
+            // This is longer than `stop` waits, so the test fails if the service ends only by its time-out.
             ("SHUTDOWN_TIMEOUT", "1h"),
         ];
         let mut service = Process::start(name, &variables).await?;
@@ -202,7 +206,7 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     let mut stack = Stack::start(&[("*", "SHUTDOWN_DELAY", "12s"), ("*", "SHUTDOWN_TIMEOUT", "50s")]).await?;
     let (client, readyz) = (Client::new(), format!("http://{}/readyz", stack.api.address));
     let ready = async |status: u16| {
-        // usercenter has a second to answer api.
+        // usercenter has one second to answer api.
         let told =
             poll(PATIENCE, async || client.get(&readyz).await.ok().filter(|answer| answer.status == status));
         told.await.with_context(|| format!("api does not say {status}"))
@@ -213,7 +217,8 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
         .await
         .context("usercenter is not ready")?;
 
-    // usercenter first: that one of its instances goes must not make api unready, which has others.
+    // usercenter is told to stop first. One stopping instance must not make api unready, because api has
+    // others.
     stack.rpc.signal("TERM").await?;
     let unready = poll(PATIENCE, async || serving::health::probe(rpc).await.is_err().then_some(()));
     unready.await.context("usercenter says that it is ready")?;
@@ -239,7 +244,7 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_deadline_bounds_everything_even_if_nothing_ends_by_itself() -> Result<()> {
-    // A usercenter that never answers, a collector that never answers, a caller that never finishes.
+    // usercenter and the collector never answer, and a caller never finishes its request.
     let usercenter = StandIn::start(|_| Reply::Never).await?;
     let black_hole = TcpListener::bind("127.0.0.1:0").await?;
     let collector = format!("http://{}", black_hole.local_addr()?);
@@ -257,12 +262,12 @@ async fn one_deadline_bounds_everything_even_if_nothing_ends_by_itself() -> Resu
     let in_flight = in_hand(&stack, &usercenter).await?;
     for service in [&mut stack.api, &mut stack.rpc, &mut stack.mq] {
         let start = Instant::now();
-        // All else takes an hour.
+        // Every other time-out is an hour.
         let exit = service.stop().await?;
         let took = start.elapsed();
         assert!(exit.success(), "{}: {exit}", service.name);
         assert!(took >= Duration::from_millis(500), "{}: {took:?}", service.name);
-        // The 2 s that are set, and not the 8 s that are the default.
+        // The service used the 2 s that are set instead of the default of 8 s.
         assert!(took < Duration::from_secs(7), "{}: {took:?}", service.name);
     }
     assert!(stack.api.output().contains("cut off at the deadline"), "{}", stack.api.output());

@@ -1,5 +1,5 @@
-//! Requests that two readers could understand differently: each gets one documented answer, and what is
-//! hidden in it is never served as a request of its own (RFC 9112, sections 6.3 and 11.2).
+//! Ambiguous requests, which two readers could understand differently: each gets one documented answer, and a
+//! request hidden inside is never served (RFC 9112, sections 6.3 and 11.2).
 
 use anyhow::Result;
 use devstack::{
@@ -12,7 +12,7 @@ const LOGIN: &str =
     "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
 const BODY: &str = r#"{"mobile":"13800138000"}"#;
 
-/// What is hidden. Served, it would answer 200 and `alive`.
+/// The hidden request. If it were served, the answer would be 200 and `alive`.
 const HIDDEN: &str = "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -22,8 +22,8 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
     let whole = format!("content-length: {}\r\n", BODY.len());
     let as_body = format!("0\r\n\r\n{HIDDEN}");
     for (name, request, expected) in [
-        // One reader goes by the length, the other by the chunks: the chunks win (section 6.3), and nothing
-        // more is read from that connection.
+        // One reader uses the length, another the chunks. The chunks win (section 6.3), and the rest of the
+        // connection is not read.
         ("CL.TE", format!("{LOGIN}content-length: {}\r\n{chunked}\r\n{as_body}", as_body.len()), "400"),
         ("TE.CL", format!("{LOGIN}{chunked}content-length: 4\r\n\r\n22\r\n{HIDDEN}\r\n0\r\n\r\n"), "400"),
         ("TE.TE", format!("{LOGIN}{chunked}transfer-encoding: x\r\n\r\n{as_body}"), "400"),
@@ -96,22 +96,23 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             format!("{LOGIN}transfer-encoding: chunked\r\n\r\n{:x};a=b\r\n{BODY}\r\n0\r\n\r\n", BODY.len()),
             &["200"],
         ),
-        // Answered in order, each once, as in `a_hidden_request_is_never_served` nothing is.
+        // Both requests are answered in order, once each, unlike the hidden ones in the test above.
         ("pipelined requests", format!("{LOGIN}{whole}\r\n{BODY}{HIDDEN}"), &["200", "200"]),
         ("HTTP/1.0", format!("{}{whole}\r\n{BODY}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")), &["200"]),
-        // Without keep-alive: what follows is not read.
+        // HTTP/1.0 has no keep-alive by default, so the second request is not read.
         (
             "HTTP/1.0, then another",
             format!("{}{whole}\r\n{BODY}{HIDDEN}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")),
             &["200"],
         ),
-        // Chunks are of HTTP/1.1.
+        // HTTP/1.0 has no chunks.
         (
             "HTTP/1.0 with chunks",
             format!("{}transfer-encoding: chunked\r\n\r\n{chunks}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")),
             &["400"],
         ),
-        // The target wins over the header (RFC 9112, section 3.2.2). No answer here depends on either.
+        // The target takes precedence over the header (RFC 9112, section 3.2.2). No answer here depends on
+        // either.
         ("absolute form", HIDDEN.replace("/healthz", "http://other.example/healthz"), &["200"]),
         ("a method that is unknown", HIDDEN.replace("GET", "SMUGGLE"), &["405"]),
         ("CONNECT", "CONNECT other.example:443 HTTP/1.1\r\nhost: x\r\n\r\n".to_owned(), &["404"]),
@@ -141,7 +142,7 @@ async fn what_a_caller_sends_breaks_no_line_of_a_log_and_no_header() -> Result<(
         let variables =
             [("*", "LOG_FORMAT", format), ("*", "RUST_LOG", "debug"), ("*", "BAGGAGE_SPAN_ATTRIBUTES", "k")];
         let mut stack = Stack::start(&variables).await?;
-        // Found at the beginning of a line or a header, it was injected there.
+        // If this mark stands at the beginning of a line or a header, it was injected there.
         let mark = format!("x-evil-{}", Uuid::new_v4().simple());
         let injected = format!("\r\n{mark}: yes\r\n\x1b[31m\x07\u{9b}31m\u{2028}\0");
         let as_json = serde_json::json!({ "mobile": injected, &injected: injected }).to_string();

@@ -1,4 +1,4 @@
-//! The example of spans by hand, run as a program.
+//! The example of hand-written spans, run as a program.
 
 use anyhow::Result;
 use devstack::{process, receiver::Receiver};

@@ -1,5 +1,5 @@
-//! The file that keeps logins while the broker is away: full, on a full disk, in use, damaged, and after a
-//! process that died.
+//! The file that keeps logins while the broker is away: when it is full, on a full disk, in use, damaged, and
+//! after its process died.
 
 use anyhow::{Context, Result};
 use devstack::{
@@ -34,7 +34,7 @@ async fn drained(stack: &Stack) -> Result<()> {
     empty.await.with_context(|| format!("not drained:\n{}", stack.api.output()))
 }
 
-/// Replaces api by one that reaches the broker through a proxy, with these variables.
+/// Replaces api by one that reaches the broker through a proxy, and has these variables.
 async fn behind_proxy(stack: &mut Stack, variables: &[(&str, &str)]) -> Result<Proxy> {
     let (proxy, url) = stack.broker.proxy()?;
     let variables = [&[("AMQP_URL", url.as_str())], variables].concat();
@@ -68,7 +68,7 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     assert_eq!(stack.api.output().matches("the spool is full").count(), 1);
     let unready =
         json!({"usercenter": true, "broker": false, "spool": false, "spooled": 3, "stopping": false});
-    // usercenter has a second to answer: once is luck.
+    // usercenter has one second to answer, so a single try may fail.
     let said = poll(PATIENCE, async || {
         let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
         (ready.json() == unready).then_some(ready.status)
@@ -82,7 +82,7 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     Ok(())
 }
 
-/// The largest file that the process may write, from now on.
+/// Limits the size of any file that the process writes from now on.
 async fn limit_files(process: &Process, bytes: &str) -> Result<()> {
     let pid = process.id().to_string();
     let limited =
@@ -95,7 +95,7 @@ async fn limit_files(process: &Process, bytes: &str) -> Result<()> {
 async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     let (proxy, url) = stack.broker.proxy()?;
-    // A write beyond the limit then fails, as on a full disk; otherwise it would end the process.
+    // With this trap, a write beyond the limit fails as on a full disk instead of ending the process.
     let script = "trap '' XFSZ; exec \"$0\"";
     let data = TempDir::new()?;
     let variables = [("AMQP_URL", url.as_str()), ("API_DATA_DIR", &*data.path().to_string_lossy())];
@@ -109,7 +109,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
 
     let size = fs::metadata(data.path().join("spool.redb"))?.len();
     limit_files(&stack.api, &size.to_string()).await?;
-    // Large messages fill it sooner.
+    // Large messages fill the disk sooner.
     let baggage = format!("k={}", "x".repeat(3000));
     let headers = [("baggage", baggage.as_str())];
     let refused = poll(PATIENCE, async || {
@@ -140,7 +140,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     Ok(())
 }
 
-/// A queue beside the consumer's, for all that is published.
+/// Declares a queue beside the consumer's, which gets all published messages.
 async fn tap(stack: &Stack) -> Result<String> {
     let tap = format!("{}tap", stack.broker.prefix);
     let (channel, topology) = (&stack.broker.channel, &stack.broker.topology);
@@ -152,7 +152,7 @@ async fn tap(stack: &Stack) -> Result<String> {
     Ok(tap)
 }
 
-/// The trace ids of all that is in the queue, each once.
+/// Returns the trace ids of all messages in the queue, once each.
 async fn trace_ids(stack: &Stack, queue: &str) -> Result<HashSet<String>> {
     let mut trace_ids = HashSet::new();
     let options = BasicGetOptions { no_ack: true };
@@ -166,7 +166,7 @@ async fn trace_ids(stack: &Stack, queue: &str) -> Result<HashSet<String>> {
     Ok(trace_ids)
 }
 
-/// Eight callers, until the service dies under them. What was answered with 200 is noted at once.
+/// Eight callers that log in until the service dies. They note each login answered with 200 at once.
 struct Load(JoinSet<()>);
 
 impl Load {
@@ -202,7 +202,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
     let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
     let answered = Arc::new(Mutex::new(HashSet::new()));
     let mut spooled_at_the_end = 0;
-    // With the broker there, then away, then back while the spool is drained, and at all times between.
+    // The kills come while the broker is there, while it is away, while the spool is drained, and in between.
     for round in 0..12_u64 {
         let proxy = behind_proxy(&mut stack, &variables).await?;
         let before = answered.lock().unwrap().len();
@@ -217,7 +217,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
         }
         if round % 3 > 1 {
             proxy.restore();
-            // Not to wait for something: to be somewhere else each time.
+            // This pause doesn't wait for anything. It varies the moment of the kill.
             sleep(Duration::from_millis(100 + 23 * round)).await;
         }
         spooled_at_the_end += spooled(&stack).await.unwrap_or_default();
@@ -240,7 +240,7 @@ async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next
     let mut stack = Stack::start(&[]).await?;
     let data = TempDir::new()?;
     let directory = data.path().to_string_lossy();
-    // Longer than this test waits for its end: nothing that a stop waits for has an end of its own.
+    // This is longer than the test waits, so the test fails if api ends only by its time-out.
     let variables = [("API_DATA_DIR", &*directory), ("SHUTDOWN_TIMEOUT", "1h")];
     let proxy = behind_proxy(&mut stack, &variables).await?;
     proxy.refuse();
@@ -260,7 +260,7 @@ async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next
     Ok(())
 }
 
-/// Starts api with this directory; its exit code, and what it said.
+/// Starts api with this directory. Returns its exit code and its log.
 async fn ends(directory: &str, variables: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
     let basics = [
         ("API_DATA_DIR", directory),

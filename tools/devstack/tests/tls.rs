@@ -1,4 +1,4 @@
-//! TLS between api and usercenter, and to the broker: with good certificates a login is what it is without,
+//! TLS between api and usercenter, and to the broker: with good certificates a login works as without TLS,
 //! and with others the log says what is wrong with them.
 
 use anyhow::{Context, Result, ensure};
@@ -20,7 +20,7 @@ use tokio::{
 type Variable<'a> = (&'a str, &'a str);
 type Pairs<'a> = Vec<Variable<'a>>;
 
-/// What usercenter is started with.
+/// Returns the TLS variables of usercenter.
 fn usercenter<'a>(files: &'a Files, client_ca: &'a str) -> Pairs<'a> {
     vec![
         ("USERCENTER_TLS_CERTIFICATE", &files.certificate),
@@ -29,12 +29,12 @@ fn usercenter<'a>(files: &'a Files, client_ca: &'a str) -> Pairs<'a> {
     ]
 }
 
-/// What api shows to usercenter.
+/// Returns the variables for the certificate that api shows to usercenter.
 fn to_usercenter(files: &Files) -> Pairs<'_> {
     vec![("USERCENTER_CLIENT_CERTIFICATE", &files.certificate), ("USERCENTER_CLIENT_KEY", &files.key)]
 }
 
-/// What api and mq show to the broker.
+/// Returns the variables for the certificate that api and mq show to the broker.
 fn to_broker(files: &Files) -> Pairs<'_> {
     vec![("AMQP_CLIENT_CERTIFICATE", &files.certificate), ("AMQP_CLIENT_KEY", &files.key)]
 }
@@ -49,7 +49,7 @@ async fn with_tls_on_both_sides_of_everything_a_login_is_one_trace_as_ever() -> 
     variables.extend(to_usercenter(&good).into_iter().map(|(name, value)| ("api", name, value)));
     variables.extend(to_broker(&good).into_iter().map(|(name, value)| ("*", name, value)));
     variables.extend([("*", "AMQP_URL", amqp_url.as_str()), ("api", "USERCENTER_CA", &ca)]);
-    // The system's authorities for one, a file for the other.
+    // For the broker's certificate, api trusts the system's authorities, and mq those in a file.
     variables.extend([("api", "SSL_CERT_FILE", ca.as_str()), ("mq", "AMQP_CA", &ca)]);
 
     let mut stack = Stack::start_on(broker, &variables).await?;
@@ -61,8 +61,8 @@ async fn with_tls_on_both_sides_of_everything_a_login_is_one_trace_as_ever() -> 
     stack.stop().await
 }
 
-/// What api and usercenter say when they can't have TLS, and mq when it can't have it with the broker. The
-/// address that each line names is checked here.
+/// The log lines of api and usercenter when they can't have TLS with each other, and of api and mq when they
+/// can't have it with the broker. `Said::with` checks the address in each line.
 struct Said {
     api_of_usercenter: String,
     usercenter: Process,
@@ -71,8 +71,8 @@ struct Said {
 }
 
 impl Said {
-    /// With these certificates of usercenter and of the broker, which ask for one of their clients if there is a
-    /// `client_ca`.
+    /// Starts usercenter and the broker with the certificate `servers`. If there is a `client_ca`, both ask
+    /// for a client certificate.
     async fn with(
         certificates: &Certificates,
         servers: &Files,
@@ -162,7 +162,7 @@ async fn usercenter_asks_itself_for_its_health_by_tls_whatever_the_certificate()
         };
         let output = asks(&files).await?;
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // Whoever serves there is another.
+        // A probe that has another certificate refuses this server.
         assert_eq!(asks(&other).await?.status.code(), Some(1));
         assert!(serving::health::probe(rpc.address).await.is_err(), "without TLS");
     }
@@ -171,7 +171,7 @@ async fn usercenter_asks_itself_for_its_health_by_tls_whatever_the_certificate()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_do_not_finish_the_handshake_are_cut_off_and_hold_up_nobody() -> Result<()> {
-    /// Of a handshake, up to the length of what does not come.
+    /// The first bytes of a handshake, whose length fields announce more.
     const BEGUN: &[u8] = &[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
 
     let certificates = Certificates::new()?;
@@ -237,7 +237,7 @@ async fn a_file_that_cannot_be_used_ends_the_service_with_2_and_a_line_that_name
     ];
     for (service, variables, expected) in cases {
         let mut command = Process::command(service, variables)?;
-        // One that tried to listen would fail with 1.
+        // A service that tried to listen on this port would exit with 1.
         for listen in ["API_LISTEN", "USERCENTER_LISTEN", "MQ_LISTEN"] {
             command.env(listen, &taken);
         }

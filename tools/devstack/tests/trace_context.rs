@@ -1,9 +1,9 @@
-//! W3C Trace Context over real sockets: the cases of the W3C group's own test suite
-//! (github.com/w3c/trace-context, folder `test`, June 2026: level 2), each from the HTTP request to the consumer
-//! span, and what the next process gets of those in which level 2 differs.
+//! W3C Trace Context over real sockets. These are the cases of the W3C group's own test suite
+//! (github.com/w3c/trace-context, folder `test`, June 2026: level 2), each from the HTTP request to the
+//! consumer span. For the cases that differ in level 2, the tests also check what the next process gets.
 //!
-//! That a service's several calls have one trace and a span id each is what the tests of the login show.
-//! Malformed kinds in more detail, and at the limits: the unit tests of the propagator.
+//! The tests of the login show that several calls of a service share one trace and have different span ids.
+//! The propagator's unit tests cover kinds of malformed headers in more detail, and the limits.
 
 use anyhow::{Context, Result};
 use axum::{Router, http::HeaderMap};
@@ -24,27 +24,27 @@ use tokio::{
     sync::mpsc,
 };
 
-/// The trace and the span of the caller in most cases.
+/// The caller's trace and span in most cases.
 const TRACE: &str = "12345678901234567890123456789012";
 const PARENT: &str = "00-12345678901234567890123456789012-1234567890123456-01";
 
-/// What the service should do with the headers of a case.
+/// The effect that the headers of a case should have.
 enum Expect {
-    /// A trace of its own.
+    /// The service starts a new trace.
     NewTrace,
-    /// The caller's trace, with this tracestate at the far end; empty if it was to be discarded.
+    /// The trace is the caller's, with this tracestate at the far end (empty if it must be discarded).
     SameTrace(String),
 }
 use Expect::{NewTrace, SameTrace};
 
-/// A login with these header lines, sent as they are; the answer's `traceparent`.
+/// Logs in with these header lines, sent unchanged. Returns the answer's `traceparent`.
 async fn login(stack: &Stack, lines: &[String]) -> Result<String> {
     let answer = login_at(stack.api.address, lines).await?;
     let found = answer.lines().find_map(|line| line.strip_prefix("traceparent: "));
     Ok(found.with_context(|| answer.clone())?.to_owned())
 }
 
-/// The same, at this address; the whole answer.
+/// Logs in at this address. Returns the whole answer.
 async fn login_at(api: SocketAddr, lines: &[String]) -> Result<String> {
     let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
     let mut request = format!(
@@ -71,7 +71,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
         let ids: Vec<_> = traceparent.split('-').collect();
         let [version, trace_id, span_id, flags] = ids[..] else { panic!("{case}: {traceparent}") };
         assert_eq!((version, trace_id.len(), span_id.len()), ("00", 32, 16), "{case}");
-        // Most cases have the same trace id: it is the one below this request's span.
+        // Most cases have the same trace id, so spans are found by the id of their parent, beginning with
+        // this request's.
         let child = |kind: &'static str, parent: String| {
             let is_it = move |span: &Span| span.kind == kind && span.parent_span_id == parent;
             stack.receiver.expect_span(is_it)
@@ -79,7 +80,7 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
         let producer = child("PRODUCER", span_id.to_owned()).await;
         let consumer = child("CONSUMER", producer.span_id).await;
         assert_eq!(consumer.trace_id, trace_id, "{case}");
-        // Whatever the case sends, no id of it may be taken in part.
+        // Whatever the case sends, none of its ids may be used in part.
         match expected {
             NewTrace => {
                 let sent = lines.concat();
@@ -96,8 +97,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
     Ok(())
 }
 
-/// The trace headers of the next message, by name; `Traceparent` and the like are those of its body. mq must be
-/// stopped.
+/// Returns the next message's trace headers, by name; `Traceparent` and other capitalized names are those of
+/// its body. mq must be stopped.
 async fn next_message(stack: &Stack) -> Result<HashMap<String, String>> {
     let queue = stack.broker.topology.queue.as_str();
     let get = async || {
@@ -154,7 +155,7 @@ async fn every_vector_of_level_2_arrives_at_the_next_process() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_random_flag_goes_as_far_as_the_trace_and_is_set_in_new_ones() -> Result<()> {
-    // In place of usercenter: keeps the metadata of each call.
+    // This server stands in for usercenter and keeps the metadata of each call.
     let (calls, mut called) = mpsc::unbounded_channel();
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let usercenter = format!("http://{}", listener.local_addr()?);
@@ -207,7 +208,7 @@ async fn the_random_flag_goes_as_far_as_the_trace_and_is_set_in_new_ones() -> Re
     Ok(())
 }
 
-/// Name in the suite, header lines, expectation.
+/// Returns the cases: the name in the suite, the header lines and the expected effect.
 fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
     let mut cases = Vec::new();
     let mut add = |case, lines: &[&str], expected| {
@@ -269,7 +270,7 @@ fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
     add("tracestate_included_traceparent_missing", &["tracestate: foo=1"], NewTrace);
     add("tracestate_included_traceparent_missing", &["tracestate: foo=1,bar=2"], NewTrace);
 
-    // From here on traceparent is valid, and only tracestate differs.
+    // From here on, traceparent is valid and only tracestate varies.
     let many = |members: usize| (1..=members).map(|i| format!("bar{i:02}={i:02}")).collect::<Vec<_>>();
     let legal: String = (0x20..=0x7e).map(char::from).filter(|c| !",=".contains(*c)).collect();
     let key = "abcdefghijklmnopqrstuvwxyz0123456789_-*/";
@@ -304,7 +305,7 @@ fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
         ("tracestate_key_illegal_characters", vec!["foo =1"], ""),
         ("tracestate_key_illegal_characters", vec!["FOO=1"], ""),
         ("tracestate_key_illegal_characters", vec!["foo.bar=1"], ""),
-        // Those with two @ are sent on, but the SDK does not show them on a span.
+        // Keys with two @ are sent on, but the SDK does not show them on a span.
         ("tracestate_key_illegal_vendor_format", vec!["foo@=1,bar=2"], "foo@=1,bar=2"),
         ("tracestate_key_illegal_vendor_format", vec!["@foo=1,bar=2"], ""),
         ("tracestate_key_illegal_vendor_format", vec!["foo@@bar=1,bar=2"], "bar=2"),
@@ -315,7 +316,8 @@ fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
         ("tracestate_key_length_limit", vec![&long(256, 0)], &long(256, 0)),
         ("tracestate_key_length_limit", vec![&long(257, 0)], ""),
         ("tracestate_key_length_limit", vec![&long(242, 1)], &long(242, 1)),
-        // More than 13 after the @ are sent on, but the SDK does not show them on a span.
+        // Keys with more than 13 characters after the @ are sent on, but the SDK does not show them on a
+        // span.
         ("tracestate_key_length_limit", vec!["foo=1", &long(241, 14), "bar=2"], "foo=1,bar=2"),
         ("tracestate_key_length_limit", vec!["foo=1", &long(1, 15), "bar=2"], "foo=1,bar=2"),
         ("tracestate_value_illegal_characters", vec!["foo=bar=baz"], ""),
