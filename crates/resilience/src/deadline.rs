@@ -51,7 +51,7 @@ impl Deadline {
 
     /// How much time the caller gives, if it says so.
     pub(crate) fn read(headers: &HeaderMap) -> Option<Duration> {
-        telemetry::grpc::parse_timeout(headers.get(GRPC_TIMEOUT)?.to_str().ok()?)
+        grpc_protocol::parse_timeout(headers.get(GRPC_TIMEOUT)?.to_str().ok()?)
     }
 }
 

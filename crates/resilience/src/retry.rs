@@ -5,6 +5,7 @@
 
 use crate::{CircuitOpen, Deadline, unary::MAX_MESSAGE};
 use bytes::Bytes;
+use grpc_protocol::code_name;
 use http::{Request, Response};
 use http_body::Body;
 use http_body_util::{BodyExt, Limited};
@@ -15,7 +16,7 @@ use std::{
     task::{self, Poll},
     time::Duration,
 };
-use telemetry::{grpc::code_name, semconv};
+use telemetry::semconv;
 use tokio::time::sleep;
 use tonic::{Code, Status};
 use tower::{

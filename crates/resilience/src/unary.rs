@@ -5,6 +5,7 @@
 
 use crate::Deadline;
 use bytes::Bytes;
+use grpc_protocol::{code_of_http, transport_status};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body;
 use http_body_util::{BodyExt, Collected, Full, LengthLimitError, Limited};
@@ -12,7 +13,6 @@ use std::{
     pin::Pin,
     task::{self, Poll},
 };
-use telemetry::grpc::{code_of_http, transport_status};
 use tonic::{Code, Status};
 use tower::{BoxError, Layer, Service};
 

@@ -17,19 +17,15 @@
 //! # }
 //! ```
 
-mod protocol;
-
-pub(crate) use protocol::status_code;
-pub use protocol::{code_name, code_of_http, parse_timeout, transport_status};
-
 use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
-    http::{Headers, HeadersMut, host_attribute, peer_attributes},
+    headers::{Headers, HeadersMut, host_attribute, peer_attributes},
     metrics::{self, Measurement},
     redaction::without_long_numbers,
     semconv::{self, OTHER},
 };
+use grpc_protocol::{GRPC_STATUS, code_name, code_of_http, parse_timeout, status_code, transport_status};
 use http::{HeaderMap, Request, Response, Uri};
 use http_body::Body;
 use opentelemetry::{
@@ -316,8 +312,7 @@ impl GrpcSpan {
     fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
         self.status = code_of_http(response.status());
         // Without a message the status is in the headers; so it is if this isn't gRPC at all.
-        let only_headers =
-            response.headers().contains_key(protocol::GRPC_STATUS) || response.body().is_end_stream();
+        let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
             let error_type = response.extensions().get::<ErrorType>().copied();
             let code = status_code(response.headers()).unwrap_or(self.status);

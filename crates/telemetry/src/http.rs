@@ -17,19 +17,20 @@
 use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
+    config::KNOWN_METHODS_VARIABLE,
+    headers::{Headers, TRACEPARENT, host_attribute, peer_attributes},
     metrics::{self, Measurement},
     redaction::{user_agent, without_long_numbers},
     semconv::{self, CANCELLED, OTHER, PANIC},
 };
 use axum::extract::{ConnectInfo, MatchedPath};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body::Body;
 use opentelemetry::{
     Context, KeyValue, StringValue,
     context::FutureExt,
     global::{BoxedSpan, BoxedTracer},
     metrics::{Histogram, UpDownCounter},
-    propagation::{Extractor, Injector},
     trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer},
 };
 use std::{
@@ -191,15 +192,6 @@ fn request_attributes<B>(
     }
 }
 
-/// The other end of the connection, which counts as the client: headers like `x-forwarded-for` are
-/// claims of anybody.
-pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
-    let address = StringValue::from(peer.ip().to_string());
-    span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
-    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address));
-    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
-}
-
 /// A server span that ends with the response's body; dropped earlier, it says so.
 #[derive(Debug)]
 pub struct HttpServerSpan {
@@ -334,10 +326,6 @@ impl Drop for HttpServerSpan {
     }
 }
 
-/// The variable that lists the known methods, in place of [`KNOWN_METHODS`] (semantic conventions 1.45, HTTP
-/// spans, `http.request.method`). They are compared with regard to case.
-pub(crate) const KNOWN_METHODS_VARIABLE: &str = "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS";
-
 /// The methods of RFC 9110, PATCH of RFC 5789, and QUERY.
 const KNOWN_METHODS: &str = "CONNECT,DELETE,GET,HEAD,OPTIONS,PATCH,POST,PUT,QUERY,TRACE";
 
@@ -358,72 +346,4 @@ fn protocol_version(version: Version) -> Option<&'static str> {
         Version::HTTP_2 => "2",
         _ => return None,
     })
-}
-
-/// The host that a caller named, which may be anything.
-pub(crate) fn host_attribute(authority: &http::uri::Authority) -> String {
-    without_long_numbers(authority.host().trim_matches(['[', ']']))
-}
-
-static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-
-/// HTTP headers, which gRPC calls metadata, as the carrier of a context to read.
-pub struct Headers<'a>(pub &'a HeaderMap);
-
-impl Extractor for Headers<'_> {
-    fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key).map(text)
-    }
-
-    fn keys(&self) -> Vec<&str> {
-        self.0.keys().map(HeaderName::as_str).collect()
-    }
-
-    fn get_all(&self, key: &str) -> Option<Vec<&str>> {
-        let lines: Vec<&str> = self.0.get_all(key).iter().map(text).collect();
-        (!lines.is_empty()).then_some(lines)
-    }
-}
-
-/// A value that is not text is malformed in every format there is; it must not look absent.
-fn text(value: &HeaderValue) -> &str {
-    value.to_str().unwrap_or("\u{fffd}")
-}
-
-/// The same, as the carrier to write.
-pub struct HeadersMut<'a>(pub &'a mut HeaderMap);
-
-impl Injector for HeadersMut<'_> {
-    fn set(&mut self, key: &str, value: String) {
-        let name = match key {
-            "traceparent" => Ok(TRACEPARENT.clone()),
-            other => HeaderName::try_from(other),
-        };
-        // A value with a line break would not be a header; it is left out.
-        if let (Ok(name), Ok(mut value)) = (name, HeaderValue::try_from(value)) {
-            // No two are the same: kept in HTTP/2's table they would only displace what is worth it.
-            value.set_sensitive(true);
-            self.0.insert(name, value);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_header_that_is_not_text_is_present_and_malformed() {
-        let mut headers = HeaderMap::new();
-        headers.append("traceparent", HeaderValue::from_bytes(b"\xff").unwrap());
-        assert_eq!(Headers(&headers).get_all("traceparent"), Some(vec!["\u{fffd}"]));
-        assert_eq!(Headers(&headers).get_all("tracestate"), None);
-    }
-
-    #[test]
-    fn a_line_break_is_never_written_into_a_header() {
-        let mut headers = HeaderMap::new();
-        HeadersMut(&mut headers).set("baggage", "k=v\r\nx-evil: 1".to_owned());
-        assert!(headers.is_empty());
-    }
 }

@@ -20,12 +20,23 @@
 //! # }
 //! ```
 
+#![cfg_attr(
+    not(all(feature = "axum", feature = "tonic", feature = "lapin")),
+    allow(dead_code, reason = "some parts are of use to one boundary only")
+)]
+
+#[cfg(feature = "lapin")]
 pub mod amqp;
+#[cfg(any(feature = "axum", feature = "tonic"))]
 mod body;
 mod config;
 mod error_type;
 mod export;
+#[cfg(feature = "tonic")]
 pub mod grpc;
+#[cfg(any(feature = "axum", feature = "tonic"))]
+pub mod headers;
+#[cfg(feature = "axum")]
 pub mod http;
 mod log;
 pub mod metrics;

@@ -2,7 +2,7 @@
 //! and a cause to tell when they fail.
 
 use crate::{
-    config::{ConfigError, OtlpConfig, Pem, Tls},
+    config::{ConfigError, OtlpConfig, Pem, Protocol, Tls},
     outage::note_cause,
 };
 use async_trait::async_trait;
@@ -11,8 +11,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response, hyper::HyperClient};
 use opentelemetry_otlp::{
-    ExporterBuildError, LogExporter, MetricExporter, Protocol, SpanExporter, WithExportConfig,
-    WithHttpConfig, WithTonicConfig,
+    ExporterBuildError, LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig,
 };
 use opentelemetry_sdk::metrics::Temporality;
 use rustls::{
@@ -21,9 +20,11 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 use std::{fmt::Display, sync::Arc, time::Duration};
+#[cfg(feature = "otlp-grpc")]
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+#[cfg(feature = "otlp-grpc")]
 /// Less than half of the time that a request has, by default.
 const KEEP_ALIVE: Duration = Duration::from_secs(4);
 
@@ -31,6 +32,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(4);
 pub(crate) fn span_exporter(config: &OtlpConfig) -> Result<SpanExporter, ConfigError> {
     let builder = SpanExporter::builder();
     built(match config.protocol {
+        #[cfg(feature = "otlp-grpc")]
         Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
         _ => http(builder.with_http(), config)?.build(),
     })
@@ -43,6 +45,7 @@ pub(crate) fn metric_exporter(
 ) -> Result<MetricExporter, ConfigError> {
     let builder = MetricExporter::builder().with_temporality(temporality);
     built(match config.protocol {
+        #[cfg(feature = "otlp-grpc")]
         Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
         _ => http(builder.with_http(), config)?.build(),
     })
@@ -52,6 +55,7 @@ pub(crate) fn metric_exporter(
 pub(crate) fn log_exporter(config: &OtlpConfig) -> Result<LogExporter, ConfigError> {
     let builder = LogExporter::builder();
     built(match config.protocol {
+        #[cfg(feature = "otlp-grpc")]
         Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
         _ => http(builder.with_http(), config)?.build(),
     })
@@ -62,7 +66,11 @@ fn built<E>(exporter: Result<E, ExporterBuildError>) -> Result<E, ConfigError> {
 }
 
 /// The library reads the headers from the environment itself, [`OtlpConfig`] has checked them.
-fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, config: &OtlpConfig) -> Result<B, ConfigError> {
+#[cfg(feature = "otlp-grpc")]
+fn grpc<B: WithExportConfig + opentelemetry_otlp::WithTonicConfig>(
+    builder: B,
+    config: &OtlpConfig,
+) -> Result<B, ConfigError> {
     let builder = builder.with_channel(channel(config)?).with_timeout(config.timeout);
     Ok(match config.compression {
         Some(compression) => builder.with_compression(compression),
@@ -73,13 +81,18 @@ fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, config: &OtlpConfig) 
 fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -> Result<B, ConfigError> {
     let client = client(&config.endpoint, &config.tls, config.timeout)?;
     let builder = builder.with_http_client(client).with_endpoint(config.endpoint.to_string());
-    let builder = builder.with_protocol(config.protocol).with_timeout(config.timeout);
+    let protocol = match config.protocol {
+        Protocol::HttpJson => opentelemetry_otlp::Protocol::HttpJson,
+        _ => opentelemetry_otlp::Protocol::HttpBinary,
+    };
+    let builder = builder.with_protocol(protocol).with_timeout(config.timeout);
     Ok(match config.compression {
         Some(compression) => builder.with_compression(compression),
         None => builder,
     })
 }
 
+#[cfg(feature = "otlp-grpc")]
 fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
     // tonic parses the same files, but its errors do not name them.
     client_config(&config.endpoint, &config.tls)?;

@@ -8,10 +8,9 @@
 mod environment;
 mod otlp;
 
-pub(crate) use otlp::{OtlpConfig, Pem, Signal, Tls};
+pub(crate) use otlp::{OtlpConfig, Pem, Protocol, Signal, Tls};
 
 use crate::{
-    http::KNOWN_METHODS_VARIABLE,
     log,
     propagation::{AskedBy, Propagator},
 };
@@ -32,6 +31,10 @@ use std::{
 
 const VALUE_LENGTH: [&str; 2] =
     ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"];
+
+/// The variable that lists the known methods, in place of the default (semantic conventions 1.45, HTTP
+/// spans, `http.request.method`). They are compared with regard to case.
+pub(crate) const KNOWN_METHODS_VARIABLE: &str = "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS";
 
 const MAX_QUEUE_SIZE: usize = 1_000_000;
 

@@ -8,7 +8,7 @@ use super::{
     environment::{Environment, unknown},
 };
 use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
-use opentelemetry_otlp::{Compression, Protocol};
+use opentelemetry_otlp::Compression;
 use percent_encoding::percent_decode_str;
 use std::{fmt, fs, time::Duration};
 
@@ -18,6 +18,15 @@ pub(crate) enum Signal {
     Traces,
     Metrics,
     Logs,
+}
+
+/// `OTEL_EXPORTER_OTLP_PROTOCOL`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    /// Only with the feature `otlp-grpc`.
+    Grpc,
+    HttpProtobuf,
+    HttpJson,
 }
 
 /// How a signal is exported by OTLP.
@@ -85,10 +94,12 @@ impl OtlpConfig {
     pub(super) fn read(env: &Environment, signal: Signal) -> Result<Self, ConfigError> {
         let [own, general] = signal.variables("PROTOCOL");
         let protocol = match env.name(&[&own, &general])? {
-            None => Protocol::Grpc,
+            None if cfg!(feature = "otlp-grpc") => Protocol::Grpc,
+            None => Protocol::HttpProtobuf,
             Some((variable, value)) => match value.as_str() {
-                "grpc" => Protocol::Grpc,
-                "http/protobuf" => Protocol::HttpBinary,
+                "grpc" if cfg!(feature = "otlp-grpc") => Protocol::Grpc,
+                "grpc" => return Err(ConfigError::new(variable, "grpc is not built in (feature otlp-grpc)")),
+                "http/protobuf" => Protocol::HttpProtobuf,
                 "http/json" => Protocol::HttpJson,
                 other => return Err(unknown(variable, other, "grpc, http/protobuf, http/json")),
             },

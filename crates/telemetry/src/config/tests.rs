@@ -172,14 +172,11 @@ fn each_signal_has_its_own_path_and_its_own_variables() {
         panic!("{:?}", config.metrics);
     };
     assert_eq!((&*metrics.endpoint.to_string(), metrics.timeout.as_millis()), ("http://c/v1/metrics", 7));
-    assert_eq!(metrics.protocol, opentelemetry_otlp::Protocol::HttpJson);
+    assert_eq!(metrics.protocol, Protocol::HttpJson);
     let [LogsExporter::Otlp(logs)] = &config.logs.exporters[..] else {
         panic!("{:?}", config.logs);
     };
-    assert_eq!(
-        (logs.endpoint.to_string(), logs.protocol),
-        ("http://l/".to_owned(), opentelemetry_otlp::Protocol::Grpc)
-    );
+    assert_eq!((logs.endpoint.to_string(), logs.protocol), ("http://l/".to_owned(), Protocol::Grpc));
 }
 
 #[test]

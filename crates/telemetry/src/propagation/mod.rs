@@ -1,7 +1,7 @@
 //! Propagators, one wire format a file, and the choice among them by `OTEL_PROPAGATORS`.
 //!
 //! Each implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service. None
-//! knows what it reads from: the carriers for HTTP headers and gRPC metadata are in [`crate::http`],
+//! knows what it reads from: the carriers for HTTP headers and gRPC metadata are in [`crate::headers`],
 //! for AMQP headers in [`crate::amqp`], and the message body has its own in the crate `proto`.
 
 mod b3;

@@ -4,10 +4,11 @@ use http::{HeaderMap, StatusCode};
 use std::{error::Error, time::Duration};
 use tonic::{Code, Status, TimeoutExpired};
 
-pub(super) const GRPC_STATUS: &str = "grpc-status";
+/// The header or trailer that has the status.
+pub const GRPC_STATUS: &str = "grpc-status";
 
 /// The status in headers or trailers, if it is there.
-pub(crate) fn status_code(headers: &HeaderMap) -> Option<Code> {
+pub fn status_code(headers: &HeaderMap) -> Option<Code> {
     headers.get(GRPC_STATUS).map(|status| Code::from_bytes(status.as_bytes()))
 }
 

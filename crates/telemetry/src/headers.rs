@@ -1,0 +1,87 @@
+//! HTTP headers, which gRPC calls metadata: the carrier of a context, and attributes that both boundaries have.
+
+use crate::{redaction::without_long_numbers, semconv};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use opentelemetry::{
+    KeyValue, StringValue,
+    propagation::{Extractor, Injector},
+    trace::Span,
+};
+use std::net::SocketAddr;
+
+/// The other end of the connection, which counts as the client: headers like `x-forwarded-for` are
+/// claims of anybody.
+pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
+    let address = StringValue::from(peer.ip().to_string());
+    span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
+    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address));
+    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
+}
+
+/// The host that a caller named, which may be anything.
+pub(crate) fn host_attribute(authority: &http::uri::Authority) -> String {
+    without_long_numbers(authority.host().trim_matches(['[', ']']))
+}
+
+pub(crate) static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// HTTP headers, which gRPC calls metadata, as the carrier of a context to read.
+pub struct Headers<'a>(pub &'a HeaderMap);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(text)
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(HeaderName::as_str).collect()
+    }
+
+    fn get_all(&self, key: &str) -> Option<Vec<&str>> {
+        let lines: Vec<&str> = self.0.get_all(key).iter().map(text).collect();
+        (!lines.is_empty()).then_some(lines)
+    }
+}
+
+/// A value that is not text is malformed in every format there is; it must not look absent.
+fn text(value: &HeaderValue) -> &str {
+    value.to_str().unwrap_or("\u{fffd}")
+}
+
+/// The same, as the carrier to write.
+pub struct HeadersMut<'a>(pub &'a mut HeaderMap);
+
+impl Injector for HeadersMut<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        let name = match key {
+            "traceparent" => Ok(TRACEPARENT.clone()),
+            other => HeaderName::try_from(other),
+        };
+        // A value with a line break would not be a header; it is left out.
+        if let (Ok(name), Ok(mut value)) = (name, HeaderValue::try_from(value)) {
+            // No two are the same: kept in HTTP/2's table they would only displace what is worth it.
+            value.set_sensitive(true);
+            self.0.insert(name, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_that_is_not_text_is_present_and_malformed() {
+        let mut headers = HeaderMap::new();
+        headers.append("traceparent", HeaderValue::from_bytes(b"\xff").unwrap());
+        assert_eq!(Headers(&headers).get_all("traceparent"), Some(vec!["\u{fffd}"]));
+        assert_eq!(Headers(&headers).get_all("tracestate"), None);
+    }
+
+    #[test]
+    fn a_line_break_is_never_written_into_a_header() {
+        let mut headers = HeaderMap::new();
+        HeadersMut(&mut headers).set("baggage", "k=v\r\nx-evil: 1".to_owned());
+        assert!(headers.is_empty());
+    }
+}
