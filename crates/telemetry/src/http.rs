@@ -45,16 +45,16 @@ use tower::{Layer, Service};
 
 /// Opens a SERVER span for each request, named `{method} {route}`.
 ///
-/// Mount it with [`axum::Router::layer`]: there, the matched route is known. Make it after
-/// [`crate::Telemetry::start`], whose tracer it uses.
+/// Mount it with [`axum::Router::layer`], because the matched route is known there. Make it after
+/// [`crate::Telemetry::start`], because it uses the tracer that is set there.
 #[derive(Clone)]
 pub struct HttpServerLayer {
     tracer: Arc<BoxedTracer>,
     metrics: Option<Metrics>,
 }
 
-/// `http.server.*` of semantic conventions 1.45. What a caller can choose freely, a path or a host, is no
-/// attribute of them.
+/// The metrics `http.server.*` of semantic conventions 1.45. Values that a caller can choose freely, such as
+/// a path or a host, are not among their attributes.
 #[derive(Clone)]
 struct Metrics {
     duration: Histogram<f64>,
@@ -62,7 +62,7 @@ struct Metrics {
 }
 
 impl HttpServerLayer {
-    /// A layer that uses the tracer provider in force now.
+    /// Makes a layer that uses the current global tracer provider.
     #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
     pub fn new() -> Self {
         let metrics = metrics::are_exported().then(|| {
@@ -166,7 +166,7 @@ fn request_attributes<B>(
     if let Some(route) = route {
         set(semconv::HTTP_ROUTE, route.to_owned().into());
     }
-    // The query is left out: it is where personal data and secrets are sent by mistake.
+    // The query is left out, because personal data and secrets are often sent there by mistake.
     set(semconv::URL_PATH, without_long_numbers(request.uri().path()).into());
     set(
         semconv::URL_SCHEME,
@@ -191,8 +191,8 @@ fn request_attributes<B>(
     }
 }
 
-/// The other end of the connection, which counts as the client: headers like `x-forwarded-for` are
-/// claims of anybody.
+/// Sets the attributes of the connection's peer, which counts as the client. Headers like `x-forwarded-for`
+/// are ignored, because anybody can send them.
 pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
     let address = StringValue::from(peer.ip().to_string());
     span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
@@ -200,7 +200,7 @@ pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
 }
 
-/// A server span that ends with the response's body; dropped earlier, it says so.
+/// A server span that ends with the response's body. If it is dropped before that, it ends with an error.
 #[derive(Debug)]
 pub struct HttpServerSpan {
     cx: Context,
@@ -209,7 +209,7 @@ pub struct HttpServerSpan {
     measured: Option<Measured>,
 }
 
-/// A request in the metrics: active until this is dropped.
+/// Measures one request, which counts as active until this is dropped.
 #[derive(Debug)]
 struct Measured {
     duration: Measurement,
@@ -243,7 +243,7 @@ impl Drop for Measured {
 }
 
 enum Outcome {
-    /// The status tells it all.
+    /// The request ended as its status says.
     Complete,
     Error(&'static str),
 }
@@ -251,7 +251,7 @@ enum Outcome {
 impl HttpServerSpan {
     fn respond<B: Body>(mut self, mut response: Response<B>) -> Response<TracedBody<B, Self>> {
         let status = response.status();
-        // 4xx is the caller's fault, so it is no error (HTTP spans, "Status").
+        // A 4xx status is the caller's fault, so it is not an error of the server (HTTP spans, "Status").
         let error_type = status.is_server_error().then(|| match response.extensions().get::<ErrorType>() {
             Some(ErrorType(reason)) => StringValue::from(*reason),
             None => status.as_str().to_owned().into(),
@@ -275,7 +275,7 @@ impl HttpServerSpan {
         }
         let length = response.headers().get(header::CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
-        // hyper doesn't poll the bodies of these.
+        // hyper doesn't poll the bodies of these responses.
         let has_no_body = self.is_head
             || status.is_informational()
             || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
@@ -327,7 +327,7 @@ impl AwaitsBody for HttpServerSpan {
     }
 }
 
-/// The caller hung up, or the handler panicked.
+/// A span is dropped when the caller hung up, or when the handler panicked.
 impl Drop for HttpServerSpan {
     fn drop(&mut self) {
         self.end_once(Outcome::Error(if thread::panicking() { PANIC } else { CANCELLED }));
@@ -335,13 +335,14 @@ impl Drop for HttpServerSpan {
 }
 
 /// The variable that lists the known methods, in place of [`KNOWN_METHODS`] (semantic conventions 1.45, HTTP
-/// spans, `http.request.method`). They are compared with regard to case.
+/// spans, `http.request.method`). Methods are compared with regard to case.
 pub(crate) const KNOWN_METHODS_VARIABLE: &str = "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS";
 
 /// The methods of RFC 9110, PATCH of RFC 5789, and QUERY.
 const KNOWN_METHODS: &str = "CONNECT,DELETE,GET,HEAD,OPTIONS,PATCH,POST,PUT,QUERY,TRACE";
 
-/// The name of a known method; any other is `_OTHER`, since a caller can invent them.
+/// Returns the name of a known method. Any other method is reported as `_OTHER`, because callers can invent
+/// methods.
 fn known_method(method: &Method) -> Option<&'static str> {
     static KNOWN: LazyLock<Vec<String>> = LazyLock::new(|| {
         let list = env::var(KNOWN_METHODS_VARIABLE).ok().filter(|list| !list.trim().is_empty());
@@ -360,14 +361,14 @@ fn protocol_version(version: Version) -> Option<&'static str> {
     })
 }
 
-/// The host that a caller named, which may be anything.
+/// Returns the host that a caller named, without long numbers, because callers can name anything.
 pub(crate) fn host_attribute(authority: &http::uri::Authority) -> String {
     without_long_numbers(authority.host().trim_matches(['[', ']']))
 }
 
 static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// HTTP headers, which gRPC calls metadata, as the carrier of a context to read.
+/// HTTP headers (gRPC calls them metadata), as a carrier that a context is read from.
 pub struct Headers<'a>(pub &'a HeaderMap);
 
 impl Extractor for Headers<'_> {
@@ -385,12 +386,13 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// A value that is not text is malformed in every format there is; it must not look absent.
+/// Returns a header value as text. A value that is not text is malformed in every format, but it must not
+/// look absent, so it becomes U+FFFD.
 fn text(value: &HeaderValue) -> &str {
     value.to_str().unwrap_or("\u{fffd}")
 }
 
-/// The same, as the carrier to write.
+/// HTTP headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut HeaderMap);
 
 impl Injector for HeadersMut<'_> {
@@ -399,9 +401,10 @@ impl Injector for HeadersMut<'_> {
             "traceparent" => Ok(TRACEPARENT.clone()),
             other => HeaderName::try_from(other),
         };
-        // A value with a line break would not be a header; it is left out.
+        // A value with a line break is left out, because it can't be a header.
         if let (Ok(name), Ok(mut value)) = (name, HeaderValue::try_from(value)) {
-            // No two are the same: kept in HTTP/2's table they would only displace what is worth it.
+            // Each value is used only once, so HTTP/2 must not keep it in its table, where it would displace
+            // useful entries.
             value.set_sensitive(true);
             self.0.insert(name, value);
         }
