@@ -95,7 +95,7 @@ impl<S> Layer<S> for GrpcClientLayer {
     }
 }
 
-/// A channel in the [`GrpcClientLayer`].
+/// A channel wrapped in the [`GrpcClientLayer`].
 #[derive(Clone)]
 pub struct GrpcClient<S> {
     inner: S,
@@ -206,7 +206,7 @@ impl<S> Layer<S> for GrpcServerLayer {
     }
 }
 
-/// A service in the [`GrpcServerLayer`].
+/// A service wrapped in the [`GrpcServerLayer`].
 #[derive(Clone)]
 pub struct GrpcServer<S> {
     inner: S,

@@ -87,7 +87,7 @@ impl<S> Layer<S> for HttpServerLayer {
     }
 }
 
-/// A service in the [`HttpServerLayer`].
+/// A service wrapped in the [`HttpServerLayer`].
 #[derive(Clone)]
 pub struct HttpServer<S> {
     inner: S,
