@@ -1,11 +1,12 @@
-//! What every service does about its connections, and about its own end.
+//! How every service handles its connections, and how it ends.
 //!
-//! - [`arguments`]: flags and environment
+//! - [`arguments`]: reads flags and environment variables
 //! - [`listener`]: accepts connections, whatever happens
 //! - [`grpc`]: tonic's server, with bounds on what a connection may take
-//! - `socket`: a connection with TLS or without; [`tls`]: PEM files, read; `own`: a probe of a server with TLS
-//! - [`waiting`]: which connection goes when there are too many
-//! - [`seldom`]: one line a minute
+//! - `socket`: a connection with or without TLS; [`tls`]: reads PEM files; `own`: the probe of a server with
+//!   TLS
+//! - [`waiting`]: decides which connection is closed when there are too many
+//! - [`seldom`]: limits a log line to one a minute
 //! - [`shutdown`]: from the signal to exit, by one deadline
 
 pub mod arguments;
