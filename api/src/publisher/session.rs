@@ -1,5 +1,5 @@
-//! A connection to the broker with its channel, set up for publishing. It is used until the first thing
-//! goes wrong; then `dispatch` opens another, which declares the topology again.
+//! A connection to the broker, with a channel that is set up for publishing. A session is used until
+//! something goes wrong. Then `dispatch` opens another one, which declares the topology again.
 
 use super::{CLIENT_ID, Unconfirmed, message::Message};
 use futures_util::{Stream, StreamExt, future::join_all};
@@ -39,8 +39,8 @@ impl Session {
         Ok(Self { connection, channel, events, broker: Broker::new(&server.uri, CLIENT_ID) })
     }
 
-    /// Publishes messages in this order, and waits until all are confirmed. After an error any of them may
-    /// have been published or not, and the session is of no use any more.
+    /// Publishes messages in this order, and waits until all are confirmed. After an error, nobody knows
+    /// which of them were published, and the session can't publish any more.
     pub async fn publish(
         &mut self,
         topology: &Topology,
@@ -64,7 +64,8 @@ impl Session {
         trouble(&mut self.events).await
     }
 
-    /// After [`Unconfirmed::Blocked`]: waits until the broker takes messages again, or the connection is gone.
+    /// Waits, after [`Unconfirmed::Blocked`], until the broker takes messages again, or the connection is
+    /// gone.
     pub async fn unblocked(&mut self) {
         loop {
             select! {
@@ -72,7 +73,8 @@ impl Session {
                     Some(Event::ConnectionUnblocked | Event::Error(_)) | None => return,
                     Some(_) => {}
                 },
-                // Closed by the broker in an orderly way, it tells nobody.
+                // If the broker closes the connection in an orderly way, there is no event, so the status is
+                // checked.
                 () = sleep(Duration::from_secs(1)) => if !self.connection.status().connected() {
                     return;
                 },
@@ -80,7 +82,7 @@ impl Session {
         }
     }
 
-    /// Closes the connection in an orderly way, for at most a second.
+    /// Closes the connection in an orderly way, which may take at most a second.
     pub async fn close(self) {
         broker::close(&self.connection).await;
     }
@@ -89,7 +91,8 @@ impl Session {
 async fn trouble(events: &mut Events) -> Unconfirmed {
     loop {
         match events.next().await {
-            // lapin would keep the message, and all after it, until the broker takes messages again.
+            // lapin would hold back the message, and all messages after it, until the broker takes messages
+            // again.
             Some(Event::ConnectionBlocked(_)) => return Unconfirmed::Blocked,
             Some(Event::Error(_)) | None => return Unconfirmed::ConnectionBroken,
             Some(_) => {}
@@ -102,14 +105,15 @@ async fn publish_all(
     topology: &Topology,
     messages: impl Iterator<Item = &Message>,
 ) -> Result<(), Unconfirmed> {
-    // Each is handed over when it is polled first, so in order.
+    // Each future sends its message when it is first polled, so the messages are sent in order.
     let confirmations = join_all(messages.map(|message| publish_one(channel, topology, message))).await;
     let mut result = Ok(());
     for confirmation in confirmations {
         match confirmation {
             Ok(Confirmation::Ack(None)) => {}
-            // An unroutable message is returned, and then acknowledged all the same. lapin gives it to
-            // whichever acknowledgement comes next, which need not be its own: nobody knows whose it is.
+            // The broker returns an unroutable message, and then acknowledges it nevertheless. lapin attaches
+            // the returned message to whichever acknowledgement comes next. That need not be its own, so
+            // nobody knows which message was unroutable.
             Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_))) => {
                 return Err(Unconfirmed::Unroutable);
             }
@@ -129,7 +133,7 @@ async fn publish_one(
     message: &Message,
 ) -> lapin::Result<Confirmation> {
     let (exchange, routing_key) = (topology.exchange.as_str(), topology.routing_key.as_str());
-    // Without `mandatory` a message that no queue takes would vanish.
+    // Without `mandatory`, the broker would drop a message that no queue takes.
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
     let properties = message.properties(SystemTime::now());
     channel
