@@ -1,5 +1,5 @@
-//! The body of a request, read whole before the request takes a place among those in flight: a thousand
-//! callers that take their time with it must not keep out those that don't.
+//! Reads the whole body of a request before the request counts as in flight, because a thousand slow callers
+//! must not keep out the others.
 
 use crate::problem::Problem;
 use axum::{
@@ -16,29 +16,30 @@ use tokio::{
     time::timeout_at,
 };
 
-/// The largest body, in bytes.
+/// The largest body of one request, in bytes.
 const LIMIT: usize = 1024 * 1024;
 
-/// Of all requests together, in bytes: it bounds what thousands of callers can make this service keep.
+/// The largest total of the bodies of all requests, in bytes. It bounds how much memory thousands of callers
+/// can take.
 const LIMIT_OF_ALL: usize = 64 * 1024 * 1024;
 
-/// What bodies may take of memory.
+/// The memory that bodies may take.
 #[derive(Clone)]
 pub struct BodyMemory(Arc<Semaphore>);
 
 impl BodyMemory {
-    /// All of it, for one router.
+    /// Returns all of this memory, for one router.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
         Self(Arc::new(Semaphore::new(LIMIT_OF_ALL)))
     }
 }
 
-/// Reads the body, by the deadline of the request, and goes on with it.
+/// Reads the body by the deadline of the request, and then passes the request on.
 pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     let reading = read(body, memory);
-    // The deadline is the caller's fault if it passes while the body has not come.
+    // If the deadline passes before the body has come, that is the caller's fault.
     let read = match Deadline::current() {
         Some(Deadline(deadline)) => timeout_at(deadline, reading).await.unwrap_or(Err(Problem::BodyTooSlow)),
         None => reading.await,
@@ -49,7 +50,7 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     }
 }
 
-/// The memory that it takes is given back with the permit.
+/// Reads a body, and takes memory for it. The memory is given back when the returned permit is dropped.
 async fn read(
     mut body: Body,
     BodyMemory(memory): BodyMemory,
@@ -58,7 +59,7 @@ async fn read(
     let mut held: Option<OwnedSemaphorePermit> = None;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Problem::UnreadableBody)?;
-        // Trailers are of no interest.
+        // Trailers are ignored.
         let Ok(data) = frame.into_data() else { continue };
         let size = read.len() + data.len();
         if size > LIMIT {

@@ -1,4 +1,5 @@
-//! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
+//! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
+//! `telemetry`.
 
 use crate::publisher::Limits;
 use amqp::Server;
@@ -26,7 +27,7 @@ pub struct Config {
     #[arg(long, env = "API_LISTEN", default_value = "127.0.0.1:8888", global = true)]
     pub listen: SocketAddr,
 
-    /// How long a request may take, from its headers to those of the answer.
+    /// How long a request may take, from its headers to the headers of the answer.
     #[arg(long, env = "API_DEADLINE", default_value = "3s", value_parser = positive_duration)]
     pub deadline: Duration,
 
@@ -38,13 +39,13 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_URL", default_value = "http://127.0.0.1:50051", value_parser = grpc_url)]
     pub usercenter_url: Uri,
 
-    /// For https: a PEM file with the certificates of those whose word counts for usercenter's certificate; by
-    /// default the system's.
+    /// For https: a PEM file with the certificates of the authorities that usercenter's certificate is
+    /// checked with; by default the system's.
     #[arg(long, env = "USERCENTER_CA")]
     usercenter_ca: Option<PathBuf>,
 
-    /// For https: a PEM file with the certificate that is shown to usercenter, and those between it and its
-    /// authority.
+    /// For https: a PEM file with the client certificate to show to usercenter, and with its intermediate
+    /// certificates.
     #[arg(long, env = "USERCENTER_CLIENT_CERTIFICATE")]
     usercenter_client_certificate: Option<PathBuf>,
 
@@ -52,15 +53,15 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_CLIENT_KEY")]
     usercenter_client_key: Option<PathBuf>,
 
-    /// How long a call of usercenter may take, with its retries.
+    /// How long a call of usercenter may take, including its retries.
     #[arg(long, env = "USERCENTER_TIMEOUT", default_value = "2s", value_parser = positive_duration)]
     pub usercenter_timeout: Duration,
 
-    /// How often a call of usercenter is tried at most; 1 for no retries.
+    /// How many attempts a call of usercenter may have; 1 for no retries.
     #[arg(long, env = "USERCENTER_ATTEMPTS", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub usercenter_attempts: u32,
 
-    /// How long usercenter is left alone once half of the calls fail.
+    /// How long no calls are made to usercenter once half of them fail.
     #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
     pub usercenter_circuit_pause: Duration,
 
@@ -72,28 +73,29 @@ pub struct Config {
     #[command(flatten)]
     amqp_files: BrokerFiles,
 
-    /// Put before the names of exchange and queues, for deployments that share a broker.
+    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
     #[arg(long, env = "AMQP_PREFIX", default_value = "")]
     pub amqp_prefix: String,
 
-    /// How long the broker may take to confirm a message, before it goes to the spool.
+    /// How long the broker may take to confirm a message, before the message goes to the spool.
     #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
     pub publish_timeout: Duration,
 
-    /// The directory of the spool: logins on disk that the broker has not confirmed. No other process may
-    /// use it.
+    /// The directory of the spool, which holds the logins that the broker has not confirmed. No other process
+    /// may use it.
     #[arg(long, env = "API_DATA_DIR", default_value = "data/api")]
     pub data_dir: PathBuf,
 
-    /// The most logins in the spool; when it is full, logins are refused while the broker is away.
+    /// The most logins in the spool. When it is full, logins are refused while the broker is unavailable.
     #[arg(long, env = "API_SPOOL_MAX_ENTRIES", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     spool_max_entries: u64,
 
-    /// The most bytes in the spool; the file may be several times as large.
+    /// The most bytes in the spool. The file may be several times as large.
     #[arg(long, env = "API_SPOOL_MAX_BYTES", default_value_t = 512 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..))]
     spool_max_bytes: u64,
 
-    /// Signs access tokens, at least 32 bytes. Without it tokens are valid until this process ends.
+    /// The secret that signs access tokens, of at least 32 bytes. Without it, tokens are valid until this
+    /// process ends.
     #[arg(long, env = "ACCESS_SECRET", hide_env_values = true)]
     access_secret: Option<String>,
 
@@ -101,12 +103,12 @@ pub struct Config {
     #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = positive_duration)]
     pub access_expire: Duration,
 
-    /// How many connections from callers there may be at once. Beyond that, the one that has waited longest
-    /// for a request is closed for each new one.
+    /// How many connections from callers there may be at once. Beyond that, each new connection closes the
+    /// one that has waited longest for a request.
     #[arg(long, env = "API_MAX_CONNECTIONS", default_value_t = 10_000, value_parser = at_least_one)]
     pub max_connections: usize,
 
-    /// How to end.
+    /// How to shut down.
     #[command(flatten)]
     pub shutdown: shutdown::Options,
 }
@@ -119,7 +121,7 @@ pub enum Command {
 }
 
 impl Config {
-    /// Reads flags and environment; exits with 2 if something in them can't be honoured.
+    /// Reads flags and environment variables; exits with code 2 if a value can't be honoured.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
@@ -135,10 +137,10 @@ impl Config {
         config
     }
 
-    /// The broker.
+    /// Returns the broker that is configured.
     ///
     /// # Errors
-    /// If the URL is not one, or a file can't be used; [`Config::load`] has seen to that.
+    /// If the URL is malformed, or a file can't be used. [`Config::load`] has already checked that.
     pub fn broker(&self) -> Result<Server, String> {
         let server =
             amqp::connection::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
@@ -148,10 +150,10 @@ impl Config {
         })
     }
 
-    /// TLS to usercenter, if its URL asks for it.
+    /// Returns the TLS configuration for usercenter, if its URL asks for TLS.
     ///
     /// # Errors
-    /// If a file can't be used; [`Config::load`] has seen to that.
+    /// If a file can't be used. [`Config::load`] has already checked that.
     pub fn usercenter_tls(&self) -> Result<Option<ClientTlsConfig>, String> {
         let is_https = self.usercenter_url.scheme_str() == Some("https");
         let files = [
@@ -163,17 +165,17 @@ impl Config {
         Ok(tls.map(|tls| tls.tonic))
     }
 
-    /// How much the spool may hold.
+    /// Returns how much the spool may hold.
     pub fn spool_limits(&self) -> Limits {
         Limits { entries: self.spool_max_entries, bytes: self.spool_max_bytes }
     }
 
-    /// The key for access tokens, if one is set.
+    /// Returns the key for access tokens, if one is set.
     ///
     /// # Errors
-    /// If it is too short; [`Config::load`] has seen to that.
+    /// If the key is too short. [`Config::load`] has already checked that.
     pub fn access_secret(&self) -> Result<Option<&[u8]>, String> {
-        // Unset and empty are the same, as compose files need it.
+        // An empty value counts as unset, because a compose file can't unset a variable, only leave it empty.
         match self.access_secret.as_deref().filter(|secret| !secret.is_empty()) {
             Some(secret) if secret.len() < 32 => {
                 Err("ACCESS_SECRET: at least 32 bytes are needed".to_owned())
@@ -199,7 +201,7 @@ fn positive_duration(text: &str) -> Result<Duration, String> {
 
 fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     match url.parse::<Uri>() {
-        // A port that is none is no error to the parser; it would be 80.
+        // The parser accepts an invalid port as a missing one, so port 80 would be used.
         Ok(uri)
             if matches!(uri.scheme_str(), Some("http" | "https"))
                 && uri.authority().is_some_and(has_good_port) =>

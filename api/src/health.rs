@@ -1,4 +1,4 @@
-//! Alive, ready, and the probe: a container without a shell asks itself.
+//! Tells whether the service is ready, and has the probe by which a container without a shell asks itself.
 
 use crate::{publisher::Readiness, router::App};
 use anyhow::{Context, ensure};
@@ -13,12 +13,12 @@ use tokio::{
 };
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-/// `GET /readyz`: 200 if logins can be taken, else 503. The body says what is there: a login needs usercenter,
-/// and the broker or the spool, and an instance that is not stopping.
+/// Answers `GET /readyz` with 200 if logins can be taken, and otherwise with 503. The body tells each
+/// condition: a login needs usercenter, the broker or the spool, and an instance that is not stopping.
 pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
-    // The service by its name: an instance that is about to end says of itself ("") that it is not serving,
-    // and yet it serves until the connection has moved on.
+    // Ask for the service by its name. An instance of usercenter that is about to end reports for itself ("")
+    // that it is not serving, but it goes on serving until its clients have moved to other instances.
     let check = usercenter.check(HealthCheckRequest { service: usercenter_server::SERVICE_NAME.to_owned() });
     let answer = timeout(Duration::from_secs(1), check).await;
     let usercenter = matches!(answer, Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving);
@@ -39,7 +39,7 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     (status, Json(body))
 }
 
-/// Asks the service that listens on `listen` for its readiness; 0.0.0.0 is this machine.
+/// Asks the service that listens on `listen` whether it is ready; 0.0.0.0 stands for this machine.
 ///
 /// # Errors
 /// If it does not answer within two seconds, or is not ready.

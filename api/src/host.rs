@@ -1,5 +1,5 @@
-//! The header `Host`, which a request by HTTP/1.1 has once (RFC 9112, section 3.2): proxies on the way may have
-//! gone by another one.
+//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). If there
+//! were several, proxies on the way might have used another one.
 
 use crate::problem::Problem;
 use axum::{
@@ -9,11 +9,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-/// Refuses a request without it, with several, or with one that is no host.
+/// Refuses a request without the header, with several of them, or with one that is not a host.
 pub async fn named_once(request: Request, next: Next) -> Response {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let is_legal = match (hosts.next(), hosts.next()) {
-        // HTTP/1.0 knows no such header; HTTP/2 has a pseudo-header in its place.
+        // HTTP/1.0 does not have this header; HTTP/2 has a pseudo-header in its place.
         (None, _) => request.version() != Version::HTTP_11,
         (Some(host), None) => is_host(host),
         (Some(_), Some(_)) => false,
@@ -21,7 +21,7 @@ pub async fn named_once(request: Request, next: Next) -> Response {
     if is_legal { next.run(request).await } else { Problem::BadHost.into_response() }
 }
 
-/// `host`, `host:port`, or nothing at all.
+/// Whether the value is `host`, `host:port`, or empty.
 fn is_host(value: &HeaderValue) -> bool {
     let is_authority = |host: &str| !host.contains('@') && host.parse::<Authority>().is_ok();
     value.to_str().is_ok_and(|host| host.is_empty() || is_authority(host))

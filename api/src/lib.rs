@@ -1,8 +1,8 @@
-//! The HTTP service: logs a user in, over usercenter, and publishes the login.
+//! The HTTP service. It logs a user in with the help of usercenter, and publishes the login.
 //!
-//! - [`config`]: flags and environment
+//! - [`config`]: flags and environment variables
 //! - [`router`]: every route and every layer
-//! - [`body`]: the body of a request, read first
+//! - [`body`]: reads the body of a request, before the handler runs
 //! - [`login`]: the handler, with the hand-written span `local`
 //! - [`publisher`]: the message to the broker, or to disk, with the hand-written span `send_msg_mq`
 //! - [`token`]: the access token
@@ -47,16 +47,18 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the broker are made in the
-/// background, as often as needed.
+/// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the
+/// broker are made in the background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
-    // While an answer is waited for: after how long a silence a sign of life is asked for, and how long that may
-    // take. Together no longer than a call, so that those after it have another connection.
+    // How long the connection may be silent, while a call waits for its answer, before a ping is sent, and
+    // how long the ping's answer may take. Together this is no longer than a call, so that later calls have
+    // another connection.
     let keep_alive = config.usercenter_timeout / 2;
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
         .tcp_nodelay(true)
-        // A peer that is gone without a word: calls would wait for it, one after the other, until TCP gives up.
+        // Otherwise calls would wait for a peer that has gone silently, one after the other, until TCP gives
+        // up.
         .http2_keep_alive_interval(keep_alive)
         .keep_alive_timeout(keep_alive);
     if let Some(tls) = config.usercenter_tls().map_err(anyhow::Error::msg)? {

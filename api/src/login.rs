@@ -1,4 +1,4 @@
-//! The login: steps 1 to 4 of the flow, each with its span.
+//! Handles a login: steps 1 to 4 of the flow, each with its span.
 
 use crate::{TRACER, problem::Problem, publisher::LoginEvent, router::App};
 use axum::{
@@ -16,8 +16,8 @@ use tower::ServiceExt;
 #[derive(Deserialize)]
 pub struct LoginRequest {
     mobile: String,
-    /// Other members are allowed. That they are asked for makes an array no login: serde takes
-    /// `["13800138000"]` for a struct otherwise.
+    /// Other members are allowed. Because this field reads them, serde refuses an array as a login. Without
+    /// the field, serde would take `["13800138000"]` for this struct.
     #[serde(flatten)]
     _others: IgnoredAny,
 }
@@ -39,17 +39,18 @@ pub async fn login(
     State(app): State<Arc<App>>,
     request: LoginRequest,
 ) -> Result<Json<LoginResponse>, Problem> {
-    // The server span is open already: a layer did that.
+    // A layer has already opened the server span.
 
-    // The client span, the server span at the other end, the deadline, retries: layers, too.
+    // Layers also make the client span, the server span at the other end, the deadline and the retries.
     let mobile = request.mobile.clone();
     let found = app.usercenter.clone().get_user_by_mobile(GetUserByMobileRequest { mobile }).await?;
     let user = found.into_inner().user.ok_or(Problem::UsercenterFailed)?;
 
-    // A local function: no layer can know about it, so its span is written by hand.
+    // No layer can know about a local function, so its span is written by hand.
     let token = TRACER.in_span("local", |_| app.tokens.issue(user.id));
 
-    // The message, with a span of its own, written by hand there. Confirmed or on disk: either will do.
+    // `publisher` publishes the message, in a hand-written span. It is enough if the broker confirms it, or
+    // if it is on disk.
     app.publisher.clone().oneshot(LoginEvent { mobile: request.mobile }).await?;
 
     tracing::info!(user.id, "logged in");

@@ -1,4 +1,4 @@
-//! Which failure gets which answer: problem+json (RFC 9457), with the trace id as a member.
+//! Maps each failure to its answer: problem+json (RFC 9457), with the trace id as a member.
 
 use crate::publisher::PublishError;
 use axum::{
@@ -13,12 +13,12 @@ use std::sync::LazyLock;
 use telemetry::semconv;
 use tonic::{Code, Status};
 
-/// Counts the requests that were not answered with what they asked for, by the problem that the caller was told.
+/// Counts the requests that were answered with a problem, by the kind of problem.
 static REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
     global::meter("api").u64_counter("throughline.requests.refused").with_unit("{request}").build()
 });
 
-/// Everything that a caller can be told instead of what it asked for.
+/// Every problem that a caller can be told instead of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Problem {
     /// The body is not JSON.
@@ -31,17 +31,17 @@ pub enum Problem {
     BodyTooLarge,
     /// The body is not declared as JSON.
     UnsupportedMediaType,
-    /// There is no mobile number in the body, or it is not one.
+    /// The body has no mobile number, or an invalid one.
     InvalidMobile,
     /// Nobody registered this mobile number.
     UnknownUser,
-    /// The header `Host` is missing, there twice, or no host.
+    /// The header `Host` is missing, is there twice, or is not a host.
     BadHost,
-    /// There is nothing at this path.
+    /// There is no route at this path.
     NoSuchRoute,
-    /// There is something at this path, for another method.
+    /// There is a route at this path, but for another method.
     MethodNotAllowed,
-    /// There are as many requests in flight as there may be.
+    /// The number of requests in flight has reached its limit.
     Overloaded,
     /// There was no answer in time.
     DeadlineExceeded,
@@ -49,20 +49,20 @@ pub enum Problem {
     Internal,
     /// usercenter can't be reached.
     UsercenterUnavailable,
-    /// So many calls of usercenter failed that it is left alone for a while.
+    /// usercenter is not called for a while, because too many calls of it failed.
     UsercenterCircuitOpen,
     /// usercenter did not answer in time.
     UsercenterTimeout,
-    /// usercenter answered with something else than a user.
+    /// usercenter answered, but not with a user.
     UsercenterFailed,
-    /// The broker is away, and there is no room to keep the login until it is back.
+    /// The broker is unavailable, and the spool has no room to keep the login until it is back.
     SpoolFull,
-    /// The broker is away, and the login could not be written to disk.
+    /// The broker is unavailable, and the login could not be written to disk.
     SpoolFailed,
 }
 
 impl Problem {
-    /// Status, type (a URN is made of it), title and detail.
+    /// Returns the status, the type (which becomes part of a URN), and the title.
     fn parts(self) -> (StatusCode, &'static str, &'static str) {
         match self {
             Self::NotJson => (StatusCode::BAD_REQUEST, "not-json", "The body is not JSON"),
@@ -93,7 +93,7 @@ impl Problem {
             ),
             Self::NoSuchRoute => (StatusCode::NOT_FOUND, "no-such-route", "There is nothing at this path"),
             Self::MethodNotAllowed => {
-                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "This path has another method")
+                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "This path does not allow this method")
             }
             Self::Overloaded => {
                 (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "There are too many requests at the moment")
@@ -129,7 +129,7 @@ impl Problem {
         }
     }
 
-    /// The answer to a request that a layer refuses.
+    /// Makes the answer to a request that a layer refuses.
     pub fn rejected(rejection: Rejection) -> Response {
         let problem = match rejection {
             Rejection::Overloaded => Self::Overloaded,
@@ -161,7 +161,7 @@ impl IntoResponse for Problem {
             StatusCode::SERVICE_UNAVAILABLE => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
-            // RFC 9110, section 15.5.2: a 401 names the way to authenticate.
+            // An answer with 401 must name the way to authenticate (RFC 9110, section 15.5.2).
             StatusCode::UNAUTHORIZED => {
                 headers.insert(
                     header::WWW_AUTHENTICATE,
@@ -174,11 +174,11 @@ impl IntoResponse for Problem {
     }
 }
 
-/// What usercenter said is logged here, once; the caller learns only the kind.
+/// Logs the failure of usercenter, once. The caller learns only the kind of problem.
 impl From<Status> for Problem {
     fn from(status: Status) -> Self {
         if CircuitOpen::of(&status).is_some() {
-            // Logged where it opened; during an outage this is every login.
+            // The circuit has logged that it opened. Here it would be logged for every login of an outage.
             return Problem::UsercenterCircuitOpen;
         }
         let problem = match status.code() {
@@ -205,7 +205,7 @@ impl From<Status> for Problem {
     }
 }
 
-/// The spool has said on the log what is wrong with it, once and not for every login.
+/// Logs nothing, because the spool has already logged what is wrong with it, once and not for every login.
 impl From<PublishError> for Problem {
     fn from(error: PublishError) -> Self {
         match error {

@@ -19,36 +19,36 @@ use std::{sync::Arc, time::Duration};
 use telemetry::http::HttpServerLayer;
 use tower::ServiceBuilder;
 
-/// What the handlers use.
+/// The state that the handlers use.
 pub struct App {
-    /// In its layers.
+    /// The client of usercenter, in its layers.
     pub usercenter: Usercenter,
-    /// On the same connection.
+    /// The client of usercenter's health, on the same connection.
     pub usercenter_health: Health,
-    /// Whether this instance is on its way out.
+    /// Tells whether this instance is shutting down.
     pub shutdown: Shutdown,
-    /// Access tokens.
+    /// Issues access tokens.
     pub tokens: TokenIssuer,
-    /// Logins go there.
+    /// Publishes logins.
     pub publisher: Publisher,
 }
 
-/// What the layers hold to.
+/// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// How many requests may be in flight.
     pub max_in_flight: u32,
-    /// How long one may take.
+    /// How long a request may take.
     pub deadline: Duration,
 }
 
-/// The service, ready to be served or to be called in memory.
+/// Makes the service, which can be served on a socket or called in memory.
 pub fn router(app: Arc<App>, limits: Limits) -> Router {
     let routes = Router::new()
         .route("/usercenter/v1/user/login", post(login::login))
         .method_not_allowed_fallback(async || Problem::MethodNotAllowed)
         .fallback(async || Problem::NoSuchRoute);
-    // Outside of the layers: not traced, and refused only what is no HTTP.
+    // The health routes are outside of the layers. They are not traced, and only a bad `Host` is refused.
     let health = Router::new()
         .route("/healthz", get(async || "alive\n"))
         .route("/readyz", get(health::ready))
@@ -56,16 +56,17 @@ pub fn router(app: Arc<App>, limits: Limits) -> Router {
     in_layers(routes, limits).merge(health).with_state(app)
 }
 
-/// Puts the layers around routes: a request passes them from the first to the last, its answer from the last
-/// to the first. (Of several calls of [`Router::layer`] the last would be the first.)
+/// Puts the layers around routes. A request passes them from the first to the last, and its answer from the
+/// last to the first. (If [`Router::layer`] were called for each, the layer of the last call would be the
+/// first.)
 pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Limits) -> Router<S> {
     routes.layer(
         ServiceBuilder::new()
-            .layer(HttpServerLayer::new()) // the server span: all that follows is in it, refusals too
-            .layer(from_fn(host::named_once)) // HTTP/1.1 that names its host, once
+            .layer(HttpServerLayer::new()) // the server span, around all that follows
+            .layer(from_fn(host::named_once)) // exactly one host in an HTTP/1.1 request
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
-            .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or none
-            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // all of it, if not too large
-            .layer(ShedLayer::new(limits.max_in_flight, Problem::rejected)), // no more at a time than it can do
+            .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, if need be a refusal
+            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body, if it is small enough
+            .layer(ShedLayer::new(limits.max_in_flight, Problem::rejected)), // a bound on requests in flight
     )
 }

@@ -1,7 +1,7 @@
-//! Connections: accept, serve, drain.
+//! Accepts connections, serves them, and drains them at shutdown.
 //!
-//! axum's own `serve` has no time-out for request headers and no bound on connections: clients that send
-//! nothing hold theirs for ever, any number of them. So this is hyper's loop, with both.
+//! axum's own `serve` has no time-out for request headers and no bound on connections, so clients that send
+//! nothing could hold any number of connections for ever. This is hyper's loop, with both.
 
 use axum::{Router, extract::ConnectInfo};
 use hyper::{
@@ -24,16 +24,19 @@ use std::{convert::Infallible, time::Duration};
 use tokio::{net::TcpListener, pin, select, task::JoinSet, time::timeout_at};
 use tower::Service;
 
-/// How long a client may take for the headers of a request: all of them, from the moment when the
-/// connection opened or the answer before was sent. So it is also how long a connection may be idle.
+/// How long a client may take to send all headers of a request, from the moment when the connection was
+/// opened or the previous answer was sent. So it is also how long a connection may be idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The most that is kept of what a client sends ahead, so also the most that headers may take: 431 if they
-/// are longer. (hyper's own limit is 400 KiB, times 10,000 connections. It also has 100 headers at most.)
+/// The most bytes of one connection that are buffered, and so also the longest headers. Longer headers are
+/// answered with
+/// 431. (hyper's own limit is 400 KiB, which would be multiplied by 10,000 connections. hyper also allows at
+///      most 100 headers.)
 const MAX_BUFFER: usize = 32 * 1024;
 
-/// Serves `router` until `shutdown`, on so many connections at once at most. Requests that are not finished
-/// in time then are cut off, and logged. Tells by when the rest of the service must have ended.
+/// Serves `router` until `shutdown`, on at most `max_connections` connections at once. Requests that are not
+/// finished in time after that are cut off, which is logged. Returns the times by which the rest of the
+/// service must have ended.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -51,7 +54,7 @@ pub async fn serve(
     pin!(stopped);
     let schedule = loop {
         let (stream, peer) = select! {
-            // One more than there is room for: another goes for it.
+            // One connection more than the maximum is accepted, and another one goes in its place.
             accepted = listener.accept(), if tasks.len() <= max_connections => accepted,
             Some(_) = tasks.join_next() => continue,
             schedule = &mut stopped => break schedule,
@@ -69,7 +72,7 @@ pub async fn serve(
             async move {
                 let mut answer = answer.await?;
                 if is_last {
-                    // Whoever keeps connections makes the next one elsewhere.
+                    // The client must make its next connection to another instance.
                     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 drop(has_request);
@@ -79,7 +82,7 @@ pub async fn serve(
         let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
         tasks.spawn(async move {
             select! {
-                // First: it must not begin with a request that it then drops.
+                // This is checked first, so that the connection does not begin a request and then drop it.
                 biased;
                 () = place.must_go() => tracing::debug!("a connection made room for another one"),
                 served = connection => if let Err(error) = served {
@@ -93,7 +96,7 @@ pub async fn serve(
     tracing::info!("stopping: finishing requests in flight");
     if timeout_at(schedule.finish_by, connections.shutdown()).await.is_err() {
         tracing::warn!("requests in flight are cut off at the deadline");
-        // Dropped, they end their spans, which can still be sent.
+        // When requests are dropped, their spans end, and can still be sent.
         tasks.shutdown().await;
     }
     schedule

@@ -7,7 +7,7 @@ use sha2::Sha256;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
-/// Issues tokens under one key.
+/// Issues tokens that are signed with one key.
 pub struct TokenIssuer {
     key: Hmac<Sha256>,
     lifetime: Duration,
@@ -15,11 +15,11 @@ pub struct TokenIssuer {
 
 /// A token and its times, in seconds since 1970.
 pub struct Token {
-    /// The token itself: a secret.
+    /// The token itself, which is a secret.
     pub access_token: String,
-    /// From then on it is invalid.
+    /// The time when the token expires.
     pub expires: u64,
-    /// From then on the caller should get a new one.
+    /// The time when the caller should get a new token.
     pub refresh_after: u64,
 }
 
@@ -31,14 +31,15 @@ struct Claims {
 }
 
 impl TokenIssuer {
-    /// Signs with `secret`, or with a key that nobody knows and that is gone with this process.
+    /// Makes an issuer that signs with `secret`, or else with a random key that is lost when this process
+    /// ends.
     pub fn new(secret: Option<&[u8]>, lifetime: Duration) -> Self {
         let random = [Uuid::new_v4().into_bytes(), Uuid::new_v4().into_bytes()].concat();
         let key = Hmac::new_from_slice(secret.unwrap_or(&random)).expect("HMAC takes keys of any length");
         Self { key, lifetime }
     }
 
-    /// A token that says who the user is; it holds no mobile number.
+    /// Issues a token that says who the user is. It holds no mobile number.
     pub fn issue(&self, user_id: u64) -> Token {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let expires = now.saturating_add(self.lifetime.as_secs());

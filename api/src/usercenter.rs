@@ -22,50 +22,51 @@ use tonic::{
 use tonic_health::pb::health_client::HealthClient;
 use tower::{Service, ServiceBuilder};
 
-/// The client.
+/// The client of usercenter, in its layers.
 pub type Usercenter = UsercenterClient<Layered<Reported>>;
 
 /// A channel `C` in the layers of [`in_layers`], the outermost first.
 pub type Layered<C> = GrpcClient<CallDeadline<Retry<CircuitBreaker<Unary<C>>>>>;
 
-/// What the layers hold to.
+/// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// How long a call may take, with its retries.
+    /// How long a call may take, including its retries.
     pub timeout: Duration,
-    /// How often it is tried at most.
+    /// How many attempts a call may have.
     pub attempts: u32,
     /// How long an open circuit stays open.
     pub circuit_pause: Duration,
 }
 
-/// Methods whose call may be repeated.
+/// The methods whose calls may be repeated.
 const IDEMPOTENT: &[&str] = &["/usercenter.v1.Usercenter/GetUserByMobile"];
 
-/// Asks usercenter for its health, on the same connection: not traced, not counted by the circuit.
+/// The client that asks usercenter for its health, on the same connection. Its calls are not traced, and the
+/// circuit does not count them.
 pub type Health = HealthClient<Retry<Unary<Reported>>>;
 
-/// Its client.
+/// Makes the client that asks for usercenter's health.
 pub fn health(channel: Reported) -> Health {
     let once = RetryLayer::new(&[], 1);
     HealthClient::new(ServiceBuilder::new().layer(once).layer(UnaryLayer).service(channel))
 }
 
-/// Puts the layers around a channel to `endpoint`: a call passes them from the first to the last, its outcome
-/// from the last to the first.
+/// Puts the layers around a channel to `endpoint`. A call passes them from the first to the last, and its
+/// outcome from the last to the first.
 pub fn in_layers<C>(endpoint: &Uri, limits: Limits, channel: C) -> Layered<C> {
     let circuit = Circuit::new("usercenter", limits.circuit_pause, limits.timeout);
     ServiceBuilder::new()
-        .layer(GrpcClientLayer::new(endpoint)) // the client span: one, around all attempts and refusals
-        .layer(CallDeadlineLayer::new(limits.timeout)) // the whole call in time, its retries too
-        .layer(RetryLayer::new(IDEMPOTENT, limits.attempts)) // what is safe to repeat, again
-        .layer(CircuitBreakerLayer::new(circuit)) // each attempt counts; none while too many fail
-        .layer(UnaryLayer) // one message there, one outcome back
+        .layer(GrpcClientLayer::new(endpoint)) // one client span, around all attempts and refusals
+        .layer(CallDeadlineLayer::new(limits.timeout)) // a deadline for the whole call, retries included
+        .layer(RetryLayer::new(IDEMPOTENT, limits.attempts)) // repeats calls that are safe to repeat
+        .layer(CircuitBreakerLayer::new(circuit)) // counts each attempt; stops them while too many fail
+        .layer(UnaryLayer) // one message out, one outcome back
         .service(channel)
 }
 
-/// A channel that says on the log why there is no connection, once a minute: during an outage this is every
-/// call. The layers around it know the status that the failure stands for, and not its cause.
+/// A channel that logs why there is no connection, at most once a minute, because in an outage every call
+/// fails. The layers around it know only the status that the failure stands for, but not its cause.
 #[derive(Clone)]
 pub struct Reported {
     channel: Channel,
@@ -74,7 +75,7 @@ pub struct Reported {
 }
 
 impl Reported {
-    /// Of a channel to `endpoint`.
+    /// Wraps a channel to `endpoint`.
     pub fn new(endpoint: &Uri, channel: Channel) -> Self {
         Self { channel, endpoint: endpoint.clone(), warnings: Seldom::default() }
     }
@@ -106,7 +107,7 @@ impl Service<Request<Body>> for Reported {
     }
 }
 
-/// An error with what caused it: what went wrong in TLS is at the end.
+/// Joins an error and its causes to one text. The cause of a TLS failure is at its end.
 fn chain(error: &dyn Error) -> String {
     let causes = std::iter::successors(error.source(), |&cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))

@@ -1,4 +1,5 @@
-//! The layers of api, in memory: their order as those inside of them see it, and that nothing ends untraced.
+//! Tests the layers of api in memory: that services inside of them see the right order, and that every
+//! request ends with a span.
 
 use api::{
     router,
@@ -57,7 +58,7 @@ impl SpanProcessor for Keep {
     }
 }
 
-/// The only span that ended with this name.
+/// Returns the only span that ended with this name.
 fn span(name: &str) -> SpanData {
     let ended = ENDED.0.lock().expect("no panic while it is held");
     let mut named = ended.iter().filter(|span| span.name == name);
@@ -84,7 +85,7 @@ fn request(path: &str) -> Request<Body> {
     Request::get(path).header("host", "api").body(Body::empty()).expect("a request")
 }
 
-/// Checks that `answer` is this problem, in the trace of `span`, which says why.
+/// Checks that `answer` is this problem, in the trace of the span with this name, and that the span says why.
 async fn assert_refused(answer: Response, span_name: &str, status: u16, kind: &str, error_type: &str) {
     let (head, body) = answer.into_parts();
     let body = axum::body::to_bytes(body, 10_000).await.expect("a body");
@@ -194,7 +195,8 @@ async fn of_layers_in_a_row_the_first_listed_sees_a_request_first_and_its_answer
 
 type Seen = Arc<Mutex<Vec<HeaderMap>>>;
 
-/// A channel in api's layers; it keeps the headers that get that far, and answers `outcome`.
+/// Makes a client with api's layers around a channel. The channel keeps the headers that reach it, and
+/// answers with `outcome`.
 fn client(
     outcome: impl Fn(usize) -> Code + Clone + Send + 'static,
     limits: usercenter::Limits,
@@ -212,7 +214,7 @@ fn client(
     (seen, UsercenterClient::new(usercenter::in_layers(&endpoint, limits, channel)))
 }
 
-/// What tonic asks of a channel.
+/// The bounds that tonic requires of a channel.
 trait Channel:
     Service<
         Request<tonic::body::Body>,
@@ -254,7 +256,8 @@ async fn a_client_has_one_span_around_all_attempts_and_one_deadline() {
     assert_eq!(span.events.iter().filter(|event| event.name == "retry").count(), 2);
     let id = span.span_context.span_id().to_string();
     let seen = seen.lock().expect("no panic while it is held");
-    // Inside of the span: each attempt carries it. Inside of the deadline: each has less time.
+    // Retries are inside of the span, so each attempt carries it. They are inside of the deadline, so each
+    // has less time.
     assert_eq!(seen.len(), 3);
     assert!(seen.iter().all(|headers| headers["traceparent"].to_str().unwrap().contains(&id)), "{seen:?}");
     let micros = |headers: &HeaderMap| {

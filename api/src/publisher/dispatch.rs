@@ -1,9 +1,23 @@
-//! The one task that all messages pass. It decides whether a message goes to the broker or to the spool,
-//! and publishes the spool: so nothing overtakes what was answered before.
+//! Runs the one task that publishes all messages. It decides whether a message goes to the broker or to the
+//! spool, and publishes the spool, so that no message overtakes an earlier one.
 //!
-//! Messages go to the broker in rounds: those that have come during one round are the next, and the next
-//! begins when all of the last are confirmed. So what is known of a round is known of all of it, and what
-//! is answered later is sent later.
+//! The task opens a session, that is, a connection to the broker, and publishes in rounds. As long as the
+//! spool has entries, a round takes the next of them, and new messages are appended to the spool, behind the
+//! others. When the spool is empty, a round takes the messages that came during the last round. A round ends
+//! when the broker has confirmed all of its messages, and only then does the next one begin. So the outcome
+//! of a round is known for all of its messages, and a message that is answered later is sent later.
+//!
+//! If a round fails, its messages go to the spool, or stay there, and the session ends. After a pause the
+//! task opens another session. Until then, new messages go to the spool. When the service stops, the task
+//! publishes the rest of the spool, if there is a session, and ends.
+//!
+//! ```text
+//!   connecting ──────▶ publishing the spool ──────▶ publishing directly
+//!       ▲                       │     the spool is empty      │
+//!       │                       └──────────────┬──────────────┘
+//!       │                                      ▼ the session fails
+//!       └──────────────── pausing (if the broker is blocked: first waiting until it is not)
+//! ```
 
 use super::{CLIENT_ID, PublishError, Published, Unconfirmed, message::Message, spool::Spool};
 use amqp::{Backoff, IfBlocked, Server, Session, Topology};
@@ -14,18 +28,18 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 
-/// Messages in a round, at most.
+/// The most messages in a round.
 const MAX_ROUND: usize = 512;
 
-/// A message to be published, and who waits for the outcome.
+/// A message to be published, and the sender for its outcome.
 pub struct Request {
     /// The message.
     pub message: Message,
-    /// Dropped, it says that nobody knows.
+    /// Takes the outcome. If the sender is dropped, nobody knows the outcome.
     pub done: oneshot::Sender<Result<Published, PublishError>>,
 }
 
-/// What the task has.
+/// The state of the task.
 pub struct Dispatcher {
     server: Server,
     publisher: RoundPublisher,
@@ -37,7 +51,7 @@ pub struct Dispatcher {
     log: Log,
 }
 
-/// Where rounds go.
+/// Publishes rounds.
 struct RoundPublisher {
     topology: Topology,
     /// Bounds the wait for the confirms of a round.
@@ -60,16 +74,17 @@ impl RoundPublisher {
     }
 }
 
-/// The spool, and how far it is published.
+/// The spool, and how much of it is published.
 struct Backlog {
     spool: Spool,
-    /// Nothing was appended since it was seen to be empty.
+    /// The spool was empty when it was last read, and nothing was appended since.
     is_empty: bool,
     /// Entries up to this one are confirmed.
     confirmed: u64,
-    /// Entries in the next round: few after a failure, since a slow network may not take many in time.
+    /// The number of entries in the next round. It is small after a failure, because a slow network may not
+    /// carry many in time.
     round: usize,
-    /// Entries confirmed since it was empty.
+    /// The number of entries that were confirmed since the spool was last empty.
     published: u64,
 }
 
@@ -88,7 +103,7 @@ impl From<amqp::Unconfirmed> for End {
 }
 
 impl Dispatcher {
-    /// Nothing happens before [`Dispatcher::run`].
+    /// Makes a dispatcher, which does nothing before [`Dispatcher::run`].
     pub fn new(
         server: Server,
         topology: Topology,
@@ -105,7 +120,7 @@ impl Dispatcher {
         Self { server, publisher, requests, stopped, is_connected, backlog, backoff, log }
     }
 
-    /// Publishes until it is stopped: then what is in the spool, as long as there is a session.
+    /// Publishes until it is stopped. Then it publishes the rest of the spool, as long as there is a session.
     pub async fn run(mut self) {
         while let Some(mut session) = self.connect().await {
             self.is_connected.send_replace(true);
@@ -117,7 +132,7 @@ impl Dispatcher {
                     session.close().await;
                     break;
                 }
-                // Nothing can be published before, on another connection neither.
+                // Until the broker is unblocked, nothing can be published, not even on another connection.
                 End::Trouble(amqp::Unconfirmed::Blocked) => {
                     if !self.wait_until_unblocked(&mut session).await {
                         break;
@@ -126,7 +141,7 @@ impl Dispatcher {
                 End::Trouble(_) | End::Spool => {}
             }
             self.backlog.round = 1;
-            // Dropped, it closes by itself, however long that takes.
+            // A dropped session closes by itself, however long that takes.
             drop(session);
             if !self.pause().await {
                 break;
@@ -135,7 +150,7 @@ impl Dispatcher {
         self.backlog.spool.close().await;
     }
 
-    /// Opens a session, as often as needed; `None` if stopped before.
+    /// Tries to open a session until that succeeds; `None` if it is stopped before.
     async fn connect(&mut self) -> Option<Session> {
         let Self { server, publisher, requests, stopped, backlog, backoff, log, .. } = self;
         let opening = async {
@@ -165,7 +180,7 @@ impl Dispatcher {
         }
     }
 
-    /// The pause between two sessions; false if stopped.
+    /// Waits between two sessions. Returns false if it is stopped.
     async fn pause(&mut self) -> bool {
         let Self { requests, stopped, backlog, backoff, .. } = self;
         let pause = backoff.pause();
@@ -179,7 +194,7 @@ impl Dispatcher {
         }
     }
 
-    /// False if stopped before.
+    /// Waits until the broker takes messages again. Returns false if it is stopped before.
     async fn wait_until_unblocked(&mut self, session: &mut Session) -> bool {
         loop {
             select! {
@@ -190,7 +205,7 @@ impl Dispatcher {
         }
     }
 
-    /// Publishes what is in the spool, then what comes.
+    /// Publishes the entries of the spool, and then new messages, until the session ends.
     async fn publish(&mut self, session: &mut Session) -> End {
         loop {
             let round = if self.backlog.is_empty {
@@ -205,7 +220,7 @@ impl Dispatcher {
         }
     }
 
-    /// A round of logins that wait, directly; those that are not confirmed go to the spool.
+    /// Publishes a round of waiting logins directly. If they are not confirmed, they go to the spool.
     async fn publish_next(&mut self, session: &mut Session) -> Result<(), End> {
         let mut round = Vec::new();
         select! {
@@ -220,7 +235,7 @@ impl Dispatcher {
             Ok(()) => {
                 self.log.confirmed();
                 for request in round {
-                    // Whoever has stopped waiting need not know.
+                    // Sending fails if the caller has stopped waiting, which does no harm.
                     let _ = request.done.send(Ok(Published::Confirmed));
                 }
                 Ok(())
@@ -234,8 +249,8 @@ impl Dispatcher {
         }
     }
 
-    /// A round from the spool. Logins that come meanwhile go behind it; except that those that come during
-    /// the last round wait for its end, or under load it would never be the last.
+    /// Publishes a round from the spool. Logins that come meanwhile are appended behind it. But logins that
+    /// come during the last round wait for its end, because under load it would otherwise never be the last.
     async fn publish_backlog(&mut self, session: &mut Session) -> Result<(), End> {
         let Self { backlog, requests, publisher, .. } = self;
         let entries = backlog.next().await.ok_or(End::Spool)?;
@@ -243,7 +258,7 @@ impl Dispatcher {
             backlog.is_empty = true;
             let published = std::mem::take(&mut backlog.published);
             if published > 0 {
-                tracing::info!(published, "published what was spooled");
+                tracing::info!(published, "published the spooled logins");
             }
             return Ok(());
         };
@@ -271,7 +286,7 @@ impl Backlog {
         self.spool.append(request, why);
     }
 
-    /// The entries of the next round; `None` if they can't be read.
+    /// Reads the entries of the next round; `None` if they can't be read.
     async fn next(&self) -> Option<Vec<(u64, Message)>> {
         self.spool.read(self.confirmed, self.round).await
     }
@@ -284,14 +299,14 @@ impl Backlog {
     }
 }
 
-/// Says what has changed, once, however long an outage lasts.
+/// Logs each change once, however long an outage lasts.
 struct Log {
     broker: Broker,
-    /// It was said that there is no connection.
+    /// It was logged that there is no connection.
     is_away: bool,
     /// The session has published something.
     is_useful: bool,
-    /// A session came to nothing, and so may the next ones: they are not worth a word.
+    /// A session published nothing. The next sessions may do the same, so they are not logged.
     is_fruitless: bool,
 }
 
@@ -302,7 +317,7 @@ impl Log {
 
     fn away(&mut self, error: &lapin::Error) {
         if !self.is_away {
-            tracing::warn!(broker = %self.broker, %error, "can't connect to the broker; trying on");
+            tracing::warn!(broker = %self.broker, %error, "can't connect to the broker; still trying");
             self.is_away = true;
         }
     }
@@ -332,7 +347,7 @@ impl Log {
         if !self.is_fruitless {
             tracing::warn!(broker = %self.broker, reason, "lost the connection to the broker");
         }
-        // One that breaks while nothing is published may have been useful.
+        // A session that broke while there was nothing to publish may have been useful.
         let broke =
             matches!(end, End::Trouble(amqp::Unconfirmed::ConnectionBroken | amqp::Unconfirmed::Blocked));
         self.is_fruitless |= !self.is_useful && !broke;

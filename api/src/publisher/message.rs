@@ -1,4 +1,4 @@
-//! What is sent, encoded once: what waits in the spool is what would have been sent at first.
+//! A login message, encoded once, so that a message from the spool is the same as one that is sent directly.
 
 use amqp::properties::PERSISTENT;
 use lapin::{
@@ -37,9 +37,9 @@ impl Injector for Carrier {
 }
 
 impl Message {
-    /// The message that `mobile` has logged in, in the trace of `cx`.
+    /// Makes the message that `mobile` has logged in, in the trace of `cx`.
     pub fn new(cx: &Context, id: String, mobile: String) -> Self {
-        // The context travels twice: in the headers for everybody, in the body for the Go original.
+        // The context travels twice: in the headers for every consumer, and in the body for the Go original.
         let mut headers = Carrier::default();
         telemetry::inject(cx, &mut headers);
         let mut carrier = HeaderCarrier::default();
@@ -49,17 +49,17 @@ impl Message {
         Self { id, taken_at, headers, body: String::from_utf8(body).expect("JSON is UTF-8") }
     }
 
-    /// When the login was taken.
+    /// Returns when the login was taken.
     pub fn taken_at(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(self.taken_at)
     }
 
-    /// What goes into the body.
+    /// Returns the body of the message.
     pub fn body(&self) -> &[u8] {
         self.body.as_bytes()
     }
 
-    /// Its properties for a hand-over at `now`.
+    /// Returns the properties of the message if it is published at `now`.
     pub fn properties(&self, now: SystemTime) -> BasicProperties {
         let since_1970 = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         let milliseconds = i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX);
@@ -76,12 +76,12 @@ impl Message {
             .with_headers(headers)
     }
 
-    /// For the spool.
+    /// Encodes the message for the spool.
     pub fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("strings are always JSON")
     }
 
-    /// From the spool; `None` if that is no message.
+    /// Decodes a message from the spool; `None` if the bytes are not a message.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()
     }

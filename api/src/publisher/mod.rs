@@ -1,11 +1,11 @@
-//! The message to the broker, and the hand-written span `send_msg_mq`.
+//! Publishes logins to the broker, each in the hand-written span `send_msg_mq`.
 //!
-//! A login that is published was confirmed by the broker, or is in the spool on disk, from where it will
-//! be published: in order, and in its own trace.
+//! A published login was either confirmed by the broker, or written to the spool on disk. From there it will
+//! be published in order, and in its own trace.
 //!
-//! - `message`: what is sent, as first encoded
-//! - `dispatch`: the one task that all messages pass: to the broker, or to the spool and then to the broker
-//! - `spool`: the file
+//! - `message`: the message, encoded once
+//! - `dispatch`: the one task that sends all messages, to the broker, or to the spool and then to the broker
+//! - `spool`: the file of messages that the broker has not confirmed
 
 mod dispatch;
 mod message;
@@ -39,7 +39,7 @@ pub use spool::{Limits, OpenError, Spool};
 /// The name of this service's connection on the broker.
 const CLIENT_ID: &str = "api";
 
-/// Logins that wait to be handed over; further ones wait for room.
+/// The most logins that wait to be handed over. Further logins wait for room.
 const MAX_WAITING: usize = 1024;
 
 /// A login that happened.
@@ -54,20 +54,20 @@ pub struct LoginEvent {
 pub enum Published {
     /// The broker has it.
     Confirmed,
-    /// It is on disk, because the broker did not confirm it, and will be published.
+    /// The login is on disk, because the broker did not confirm it, and will be published later.
     Spooled(Unconfirmed),
 }
 
-/// Why a login is not, or not yet, confirmed by the broker.
+/// Why the broker has not confirmed a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unconfirmed {
     /// There is no connection to the broker now.
     #[error("not connected to the broker")]
     NotConnected,
-    /// It was published, and not confirmed.
+    /// The broker has not confirmed it.
     #[error(transparent)]
     Published(#[from] amqp::Unconfirmed),
-    /// Logins before it are in the spool, and go first.
+    /// Earlier logins are in the spool, and have to be published first.
     #[error("earlier logins go first")]
     BehindSpool,
 }
@@ -103,7 +103,7 @@ impl PublishError {
     }
 }
 
-/// Publishes logins. A clone publishes by the same connection.
+/// Publishes logins. All clones share one connection.
 ///
 /// It is a [`Service`], so layers can be put around it.
 #[derive(Clone)]
@@ -115,7 +115,7 @@ pub struct Publisher {
 struct Shared {
     topology: Topology,
     broker: Broker,
-    /// The longest that publishing may take, the spool included.
+    /// The longest time that publishing may take, the spool included.
     limit: Duration,
     is_connected: watch::Receiver<bool>,
     spool: spool::State,
@@ -133,15 +133,15 @@ pub struct Readiness {
 }
 
 impl Readiness {
-    /// Whether a login would be published: directly, or by way of the spool.
+    /// Whether a login would be published, either directly or through the spool.
     pub fn is_ready(&self) -> bool {
         self.spool || (self.broker && self.spooled == 0)
     }
 }
 
 impl Publisher {
-    /// Connects in the background, and again whenever the connection breaks. The broker has `timeout` to
-    /// confirm a message; then it goes to the spool.
+    /// Connects in the background, and again whenever the connection breaks. If the broker does not confirm a
+    /// message within `timeout`, the message goes to the spool.
     pub fn start(server: Server, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
         let broker = Broker::new(&server.uri, CLIENT_ID);
         let (requests, incoming) = mpsc::channel(MAX_WAITING);
@@ -150,7 +150,7 @@ impl Publisher {
         let shared = Shared {
             topology: topology.clone(),
             broker,
-            // A message waits for those before it, then for its own confirm, then for the disk.
+            // A message waits for the messages before it, then for its own confirmation, then for the disk.
             limit: timeout.mul_f64(2.5),
             is_connected,
             spool: spool.state(),
@@ -168,7 +168,7 @@ impl Publisher {
         Readiness { broker: *is_connected.borrow(), spool: spool.takes(), spooled: spool.entries() }
     }
 
-    /// Publishes a login, in its span. Cut short, it may be published nevertheless.
+    /// Publishes a login in its span. If the future is dropped, the login may be published nevertheless.
     async fn publish(self, login: LoginEvent) -> Result<Published, PublishError> {
         let message_id = Uuid::new_v4().to_string();
         let Topology { exchange, routing_key, .. } = &self.shared.topology;
@@ -178,10 +178,11 @@ impl Publisher {
             span.set_attributes(self.shared.broker.producer_attributes(exchange, routing_key, &message_id));
         }
         let cx = Context::current_with_span(span);
-        // Dropped at the request's deadline, or with its caller, the span says so.
+        // If this future is dropped, at the request's deadline or because the caller hung up, the span ends
+        // as cancelled.
         let _or_cancelled = OrCancelled(cx.clone());
 
-        // It carries the context of this span, however long it may be under way.
+        // The message carries the context of this span, however long it is under way.
         let message = Message::new(&cx, message_id, login.mobile);
         let result = self.hand_over(message).await;
 
@@ -190,7 +191,7 @@ impl Publisher {
             Ok(Published::Confirmed) => {
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "confirmed"));
             }
-            // Not an error: the login will be published.
+            // This is not an error, because the login will be published.
             Ok(Published::Spooled(why)) => {
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "spooled"));
                 span.add_event("spooled", vec![KeyValue::new("reason", why.reason())]);
@@ -210,7 +211,8 @@ impl Publisher {
             self.requests.send(Request { message, done }).await.ok()?;
             outcome.await.ok()
         };
-        // Without an outcome it may be published or not: a disk that hangs, or the end of the service.
+        // Without an outcome, nobody knows whether the login was published, because the disk hangs or the
+        // service is ending.
         timeout(self.shared.limit, handed_over).await.ok().flatten().unwrap_or(Err(PublishError::SpoolFailed))
     }
 }
@@ -229,7 +231,7 @@ impl Service<LoginEvent> for Publisher {
     }
 }
 
-/// How much is in the spool, for the metrics.
+/// Registers the metrics of what is in the spool.
 fn observe(spool: spool::State) {
     let meter = opentelemetry::global::meter("api");
     let gauge = |name, unit, description, value: fn(&spool::State) -> u64| {
@@ -248,7 +250,7 @@ fn observe(spool: spool::State) {
     });
 }
 
-/// What runs behind a [`Publisher`].
+/// The task that runs behind a [`Publisher`].
 pub struct Publishing {
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
@@ -256,10 +258,10 @@ pub struct Publishing {
 }
 
 impl Publishing {
-    /// Publishes what is in the spool, until `deadline` at most and if there is a connection; the rest
-    /// stays there for the next start. To be called when nothing is published any more.
+    /// Publishes the logins in the spool until `deadline`, if there is a connection. The rest stays in the
+    /// spool for the next start. Call it when no more logins will be published.
     pub async fn close(mut self, deadline: Instant) {
-        // The task may have ended by itself, though it has no reason to.
+        // Sending fails only if the task has ended by itself, which it has no reason to do.
         let _ = self.stop.send(());
         if timeout_at(deadline, &mut self.task).await.is_err() {
             self.task.abort();

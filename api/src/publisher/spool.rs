@@ -1,8 +1,9 @@
-//! The logins that the broker has not confirmed, on disk: in order, bounded, and synced before anybody is
-//! told. `dispatch` appends to it, and reads and removes what it publishes.
+//! Keeps the logins that the broker has not confirmed on disk. They are in order and bounded, and a login is
+//! synced to disk before its caller is answered. `dispatch` appends logins, and reads and removes those that
+//! it publishes.
 //!
-//! A thread of its own does the work, since a sync blocks: all that has come during one sync is in the
-//! next, so many logins that wait share it. The tables are in `store`.
+//! A separate thread does the work, because a sync blocks. All logins that come during one sync are in the
+//! next one, so many waiting logins share a sync. The tables are in `store`.
 
 mod store;
 
@@ -23,18 +24,18 @@ use tokio::sync::oneshot;
 
 pub use store::{Limits, OpenError};
 
-/// Commands that one transaction may take together.
+/// The most commands that one transaction takes together.
 const MAX_TOGETHER: usize = 4096;
 
-/// The spool, open. It is closed when it is dropped, after what it was told.
+/// The open spool. When it is dropped, it carries out the commands that it was given, and closes.
 pub struct Spool {
     commands: mpsc::Sender<Command>,
     state: State,
-    /// Never sends: dropped with the thread.
+    /// Nothing is sent on this channel; it closes when the thread ends.
     closed: oneshot::Receiver<()>,
 }
 
-/// What everybody may know of it.
+/// The state of the spool that everybody may read.
 #[derive(Clone, Default)]
 pub struct State(Arc<Shared>);
 
@@ -63,22 +64,22 @@ impl State {
         self.0.bytes.load(Relaxed)
     }
 
-    /// When the oldest login in the spool was taken; `None` if there is none.
+    /// Returns when the oldest login in the spool was taken; `None` if the spool is empty.
     pub fn oldest(&self) -> Option<SystemTime> {
         *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it has room, and its disk works.
+    /// Whether the spool has room, and its disk works.
     pub fn takes(&self) -> bool {
         self.0.takes.load(Relaxed)
     }
 }
 
 impl Spool {
-    /// Opens the file in this directory; makes both if they are not there. Only this user may read them.
+    /// Opens the file in this directory, and makes both if they are missing. Only this user may read them.
     ///
     /// # Errors
-    /// If the file can't be opened, is another process's, or is damaged.
+    /// If the file can't be opened, is in use by another process, or is damaged.
     pub fn open(directory: &Path, limits: Limits) -> Result<Self, OpenError> {
         let store = Store::open(directory, limits)?;
         let (commands, received) = mpsc::channel();
@@ -100,51 +101,52 @@ impl Spool {
         Ok(Self { commands, state, closed })
     }
 
-    /// What everybody may know of it.
+    /// Returns the state of the spool that everybody may read.
     pub fn state(&self) -> State {
         self.state.clone()
     }
 
-    /// Appends a login, and tells whoever waits for it.
+    /// Appends a login, and sends the outcome to whoever waits for it.
     pub fn append(&self, request: Request, why: Unconfirmed) {
-        // Without the thread the request is dropped, and with it goes the promise to answer.
+        // If the thread is gone, the request is dropped, and the caller learns that nobody knows the outcome.
         let _ = self.commands.send(Command::Append(request, why));
     }
 
-    /// The next entries after this number, in order; what was appended before is among them.
+    /// Returns the next entries after this number, in order. Entries that were appended before are among
+    /// them.
     pub async fn read(&self, after: u64, count: usize) -> Option<Vec<(u64, Message)>> {
         let (entries, read) = oneshot::channel();
         let _ = self.commands.send(Command::Read { after, count, entries });
         read.await.ok()?.ok()
     }
 
-    /// Removes all entries up to this number, sooner or later: until then they count as room that is taken.
+    /// Removes all entries up to this number, sooner or later. Until then they take up room.
     pub fn remove(&self, through: u64) {
         let _ = self.commands.send(Command::Remove { through });
     }
 
-    /// Waits until everything is done, and the file closed.
+    /// Waits until all commands are carried out, and the file is closed.
     pub async fn close(self) {
         drop(self.commands);
         let _ = self.closed.await;
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct Keeper {
     store: Store,
     state: State,
     /// The last change failed.
     is_failing: bool,
-    /// It was said that it failed, and nothing was appended since.
+    /// It was logged that a change failed, and nothing was appended since.
     is_failure_told: bool,
     is_full: bool,
-    /// What was to be removed up to, and could not be yet.
+    /// Entries up to this number were to be removed, but could not be yet.
     through: Option<u64>,
 }
 
 impl Keeper {
-    /// Until nobody can send any more.
+    /// Runs until nobody can send commands any more.
     fn run(mut self, commands: mpsc::Receiver<Command>) {
         loop {
             match commands.recv_timeout(RETRY) {
@@ -152,7 +154,8 @@ impl Keeper {
                     let together = iter::once(first).chain(commands.try_iter().take(MAX_TOGETHER)).collect();
                     self.take(together);
                 }
-                // Nobody may come any more, if nobody is told that the disk works again.
+                // Try again even without commands, because none may come until it is known that the disk
+                // works again.
                 Err(RecvTimeoutError::Timeout) if self.is_failing => self.take(Vec::new()),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -160,7 +163,7 @@ impl Keeper {
         }
     }
 
-    /// Changes first, in one transaction; then reads.
+    /// Makes the changes first, in one transaction, and then the reads.
     fn take(&mut self, commands: Vec<Command>) {
         let (mut appended, mut reads, mut through) = (Vec::new(), Vec::new(), self.through);
         for command in commands {
@@ -175,7 +178,7 @@ impl Keeper {
             let outcomes = self.store.change(messages, through);
             self.through = through.filter(|_| outcomes.is_err());
             self.log(&outcomes);
-            // First, so that whoever has an answer sees what it changed.
+            // The state is updated first, so that it is right for a caller that has its answer.
             self.tell();
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
             for (request, why) in appended {
@@ -184,7 +187,7 @@ impl Keeper {
                     Some(false) => Err(PublishError::SpoolFull),
                     None => Err(PublishError::SpoolFailed),
                 };
-                // Whoever has stopped waiting need not know.
+                // Sending fails if the caller has stopped waiting, which does no harm.
                 let _ = request.done.send(answer);
             }
         }
@@ -193,14 +196,15 @@ impl Keeper {
         }
     }
 
-    /// Says what has changed, once: not for every login.
+    /// Logs each change once, not for every login.
     fn log(&mut self, outcomes: &Result<Vec<bool>, StoreError>) {
         match outcomes {
             Err(error) if !self.is_failure_told => {
                 self.is_failure_told = true;
                 tracing::error!(%error, "the spool failed; logins that the broker does not confirm are refused");
             }
-            // To open it proves little: a disk may be full all the same.
+            // Only an appended login proves that the spool works, because a file can be opened even on a full
+            // disk.
             Ok(appended) if self.is_failure_told && appended.contains(&true) => {
                 self.is_failure_told = false;
                 tracing::info!("the spool works again");
@@ -226,7 +230,7 @@ impl Keeper {
     fn tell(&mut self) {
         self.state.0.entries.store(self.store.entries(), Relaxed);
         self.state.0.bytes.store(self.store.bytes(), Relaxed);
-        // A disk that fails says so at the next change.
+        // An error is ignored here, because a failing disk is reported at the next change.
         let oldest = self.store.read(0, 1).ok().and_then(|entries| Some(entries.first()?.1.taken_at()));
         *self.state.0.oldest.lock().unwrap_or_else(PoisonError::into_inner) = oldest;
         self.state.0.takes.store(!self.is_failing && !self.is_full && self.store.has_room(), Relaxed);

@@ -1,4 +1,5 @@
-//! What gRPC says by headers and trailers, and tonic by its errors: how a call ended, and how long it may take.
+//! Reads how a call ended, from gRPC's headers and trailers and from tonic's errors, and how long a call may
+//! take.
 
 use http::{HeaderMap, StatusCode};
 use std::{error::Error, time::Duration};
@@ -7,12 +8,13 @@ use tonic::{Code, Status, TimeoutExpired};
 /// The header or trailer that has the status.
 pub const GRPC_STATUS: &str = "grpc-status";
 
-/// The status in headers or trailers, if it is there.
+/// Returns the status in headers or trailers, if there is one.
 pub fn status_code(headers: &HeaderMap) -> Option<Code> {
     headers.get(GRPC_STATUS).map(|status| Code::from_bytes(status.as_bytes()))
 }
 
-/// What an answer without a gRPC status stands for, a proxy's say (gRPC, "HTTP to gRPC Status Code Mapping").
+/// Returns the status of an answer without a gRPC status, for example from a proxy (gRPC, "HTTP to gRPC
+/// Status Code Mapping").
 pub fn code_of_http(status: StatusCode) -> Code {
     match status.as_u16() {
         400 => Code::Internal,
@@ -24,10 +26,10 @@ pub fn code_of_http(status: StatusCode) -> Code {
     }
 }
 
-/// The status that an error of a channel, or of the layers around it, stands for: tonic reports an expired
+/// Converts an error of a channel, or of the layers around it, to a status. tonic itself reports an expired
 /// deadline as CANCELLED, and a broken connection as UNKNOWN.
 pub fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
-    // A layer inside has decided.
+    // A layer inside has already chosen the status.
     let error = match error.downcast::<Status>() {
         Ok(status) => return *status,
         Err(error) => error,
@@ -41,13 +43,13 @@ pub fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
     }
     let status = Status::from_error(error);
     match status.code() {
-        // CANCELLED is what hyper says of a call that a closing connection did not take any more.
+        // hyper reports CANCELLED for a call that a closing connection no longer accepted.
         Code::Unknown | Code::Cancelled => Status::unavailable("the connection is broken"),
         _ => status,
     }
 }
 
-/// The name of a status code in the gRPC specification ("Status codes and their use in gRPC").
+/// Returns the name of a status code in the gRPC specification ("Status codes and their use in gRPC").
 pub fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",

@@ -1,4 +1,4 @@
-//! A gRPC client's deadline: the whole call, with its retries, and up to the last byte of its answer.
+//! A gRPC client's deadline, for the whole call with its retries, up to the last byte of the answer.
 
 use crate::Deadline;
 use http::{Request, Response};
@@ -13,15 +13,16 @@ use tokio::time::{Timeout, timeout_at};
 use tonic::Status;
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
-/// Gives a call so much time, or what is left to the request that it is made for if that is less. Then it is
-/// dropped, which cancels it at the server, and DEADLINE_EXCEEDED is the outcome.
+/// Gives a call a limited time, or the time that is left to the request which makes the call, if that is
+/// less. At the deadline the call is dropped, which cancels it at the server, and ends with
+/// DEADLINE_EXCEEDED.
 #[derive(Clone)]
 pub struct CallDeadlineLayer {
     limit: Duration,
 }
 
 impl CallDeadlineLayer {
-    /// At most `limit` for a call.
+    /// Makes a layer that gives each call at most `limit`.
     pub fn new(limit: Duration) -> Self {
         Self { limit }
     }
@@ -35,7 +36,7 @@ impl<S> Layer<S> for CallDeadlineLayer {
     }
 }
 
-/// A client in the [`CallDeadlineLayer`].
+/// A client wrapped in the [`CallDeadlineLayer`].
 #[derive(Clone)]
 pub struct CallDeadline<S> {
     inner: S,
@@ -50,7 +51,7 @@ where
     type Error = Status;
     type Future = ResponseFuture<Oneshot<S, Request<R>>>;
 
-    /// Always: to wait for what is inside is part of the call, and of its time.
+    /// Is always ready, because waiting for the service inside is part of the call, and of its time.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
@@ -63,7 +64,7 @@ where
 }
 
 pin_project! {
-    /// An outcome in time.
+    /// The outcome of a call, or DEADLINE_EXCEEDED at the deadline.
     pub struct ResponseFuture<F> {
         #[pin]
         call: Timeout<WithContext<F>>,

@@ -1,7 +1,8 @@
-//! A handler that panics: the caller gets an answer, the connection and the process live on.
+//! Answers the caller when a handler panics, so that the connection and the process live on.
 //!
-//! It is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http has
-//! such a layer, too; that one puts every body into a box and logs the panic's message, whatever is in it.
+//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http
+//! also has a layer for panics, but it boxes every body, and it logs the panic's message, whatever the
+//! message holds.
 
 use crate::Rejection;
 use futures_util::{FutureExt, future::CatchUnwind};
@@ -21,7 +22,7 @@ pub struct CatchPanicLayer<A> {
 }
 
 impl<A> CatchPanicLayer<A> {
-    /// With this answer.
+    /// Makes a layer that answers with `answer`.
     pub fn new(answer: A) -> Self {
         Self { answer }
     }
@@ -35,7 +36,7 @@ impl<S, A: Clone> Layer<S> for CatchPanicLayer<A> {
     }
 }
 
-/// A service in the [`CatchPanicLayer`].
+/// A service wrapped in the [`CatchPanicLayer`].
 #[derive(Clone)]
 pub struct CatchPanic<S, A> {
     inner: S,
@@ -56,7 +57,7 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        // What a panic leaves behind is this one request's, and is dropped with it.
+        // The state that a panic leaves behind belongs to this one request, and is dropped with it.
         let called = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
         let future = called.ok().map(|future| AssertUnwindSafe(future).catch_unwind());
         ResponseFuture { future, answer: self.answer.clone() }
@@ -64,9 +65,9 @@ where
 }
 
 pin_project! {
-    /// An answer to come, whatever happens.
+    /// The handler's answer, or the answer to a panic.
     pub struct ResponseFuture<F, A> {
-        // None if not even the future could be had.
+        // `None` if the handler panicked before it returned a future.
         #[pin]
         future: Option<CatchUnwind<AssertUnwindSafe<F>>>,
         answer: A,

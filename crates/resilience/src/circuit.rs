@@ -1,5 +1,5 @@
-//! A circuit: whether what it leads to is worth calling. It knows no protocol; [`crate::CircuitBreaker`]
-//! tells it what became of calls.
+//! A circuit decides whether a server is worth calling. It knows no protocol; [`crate::CircuitBreaker`] tells
+//! it the outcomes of calls.
 
 use crate::Deadline;
 use std::{
@@ -10,9 +10,18 @@ use std::{
 use telemetry::ErrorType;
 use tokio::time::Instant;
 
-/// Closed, calls pass. It opens when the outcomes of at least 20 calls of the last 10 s are known and half of
-/// them are failures; then none passes for a pause. After that one may pass: its outcome closes the circuit
-/// again, or opens it for another pause.
+/// While a circuit is closed, calls pass. It opens when the outcomes of at least 20 calls of the last 10 s
+/// are known, and at least half of them are failures. While it is open, no call passes for a pause. Then one
+/// call passes, the probe. If the probe succeeds, the circuit closes. If it fails, the circuit stays open for
+/// another pause.
+///
+/// ```text
+///           half of the calls fail         the pause is over
+///   closed ───────────────────────▶ open ───────────────────▶ half-open: one probe
+///     ▲                               ▲                            │    │
+///     │                               └────── the probe fails ─────┘    │
+///     └───────────────────── the probe succeeds ────────────────────────┘
+/// ```
 #[derive(Debug)]
 pub struct Circuit {
     name: &'static str,
@@ -21,13 +30,15 @@ pub struct Circuit {
     state: Mutex<State>,
 }
 
-/// How far back calls count.
+/// How long the outcome of a call counts.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Fewer say nothing: of two calls one may fail.
+/// The fewest calls that can open the circuit. Fewer calls prove nothing, because one of two may fail by
+/// chance.
 const MIN_CALLS: u32 = 20;
 
-/// A call that fails at its deadline counts only if it had as much time as this, or half of what calls have.
+/// A call that fails at its deadline counts only if it had at least this time, or half of the time that calls
+/// have.
 const FAIR_TIME: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
@@ -37,11 +48,11 @@ enum State {
     HalfOpen,
 }
 
-/// There is no point in calling now.
+/// The circuit is open, so the call was not made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the circuit is open")]
 pub struct CircuitOpen {
-    /// For so long.
+    /// The time until a call may pass.
     pub retry_after: Duration,
     #[source]
     error_type: ErrorType,
@@ -52,7 +63,7 @@ impl CircuitOpen {
         Self { retry_after, error_type: ErrorType("circuit_open") }
     }
 
-    /// Whether this is why a call failed.
+    /// Finds the open circuit among the causes of an error.
     pub fn of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         let mut source = Some(error);
         while let Some(error) = source {
@@ -66,8 +77,8 @@ impl CircuitOpen {
 }
 
 impl Circuit {
-    /// A closed circuit. `name` is what it leads to, for the log; once open, it stays so for `pause`. Calls have
-    /// `timeout`.
+    /// Makes a closed circuit. `name` is the name of the server, for the log. An open circuit stays open for
+    /// `pause`. `timeout` is the time that a call has.
     pub fn new(name: &'static str, pause: Duration, timeout: Duration) -> Self {
         Self {
             name,
@@ -77,12 +88,12 @@ impl Circuit {
         }
     }
 
-    /// What it leads to.
+    /// Returns the name of the server.
     pub fn name(&self) -> &'static str {
         self.name
     }
 
-    /// `closed`, `open` or `half_open`.
+    /// Returns `closed`, `open` or `half_open`.
     pub fn state_name(&self) -> &'static str {
         match *self.lock() {
             State::Closed(_) => "closed",
@@ -91,7 +102,7 @@ impl Circuit {
         }
     }
 
-    /// Asks for leave to call.
+    /// Asks for permission to make a call.
     ///
     /// # Errors
     /// If the circuit is open.
@@ -138,12 +149,12 @@ impl Circuit {
                     *state = State::Closed(Window::new(now));
                     tracing::info!(to = self.name, "circuit closed");
                 }
-                // Not another line for each pause of an outage.
+                // This is not logged, because an outage would log a line for each pause.
                 Outcome::Failure => *state = State::Open { until: now + self.pause },
-                // The next call is the probe.
+                // The probe proved nothing, so the next call is the probe.
                 Outcome::Unknown => *state = State::Open { until: now },
             },
-            // A call from before it opened.
+            // The call began before the circuit opened, so its outcome does not count.
             State::Open { .. } | State::HalfOpen => {}
         }
     }
@@ -153,9 +164,10 @@ impl Circuit {
     }
 }
 
-/// Leave to make one call. Dropped without a word, the call was given up: a failure if its deadline had
-/// passed, else nothing that says anything of the other side. Nor does a call that was late because it began
-/// late: who asks at the last moment must not make the others believe that nobody answers.
+/// The permission to make one call. If it is dropped without an outcome, the call was given up. That is a
+/// failure if the deadline of the call has passed; otherwise it says nothing about the server. A call that
+/// failed at its deadline because it began late says nothing either. Otherwise callers who ask at the last
+/// moment could open the circuit for all others.
 #[must_use = "the circuit counts what becomes of the call"]
 #[derive(Debug)]
 pub struct Permission {
@@ -174,12 +186,12 @@ enum Outcome {
 }
 
 impl Permission {
-    /// The other side is well.
+    /// Reports that the server works.
     pub fn succeeded(mut self) {
         self.outcome = Outcome::Success;
     }
 
-    /// It is not.
+    /// Reports that the server does not work.
     pub fn failed(mut self) {
         self.outcome = Outcome::Failure;
     }
@@ -198,11 +210,11 @@ impl Drop for Permission {
     }
 }
 
-/// Calls and failures of the last [`WINDOW`], a tenth of it at a time.
+/// Counts the calls and failures of the last [`WINDOW`], by tenths of it.
 #[derive(Debug)]
 struct Window {
     tenths: [Counts; 10],
-    /// Of `tenths`, the one for now, and when it began.
+    /// The index of the current tenth in `tenths`, and the time when that tenth began.
     now: usize,
     began: Instant,
 }
@@ -218,7 +230,7 @@ impl Window {
         Self { tenths: Default::default(), now: 0, began: now }
     }
 
-    /// Counts a call; returns the sums.
+    /// Counts a call, and returns the sums of all tenths.
     fn add(&mut self, now: Instant, failed: bool) -> Counts {
         let tenth = WINDOW / 10;
         if now.duration_since(self.began) >= WINDOW {
@@ -294,7 +306,7 @@ mod tests {
 
         advance(PAUSE).await;
         circuit.enter().unwrap().succeeded();
-        // Closed, and what was before is forgotten.
+        // The circuit is closed, and earlier failures are forgotten.
         circuit.enter().unwrap().failed();
         assert!(circuit.enter().is_ok());
     }

@@ -1,4 +1,4 @@
-//! A circuit around a gRPC client: which statuses are failures, and what a call gets that may not pass.
+//! Puts a circuit around a gRPC client. It decides which statuses are failures, and how refused calls end.
 
 use crate::{Circuit, CircuitOpen, circuit::Permission};
 use http::{Request, Response};
@@ -12,21 +12,21 @@ use std::{
 use tonic::{Code, Status};
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
-/// Lets calls pass while the circuit is closed. While it is open, their outcome is UNAVAILABLE at once, with
-/// [`CircuitOpen`] as source.
+/// Lets calls pass while the circuit is closed. While it is open, calls end at once with UNAVAILABLE, and
+/// with [`CircuitOpen`] as the source.
 #[derive(Clone)]
 pub struct CircuitBreakerLayer {
     circuit: Arc<Circuit>,
 }
 
 impl CircuitBreakerLayer {
-    /// One circuit for all clients made by this layer.
+    /// Makes a layer with one circuit for all clients that it wraps.
     pub fn new(circuit: Circuit) -> Self {
         let circuit = Arc::new(circuit);
         let observed = circuit.clone();
         global::meter("resilience")
             .u64_observable_gauge("throughline.circuit.state")
-            .with_description("1 for the state in which the circuit is, 0 for the others.")
+            .with_description("1 for the current state of the circuit, 0 for the others.")
             .with_callback(move |observer| {
                 for state in ["closed", "open", "half_open"] {
                     let is_now = state == observed.state_name();
@@ -48,7 +48,7 @@ impl<S> Layer<S> for CircuitBreakerLayer {
     }
 }
 
-/// A client in the [`CircuitBreakerLayer`].
+/// A client wrapped in the [`CircuitBreakerLayer`].
 #[derive(Clone)]
 pub struct CircuitBreaker<S> {
     inner: S,
@@ -63,7 +63,7 @@ where
     type Error = Status;
     type Future = ResponseFuture<Oneshot<S, Request<R>>>;
 
-    /// Always: while the circuit is open, nobody waits for a connection.
+    /// Is always ready, because nobody should wait for a connection while the circuit is open.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
@@ -80,14 +80,14 @@ where
 }
 
 pin_project! {
-    /// An outcome, or the refusal.
+    /// The outcome of a call, or its refusal.
     #[project = ResponseProjection]
     pub enum ResponseFuture<F> {
-        /// On its way.
+        /// The call is under way.
         Calling {
             #[pin]
             call: F,
-            // Until the outcome is known.
+            // Kept until the outcome is known.
             permission: Option<Permission>,
         },
         /// The circuit is open.
@@ -128,7 +128,8 @@ fn refusal(open: CircuitOpen) -> Status {
     status
 }
 
-/// Whether a status says that the server is not well. The others say that it is: it has judged the request.
+/// Whether a status shows that the server does not work. Any other status shows that it does, because the
+/// server has judged the request.
 fn is_failure(code: Code) -> bool {
     match code {
         Code::Unknown

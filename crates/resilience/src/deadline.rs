@@ -1,55 +1,56 @@
-//! By when an answer is needed: a value in OpenTelemetry's context, which follows the request through
-//! awaits and, with `with_context`, into tasks. On the wire it is gRPC's `grpc-timeout`.
+//! The time by which an answer is needed. It is a value in OpenTelemetry's context, which follows the request
+//! through awaits and, with `with_context`, into tasks. On the wire it is gRPC's `grpc-timeout`.
 
 use http::{HeaderMap, HeaderValue};
 use opentelemetry::Context;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// By when whoever asked needs the answer; later it is of no use to anybody.
+/// The time by which the caller needs the answer. A later answer is of no use to anybody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(pub Instant);
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 impl Deadline {
-    /// `limit` from now, or sooner if whoever asked needs it sooner.
+    /// Returns the deadline at `limit` from now, or the current deadline if that is sooner.
     pub fn within(limit: Duration) -> Self {
         let own = Self(Instant::now() + limit);
         Self::current().map_or(own, |asked| asked.min(own))
     }
 
-    /// That of the current context.
+    /// Returns the deadline of the current context.
     pub fn current() -> Option<Self> {
         Context::map_current(|cx| cx.get::<Self>().copied())
     }
 
-    /// The current context, with this deadline.
+    /// Returns the current context with this deadline.
     pub fn context(self) -> Context {
         Context::current_with_value(self)
     }
 
-    /// How much time is left; none if it has passed.
+    /// Returns how much time is left, which is zero after the deadline.
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())
     }
 
-    /// Tells the server how much time is left.
+    /// Tells the server how much time is left, by the header `grpc-timeout`.
     pub(crate) fn write(self, headers: &mut HeaderMap) {
-        // At most 8 digits: so many microseconds are 99 seconds, so many milliseconds a day.
+        // The value has at most 8 digits, which is 99 seconds in microseconds, and a day in milliseconds.
         let micros = self.remaining().as_micros();
         let value = match micros {
             0..100_000_000 => format!("{micros}u"),
             _ => format!("{}m", (micros / 1000).min(99_999_999)),
         };
         if let Ok(mut value) = HeaderValue::try_from(value) {
-            // No two are the same: HTTP/2's table is for what comes again.
+            // Each value is used only once, so HTTP/2 must not keep it in its table, where it would displace
+            // useful entries.
             value.set_sensitive(true);
             headers.insert(GRPC_TIMEOUT, value);
         }
     }
 
-    /// How much time the caller gives, if it says so.
+    /// Reads how much time the caller gives, if the caller says so.
     pub(crate) fn read(headers: &HeaderMap) -> Option<Duration> {
         grpc_protocol::parse_timeout(headers.get(GRPC_TIMEOUT)?.to_str().ok()?)
     }

@@ -1,17 +1,18 @@
-//! Layers that keep a service answering when it, its callers or what it calls are in trouble.
+//! Layers that keep a service answering when the service, its callers or the servers that it calls are in
+//! trouble.
 //!
 //! | Layer | Side | What it does |
 //! |---|---|---|
-//! | [`CatchPanicLayer`] | server | a handler that panics is an answer, not a lost connection |
-//! | [`ShedLayer`] | server | more requests at once than it can serve are refused at once |
-//! | [`DeadlineLayer`] | server | an answer in time, or a refusal |
-//! | [`CallDeadlineLayer`] | gRPC client | the whole call within what time is left |
-//! | [`RetryLayer`] | gRPC client | what is safe to repeat is tried again |
-//! | [`CircuitBreakerLayer`] | gRPC client | what keeps failing is left alone for a while |
-//! | [`UnaryLayer`] | gRPC client | beneath them: one message there, one back, one [`tonic::Status`] |
+//! | [`CatchPanicLayer`] | server | answers when a handler panics, so that the connection is not lost |
+//! | [`ShedLayer`] | server | refuses requests at once when too many are in flight |
+//! | [`DeadlineLayer`] | server | answers in time, if need be with a refusal |
+//! | [`CallDeadlineLayer`] | gRPC client | ends the whole call when no time is left |
+//! | [`RetryLayer`] | gRPC client | repeats calls that are safe to repeat |
+//! | [`CircuitBreakerLayer`] | gRPC client | stops calls for a while when they keep failing |
+//! | [`UnaryLayer`] | gRPC client | below the others: one message out, one back, or a [`tonic::Status`] |
 //!
 //! The time that is left is a [`Deadline`] in OpenTelemetry's context, so it goes where the trace goes.
-//! In which order they stand, and why: `docs/layers.md`.
+//! `docs/layers.md` tells in which order the layers stand, and why.
 
 mod call_deadline;
 mod catch_panic;

@@ -1,5 +1,5 @@
-//! Why a layer of a server answers in place of the handler. What that answer looks like is the service's
-//! affair: problem+json here, a gRPC status there.
+//! Why a server's layer answers in place of the handler. The service decides what the answer looks like, for
+//! example problem+json or a gRPC status.
 
 use http::Response;
 use telemetry::ErrorType;
@@ -7,16 +7,16 @@ use telemetry::ErrorType;
 /// Why a request was not served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rejection {
-    /// There are as many requests in flight as there may be.
+    /// The number of requests in flight has reached its limit.
     Overloaded,
-    /// The handler was not done in time, and was dropped.
+    /// The handler did not finish in time, and was dropped.
     DeadlineExceeded,
     /// The handler panicked.
     Panic,
 }
 
 impl Rejection {
-    /// Its `error.type` on the server span.
+    /// Returns the `error.type` for the server span.
     pub fn error_type(self) -> &'static str {
         match self {
             Self::Overloaded => "overloaded",
@@ -25,7 +25,7 @@ impl Rejection {
         }
     }
 
-    /// The answer, with the reason for the span around.
+    /// Makes the answer, with the reason for the span around this layer.
     pub(crate) fn answer<B>(self, answer: &impl Fn(Self) -> Response<B>) -> Response<B> {
         let mut response = answer(self);
         response.extensions_mut().insert(ErrorType(self.error_type()));

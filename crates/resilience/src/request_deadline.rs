@@ -1,4 +1,4 @@
-//! A server's deadline: by then there is an answer, from the handler or from here.
+//! A server's deadline, by which the caller gets an answer from the handler or from this layer.
 
 use crate::{Deadline, Rejection};
 use http::{Request, Response};
@@ -12,8 +12,9 @@ use std::{
 use tokio::time::{Timeout, timeout_at};
 use tower::{Layer, Service};
 
-/// Gives a handler so much time. The handler finds it as [`Deadline::current`], and so do the layers of the
-/// clients that it uses. After that it is dropped, which ends its spans, and the caller is told.
+/// Gives a handler a limited time. The handler finds its deadline as [`Deadline::current`], and so do the
+/// layers of the clients that it uses. At the deadline the handler is dropped, which ends its spans, and the
+/// caller is told.
 #[derive(Clone)]
 pub struct DeadlineLayer<A> {
     limit: Duration,
@@ -22,13 +23,15 @@ pub struct DeadlineLayer<A> {
 }
 
 impl<A> DeadlineLayer<A> {
-    /// At most `limit` from the end of a request's headers to those of its answer.
+    /// Makes a layer that allows at most `limit` from the end of a request's headers to the headers of its
+    /// answer.
     pub fn new(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: false, answer }
     }
 
-    /// The same for a gRPC server, whose callers may give it less, by `grpc-timeout`. (Over HTTP, where anybody
-    /// may call, a header that makes calls fail would be a way to open circuits.)
+    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. (HTTP has no
+    /// header for that here. Anybody may call over HTTP, and could make calls fail on purpose to open
+    /// circuits.)
     pub fn grpc(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: true, answer }
     }
@@ -42,15 +45,15 @@ impl<S, A: Clone> Layer<S> for DeadlineLayer<A> {
     }
 }
 
-/// A service in the [`DeadlineLayer`].
+/// A service wrapped in the [`DeadlineLayer`].
 #[derive(Clone)]
 pub struct RequestDeadline<S, A> {
     inner: S,
     layer: DeadlineLayer<A>,
 }
 
-/// tonic's own server drops a call when `grpc-timeout` has passed, and that as CANCELLED. It stands outside
-/// of all layers, so the answer of this one must be there before.
+/// How long before `grpc-timeout` this layer answers. tonic's own server drops a call at that time, and
+/// reports CANCELLED. It does so outside of all layers, so this layer has to answer first.
 const BEFORE_TONIC: Duration = Duration::from_millis(3);
 
 impl<S, A, R, B> Service<Request<R>> for RequestDeadline<S, A>
@@ -73,7 +76,8 @@ where
         let deadline = Deadline::within(asked.min(limit));
         let cx = deadline.context();
         let answer = answer.clone();
-        // What is over already is not begun: a handler that has no need to wait would be done at its first poll.
+        // A handler is not started if its time is already over, because one that never waits would finish at
+        // its first poll.
         let future = (!deadline.remaining().is_zero()).then(|| {
             let _attached = cx.clone().attach();
             timeout_at(deadline.0, self.inner.call(request).with_context(cx))
@@ -83,7 +87,7 @@ where
 }
 
 pin_project! {
-    /// An answer in time, if there is any.
+    /// The handler's answer, or a refusal at the deadline.
     pub struct ResponseFuture<F, A> {
         #[pin]
         future: Option<Timeout<WithContext<F>>>,

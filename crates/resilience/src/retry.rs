@@ -1,7 +1,7 @@
-//! Retries of what is safe to repeat, within the deadline and within a budget.
+//! Repeats calls that are safe to repeat, within the deadline and within a budget.
 //!
-//! With tower's budget, but without its `Retry`: that wants a request which can be cloned before it is sent,
-//! and its backoff, cloned for each call, would repeat the same "random" pauses.
+//! It uses tower's budget, but not tower's `Retry`, because that needs a request that can be cloned before it
+//! is sent. Tower's backoff is also cloned for each call, so it would repeat the same "random" pauses.
 
 use crate::{CircuitOpen, Deadline, unary::MAX_MESSAGE};
 use bytes::Bytes;
@@ -24,9 +24,10 @@ use tower::{
     retry::budget::{Budget, TpsBudget},
 };
 
-/// Calls again what ended with UNAVAILABLE: the server did not serve it, or it is not known whether it did.
-/// So only methods are repeated that were said to be idempotent. The pauses between attempts grow, and no two
-/// callers have the same. The call has one span; an event `retry` in it tells of each attempt after the first.
+/// Repeats calls that ended with UNAVAILABLE. Then the server did not serve the call, or nobody knows whether
+/// it did. So only methods that are declared idempotent are repeated. The pauses between attempts grow, and
+/// differ from caller to caller. The call has one span, with an event `retry` for each attempt after the
+/// first.
 #[derive(Clone)]
 pub struct RetryLayer {
     idempotent: &'static [&'static str],
@@ -35,13 +36,15 @@ pub struct RetryLayer {
     retries: Counter<u64>,
 }
 
-/// The pause before the second attempt, on average; it doubles from one to the next.
+/// The average pause before the second attempt. Each later pause is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 
 impl RetryLayer {
-    /// Repeats these methods (`/package.Service/Method`), at most so many attempts in all.
+    /// Makes a layer that repeats the methods in `idempotent` (`/package.Service/Method`), with at most
+    /// `attempts` attempts in all.
     pub fn new(idempotent: &'static [&'static str], attempts: u32) -> Self {
-        // One retry for five calls, and ten a second besides: an outage is not made worse by trying.
+        // The budget allows one retry for five calls, and ten a second besides, so that retries don't make an
+        // outage worse.
         let budget = Arc::new(TpsBudget::new(Duration::from_secs(10), 10, 0.2));
         let retries =
             global::meter("resilience").u64_counter("throughline.rpc.retries").with_unit("{attempt}").build();
@@ -57,7 +60,7 @@ impl<S> Layer<S> for RetryLayer {
     }
 }
 
-/// A client in the [`RetryLayer`].
+/// A client wrapped in the [`RetryLayer`].
 #[derive(Clone)]
 pub struct Retry<S> {
     inner: S,
@@ -75,7 +78,7 @@ where
     type Error = Status;
     type Future = Pin<Box<dyn Future<Output = Result<Response<R>, Status>> + Send>>;
 
-    /// Always: each attempt waits for a connection of its own.
+    /// Is always ready, because each attempt waits for a connection by itself.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
@@ -121,7 +124,7 @@ where
 }
 
 impl RetryLayer {
-    /// How long to wait after the attempt that `failed`; `None` if that was the last one.
+    /// Returns how long to wait after the attempt that `failed`, or `None` if there is no other attempt.
     fn pause_after(&self, attempt: u32, failed: &Status) -> Option<Duration> {
         if attempt >= self.attempts || CircuitOpen::of(failed).is_some() {
             return None;
@@ -134,7 +137,7 @@ impl RetryLayer {
     }
 }
 
-/// Extensions stay behind: they are of this process.
+/// Copies a request without its extensions, which have a meaning only in this process.
 fn copy(request: &Request<Bytes>) -> Request<Bytes> {
     let mut copy = Request::new(request.body().clone());
     *copy.method_mut() = request.method().clone();
@@ -154,7 +157,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn there_are_no_attempts_beyond_the_deadline_and_the_last_one_says_what_failed() {
-        // The shortest pauses before five attempts make 187 ms.
+        // The shortest pauses between five attempts add up to 187 ms.
         for (time, expected) in [(10, 1..2), (150, 2..5), (1000, 5..6)] {
             let attempts = Arc::new(AtomicU32::new(0));
             let counted = attempts.clone();
@@ -178,7 +181,7 @@ mod tests {
         let layer = RetryLayer::new(&[], 5);
         let failed = Status::unavailable("");
         let retries = || (0..1000).filter(|_| layer.pause_after(1, &failed).is_some()).count();
-        // Ten a second, for the ten seconds that the budget looks back.
+        // The budget allows ten retries a second, for the ten seconds that it looks back.
         assert_eq!(retries(), 100);
         (0..50).for_each(|_| layer.budget.deposit());
         assert_eq!(retries(), 10);

@@ -1,7 +1,8 @@
-//! A bound on the requests in flight. More are refused at once: a queue would only make all of them late.
+//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make
+//! all of them late.
 //!
-//! tower's own pair for this, `ConcurrencyLimit` in `LoadShed`, refuses by an error in a box, for which
-//! axum and tonic know no answer; and tonic's setting for it stands outside of the span.
+//! tower's own pair of layers for this, `ConcurrencyLimit` in `LoadShed`, refuses with a boxed error, which
+//! axum and tonic can't turn into an answer. tonic's own setting for it acts outside of the span.
 
 use crate::Rejection;
 use http::{Request, Response};
@@ -14,9 +15,10 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::{Layer, Service};
 
-/// Refuses requests while as many as there may be are in flight: from the call until the head of the answer.
+/// Refuses requests while the allowed number is in flight. A request is in flight from the call until the
+/// head of its answer.
 ///
-/// gRPC's own services are never refused: a service that has much to do is not a dead one.
+/// Calls of gRPC's own services are never refused, because a busy service is not a dead one.
 #[derive(Clone)]
 pub struct ShedLayer<A> {
     in_flight: Arc<Semaphore>,
@@ -24,7 +26,8 @@ pub struct ShedLayer<A> {
 }
 
 impl<A> ShedLayer<A> {
-    /// For at most so many requests at a time, in all the services made by this layer together.
+    /// Makes a layer that allows at most `max_in_flight` requests at a time, in all services that it wraps
+    /// together.
     pub fn new(max_in_flight: u32, answer: A) -> Self {
         Self { in_flight: Arc::new(Semaphore::new(max_in_flight as usize)), answer }
     }
@@ -38,7 +41,7 @@ impl<S, A: Clone> Layer<S> for ShedLayer<A> {
     }
 }
 
-/// A service in the [`ShedLayer`].
+/// A service wrapped in the [`ShedLayer`].
 #[derive(Clone)]
 pub struct Shed<S, A> {
     inner: S,
@@ -68,7 +71,7 @@ where
 }
 
 pin_project! {
-    /// An answer to come, or the refusal.
+    /// The service's answer, or a refusal.
     pub struct ResponseFuture<F, A> {
         #[pin]
         future: Option<F>,

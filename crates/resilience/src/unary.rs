@@ -1,7 +1,8 @@
-//! What the layers of a gRPC client stand on: a call as one message there and one back.
+//! The base of a gRPC client's layers, which makes a call one message out and one message back.
 //!
-//! gRPC tells the outcome of a call in the trailers of the answer, after the message. A layer that wants to
-//! know whether a call failed would have to follow the body to its end; behind this one it is a [`Result`].
+//! gRPC has the outcome of a call in the trailers of the answer, after the message. A layer that wants to
+//! know whether a call failed would have to follow the body to its end. Around this layer the outcome is a
+//! [`Result`].
 
 use crate::Deadline;
 use bytes::Bytes;
@@ -16,12 +17,12 @@ use std::{
 use tonic::{Code, Status};
 use tower::{BoxError, Layer, Service};
 
-/// Collects the answer, which may have 4 MiB, and makes each outcome but OK an error; tells the server
-/// how much time is left. For unary calls only: a stream would come all at once, at its end.
+/// Collects the answer, of at most 4 MiB, and makes each outcome but OK an error. It also tells the server
+/// how much time is left. It is only for unary calls, because a stream would arrive all at once, at its end.
 #[derive(Clone)]
 pub struct UnaryLayer;
 
-/// The longest message in bytes: tonic's own limit.
+/// The longest message, in bytes, which is also tonic's own limit.
 pub(crate) const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 
 impl<S> Layer<S> for UnaryLayer {
@@ -32,7 +33,7 @@ impl<S> Layer<S> for UnaryLayer {
     }
 }
 
-/// A channel in the [`UnaryLayer`].
+/// A channel wrapped in the [`UnaryLayer`].
 #[derive(Clone)]
 pub struct Unary<S> {
     inner: S,
@@ -57,13 +58,13 @@ where
     fn call(&mut self, request: Request<Bytes>) -> Self::Future {
         let mut request = request.map(|message| tonic::body::Body::new(Full::new(message)));
         if let Some(deadline) = Deadline::current() {
-            // Here, and not where it is set: a second attempt has less time.
+            // The time is written for each attempt, because a second attempt has less time.
             deadline.write(request.headers_mut());
         }
         let response = self.inner.call(request);
         Box::pin(async move {
             let (head, body) = response.await.map_err(|error| transport_status(error.into()))?.into_parts();
-            // Without a message the status is in the headers.
+            // Without a message, the status is in the headers.
             outcome(&head.headers).unwrap_or(Ok(()))?;
             let body = Limited::new(body, MAX_MESSAGE).collect().await.map_err(|error| match error
                 .is::<LengthLimitError>(
@@ -78,19 +79,19 @@ where
     }
 }
 
-/// The status in headers or trailers, if there is one.
+/// Reads the status from headers or trailers, if there is one.
 fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
     let code = headers.get(Status::GRPC_STATUS)?;
     if Code::from_bytes(code.as_bytes()) == Code::Ok {
         return Some(Ok(()));
     }
-    // tonic panics at details that are not base64. Nothing here reads them.
+    // tonic panics if the details are not base64. Nothing here reads them, so they are removed.
     let mut headers = headers.clone();
     headers.remove(Status::GRPC_STATUS_DETAILS);
     Status::from_header_map(&headers).map(Err)
 }
 
-/// An answer that is none of gRPC's, or one that broke off.
+/// Makes the status for an answer that is not gRPC, or that broke off.
 fn no_status(http: StatusCode) -> Status {
     Status::new(code_of_http(http), format!("no gRPC status, HTTP {http}"))
 }

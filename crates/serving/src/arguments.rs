@@ -1,10 +1,11 @@
-//! Flags and environment.
+//! Reads flags and environment variables.
 
 use clap::Parser;
 use std::env;
 
-/// Reads flags and environment. A variable that is empty counts as unset, as OpenTelemetry has it for its own:
-/// compose files can only leave one empty. Ends the process with 2 if something can't be honoured.
+/// Reads flags and environment variables. An empty variable counts as unset, as for OpenTelemetry's own
+/// variables, because a compose file can't unset a variable, only leave it empty. Ends the process with exit
+/// code 2 if a value can't be honoured.
 pub fn parse<C: Parser>() -> C {
     let command = C::command().mut_args(|argument| {
         let is_empty = |variable| env::var_os(variable).is_some_and(|value| value.is_empty());

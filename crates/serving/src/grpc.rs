@@ -1,9 +1,9 @@
-//! tonic's server, with bounds on what a connection may take. tonic accepts any number of connections, and
-//! waits for ever for one to say its first word.
+//! tonic's server, with bounds on what a connection may take. tonic itself accepts any number of connections,
+//! and waits for ever for the first bytes of each.
 //!
-//! The rest is in the library, and on: at most 200 streams at once, 16 KiB of headers in a request (which
-//! ends a flood of CONTINUATION frames, too), 20 streams that were reset before they were looked at
-//! ("rapid reset", CVE-2023-44487).
+//! The library sets the other bounds by default: at most 200 streams at once, 16 KiB of headers in a request
+//! (which also ends a flood of CONTINUATION frames), and 20 streams that were reset before the server looked
+//! at them ("rapid reset", CVE-2023-44487).
 
 use crate::{
     listener::Listener,
@@ -31,40 +31,41 @@ use tonic::transport::{
     server::{Connected, TcpConnectInfo},
 };
 
-/// What a client of HTTP/2 says first (RFC 9113, section 3.4).
+/// The first bytes that an HTTP/2 client sends (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long it may take to say it, the handshake of TLS included.
+/// How long a client may take to send the preface, the handshake of TLS included.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long calls may go on that are in flight when a connection has reached its age.
+/// How long calls in flight may go on after their connection has reached its maximum age.
 const AGE_GRACE: Duration = Duration::from_secs(30);
 
-/// Streams that a client may have open at once on one connection. It is the library's default, said aloud.
+/// The most streams that a client may have open at once on one connection. This is the library's default,
+/// made explicit.
 const MAX_STREAMS: u32 = 200;
 
-/// A server for connections from [`incoming`], which are asked to go when they are so old: a client makes a
-/// new one then, which a balancer may lead elsewhere.
+/// Makes a server for connections from [`incoming`]. A connection of this age is asked to go. Its client then
+/// makes a new one, which a balancer may lead to another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .max_connection_age(max_connection_age)
-        // A client that vanished without a word, or does not speak HTTP/2 after all, is noticed.
+        // These pings detect a client that vanished silently, or that does not speak HTTP/2 after all.
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
 }
 
-/// Connections for [`builder`], at most `max` at once. Each must begin to speak HTTP/2 within three seconds,
-/// and is cut off half a minute after it was asked to go. Beyond the bound one that has not begun to speak
-/// makes room for a new one; if there is none, new ones wait in the system's queue. With `tls`, all of that
-/// includes the handshake.
+/// Accepts connections for [`builder`], at most `max` at once. Each must begin to speak HTTP/2 within three
+/// seconds, and is cut off half a minute after it was asked to go. When `max` is reached, a connection that
+/// has not begun to speak makes room for a new one. If all have begun to speak, new ones wait in the system's
+/// queue. With `tls`, the three seconds include the handshake.
 pub fn incoming(
     listener: TcpListener,
     max: usize,
     max_connection_age: Duration,
     tls: Option<Arc<ServerConfig>>,
 ) -> impl Stream<Item = Result<Connection, Infallible>> {
-    // One more than there is room for: another goes for it.
+    // One connection more than `max` is accepted, and another one goes in its place.
     let permits = Arc::new(Semaphore::new(max + 1));
     let state = (Listener::new(listener), permits, Waiting::default());
     let sockets = Arc::new(Sockets::new(tls));
@@ -72,7 +73,7 @@ pub fn incoming(
     stream::unfold(state, move |(mut listener, permits, waiting)| {
         let sockets = sockets.clone();
         async move {
-            // Nobody closes this semaphore, so there is a permit some time.
+            // Nobody closes this semaphore, so there will be a permit at some time.
             let permit = permits.clone().acquire_owned().await.ok()?;
             let (stream, peer) = listener.accept().await;
             if permits.available_permits() == 0 {
@@ -93,28 +94,28 @@ pub fn incoming(
     })
 }
 
-/// A connection that is cut off in time.
+/// A connection that is cut off when its time is over.
 pub struct Connection {
     peer: TcpConnectInfo,
     socket: Socket,
-    /// What is left to be said of the preface.
+    /// The part of the preface that has not been received.
     preface: &'static [u8],
-    /// The end: of patience with the preface, then of the connection.
+    /// The time when the connection is cut off: at first for lack of the preface, later because of its age.
     until: Pin<Box<Sleep>>,
     lifetime: Duration,
-    /// Until the preface is said, the connection may have to make room for another one.
+    /// Tells the connection to make room for another one, until the preface has been received.
     must_go: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
-    /// An error if the preface does not come. With TLS the first write waits for the handshake, and there is no
-    /// read before.
+    /// Returns an error if the preface does not come in time. Writing checks this as well, because with TLS
+    /// the first write waits for the handshake, before anything is read.
     fn check_preface(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.preface.is_empty() { Ok(()) } else { self.check(cx) }
     }
 
-    /// An error if the connection has to end.
+    /// Returns an error if the connection has to end.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.must_go.as_mut().is_some_and(|must_go| must_go.as_mut().poll(cx).is_ready()) {
             self.must_go = None;

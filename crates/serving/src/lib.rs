@@ -1,13 +1,14 @@
-//! What every service does about its connections, and about its own end.
+//! How every service handles its connections, and how it ends.
 //!
-//! - [`arguments`]: flags and environment
-//! - [`process`]: telemetry around a service, and the exit code
+//! - [`arguments`]: reads flags and environment variables
+//! - [`process`]: runs a service between the start and the end of telemetry
 //! - [`listener`]: accepts connections, whatever happens
 //! - [`grpc`]: tonic's server, with bounds on what a connection may take
-//! - [`health`]: the gRPC health check, asked
-//! - `socket`: a connection with TLS or without; [`tls`]: PEM files, read; `own`: a probe of a server with TLS
-//! - [`waiting`]: which connection goes when there are too many
-//! - [`seldom`]: one line a minute
+//! - [`health`]: asks a gRPC service for its health
+//! - `socket`: a connection with or without TLS; [`tls`]: reads PEM files; `own`: the probe of a server with
+//!   TLS
+//! - [`waiting`]: decides which connection is closed when there are too many
+//! - [`seldom`]: limits a log line to one a minute
 //! - [`shutdown`]: from the signal to exit, by one deadline
 
 pub mod arguments;

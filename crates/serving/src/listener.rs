@@ -1,5 +1,5 @@
-//! Accepts connections, whatever happens: a peer that goes before it is accepted, or a machine that is out
-//! of file descriptors, must not end the service, or make it spin.
+//! Accepts connections, whatever happens. A peer that leaves before it is accepted, or a machine that is out
+//! of file descriptors, must neither end the service nor make it spin.
 
 use crate::seldom::Seldom;
 use anyhow::Context;
@@ -10,28 +10,28 @@ use tokio::{
     time::sleep,
 };
 
-/// How long a peer may leave bytes that were sent to it unread. It bounds what a peer that asks and never
-/// reads can hold: no time-out of HTTP does.
+/// How long a peer may leave bytes that were sent to it unread. This bounds how much a peer can hold that
+/// asks and never reads, which no time-out of HTTP does.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The pause when no connection can be accepted.
+/// The pause after a connection could not be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// File descriptors that are kept for other things than connections from outside.
+/// The number of file descriptors that are kept for other uses than connections from outside.
 const RESERVED_FILES: usize = 64;
 
-/// Connections that may wait to be accepted; the system may allow fewer. tokio's 128 fill up within a few
-/// milliseconds, and a client whose connection finds no place tries again a second later.
+/// The most connections that wait to be accepted; the system may allow fewer. tokio's default of 128 fills up
+/// within a few milliseconds, and a client that finds no place tries again only a second later.
 const BACKLOG: u32 = 4096;
 
 /// Listens on `address`.
 ///
 /// # Errors
-/// If it is in use, or not of this machine.
+/// If the address is in use, or does not belong to this machine.
 pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let bind = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // Connections of an instance that has just ended don't stand in the way of the next one.
+        // Old connections of an instance that has just ended must not keep the next one from listening.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)
@@ -43,32 +43,33 @@ pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 #[derive(Debug)]
 pub struct Listener {
     inner: TcpListener,
-    /// Those that no connection can be accepted, which may come and go many times a second.
+    /// Limits the warnings about accepting, which may fail many times a second.
     warnings: Seldom,
 }
 
 impl Listener {
-    /// Accepts from this socket.
+    /// Makes a listener that accepts from this socket.
     pub fn new(inner: TcpListener) -> Self {
         Self { inner, warnings: Seldom::default() }
     }
 
-    /// The next connection, and its peer. Dropped while it waits, it loses no connection.
+    /// Waits for the next connection, and returns it with its peer's address. If the future is dropped, no
+    /// connection is lost.
     pub async fn accept(&mut self) -> (TcpStream, SocketAddr) {
         loop {
             match self.inner.accept().await {
                 Ok((stream, peer)) => {
-                    // Answers are small and complete: waiting for more to send only delays them.
+                    // Answers are small and complete, so waiting for more bytes would only delay them.
                     let _ = stream.set_nodelay(true);
                     let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(UNREAD_TIMEOUT));
                     return (stream, peer);
                 }
-                // That one is gone; the next may be fine.
+                // This peer is gone; the next one may be fine.
                 Err(error) if is_of_the_peer(&error) => {}
                 Err(error) => {
-                    // Out of file descriptors, most likely: time-outs will close some.
+                    // Most likely the process is out of file descriptors. Time-outs will close some.
                     if self.warnings.is_due() {
-                        tracing::warn!(%error, "can't accept connections; trying on");
+                        tracing::warn!(%error, "can't accept connections; still trying");
                     }
                     sleep(PAUSE).await;
                 }
@@ -84,10 +85,10 @@ fn is_of_the_peer(error: &io::Error) -> bool {
     )
 }
 
-/// Asks the system for as many open files as it allows, and returns how many connections there can be: the
-/// number that is wanted, or fewer, which is logged.
+/// Asks the system for as many open files as it allows. Returns how many connections are possible: the
+/// `wanted` number, or fewer, which is logged.
 pub fn reserve_files(wanted: usize) -> usize {
-    // Where there is no such limit, there is none to keep.
+    // If the limit can't be read, there is none to respect.
     let limit = rlimit::increase_nofile_limit(rlimit::INFINITY).unwrap_or(rlimit::INFINITY);
     let possible = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(RESERVED_FILES).max(1);
     if possible < wanted {

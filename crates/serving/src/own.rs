@@ -1,5 +1,6 @@
-//! A server's own certificate, for the process that asks itself for its health. The name in it is not that of
-//! the address that the probe asks, and it may not be one for clients: but whoever shows it has its key.
+//! Lets a process with TLS ask itself for its health, by the server's own certificate. The name in that
+//! certificate need not match the address that the probe asks, and it need not be a certificate for clients.
+//! That is safe, because whoever shows the certificate has its key.
 
 use std::sync::Arc;
 use tokio_rustls::rustls::{
@@ -10,11 +11,11 @@ use tokio_rustls::rustls::{
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 
-/// Takes this certificate from a server and no other.
+/// Accepts only this certificate from a server.
 #[derive(Debug, Clone)]
 pub(crate) struct Own(pub CertificateDer<'static>);
 
-/// Takes this certificate from a client, besides those that `clients` takes.
+/// Accepts this certificate from a client, and also those that `clients` accepts.
 #[derive(Debug)]
 pub(crate) struct OrOwn {
     pub clients: Arc<dyn ClientCertVerifier>,

@@ -1,4 +1,4 @@
-//! Keeps what happens many times a second from filling the log.
+//! Keeps events that happen many times a second from filling the log.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -8,12 +8,12 @@ use std::{
 /// The time between two lines.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Allows one line a minute; clones count together.
+/// Allows one line a minute, which all clones share.
 #[derive(Debug, Clone, Default)]
 pub struct Seldom(Arc<Mutex<Option<Instant>>>);
 
 impl Seldom {
-    /// Whether a line may be written now; if so, that counts as one.
+    /// Whether a line may be written now. If so, that line counts as written.
     pub fn is_due(&self) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let is_due = last.is_none_or(|last| last.elapsed() >= INTERVAL);

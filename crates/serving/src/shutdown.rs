@@ -1,15 +1,15 @@
-//! From the signal to exit, by one deadline.
+//! Takes a service from the signal to its exit, by one deadline.
 //!
 //! The order is the same in every service:
 //!
-//! 1. The service says that it is not ready, and goes on serving, until whoever sends it requests has
-//!    noticed (`SHUTDOWN_DELAY`).
-//! 2. It takes nothing new, and finishes what is in hand: requests, calls, deliveries.
-//! 3. It closes what these needed: the publisher with its spool, the connection to the broker.
+//! 1. The service says that it is not ready, and goes on serving until its callers have noticed
+//!    (`SHUTDOWN_DELAY`).
+//! 2. It takes no new work, and finishes the requests, calls and deliveries that it has.
+//! 3. It closes the parts that they needed: the publisher with its spool, and the connection to the broker.
 //! 4. It sends the last spans.
 //!
-//! A step that is done early leaves its time to the next ones; a step that is not is cut off, so that the
-//! next ones have theirs. `SHUTDOWN_TIMEOUT` bounds all of it.
+//! A step that ends early leaves its time to the next ones. A step that takes too long is cut off, so that
+//! the next ones have their time. `SHUTDOWN_TIMEOUT` bounds all steps together.
 
 use clap::Args;
 use std::{io, time::Duration};
@@ -20,24 +20,24 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long a service takes to end.
+/// How long a service may take to end.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Options {
-    /// From the signal to stop until exit, at most.
+    /// The longest time from the signal to stop until the exit.
     #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
     pub shutdown_timeout: Duration,
 
-    /// How long to go on serving after that signal, not ready, so that a balancer looks elsewhere first. A
-    /// part of the time-out.
+    /// How long to go on serving after that signal while reporting not ready, so that a balancer turns to
+    /// other instances first. This is a part of the time-out.
     #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = humantime::parse_duration)]
     pub shutdown_delay: Duration,
 }
 
 impl Options {
-    /// Whether the one fits into the other.
+    /// Checks that the delay fits into the time-out.
     ///
     /// # Errors
-    /// If not; says what is expected.
+    /// If it does not. The error says what is expected.
     pub fn check(&self) -> Result<(), String> {
         if self.shutdown_delay.is_zero() || self.shutdown_delay < self.shutdown_timeout {
             Ok(())
@@ -47,22 +47,22 @@ impl Options {
     }
 }
 
-/// By when each step is over.
+/// The times by which the steps are over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Schedule {
-    /// Until then new work is taken.
+    /// New work is taken until then.
     pub serve_until: Instant,
     /// Requests, calls and deliveries that are not finished by then are cut off.
     pub finish_by: Instant,
-    /// What they needed is closed by then.
+    /// The parts that they needed are closed by then.
     pub close_by: Instant,
     /// The spans are sent by then, or lost.
     pub exit_by: Instant,
 }
 
 impl Schedule {
-    /// Of the time behind the delay, three fifths are for work in hand and a tenth for closing; the rest is
-    /// for spans, the last of which matter most.
+    /// Divides the time after the delay. Three fifths are for work that has begun, and a tenth is for
+    /// closing. The rest is for spans, because the last spans matter most.
     fn new(signalled: Instant, options: Options) -> Self {
         let serve_until = signalled + options.shutdown_delay;
         let left = options.shutdown_timeout.saturating_sub(options.shutdown_delay);
@@ -75,7 +75,7 @@ impl Schedule {
     }
 }
 
-/// Tells each part of a service when it is over.
+/// Tells each part of a service when its time is over.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     options: Options,
@@ -83,10 +83,10 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Begins with SIGTERM or SIGINT, which from now on don't end the process at once.
+    /// Begins the shutdown at SIGTERM or SIGINT, which from now on don't end the process at once.
     ///
     /// # Errors
-    /// If the system has no such signals.
+    /// If the system can't handle these signals.
     pub fn on_signal(options: Options) -> io::Result<Self> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -94,13 +94,13 @@ impl Shutdown {
         tokio::spawn(async move {
             select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             sender.send_replace(Some(Instant::now()));
-            // The last to know of it is the end of the process.
+            // Keep the channel open until nobody listens to it any more.
             sender.closed().await;
         });
         Ok(Self { options, signalled })
     }
 
-    /// Whether the signal has come: the service is not ready any more.
+    /// Whether the signal has come. From then on the service is not ready.
     pub fn has_begun(&self) -> bool {
         self.signalled.borrow().is_some()
     }
@@ -110,20 +110,20 @@ impl Shutdown {
         let mut signalled = self.signalled.clone();
         match signalled.wait_for(Option::is_some).await {
             Ok(signalled) => Schedule::new(signalled.unwrap_or_else(Instant::now), self.options),
-            // The task that waits for signals ends with the runtime only.
+            // The task that waits for signals ends only with the runtime.
             Err(_) => std::future::pending().await,
         }
     }
 
-    /// Waits until no new work may be taken: the signal and the delay.
+    /// Waits for the signal and for the delay, after which no new work may be taken.
     pub async fn stopped(&self) -> Schedule {
         let schedule = self.begun().await;
         sleep_until(schedule.serve_until).await;
         schedule
     }
 
-    /// What is left of the time-out: for spans, when all else is closed. A service that ends for another
-    /// reason than a signal has all of it.
+    /// Returns how much of the time-out is left, for the spans, when everything else is closed. If a service
+    /// ends without a signal, all of the time-out is left.
     pub fn time_left(&self) -> Duration {
         let signalled = self.signalled.borrow().unwrap_or_else(Instant::now);
         Schedule::new(signalled, self.options).exit_by.saturating_duration_since(Instant::now())
@@ -163,7 +163,7 @@ mod tests {
         assert!(options(8, 8).check().is_err());
         assert!(options(8, 9).check().is_err());
         assert!(options(8, 7).check().is_ok());
-        // At once, then.
+        // With both at zero, the service ends at once.
         assert!(options(0, 0).check().is_ok());
     }
 

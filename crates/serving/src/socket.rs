@@ -1,6 +1,6 @@
-//! The socket of a connection that was accepted, with TLS or without. The handshake takes place when the
-//! connection is first read or written, so in the task and within the time-outs of whoever serves it: a client
-//! that never finishes it holds up nobody who accepts.
+//! The socket of an accepted connection, with or without TLS. The handshake takes place when the connection
+//! is first read or written, so it runs in the task that serves the connection, and within that task's
+//! time-outs. A client that never finishes the handshake does not delay the accepting of others.
 
 use crate::seldom::Seldom;
 use std::{
@@ -16,10 +16,10 @@ use tokio::{
 };
 use tokio_rustls::{FallibleAccept, TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 
-/// Makes sockets of connections.
+/// Makes the sockets of accepted connections.
 pub(crate) struct Sockets {
     tls: Option<TlsAcceptor>,
-    /// A client that is refused may come again many times a second.
+    /// Limits the warnings, because a refused client may come again many times a second.
     warnings: Seldom,
 }
 
@@ -53,22 +53,23 @@ impl Sockets {
     }
 }
 
-/// What is read and written once there is a connection.
+/// The stream that is read and written after the handshake.
 trait Stream: AsyncRead + AsyncWrite + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 
 impl Socket {
-    /// The stream, once the handshake is over.
+    /// Returns the stream once the handshake is over.
     fn poll_stream(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Pin<&mut dyn Stream>>> {
         if let Self::Handshake { accept, peer, warnings } = self {
             match ready!(Pin::new(accept).poll(cx)) {
                 Ok(stream) => *self = Self::Tls(Box::new(stream)),
                 Err((error, stream)) => {
-                    // A client without a certificate, say. Whoever only opens and closes is not worth a word.
+                    // This may be a client without a certificate. A client that only opens and closes a
+                    // connection is not worth a warning.
                     if error.kind() == io::ErrorKind::InvalidData && warnings.is_due() {
-                        tracing::warn!(%peer, %error, "refused a connection: no TLS with this client");
+                        tracing::warn!(%peer, %error, "refused a connection: the TLS handshake failed");
                     } else {
-                        tracing::debug!(%peer, %error, "no TLS with this client");
+                        tracing::debug!(%peer, %error, "the TLS handshake failed");
                     }
                     *self = Self::Refused(stream);
                 }
@@ -86,8 +87,8 @@ impl Socket {
     }
 }
 
-/// Waits until the client has closed its side. Closed with bytes in it that nobody has read, a socket is reset,
-/// and the client may never see the alert that says what is wrong.
+/// Waits until the client has closed its side. If a socket is closed while it holds unread bytes, it is
+/// reset, and the client may never see the alert that says what is wrong.
 fn poll_drain(stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
     ready!(Pin::new(&mut *stream).poll_shutdown(cx))?;
     loop {
@@ -123,7 +124,7 @@ impl AsyncWrite for Socket {
         ready!(self.poll_stream(cx))?.poll_write_vectored(cx, buffers)
     }
 
-    /// Both kinds of stream are.
+    /// Both kinds of stream support vectored writes.
     fn is_write_vectored(&self) -> bool {
         true
     }
@@ -136,7 +137,7 @@ impl AsyncWrite for Socket {
         match &mut *self {
             Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tls(stream) => Pin::new(&mut **stream).poll_shutdown(cx),
-            // There is nothing to end in an orderly way.
+            // Without a finished handshake there is nothing to end in an orderly way.
             Self::Handshake { .. } | Self::Refused(_) => Poll::Ready(Ok(())),
         }
     }

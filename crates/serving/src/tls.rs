@@ -1,7 +1,7 @@
-//! TLS: PEM files that the configuration names become rustls configurations, with ring as the one crypto
-//! provider. `own` is how a server with TLS asks itself for its health.
+//! Makes rustls configurations from the PEM files that the configuration names, with ring as the only crypto
+//! provider. With `own`, a server with TLS asks itself for its health.
 //!
-//! Files are read once, at the start: a process takes a new certificate when it is started again.
+//! Files are read once, at the start, so a process uses a new certificate only after a restart.
 
 use crate::own::{OrOwn, Own};
 use clap::Args;
@@ -23,16 +23,16 @@ use tonic::transport::{ClientTlsConfig, Identity};
 #[derive(Debug, Clone, Copy)]
 pub struct PemFile<'a>(pub &'static str, pub &'a Option<PathBuf>);
 
-/// Flags and environment for a connection to the broker with TLS.
+/// The flags and environment variables for a connection to the broker with TLS.
 #[derive(Debug, Clone, Args)]
 pub struct BrokerFiles {
-    /// For amqps: a PEM file with the certificates of those whose word counts for the broker's certificate;
-    /// by default the system's.
+    /// For amqps: a PEM file with the certificates of the authorities that the broker's certificate is
+    /// checked with; by default the system's.
     #[arg(long, env = "AMQP_CA", global = true)]
     amqp_ca: Option<PathBuf>,
 
-    /// For amqps: a PEM file with the certificate that is shown to the broker, and those between it and its
-    /// authority.
+    /// For amqps: a PEM file with the client certificate to show to the broker, and with its intermediate
+    /// certificates.
     #[arg(long, env = "AMQP_CLIENT_CERTIFICATE", global = true)]
     amqp_client_certificate: Option<PathBuf>,
 
@@ -58,7 +58,7 @@ impl BrokerFiles {
     }
 }
 
-/// How a client checks its server, and what it shows of itself.
+/// How a client checks its server, and which certificate it shows.
 #[derive(Debug, Clone)]
 pub struct Client {
     /// For tokio-rustls.
@@ -68,12 +68,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// Reads the authorities, the client's certificate and its key. Without the first, the system's
-    /// authorities count. `is_wanted` says whether there will be TLS, or else why not.
+    /// Reads the authorities, the client's certificate and its key. If no authorities are named, the system's
+    /// are used. `is_wanted` says whether there will be TLS, and if not, why.
     ///
     /// # Errors
-    /// If a file can't be read, or is not what it should be; if only one of certificate and key is set; or if
-    /// one of the files is set and there will be no TLS. The message is one line.
+    /// If a file can't be read, or has the wrong content; if only one of certificate and key is set; or if a
+    /// file is set although there will be no TLS. The message is one line.
     pub fn read(
         is_wanted: Result<(), &'static str>,
         [ca, certificate, key]: [PemFile<'_>; 3],
@@ -101,7 +101,7 @@ impl Client {
     }
 }
 
-/// What a gRPC server shows to its clients, and how it checks them.
+/// Which certificate a gRPC server shows to its clients, and how it checks theirs.
 #[derive(Debug, Clone)]
 pub struct Server {
     /// For tokio-rustls.
@@ -111,11 +111,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads the server's certificate and its key; and the authorities of its clients, without which it takes
-    /// any client. Nothing if none of them is set.
+    /// Reads the server's certificate, its key, and the authorities of its clients. Without authorities, it
+    /// accepts any client. Returns `None` if no file is set.
     ///
     /// # Errors
-    /// If a file can't be read, or is not what it should be, or if one is missing. The message is one line.
+    /// If a file can't be read, has the wrong content, or is missing although another one needs it. The
+    /// message is one line.
     pub fn read([certificate, key, client_ca]: [PemFile<'_>; 3]) -> Result<Option<Self>, String> {
         let Some(pair) = Pair::read(certificate, key)? else {
             return match client_ca.1 {
@@ -143,8 +144,8 @@ impl Server {
         }))
     }
 
-    /// How the process asks itself, whatever name its certificate has: it takes the certificate that it has,
-    /// and shows that too.
+    /// Returns the TLS configuration for a probe by the same process. The probe accepts only the server's own
+    /// certificate, whatever name is in it, and shows that certificate as well.
     pub fn asked_by_itself(&self) -> (ClientTlsConfig, Arc<dyn ServerCertVerifier>) {
         (ClientTlsConfig::new().identity(self.identity.clone()), Arc::new(self.own.clone()))
     }
@@ -152,9 +153,9 @@ impl Server {
 
 /// A certificate with its key.
 struct Pair {
-    /// The files of both.
+    /// The contents of both files.
     pem: [Vec<u8>; 2],
-    /// At least one certificate.
+    /// The certificate, followed by its intermediate certificates, if any.
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 }
@@ -213,11 +214,11 @@ fn authorities(pem: &[u8]) -> Result<RootCertStore, String> {
 fn system_roots() -> Result<RootCertStore, String> {
     let loaded = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
-    // Some systems have certificates that nobody can read.
+    // Some systems have certificates that can't be parsed.
     let (usable, _) = roots.add_parsable_certificates(loaded.certs);
     match (usable, loaded.errors.first()) {
         (0, Some(error)) => Err(format!("the system's authorities can't be read: {error}")),
-        (0, None) => Err("this system names no authorities".to_owned()),
+        (0, None) => Err("this system has no CA certificates".to_owned()),
         _ => Ok(roots),
     }
 }

@@ -1,7 +1,21 @@
-//! Which connections wait for their client, so that one of them can go when a new one finds no room.
+//! Decides which connection is closed when a new one finds no room.
 //!
-//! The one that has waited longest goes. A client with something to ask gets in, however many there are
-//! that only hold on: they push each other out. A connection that has a request never goes.
+//! Each connection has a [`Place`]. A connection without a request waits in a queue, in the order in which
+//! the connections began to wait. When there is one connection too many, [`Waiting::let_go`] tells the one
+//! that has waited longest to go. So idle connections push each other out, and a client with a request gets
+//! in, however many idle clients there are. A connection that has a request never goes. When its request is
+//! answered, it waits again, at the end of the queue. If no connection waits when one has to go, that is
+//! remembered as `one_is_owed`, and the first connection whose request is answered goes. If a connection is
+//! closed before that, there is room, and none has to go.
+//!
+//! ```text
+//!             a request comes
+//!   waiting ─────────────────▶ has a request
+//!      │    ◀─────────────────       │
+//!      │      it is answered         │ it is answered, and one is owed
+//!      │ let_go()                    │
+//!      └──────────▶ must go ◀────────┘
+//! ```
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +23,7 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// The connections that wait, in the order in which they began to.
+/// The connections that wait, in the order in which they began to wait.
 #[derive(Clone, Default)]
 pub struct Waiting(Arc<Mutex<Queue>>);
 
@@ -17,27 +31,28 @@ pub struct Waiting(Arc<Mutex<Queue>>);
 struct Queue {
     next: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
-    /// One was to go when none waited: the next whose request is answered is the one.
+    /// A connection had to go while none was waiting, so the next one whose request is answered goes.
     one_is_owed: bool,
 }
 
-/// The place of one connection.
+/// The place of one connection in the queue.
 pub struct Place {
     queue: Waiting,
-    /// Its number in the queue; `None` while it has a request.
+    /// The number of the place in the queue; `None` while the connection has a request.
     number: Mutex<Option<u64>>,
     go: Arc<Notify>,
 }
 
 impl Waiting {
-    /// The place of a new connection, which waits for its first request.
+    /// Makes the place of a new connection, which waits for its first request.
     pub fn enter(&self) -> Arc<Place> {
         let place = Place { queue: self.clone(), number: Mutex::new(None), go: Arc::default() };
         place.wait(&mut lock(&self.0));
         Arc::new(place)
     }
 
-    /// Tells the connection that has waited longest to go; if none waits, the first whose request is answered.
+    /// Tells the connection that has waited longest to go. If none waits, the first one whose request is
+    /// answered goes.
     pub fn let_go(&self) {
         let mut queue = lock(&self.0);
         match queue.waiting.pop_first() {
@@ -48,7 +63,8 @@ impl Waiting {
 }
 
 impl Place {
-    /// A request has come: until the guard is dropped the connection does not wait.
+    /// Takes the connection out of the queue because a request has come. It waits again when the guard is
+    /// dropped.
     pub fn has_request(self: &Arc<Self>) -> HasRequest {
         self.leave();
         HasRequest(self.clone())
@@ -77,12 +93,12 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.leave();
-        // There is room.
+        // Now there is room, so no connection has to go.
         lock(&self.queue.0).one_is_owed = false;
     }
 }
 
-/// A request is being answered.
+/// The guard that a connection has while its request is being answered.
 pub struct HasRequest(Arc<Place>);
 
 impl Drop for HasRequest {
@@ -112,7 +128,7 @@ mod tests {
     fn the_one_that_has_waited_longest_goes() {
         let waiting = Waiting::default();
         let [first, second] = [waiting.enter(), waiting.enter()];
-        // It begins to wait anew.
+        // The first connection begins to wait anew.
         drop(first.has_request());
         waiting.let_go();
         assert!(went(&second) && !went(&first));
@@ -129,7 +145,7 @@ mod tests {
         drop(requests);
         assert!(went(&first) && !went(&second));
 
-        // Not if another has gone by itself.
+        // It does not go if another connection has gone by itself.
         let request = second.has_request();
         waiting.let_go();
         drop(first);

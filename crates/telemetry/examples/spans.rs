@@ -1,4 +1,4 @@
-//! Spans of your own, under those that the layers make. One request shows five ways:
+//! Spans of your own, below those that the layers make. One request shows five ways to make them:
 //!
 //! ```text
 //! GET /report/{id}            the layer
@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Run it with `OTEL_TRACES_EXPORTER=console cargo run -p telemetry --example spans`. The test
-//! `tools/devstack/tests/spans.rs` runs it, and looks at the tree.
+//! `tools/devstack/tests/spans.rs` runs it, and checks the tree.
 
 use axum::{Router, body::Body, extract::Path, routing::get};
 use http::Request;
@@ -36,7 +36,7 @@ use tower::ServiceExt;
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("spans"));
 
 async fn report(Path(id): Path<u64>, answered: Arc<Notify>, done: mpsc::Sender<()>) -> &'static str {
-    // A function: the span is current inside, and ends with it.
+    // A function: the span is current inside the function, and ends with it.
     TRACER.in_span("local", |_| instrumented(id));
 
     // An async block: a span must be current whenever the block is polled, and only then.
@@ -49,7 +49,7 @@ async fn report(Path(id): Path<u64>, answered: Arc<Notify>, done: mpsc::Sender<(
     .await;
     cx.span().end();
 
-    // Another thread: it knows nothing of the context here, so the context is brought along.
+    // Another thread: it knows nothing of the context here, so the closure brings the context along.
     let cx = Context::current();
     let work = spawn_blocking(move || {
         let _attached = cx.attach();
@@ -57,7 +57,7 @@ async fn report(Path(id): Path<u64>, answered: Arc<Notify>, done: mpsc::Sender<(
     });
     work.await.expect("it does not panic");
 
-    // Another task that goes on after the answer: its span ends when it does.
+    // Another task that goes on after the answer: its span ends when the task ends.
     let background = async move {
         let cx = Context::current_with_span(TRACER.start("background"));
         answered.notified().with_context(cx.clone()).await;
@@ -83,8 +83,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let app: Router = Router::new()
         .route("/report/{id}", get(move |path| report(path, told.clone(), done.clone())))
         .layer(HttpServerLayer::new());
-    // A real service would listen; here the request comes from memory. The body is read, because with it the
-    // server span ends: a caller who does not read it has hung up.
+    // A real service would listen; here the request is made in memory. The body is read, because the server
+    // span ends with it. An unread body means that the caller has hung up.
     let response = app.oneshot(Request::get("/report/7").body(Body::empty())?).await?;
     axum::body::to_bytes(response.into_body(), 1024).await?;
     answered.notify_one();

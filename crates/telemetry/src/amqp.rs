@@ -1,9 +1,10 @@
-//! AMQP: what the hand-written spans of a producer and a consumer need.
+//! AMQP: the parts that hand-written producer and consumer spans need.
 //!
-//! There is no layer here. lapin has no place for one, and where a message is sent or processed is
-//! something that only the code knows: so `send_msg_mq` is opened in `api/src/publisher/mod.rs` and
-//! `mq_consumer_msg` in `mq/src/attempt.rs`, by hand. This file has the carrier (message headers), the
-//! relation of the two spans, and their attributes (semantic conventions 1.45, RabbitMQ).
+//! There is no layer here, because lapin has no place for one, and only a service's code knows where a
+//! message is sent or processed. So the services open the spans by hand: `send_msg_mq` in
+//! `api/src/publisher/mod.rs`, and `mq_consumer_msg` in `mq/src/attempt.rs`. This file has the carrier
+//! (message headers), the relation between the two spans, and their attributes (semantic conventions 1.45,
+//! RabbitMQ).
 
 use crate::{metrics, semconv};
 use lapin::{
@@ -20,7 +21,7 @@ use opentelemetry::{
 };
 use std::{fmt, net::IpAddr, str::FromStr, time::Instant};
 
-/// AMQP message headers as the carrier to write.
+/// AMQP message headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut FieldTable);
 
 impl Injector for HeadersMut<'_> {
@@ -29,7 +30,7 @@ impl Injector for HeadersMut<'_> {
     }
 }
 
-/// The same, as the carrier to read. Header names are compared without regard to case.
+/// AMQP message headers, as a carrier that a context is read from. Names are compared without regard to case.
 pub struct Headers<'a>(pub &'a FieldTable);
 
 impl Extractor for Headers<'_> {
@@ -48,14 +49,15 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// A value that is no string is malformed in every format there is; it must not look absent.
+/// Returns the strings in a header value. A value that is not a string is malformed in every format, but it
+/// must not look absent, so it becomes U+FFFD.
 fn strings(value: &AMQPValue) -> Vec<&str> {
     fn utf8(value: &[u8]) -> &str {
         std::str::from_utf8(value).unwrap_or("\u{fffd}")
     }
     match value {
         AMQPValue::LongString(value) => vec![utf8(value.as_bytes())],
-        // What clients make of a byte string: Go of `[]byte`, Python of `bytes`, Java of `byte[]`.
+        // This is how some clients send a byte string: Go a `[]byte`, Python `bytes`, Java a `byte[]`.
         AMQPValue::ByteArray(value) => vec![utf8(value.as_slice())],
         AMQPValue::ShortString(value) => vec![value.as_str()],
         AMQPValue::FieldArray(values) => values.as_slice().iter().flat_map(strings).collect(),
@@ -67,11 +69,11 @@ fn strings(value: &AMQPValue) -> Vec<&str> {
 /// Where a message's trace context was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContextSource {
-    /// In its AMQP headers, which come first.
+    /// In the AMQP headers, which are read first.
     Headers,
-    /// In its body.
+    /// In the body.
     Body,
-    /// Nowhere, or malformed wherever it was.
+    /// In neither, or it was malformed.
     None,
 }
 
@@ -85,7 +87,7 @@ impl ContextSource {
     }
 }
 
-/// The context of the producer, from the headers or else from the body.
+/// Reads the producer's context from the headers, or else from the body.
 pub fn extract(headers: Option<&FieldTable>, body: &dyn Extractor) -> (Context, ContextSource) {
     let continues_a_trace = |cx: &Context| cx.span().span_context().is_valid();
     let from_headers = headers.map(|headers| crate::extract(&Headers(headers))).unwrap_or_default();
@@ -96,19 +98,19 @@ pub fn extract(headers: Option<&FieldTable>, body: &dyn Extractor) -> (Context, 
     if continues_a_trace(&from_body) {
         return (from_body, ContextSource::Body);
     }
-    // No trace, but there may be baggage.
+    // There is no trace, but the headers may hold baggage.
     (from_headers, ContextSource::None)
 }
 
 /// How a consumer span relates to the producer span.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Relation {
-    /// Its child, in the same trace.
+    /// The consumer span is a child of the producer span, in the same trace.
     #[default]
     Parent,
-    /// A new trace, linked to the producer's.
+    /// The consumer span begins a new trace, with a link to the producer span.
     Link,
-    /// Its child, with a link besides.
+    /// The consumer span is a child of the producer span, and also has a link to it.
     Both,
 }
 
@@ -125,14 +127,14 @@ impl FromStr for Relation {
     }
 }
 
-/// The name of a [`Relation`] that does not exist.
+/// The error for a name that is not the name of a [`Relation`].
 #[derive(Debug, thiserror::Error)]
-#[error("known are parent, link, both")]
+#[error("expected parent, link or both")]
 pub struct UnknownRelation;
 
 impl Relation {
-    /// A CONSUMER span for a message that came with the context `producer`, and its parent context. The
-    /// message's baggage is in the parent context whatever the relation.
+    /// Makes a CONSUMER span for a message with the context `producer`. Returns the span's builder and its
+    /// parent context, which has the message's baggage whatever the relation.
     pub fn consumer_span(self, name: &'static str, producer: Context) -> (SpanBuilder, Context) {
         let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Consumer);
         let target = producer.span().span_context().clone();
@@ -147,7 +149,8 @@ impl Relation {
     }
 }
 
-/// The samplers take an invalid parent for one that is not sampled, so there must be none at all.
+/// Returns a context with the baggage of `cx` and no parent span. An invalid parent would not do, because the
+/// samplers treat it as a parent that is not sampled.
 fn with_baggage_only(cx: &Context) -> Context {
     let members = cx.baggage().iter();
     Context::new().with_baggage(
@@ -157,7 +160,7 @@ fn with_baggage_only(cx: &Context) -> Context {
     )
 }
 
-/// The broker, as spans and metrics name it.
+/// Describes the broker in spans and metrics.
 #[derive(Debug, Clone)]
 pub struct Broker {
     address: String,
@@ -166,7 +169,7 @@ pub struct Broker {
     metrics: Option<Metrics>,
 }
 
-/// `messaging.*` of semantic conventions 1.45.
+/// The metrics `messaging.*` of semantic conventions 1.45.
 #[derive(Debug, Clone)]
 struct Metrics {
     operation: Histogram<f64>,
@@ -199,8 +202,8 @@ impl Broker {
         }
     }
 
-    /// Counts messages that were handed to the broker together at `started`, and how long it took until the last
-    /// of them was confirmed, or failed with an `error.type`.
+    /// Counts messages that were sent to the broker together at `started`, and records how long it took until
+    /// the last of them was confirmed. If they failed, `error` is their `error.type`.
     pub fn sent(
         &self,
         (exchange, routing_key): (&str, &str),
@@ -215,11 +218,12 @@ impl Broker {
         }
     }
 
-    /// Counts a delivery from `queue`, whose processing began at `started`, and ended now, with an `error.type` if
-    /// it failed.
+    /// Counts a delivery from `queue` whose processing began at `started` and ends now. If it failed, `error`
+    /// is its `error.type`.
     pub fn processed(&self, queue: &str, started: Instant, error: Option<&'static str>) {
         if let Some(metrics) = &self.metrics {
-            // The exchange and the routing key are the producer's choice, which could be another one each time.
+            // The exchange and the routing key are left out, because a producer can choose new ones for each
+            // message.
             let attributes = self.labels("process", queue.to_owned(), error);
             metrics.consumed.add(1, &attributes);
             metrics.process.record(started.elapsed().as_secs_f64(), &attributes);
@@ -244,7 +248,7 @@ impl Broker {
         labels
     }
 
-    /// Attributes of a PRODUCER span.
+    /// Returns the attributes of a PRODUCER span.
     pub fn producer_attributes(&self, exchange: &str, routing_key: &str, message_id: &str) -> Vec<KeyValue> {
         let mut attributes =
             self.attributes("send", &destination_name(&[exchange, routing_key]), routing_key);
@@ -252,7 +256,8 @@ impl Broker {
         attributes
     }
 
-    /// Attributes of a CONSUMER span. `message_id` is the delivery's own, or what takes its place.
+    /// Returns the attributes of a CONSUMER span. `message_id` is the message's own id, or the id that
+    /// replaces it.
     pub fn consumer_attributes(
         &self,
         delivery: &Delivery,
@@ -284,7 +289,7 @@ impl Broker {
         if !routing_key.is_empty() {
             attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_ROUTING_KEY, routing_key.to_owned()));
         }
-        // With an address there is no resolver and no choice: it is the peer.
+        // If the host is an IP address, it is the peer, because no name has to be resolved.
         if self.address.parse::<IpAddr>().is_ok() {
             attributes.push(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, self.address.clone()));
             attributes.push(KeyValue::new(semconv::NETWORK_PEER_PORT, self.port));
@@ -293,8 +298,9 @@ impl Broker {
     }
 }
 
-/// `{exchange}:{routing key}` and for a consumer `:{queue}`; empty and repeated parts are left out, and
-/// if nothing remains it is the default exchange (RabbitMQ spans, `messaging.destination.name`).
+/// Joins the parts to `{exchange}:{routing key}`, followed by `:{queue}` for a consumer. Empty and repeated
+/// parts are left out. If nothing remains, the name is that of the default exchange (RabbitMQ spans,
+/// `messaging.destination.name`).
 fn destination_name(parts: &[&str]) -> String {
     let mut kept: Vec<&str> = Vec::with_capacity(parts.len());
     for part in parts {

@@ -1,4 +1,4 @@
-//! A response body that ends its span: when the last frame passes, not when the handler returns.
+//! A response body that ends its span when the last frame passes, not when the handler returns.
 
 use bytes::Buf;
 use http::HeaderMap;
@@ -10,9 +10,9 @@ use std::{
     task::{self, Poll, ready},
 };
 
-/// A span that waits for the end of a body. Dropped before that, it ends as cancelled.
+/// A span that waits for the end of a body. If it is dropped before that, it ends as cancelled.
 pub trait AwaitsBody {
-    /// What is current while the body is produced.
+    /// Returns the context that is current while the body is produced.
     fn context(&self) -> &Context;
 
     /// Ends the span.
@@ -21,11 +21,11 @@ pub trait AwaitsBody {
 
 /// How a body ended.
 pub enum BodyEnd<'a> {
-    /// With its last frame of data.
+    /// The body ended with its last frame of data.
     Complete,
-    /// With trailers, where gRPC has its status.
+    /// The body ended with trailers, where gRPC has its status.
     Trailers(&'a HeaderMap),
-    /// It broke.
+    /// The body failed.
     Error,
 }
 
@@ -36,13 +36,13 @@ pin_project! {
         #[pin]
         body: B,
         span: Option<S>,
-        // Bytes to come, if the headers say so.
+        // The number of bytes still to come, if the headers declare the length.
         left: Option<u64>,
     }
 }
 
 impl<B, S: AwaitsBody> TracedBody<B, S> {
-    /// `span` is `None` if it has ended already; `length` is that of the header `content-length`.
+    /// `span` is `None` if it has ended already; `length` is the value of the header `content-length`.
     pub(crate) fn new(body: B, span: Option<S>, length: Option<u64>) -> Self {
         Self { body, span, left: length }
     }
@@ -60,7 +60,7 @@ where
         task: &mut task::Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
-        // Spans and logs of a streaming handler belong to this request, too.
+        // The spans and logs of a streaming handler also belong to this request.
         let attached = this.span.as_ref().map(|span| span.context().clone().attach());
         let frame = ready!(this.body.as_mut().poll_frame(task));
         drop(attached);
@@ -70,7 +70,7 @@ where
             Some(Err(_)) => Some(BodyEnd::Error),
             Some(Ok(frame)) => match frame.trailers_ref() {
                 Some(trailers) => Some(BodyEnd::Trailers(trailers)),
-                // hyper may drop a body at its last frame, without asking for a next one.
+                // hyper may drop a body after its last frame, without polling it again.
                 None => {
                     let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
                     *this.left = this.left.map(|left| left.saturating_sub(length));

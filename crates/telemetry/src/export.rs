@@ -1,12 +1,18 @@
-//! An exact account of the spans, around the SDK's batch processor and any exporter.
+//! Counts exactly what happens to each span, around the SDK's batch processor and any exporter.
 //!
-//! At every moment ended = exported + dropped + waiting. The SDK drops spans in silence, and its exporters
-//! answer for a whole batch, so two wrappers count:
+//! The SDK drops spans without a word, and its exporters report one result for a whole batch. So two wrappers
+//! do the counting. When a sampled span ends, [`AccountedProcessor`] counts it. If there is room, it hands
+//! the span to the SDK's [`BatchSpanProcessor`], whose thread collects batches and gives each one to
+//! [`AccountedExporter`]. That wrapper sends the batch through the published exporter, again and again until
+//! the receiver takes or refuses it, or until `OTEL_BSP_EXPORT_TIMEOUT` has passed. Spans in the queue and in
+//! flight are waiting, so at every moment ended = exported + dropped + waiting.
 //!
-//! - [`AccountedProcessor`] admits a span if there is room for it, and hands it to the SDK's
-//!   [`BatchSpanProcessor`], whose thread collects batches.
-//! - [`AccountedExporter`] sends a batch through the published exporter, again and again until
-//!   `OTEL_BSP_EXPORT_TIMEOUT` has passed, and counts what became of its spans.
+//! ```text
+//! span ends ──▶ in the queue ──▶ in flight ──▶ exported
+//!      │                             ├───────▶ dropped: rejected (the receiver refused it for good)
+//!      │                             └───────▶ dropped: not_sent (no success in time)
+//!      └──▶ dropped: queue_full
+//! ```
 //!
 //! Exporters of metrics and log records are not counted; [`Guarded`] gives them the same warnings.
 
@@ -33,50 +39,51 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// The spans that wait take at most about this many bytes, whatever their number.
+/// The most bytes that waiting spans may take, approximately, whatever their number.
 const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
 
-/// A larger batch is sent in parts, because collectors commonly refuse messages above 4 MiB.
+/// The most bytes in one request. A larger batch is sent in parts, because collectors commonly refuse
+/// messages above 4 MiB.
 const MAX_REQUEST_BYTES: usize = 1024 * 1024;
 
-/// The exporter itself tries again for about a second; then this is the pause until the next round, doubled
-/// each time.
+/// The pause before a batch is sent again. It doubles after each attempt, up to [`MAX_PAUSE`]. (An attempt
+/// includes the exporter's own retries, which take about a second.)
 const PAUSE: Duration = Duration::from_millis(200);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// What became of the spans that ended: each was exported, or dropped, or is waiting.
+/// How many spans have ended, and what happened to them. Each one was exported, was dropped, or is waiting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SpanCounts {
     /// Sampled spans that ended.
     pub ended: u64,
-    /// Spans that the other side took.
+    /// Spans that the receiver accepted.
     pub exported: u64,
-    /// Spans that are in a request which has no answer yet. They are waiting.
+    /// Spans in a request that has no answer yet. They count as waiting.
     pub in_flight: u64,
-    /// Spans given up.
+    /// Spans that were dropped, by reason.
     pub dropped: DroppedSpans,
 }
 
-/// Why spans were given up.
+/// How many spans were dropped for each reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DroppedSpans {
-    /// There was no room in the queue.
+    /// Spans for which the queue had no room.
     pub queue_full: u64,
-    /// The other side was away for too long, or until the end of the process.
+    /// Spans that could not be sent in time, or before the process ended.
     pub not_sent: u64,
-    /// The other side refused them for good.
+    /// Spans that the receiver refused for good.
     pub rejected: u64,
 }
 
 impl SpanCounts {
-    /// Spans that are queued or being sent.
+    /// Returns the number of spans that are queued or being sent.
     pub fn waiting(&self) -> u64 {
         self.ended - self.exported - self.dropped.total()
     }
 }
 
 impl DroppedSpans {
-    /// Spans dropped for any reason.
+    /// Returns the number of spans that were dropped for any reason.
     pub fn total(&self) -> u64 {
         self.queue_full + self.not_sent + self.rejected
     }
@@ -86,7 +93,7 @@ impl DroppedSpans {
 #[derive(Debug)]
 pub(crate) struct Account {
     pub max_queue_size: usize,
-    /// Under one lock, so that the counts agree at any moment.
+    /// The counts are under one lock, so that they agree at any moment.
     state: Mutex<State>,
 }
 
@@ -105,7 +112,7 @@ impl Account {
         self.lock().counts
     }
 
-    /// Counts a span that ended; false if there is no room for it.
+    /// Counts a span that ended. Returns false if there is no room for it.
     fn admit(&self, bytes: usize) -> bool {
         let mut state = self.lock();
         let is_full = state.counts.waiting() >= self.max_queue_size as u64
@@ -146,8 +153,8 @@ enum Outcome {
     NotSent,
 }
 
-/// Makes a processor that sends spans through `exporter`, and the handle that ends it. Needs a tokio runtime, on
-/// which the exporter's connections live.
+/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. It needs a tokio
+/// runtime, which drives the exporter's connections.
 pub(crate) fn start<E: SpanExporter + 'static>(
     mut exporter: E,
     outage: Outage,
@@ -177,8 +184,8 @@ pub(crate) fn start<E: SpanExporter + 'static>(
     (processor, Export { account, batches, closing })
 }
 
-/// Ends an export. The tracer provider could as well, but one exporter after the other: one that gets no
-/// answer would take the others' time.
+/// Shuts an exporter down. The tracer provider could do it as well, but it shuts exporters down one after the
+/// other, so one that gets no answer would use up the others' time.
 pub(crate) struct Export {
     pub account: Arc<Account>,
     batches: Arc<BatchSpanProcessor>,
@@ -186,16 +193,16 @@ pub(crate) struct Export {
 }
 
 impl Export {
-    /// Sends what waits. A batch whose attempt fails from now on is given up. Blocks for at most `limit`, and needs
-    /// the runtime to run meanwhile.
+    /// Sends the waiting spans. From now on a batch is dropped as soon as an attempt to send it fails. It
+    /// blocks for at most `limit`, and the runtime must keep running meanwhile.
     pub fn shut_down(&self, limit: Duration) {
         self.closing.send_replace(true);
-        // What it could not send is still waiting in the account.
+        // Spans that could not be sent still count as waiting in the account.
         let _ = self.batches.shutdown_with_timeout(limit);
     }
 }
 
-/// Takes the spans from the SDK.
+/// Receives the spans from the SDK when they end.
 #[derive(Debug)]
 pub(crate) struct AccountedProcessor {
     account: Arc<Account>,
@@ -228,7 +235,8 @@ impl SpanProcessor for AccountedProcessor {
     }
 }
 
-/// The SDK has no limit on the length of values (specification, "Attribute Limits").
+/// Cuts a string value to `max_chars` characters, because the SDK has no limit on the length of values
+/// (specification, "Attribute Limits").
 fn shorten(value: &mut Value, max_chars: usize) {
     fn shorten(text: &mut StringValue, max_chars: usize) {
         if let Some((end, _)) = text.as_str().char_indices().nth(max_chars) {
@@ -248,7 +256,7 @@ fn attributes(span: &mut SpanData) -> impl Iterator<Item = &mut KeyValue> {
     span.attributes.iter_mut().chain(events).chain(links)
 }
 
-/// About how many bytes a span takes, in memory and on the wire.
+/// Estimates how many bytes a span takes, in memory and on the wire.
 fn size(span: &SpanData) -> usize {
     const SPAN: usize = 400;
     const ATTRIBUTE: usize = 64;
@@ -267,20 +275,20 @@ fn size(span: &SpanData) -> usize {
     SPAN + parts * SPAN / 2 + span.attributes.iter().chain(events).chain(links).map(attribute).sum::<usize>()
 }
 
-/// Sends batches, on the thread of the SDK's batch processor.
+/// Sends batches on the thread of the SDK's batch processor.
 #[derive(Debug)]
 struct AccountedExporter<E> {
     exporter: E,
     account: Arc<Account>,
     outage: Outage,
-    /// Bounds one batch, however often it is sent.
+    /// The longest time for one batch, with all its attempts.
     limit: Duration,
     closed: watch::Receiver<bool>,
     runtime: Handle,
 }
 
 impl<E: SpanExporter> SpanExporter for AccountedExporter<E> {
-    /// Counts and tells what happened, so that the SDK has nothing to add.
+    /// Counts and logs the outcome, and always returns `Ok`, so that the SDK logs nothing more.
     async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
         while !batch.is_empty() {
             let mut bytes = 0;
@@ -316,7 +324,7 @@ impl<E: SpanExporter> AccountedExporter<E> {
         let start = Instant::now();
         let mut pause = PAUSE;
         loop {
-            // At the end nobody waits for a collector that is known to be away.
+            // At shutdown, don't wait for a receiver that is known to be unavailable.
             if *self.closed.borrow() && self.outage.is_on() {
                 return Outcome::NotSent;
             }
@@ -328,7 +336,8 @@ impl<E: SpanExporter> AccountedExporter<E> {
                 Err(_) if start.elapsed() + pause >= self.limit => return Outcome::NotSent,
                 Err(_) => {}
             }
-            // Between half and all of it, so that services don't come back in step. At the end there is no pause.
+            // The pause is between half and all of `pause`, so that services don't retry in step. Shutdown
+            // ends the pause.
             let pausing = pause.mul_f64(0.5 + 0.5 * fastrand::f64());
             let mut closed = self.closed.clone();
             let _ = on_runtime(&self.runtime, pausing, async {
@@ -341,9 +350,10 @@ impl<E: SpanExporter> AccountedExporter<E> {
     }
 }
 
-/// Polls `future` on this thread as if it ran on the runtime, for at most `limit`: timers and sockets work. A panic
-/// in it is an error, because it would end the thread and all export with it. (tonic 0.14.9 panics when the
-/// details of a status are not base64, and `println!` when standard output is closed.)
+/// Polls `future` on this thread for at most `limit`, in the context of the runtime, so that timers and
+/// sockets work. A panic in it becomes an error, because it would otherwise end the thread, and with it all
+/// exports. (tonic 0.14.9 panics when the details of a status are not base64, and `println!` when standard
+/// output is closed.)
 async fn on_runtime(
     runtime: &Handle,
     limit: Duration,
@@ -360,18 +370,18 @@ async fn on_runtime(
     .await
 }
 
-/// An exporter of metrics or log records whose failures are told once a minute.
+/// An exporter of metrics or log records whose failures are logged at most once a minute.
 #[derive(Debug)]
 pub(crate) struct Guarded<E> {
     exporter: E,
     outage: Outage,
-    /// Bounds one export, with the exporter's own retries.
+    /// The longest time for one export, with the exporter's own retries.
     limit: Duration,
     runtime: Handle,
 }
 
 impl<E> Guarded<E> {
-    /// Needs a tokio runtime, on which the exporter's connections live.
+    /// Wraps an exporter. It needs a tokio runtime, which drives the exporter's connections.
     pub fn new(exporter: E, outage: Outage, limit: Duration) -> Self {
         Self { exporter, outage, limit, runtime: Handle::current() }
     }

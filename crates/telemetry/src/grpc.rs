@@ -1,7 +1,7 @@
 //! gRPC: the client span and the server span of every call, by a layer on either side.
 //!
-//! Both see HTTP/2, below tonic: a call's status is in the response's trailers, or in its headers if
-//! there is no message. Attributes and status are those of semantic conventions 1.45, gRPC.
+//! Both layers work on HTTP/2, below tonic, where a call's status is in the response's trailers, or in its
+//! headers if there is no message. Attributes and status are those of semantic conventions 1.45, gRPC.
 //!
 //! ```no_run
 //! # use tonic::transport::Endpoint;
@@ -56,12 +56,13 @@ pub struct GrpcClientLayer {
     duration: Option<Histogram<f64>>,
 }
 
-/// `rpc.client.call.duration` or `rpc.server.call.duration` of semantic conventions 1.45.
+/// Makes the histogram `rpc.client.call.duration` or `rpc.server.call.duration` (semantic conventions 1.45),
+/// if metrics are exported.
 fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
     metrics::are_exported().then(|| metrics::duration_histogram(&metrics::meter(), name))
 }
 
-/// Where calls go, as configured.
+/// The address of the server, as configured.
 #[derive(Clone)]
 struct Server {
     address: Arc<str>,
@@ -69,7 +70,7 @@ struct Server {
 }
 
 impl GrpcClientLayer {
-    /// For a channel to `endpoint`. Make it after [`crate::Telemetry::start`].
+    /// Makes a layer for a channel to `endpoint`. Make it after [`crate::Telemetry::start`].
     pub fn new(endpoint: &Uri) -> Self {
         let address = endpoint.host().unwrap_or_default().trim_matches(['[', ']']).into();
         let default_port = if endpoint.scheme_str() == Some("https") { 443 } else { 80 };
@@ -90,7 +91,7 @@ impl<S> Layer<S> for GrpcClientLayer {
     }
 }
 
-/// A channel in the [`GrpcClientLayer`].
+/// A channel wrapped in the [`GrpcClientLayer`].
 #[derive(Clone)]
 pub struct GrpcClient<S> {
     inner: S,
@@ -105,7 +106,7 @@ where
     ResBody: Body,
 {
     type Response = Response<TracedBody<ResBody, GrpcSpan>>;
-    /// What the transport raised, as the gRPC status that it stands for.
+    /// An error of the transport, converted to a gRPC status.
     type Error = Status;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
 
@@ -134,7 +135,7 @@ where
             span.set_attribute(KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()));
             if let Some(port) = server.port {
                 span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
-                // With an address there is no resolver and no choice: it is the peer.
+                // If the host is an IP address, it is the peer, because no name has to be resolved.
                 if server.address.parse::<IpAddr>().is_ok() {
                     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, server.address.clone()));
                     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(port)));
@@ -173,8 +174,8 @@ pub struct GrpcServerLayer {
 }
 
 impl GrpcServerLayer {
-    /// `descriptors` is the encoded `FileDescriptorSet` of the services behind this layer, the same that
-    /// reflection needs. A caller can name any method: one that is not in there counts as `_OTHER`.
+    /// `descriptors` is the encoded `FileDescriptorSet` of the services behind this layer, the same one that
+    /// reflection needs. A caller can name any method, so a method that is not in the set counts as `_OTHER`.
     ///
     /// Make it after [`crate::Telemetry::start`].
     pub fn new(descriptors: &[u8]) -> Self {
@@ -201,7 +202,7 @@ impl<S> Layer<S> for GrpcServerLayer {
     }
 }
 
-/// A service in the [`GrpcServerLayer`].
+/// A service wrapped in the [`GrpcServerLayer`].
 #[derive(Clone)]
 pub struct GrpcServer<S> {
     inner: S,
@@ -249,7 +250,7 @@ where
 }
 
 impl GrpcServerLayer {
-    /// The method that is called, if it is there.
+    /// Returns the name of the called method, or `_OTHER` if the method is unknown.
     fn method<B>(&self, request: &Request<B>) -> &str {
         let path = request.uri().path().trim_start_matches('/');
         self.methods.get(path).map_or(OTHER, String::as_str)
@@ -289,15 +290,15 @@ impl GrpcServerLayer {
     }
 }
 
-/// The span of a call, on either side. It ends when the status is known; dropped earlier, the call was
-/// cancelled or has passed its deadline.
+/// The span of a call, on either side. It ends when the status is known. If it is dropped before that, the
+/// call was cancelled or has passed its deadline.
 #[derive(Debug)]
 pub struct GrpcSpan {
     cx: Context,
     ended: bool,
     kind: SpanKind,
     deadline: Option<Instant>,
-    /// Of an answer that turns out to have none.
+    /// The status that counts if the answer turns out to have no gRPC status.
     status: Code,
     measured: Option<Measurement>,
 }
@@ -311,7 +312,8 @@ impl GrpcSpan {
 
     fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
         self.status = code_of_http(response.status());
-        // Without a message the status is in the headers; so it is if this isn't gRPC at all.
+        // Without a message, the gRPC status is in the headers. If this isn't gRPC at all, the HTTP status
+        // counts.
         let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
             let error_type = response.extensions().get::<ErrorType>().copied();
@@ -362,7 +364,7 @@ impl AwaitsBody for GrpcSpan {
     fn end_of_body(self, end: BodyEnd<'_>) {
         let code = match end {
             BodyEnd::Trailers(trailers) => status_code(trailers),
-            // A stream that ends without a status is broken, or none of gRPC's.
+            // A stream that ends without a status broke off, or isn't gRPC.
             BodyEnd::Complete | BodyEnd::Error => None,
         };
         let code = code.unwrap_or(self.status);
@@ -372,7 +374,8 @@ impl AwaitsBody for GrpcSpan {
 
 impl Drop for GrpcSpan {
     fn drop(&mut self) {
-        // Whoever drops it at the deadline has a timer as exact as a millisecond, started a little earlier.
+        // The timer that drops a span at its deadline is exact to a millisecond, and was started a little
+        // earlier.
         let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now() + TIMER_SLACK);
         self.end_once(if expired { Code::DeadlineExceeded } else { Code::Cancelled }, None);
     }
@@ -380,7 +383,8 @@ impl Drop for GrpcSpan {
 
 const TIMER_SLACK: Duration = Duration::from_millis(5);
 
-/// For a client every status but OK is an error; for a server those that are its own fault.
+/// Whether a status is an error. For a client every status but OK is one; for a server, only its own faults
+/// are.
 fn is_error(code: Code, kind: &SpanKind) -> bool {
     match code {
         Code::Ok => false,

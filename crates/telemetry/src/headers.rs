@@ -9,8 +9,8 @@ use opentelemetry::{
 };
 use std::net::SocketAddr;
 
-/// The other end of the connection, which counts as the client: headers like `x-forwarded-for` are
-/// claims of anybody.
+/// Sets the attributes of the connection's peer, which counts as the client. Headers like `x-forwarded-for`
+/// are ignored, because anybody can send them.
 pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
     let address = StringValue::from(peer.ip().to_string());
     span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
@@ -18,14 +18,14 @@ pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
 }
 
-/// The host that a caller named, which may be anything.
+/// Returns the host that a caller named, without long numbers, because callers can name anything.
 pub(crate) fn host_attribute(authority: &http::uri::Authority) -> String {
     without_long_numbers(authority.host().trim_matches(['[', ']']))
 }
 
 pub(crate) static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// HTTP headers, which gRPC calls metadata, as the carrier of a context to read.
+/// HTTP headers (gRPC calls them metadata), as a carrier that a context is read from.
 pub struct Headers<'a>(pub &'a HeaderMap);
 
 impl Extractor for Headers<'_> {
@@ -43,12 +43,13 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// A value that is not text is malformed in every format there is; it must not look absent.
+/// Returns a header value as text. A value that is not text is malformed in every format, but it must not
+/// look absent, so it becomes U+FFFD.
 fn text(value: &HeaderValue) -> &str {
     value.to_str().unwrap_or("\u{fffd}")
 }
 
-/// The same, as the carrier to write.
+/// HTTP headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut HeaderMap);
 
 impl Injector for HeadersMut<'_> {
@@ -57,9 +58,10 @@ impl Injector for HeadersMut<'_> {
             "traceparent" => Ok(TRACEPARENT.clone()),
             other => HeaderName::try_from(other),
         };
-        // A value with a line break would not be a header; it is left out.
+        // A value with a line break is left out, because it can't be a header.
         if let (Ok(name), Ok(mut value)) = (name, HeaderValue::try_from(value)) {
-            // No two are the same: kept in HTTP/2's table they would only displace what is worth it.
+            // Each value is used only once, so HTTP/2 must not keep it in its table, where it would displace
+            // useful entries.
             value.set_sensitive(true);
             self.0.insert(name, value);
         }

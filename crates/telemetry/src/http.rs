@@ -46,16 +46,16 @@ use tower::{Layer, Service};
 
 /// Opens a SERVER span for each request, named `{method} {route}`.
 ///
-/// Mount it with [`axum::Router::layer`]: there, the matched route is known. Make it after
-/// [`crate::Telemetry::start`], whose tracer it uses.
+/// Mount it with [`axum::Router::layer`], because the matched route is known there. Make it after
+/// [`crate::Telemetry::start`], because it uses the tracer that is set there.
 #[derive(Clone)]
 pub struct HttpServerLayer {
     tracer: Arc<BoxedTracer>,
     metrics: Option<Metrics>,
 }
 
-/// `http.server.*` of semantic conventions 1.45. What a caller can choose freely, a path or a host, is no
-/// attribute of them.
+/// The metrics `http.server.*` of semantic conventions 1.45. Values that a caller can choose freely, such as
+/// a path or a host, are not among their attributes.
 #[derive(Clone)]
 struct Metrics {
     duration: Histogram<f64>,
@@ -63,7 +63,7 @@ struct Metrics {
 }
 
 impl HttpServerLayer {
-    /// A layer that uses the tracer provider in force now.
+    /// Makes a layer that uses the current global tracer provider.
     #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
     pub fn new() -> Self {
         let metrics = metrics::are_exported().then(|| {
@@ -88,7 +88,7 @@ impl<S> Layer<S> for HttpServerLayer {
     }
 }
 
-/// A service in the [`HttpServerLayer`].
+/// A service wrapped in the [`HttpServerLayer`].
 #[derive(Clone)]
 pub struct HttpServer<S> {
     inner: S,
@@ -167,7 +167,7 @@ fn request_attributes<B>(
     if let Some(route) = route {
         set(semconv::HTTP_ROUTE, route.to_owned().into());
     }
-    // The query is left out: it is where personal data and secrets are sent by mistake.
+    // The query is left out, because personal data and secrets are often sent there by mistake.
     set(semconv::URL_PATH, without_long_numbers(request.uri().path()).into());
     set(
         semconv::URL_SCHEME,
@@ -192,7 +192,7 @@ fn request_attributes<B>(
     }
 }
 
-/// A server span that ends with the response's body; dropped earlier, it says so.
+/// A server span that ends with the response's body. If it is dropped before that, it ends with an error.
 #[derive(Debug)]
 pub struct HttpServerSpan {
     cx: Context,
@@ -201,7 +201,7 @@ pub struct HttpServerSpan {
     measured: Option<Measured>,
 }
 
-/// A request in the metrics: active until this is dropped.
+/// Measures one request, which counts as active until this is dropped.
 #[derive(Debug)]
 struct Measured {
     duration: Measurement,
@@ -235,7 +235,7 @@ impl Drop for Measured {
 }
 
 enum Outcome {
-    /// The status tells it all.
+    /// The request ended as its status says.
     Complete,
     Error(&'static str),
 }
@@ -243,7 +243,7 @@ enum Outcome {
 impl HttpServerSpan {
     fn respond<B: Body>(mut self, mut response: Response<B>) -> Response<TracedBody<B, Self>> {
         let status = response.status();
-        // 4xx is the caller's fault, so it is no error (HTTP spans, "Status").
+        // A 4xx status is the caller's fault, so it is not an error of the server (HTTP spans, "Status").
         let error_type = status.is_server_error().then(|| match response.extensions().get::<ErrorType>() {
             Some(ErrorType(reason)) => StringValue::from(*reason),
             None => status.as_str().to_owned().into(),
@@ -267,7 +267,7 @@ impl HttpServerSpan {
         }
         let length = response.headers().get(header::CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
-        // hyper doesn't poll the bodies of these.
+        // hyper doesn't poll the bodies of these responses.
         let has_no_body = self.is_head
             || status.is_informational()
             || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
@@ -319,7 +319,7 @@ impl AwaitsBody for HttpServerSpan {
     }
 }
 
-/// The caller hung up, or the handler panicked.
+/// A span is dropped when the caller hung up, or when the handler panicked.
 impl Drop for HttpServerSpan {
     fn drop(&mut self) {
         self.end_once(Outcome::Error(if thread::panicking() { PANIC } else { CANCELLED }));
@@ -329,7 +329,8 @@ impl Drop for HttpServerSpan {
 /// The methods of RFC 9110, PATCH of RFC 5789, and QUERY.
 const KNOWN_METHODS: &str = "CONNECT,DELETE,GET,HEAD,OPTIONS,PATCH,POST,PUT,QUERY,TRACE";
 
-/// The name of a known method; any other is `_OTHER`, since a caller can invent them.
+/// Returns the name of a known method. Any other method is reported as `_OTHER`, because callers can invent
+/// methods.
 fn known_method(method: &Method) -> Option<&'static str> {
     static KNOWN: LazyLock<Vec<String>> = LazyLock::new(|| {
         let list = env::var(KNOWN_METHODS_VARIABLE).ok().filter(|list| !list.trim().is_empty());

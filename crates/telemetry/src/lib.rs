@@ -1,6 +1,6 @@
 //! Traces, metrics and logs for a service of axum, tonic and lapin.
 //!
-//! | Part | What it has |
+//! | Part | Contents |
 //! |---|---|
 //! | [`http`], [`grpc`], [`amqp`] | one boundary each: carrier, spans, attributes, metrics |
 //! | [`propagation`] | the wire formats of a context |
@@ -63,7 +63,7 @@ use opentelemetry::{
     trace::{Span, Status, TraceContextExt},
 };
 
-/// The tracer of the edge spans.
+/// Returns the tracer of the HTTP and gRPC layers.
 pub(crate) fn tracer() -> BoxedTracer {
     let scope = InstrumentationScope::builder("throughline")
         .with_version(env!("CARGO_PKG_VERSION"))
@@ -72,7 +72,8 @@ pub(crate) fn tracer() -> BoxedTracer {
     global::tracer_with_scope(scope)
 }
 
-/// The context inside of a span. One that isn't recorded is only carried on, which costs less.
+/// Returns `parent` with `span` as its current span. If the span isn't recorded, the context holds only its
+/// ids and flags, which costs less.
 pub(crate) fn with_span(parent: &Context, span: BoxedSpan) -> Context {
     if span.is_recording() {
         parent.with_span(span)
@@ -81,8 +82,9 @@ pub(crate) fn with_span(parent: &Context, span: BoxedSpan) -> Context {
     }
 }
 
-/// Ends the span of its context as cancelled if it is dropped before the span has ended: for a span by hand
-/// around something that is awaited, which may be dropped at a deadline, or when the caller hangs up.
+/// Guards a hand-written span around an awaited future, which may be dropped at a deadline, or when the
+/// caller hangs up. If the span in this context has not ended when the guard is dropped, the guard ends it as
+/// cancelled.
 #[derive(Debug)]
 pub struct OrCancelled(pub Context);
 
@@ -97,12 +99,12 @@ impl Drop for OrCancelled {
     }
 }
 
-/// The context that came with a request, by the propagators in force.
+/// Reads the context from an incoming request or message, with the global propagators.
 pub fn extract(carrier: &dyn Extractor) -> Context {
     global::get_text_map_propagator(|propagator| propagator.extract_with_context(&Context::new(), carrier))
 }
 
-/// Writes `cx` into what is sent, by the propagators in force.
+/// Writes `cx` into an outgoing request or message, with the global propagators.
 pub fn inject(cx: &Context, carrier: &mut dyn Injector) {
     global::get_text_map_propagator(|propagator| propagator.inject_context(cx, carrier));
 }

@@ -1,9 +1,9 @@
-//! Log lines: on a terminal for people, as JSON for machines, each with the ids of its trace. The same events
-//! leave by OTLP as log records, if that is configured.
+//! Writes log lines, as text for people or as JSON for machines, each with the ids of its trace. If
+//! configured, the same events are also exported by OTLP as log records.
 //!
-//! `RUST_LOG` decides which lines and records are written. It has no say in which spans are recorded: the two
-//! are filtered apart. Lines are written by a thread of their own, so that a reader of standard error that
-//! stops reading holds up nobody: lines beyond a bound are dropped and counted.
+//! `RUST_LOG` decides which lines and records are written. It does not decide which spans are recorded,
+//! because spans have a filter of their own. A separate thread writes the lines, so that a reader of standard
+//! error that stops reading delays nobody. Lines beyond a bound are dropped and counted.
 
 use crate::outage::PartialSuccess;
 use opentelemetry::{
@@ -38,15 +38,16 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-/// `LOG_FORMAT` and `RUST_LOG`.
+/// The settings of `LOG_FORMAT` and `RUST_LOG`.
 #[derive(Debug)]
 pub(crate) struct Config {
     pub format: Format,
     pub filter: Option<Filter>,
 }
 
-/// Which lines are written. Those of lapin and OpenTelemetry are not, unless asked for: they have several for
-/// each attempt, where the services say once that the broker or the collector is away.
+/// Decides which lines are written. Lines of lapin and OpenTelemetry are left out unless they are asked for,
+/// because these libraries log several lines for each failed attempt, while the services log once that the
+/// broker or the collector is unavailable.
 #[derive(Debug)]
 pub(crate) struct Filter(String);
 
@@ -54,7 +55,7 @@ impl FromStr for Filter {
     type Err = <EnvFilter as FromStr>::Err;
 
     fn from_str(directives: &str) -> Result<Self, Self::Err> {
-        // A later directive for the same target takes the place of an earlier one.
+        // A later directive for the same target replaces an earlier one.
         let directives = format!("lapin=off,opentelemetry=off,{directives}");
         directives.parse::<EnvFilter>().map(|_| Self(directives))
     }
@@ -67,10 +68,10 @@ impl Default for Filter {
 }
 
 impl Filter {
-    /// A filter for one layer.
+    /// Makes a filter for one layer.
     fn layer<S: Subscriber>(&self) -> impl tracing_subscriber::layer::Filter<S> + use<S> {
-        // lapin writes out what is returned to it as unroutable and, at TRACE, each frame: messages, which are
-        // personal, and the password. Nobody may ask for it.
+        // lapin logs messages that are returned as unroutable, which hold personal data. At TRACE it logs
+        // each frame, and so the password. No directive may turn these lines on.
         let is_harmless = filter_fn(|metadata| {
             let is_lapin = metadata.target().starts_with("lapin");
             metadata.target() != "lapin::returned_messages"
@@ -86,10 +87,10 @@ pub(crate) enum Format {
     Json,
 }
 
-/// Lines that wait to be written, at most. More are dropped.
+/// The most lines that wait to be written. Further lines are dropped.
 const MAX_LINES: usize = 4_096;
 
-/// How long the lines that are left may take at the end.
+/// How long writing the remaining lines may take at the end of the process.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// The writer of the lines. It must live as long as the process.
@@ -99,7 +100,7 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// Counts the lines that were dropped because nobody read standard error.
+    /// Returns the counter of lines that were dropped because nobody read standard error.
     pub fn dropped(&self) -> ErrorCounter {
         self.dropped.clone()
     }
@@ -109,8 +110,8 @@ impl Drop for Lines {
     fn drop(&mut self) {
         let guard = self.guard.take();
         let (done, written) = mpsc::channel();
-        // The guard writes the last lines. It blocks if nobody reads them, and then complains on standard output,
-        // which may block as well: the process ends without.
+        // Dropping the guard writes the last lines. If nobody reads them, it blocks, and then complains on
+        // standard output, which may block as well. So the process waits for it only for a limited time.
         thread::spawn(move || {
             drop(guard);
             let _ = done.send(());
@@ -119,11 +120,11 @@ impl Drop for Lines {
     }
 }
 
-/// Installs the subscriber: log lines to standard error, `tracing` spans to `tracer` and log records to
-/// `loggers`.
+/// Installs the subscriber, which sends log lines to standard error, `tracing` spans to `tracer`, and log
+/// records to `loggers`.
 ///
-/// Spans below INFO are the internals of libraries (h2 alone makes dozens a request): they are not
-/// recorded. Nor is lapin's span, which is as long as its connection.
+/// Spans below INFO are not recorded, because they are internals of libraries (h2 alone makes dozens for each
+/// request). lapin's span is not recorded either, because it lasts as long as its connection.
 pub(crate) fn install(
     config: Config,
     tracer: Option<SdkTracer>,
@@ -141,23 +142,23 @@ pub(crate) fn install(
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_writer(writer)
         .with_filter(filter.layer());
-    // The filters are around the options: if a layer with its filter were absent, tracing would ask for each span
-    // anew whether somebody wants it.
+    // Each filter is around the `Option` of its layer. If an absent layer had no filter, tracing would ask
+    // for each span anew whether somebody wants it.
     let records = loggers.map(OpenTelemetryTracingBridge::new).with_filter(filter.layer());
     let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
     let spans = tracer.map(|tracer| tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false));
     let spans = spans.with_filter(recorded);
     let answers = PartialSuccess.with_filter(Targets::new().with_target("opentelemetry-otlp", Level::WARN));
-    // Fails if there is a subscriber already, as in a test: then that one stays.
+    // This fails if there is a subscriber already, as in a test. That subscriber then stays.
     let subscriber = tracing_subscriber::registry().with(spans).with(lines).with(records).with(answers);
     subscriber.try_init().ok()?;
     panic::set_hook(Box::new(log_panic));
     Some(Lines { guard: Some(guard), dropped })
 }
 
-/// A panic is a line like any other, with the ids of the trace that it happened in.
+/// Logs a panic as an ordinary line, with the ids of the trace in which it happened.
 fn log_panic(panic: &PanicHookInfo<'_>) {
-    // An exporter's panic is caught, and told as its failure.
+    // An exporter's panic is caught elsewhere, and logged as a failure of the exporter.
     if thread::current().name().is_some_and(|name| name.starts_with("OpenTelemetry.")) {
         return;
     }
@@ -165,8 +166,8 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     tracing::error!(location, reason = panic_reason(panic.payload()), "panicked");
 }
 
-/// The message of a panic, if it is in the source code as it is: one that was formatted may quote anything, a
-/// mobile number too.
+/// Returns the message of a panic if it is a literal in the source code. A formatted message is not returned,
+/// because it may quote anything, even a mobile number.
 fn panic_reason(payload: &(dyn Any + Send)) -> &'static str {
     payload.downcast_ref::<&'static str>().copied().unwrap_or("formatted, so not logged")
 }
@@ -228,7 +229,7 @@ fn json(mut out: Writer<'_>, event: &Event<'_>, ids: Option<&SpanContext>) -> fm
     writeln!(out, "{line}")
 }
 
-/// The fields of an event, their types kept.
+/// The fields of an event, with their types.
 #[derive(Default)]
 struct Fields(Map<String, Value>);
 

@@ -1,7 +1,7 @@
-//! Metrics: the provider with its readers, and what every process measures about itself.
+//! Sets up metrics: the provider with its readers, and the measurements that every process makes of itself.
 //!
-//! The metrics of a boundary are beside its spans ([`crate::http`], [`crate::grpc`], [`crate::amqp`]); those of
-//! a service's own parts are in the service.
+//! The metrics of a boundary are defined beside its spans ([`crate::http`], [`crate::grpc`],
+//! [`crate::amqp`]). The metrics of a service's own parts are defined in the service.
 
 use crate::{
     config::{ConfigError, MetricsConfig, MetricsExporter},
@@ -27,10 +27,10 @@ use std::{
 };
 use tracing_appender::non_blocking::ErrorCounter;
 
-/// Bounds of the buckets of a duration, in seconds (semantic conventions 1.45, HTTP, RPC and messaging metrics).
+/// The bucket bounds of durations, in seconds (semantic conventions 1.45, HTTP, RPC and messaging metrics).
 const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 
-/// Makes the meter provider and sets it; `None` if metrics are not exported.
+/// Makes the meter provider and sets it as the global one. Returns `None` if metrics are not exported.
 pub(crate) fn start(
     config: MetricsConfig,
     resource: Resource,
@@ -79,7 +79,7 @@ pub(crate) fn start(
     Ok(Some(provider))
 }
 
-/// The meter of the boundaries, with the scope of their spans.
+/// Returns the meter of the boundaries, whose scope is that of their spans.
 pub(crate) fn meter() -> Meter {
     let scope = InstrumentationScope::builder("throughline")
         .with_version(env!("CARGO_PKG_VERSION"))
@@ -88,14 +88,14 @@ pub(crate) fn meter() -> Meter {
     global::meter_with_scope(scope)
 }
 
-/// Whether metrics are exported. If they are not, nobody need prepare their attributes.
+/// Whether metrics are exported. If they are not, their attributes need not be prepared.
 pub(crate) fn are_exported() -> bool {
     ARE_EXPORTED.load(Relaxed)
 }
 
 static ARE_EXPORTED: AtomicBool = AtomicBool::new(false);
 
-/// A duration that is being measured, and the attributes known so far.
+/// A running measurement of a duration, with the attributes known so far.
 #[derive(Debug)]
 pub(crate) struct Measurement {
     histogram: Histogram<f64>,
@@ -104,7 +104,7 @@ pub(crate) struct Measurement {
 }
 
 impl Measurement {
-    /// Begins now.
+    /// Starts the measurement.
     pub fn start(histogram: &Histogram<f64>, attributes: Vec<KeyValue>) -> Self {
         Self { histogram: histogram.clone(), started: Instant::now(), attributes }
     }
@@ -113,19 +113,19 @@ impl Measurement {
         self.attributes.push(KeyValue::new(key, value));
     }
 
-    /// Ends now.
+    /// Records the time since the start.
     pub fn record(&self) {
         self.histogram.record(self.started.elapsed().as_secs_f64(), &self.attributes);
     }
 }
 
-/// A histogram of durations in seconds, with the buckets of the semantic conventions.
+/// Makes a histogram of durations in seconds, with the buckets of the semantic conventions.
 pub fn duration_histogram(meter: &Meter, name: &'static str) -> Histogram<f64> {
     meter.f64_histogram(name).with_unit("s").with_boundaries(SECONDS.to_vec()).build()
 }
 
-/// CPU, memory, threads and files (semantic conventions 1.45, process metrics). Linux tells them in `/proc`;
-/// elsewhere there are none.
+/// Observes CPU, memory, threads, files and uptime (semantic conventions 1.45, process metrics). All but the
+/// uptime are read from `/proc`, so they exist only on Linux.
 fn observe_process() {
     #[cfg(target_os = "linux")]
     {
@@ -173,7 +173,7 @@ fn observe_process() {
         .build();
 }
 
-/// The runtime's own figures, for which there are no conventions.
+/// Observes the tokio runtime, for which there are no semantic conventions.
 fn observe_runtime() {
     let runtime = tokio::runtime::Handle::current().metrics();
     let meter = meter();
@@ -202,8 +202,8 @@ fn observe_runtime() {
         .build();
 }
 
-/// What became of the spans (semantic conventions 1.45, SDK metrics). The first callback of a collection takes
-/// the counts for all, so that they agree.
+/// Observes what happened to the spans (semantic conventions 1.45, SDK metrics). The first callback of a
+/// collection reads the counts for all callbacks, so that the values agree.
 fn observe_spans(accounts: Vec<Arc<Account>>) {
     const PROCESSOR: &str = "batching_span_processor";
     type Snapshot = Arc<Mutex<Vec<SpanCounts>>>;

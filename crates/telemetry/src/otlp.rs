@@ -1,5 +1,5 @@
-//! The published OTLP exporters, with connections of our own: so they have TLS by one provider, keep-alive,
-//! and a cause to tell when they fail.
+//! Builds the published OTLP exporters on connections that are made here, so that TLS has one provider,
+//! gRPC has keep-alive, and failures report their cause.
 
 use crate::{
     config::{ConfigError, OtlpConfig, Pem, Protocol, Tls},
@@ -24,11 +24,12 @@ use std::{fmt::Display, sync::Arc, time::Duration};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection may be silent before a ping, and how long the ping's answer may take. Each is less
+/// than half of the default time-out of a request.
 #[cfg(feature = "otlp-grpc")]
-/// Less than half of the time that a request has, by default.
 const KEEP_ALIVE: Duration = Duration::from_secs(4);
 
-/// Sends spans.
+/// Builds the exporter that sends spans.
 pub(crate) fn span_exporter(config: &OtlpConfig) -> Result<SpanExporter, ConfigError> {
     let builder = SpanExporter::builder();
     built(match config.protocol {
@@ -38,7 +39,7 @@ pub(crate) fn span_exporter(config: &OtlpConfig) -> Result<SpanExporter, ConfigE
     })
 }
 
-/// Sends metrics.
+/// Builds the exporter that sends metrics.
 pub(crate) fn metric_exporter(
     config: &OtlpConfig,
     temporality: Temporality,
@@ -51,7 +52,7 @@ pub(crate) fn metric_exporter(
     })
 }
 
-/// Sends log records.
+/// Builds the exporter that sends log records.
 pub(crate) fn log_exporter(config: &OtlpConfig) -> Result<LogExporter, ConfigError> {
     let builder = LogExporter::builder();
     built(match config.protocol {
@@ -65,7 +66,7 @@ fn built<E>(exporter: Result<E, ExporterBuildError>) -> Result<E, ConfigError> {
     exporter.map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP", error.to_string()))
 }
 
-/// The library reads the headers from the environment itself, [`OtlpConfig`] has checked them.
+/// The library reads the headers from the environment itself; [`OtlpConfig`] has already checked them.
 #[cfg(feature = "otlp-grpc")]
 fn grpc<B: WithExportConfig + opentelemetry_otlp::WithTonicConfig>(
     builder: B,
@@ -94,7 +95,7 @@ fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -
 
 #[cfg(feature = "otlp-grpc")]
 fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
-    // tonic parses the same files, but its errors do not name them.
+    // Check the files here, because tonic's errors do not name them.
     client_config(&config.endpoint, &config.tls)?;
     let endpoint = Endpoint::from(config.endpoint.clone())
         .connect_timeout(CONNECT_TIMEOUT)
@@ -115,7 +116,7 @@ fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
     Ok(endpoint.tls_config(tls).map_err(|error| unusable(&error))?.connect_lazy())
 }
 
-/// An HTTP client for the exporters of this crate.
+/// Makes an HTTP client for the exporters of this crate.
 pub(crate) fn client(endpoint: &Uri, tls: &Tls, timeout: Duration) -> Result<Client, ConfigError> {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -129,7 +130,7 @@ pub(crate) fn client(endpoint: &Uri, tls: &Tls, timeout: Duration) -> Result<Cli
     Ok(Client(HyperClient::new(connector, timeout, None)))
 }
 
-/// The published client, but for an error that tells its cause, and for pages that are no answer.
+/// The published client, except that it notes the cause of an error, and treats a web page as an error.
 #[derive(Debug)]
 pub(crate) struct Client(HyperClient<HttpsConnector<HttpConnector>>);
 
@@ -146,7 +147,8 @@ impl HttpClient for Client {
     }
 }
 
-/// Servers of web pages answer with one to whatever they are asked. To the exporter that would be success.
+/// Whether the answer is a web page. Some web servers answer any request with a page, which the exporter
+/// would take for success.
 fn is_page(response: &Response<Bytes>) -> bool {
     let content_type = response.headers().get(header::CONTENT_TYPE);
     content_type.is_some_and(|content_type| content_type.as_bytes().starts_with(b"text/html"))
@@ -161,7 +163,7 @@ fn client_config(endpoint: &Uri, tls: &Tls) -> Result<ClientConfig, ConfigError>
     } else if endpoint.scheme_str() == Some("https") {
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         if roots.is_empty() {
-            return Err(unusable(&"not set, and this system has no certificates of authorities"));
+            return Err(unusable(&"not set, and this system has no CA certificates"));
         }
     }
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))

@@ -1,4 +1,5 @@
-//! Why an export failed, told once a minute: the other side's address, the cause, and a guess at the mistake.
+//! Logs why exports fail, at most once a minute: the receiver's address, the cause, and a guess at the
+//! mistake.
 
 use opentelemetry_sdk::error::OTelSdkError;
 use std::{
@@ -10,36 +11,36 @@ use std::{
 use tracing::{Event, Subscriber, field::Visit};
 use tracing_subscriber::{Layer, layer::Context};
 
-/// While the other side is away, one line in this time says so.
+/// The shortest time between two warnings about one exporter.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// The failures of one exporter.
 #[derive(Debug)]
 pub(crate) struct Outage {
-    /// What is exported: `spans`, say.
+    /// The kind of data that is exported, for example `spans`.
     what: &'static str,
-    /// Where to.
+    /// The address of the receiver.
     endpoint: String,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// The last attempt failed.
+    /// The last attempt failed, and another may succeed.
     is_on: bool,
-    /// There was a warning since the last success.
+    /// A warning that exports fail was logged since the last success.
     is_told: bool,
     warned: Option<Instant>,
-    /// Spans given up since the last success.
+    /// Spans that were dropped since the last success.
     lost: u64,
 }
 
-/// Whether it makes sense to send the same again.
+/// Whether sending the same data again may succeed.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// The other side is away or overloaded.
+    /// The receiver is unavailable or overloaded.
     Temporary,
-    /// The other side refuses what was sent.
+    /// The receiver refuses this data.
     Final,
 }
 
@@ -50,20 +51,21 @@ impl Failure {
 }
 
 thread_local! {
-    /// What the attempt on this thread met, and its result doesn't say.
+    /// Details of the attempt on this thread that its result does not contain.
     static ATTEMPT: RefCell<Attempt> = RefCell::default();
 }
 
 #[derive(Default)]
 struct Attempt {
-    /// From the answer to a request that was taken in part.
+    /// How many spans the receiver rejected although it accepted the request.
     rejected: u64,
     reason: String,
     /// The transport's error.
     cause: Option<String>,
 }
 
-/// Notes why a request of the attempt on this thread got no answer; the exporters only say "network error".
+/// Notes why a request of the attempt on this thread got no answer, because the exporters only say "network
+/// error".
 pub(crate) fn note_cause(error: &(dyn std::error::Error + 'static)) {
     let sources = std::iter::successors(Some(error), |error| error.source());
     let cause = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
@@ -79,17 +81,17 @@ impl Outage {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the last attempt failed.
+    /// Whether the last attempt failed, and another may succeed.
     pub fn is_on(&self) -> bool {
         self.lock().is_on
     }
 
-    /// Counts spans that are given up.
+    /// Counts spans that are dropped.
     pub fn lost(&self, count: u64) {
         self.lock().lost += count;
     }
 
-    /// An attempt has succeeded; how many of its spans were rejected all the same.
+    /// Records that an attempt succeeded. Returns how many of its spans the receiver rejected nevertheless.
     pub fn over(&self) -> u64 {
         let Attempt { rejected, reason, .. } = ATTEMPT.take();
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
@@ -103,7 +105,7 @@ impl Outage {
         rejected
     }
 
-    /// An attempt has failed.
+    /// Records that an attempt failed, and returns whether another may succeed.
     pub fn failed(&self, error: &OTelSdkError) -> Failure {
         let cause = ATTEMPT.take().cause;
         let reason = match (error, cause) {
@@ -128,7 +130,7 @@ impl Outage {
                         reason,
                         endpoint,
                         dropped,
-                        "{what} can't be exported; trying on, at most one warning a minute"
+                        "{what} can't be exported; still trying, at most one warning a minute"
                     );
                 }
             }
@@ -138,7 +140,7 @@ impl Outage {
 }
 
 impl State {
-    /// Whether the last warning is long enough ago for another one.
+    /// Whether the last warning is long enough ago. If so, counts a new warning as logged now.
     fn may_warn(&mut self) -> bool {
         let may = self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
         if may {
@@ -148,13 +150,14 @@ impl State {
     }
 }
 
-/// The exporters have one kind of error, so the answer must be read from its text: `… gRPC code: Unavailable` or
-/// `… status code: 503`. What can be sent again is in the OTLP specification, "Failures".
+/// Decides from the text of an error whether the failure is final, because the exporters have only one kind
+/// of error. The text contains `… gRPC code: Unavailable` or `… status code: 503`. The OTLP specification
+/// ("Failures") lists which failures may be retried.
 fn classify(reason: &str) -> Failure {
     let after = |mark| reason.split_once(mark).map(|(_, rest): (_, &str)| rest);
     let is_final = if let Some(code) = after("gRPC code: ") {
         let retryable = ["Cancelled", "DeadlineExceeded", "Aborted", "OutOfRange", "Unavailable", "DataLoss"];
-        // A cause behind the code is one of the connection: the server has said nothing.
+        // A cause after the code means that the connection failed, so the server has not answered.
         !code.contains(": ") && !retryable.contains(&code)
     } else if let Some(status) = after("status code: ").or_else(|| after("with status ")) {
         !["429", "502", "503", "504"].iter().any(|retryable| status.starts_with(retryable))
@@ -164,12 +167,12 @@ fn classify(reason: &str) -> Failure {
     if is_final { Failure::Final } else { Failure::Temporary }
 }
 
-/// The mistake that most often has this result.
+/// Guesses the mistake that most often leads to this failure.
 fn guess(reason: &str) -> &'static str {
-    // The answers of servers that know no HTTP/2, and of those that know it, but not this service.
+    // The answers of servers without HTTP/2, and of servers with HTTP/2 but without this service.
     const NOT_GRPC: [&str; 3] =
         ["frame with invalid size", "HTTP/2 was not negotiated", "gRPC code: Unimplemented"];
-    // A server of gRPC speaks first, in frames.
+    // A gRPC server sends the first frame, before it reads a request.
     const NOT_HTTP: [&str; 2] = ["invalid HTTP version", "unexpected message from connection"];
 
     if NOT_GRPC.iter().any(|mark| reason.contains(mark)) {
@@ -181,12 +184,12 @@ fn guess(reason: &str) -> &'static str {
     }
 }
 
-/// What a peer wrote goes into a log line: bounded, and without control characters.
+/// Shortens what a peer wrote, and removes control characters, because it goes into a log line.
 fn short(message: &str) -> String {
     message.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
-/// Listens to the exporters' own events: that a request was taken in part is told nowhere else.
+/// Listens to the exporters' own events, because only these report that a request was accepted in part.
 pub(crate) struct PartialSuccess;
 
 impl<S: Subscriber> Layer<S> for PartialSuccess {

@@ -1,7 +1,7 @@
-//! Metrics for Prometheus: `OTEL_METRICS_EXPORTER=prometheus`.
+//! Serves metrics to Prometheus, with `OTEL_METRICS_EXPORTER=prometheus`.
 //!
-//! A listener of its own, so that it can be on another address than the service's, and the same for all
-//! services.
+//! The metrics have their own listener, so that it can use another address than the service, and works alike
+//! in all services.
 
 use crate::config::ConfigError;
 use http::{Request, Response, StatusCode, header};
@@ -16,13 +16,15 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// More connections than these wait until one is closed.
+/// The most open connections. Further connections wait until one is closed.
 const MAX_CONNECTIONS: usize = 8;
 
-/// A connection is for one answer, and closed after this time whether it was fetched or not.
+/// How long a connection may stay open. It is for one answer, and is closed after this time even if the
+/// answer was not fetched.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Answers `GET /metrics` at `address` until the runtime ends. The metrics are those of the reader.
+/// Answers `GET /metrics` at `address` until the runtime ends. The answer has the metrics of the returned
+/// reader.
 pub(crate) fn start(address: SocketAddr) -> Result<PrometheusExporter, ConfigError> {
     let listen = || {
         let listener = std::net::TcpListener::bind(address)?;
@@ -47,7 +49,7 @@ async fn serve(listener: TcpListener, registry: Registry) {
             return;
         };
         let Ok((stream, _)) = listener.accept().await else {
-            // Most likely there are no more file descriptors: let some be closed.
+            // Most likely the process is out of file descriptors, so wait until some are closed.
             sleep(Duration::from_millis(100)).await;
             continue;
         };

@@ -1,20 +1,22 @@
-//! What callers write, without the numbers of persons: for attributes of spans, whatever the boundary.
+//! Removes phone numbers and the like from the text of callers, before it becomes a span attribute.
 
 use percent_encoding::percent_decode_str;
 
-/// What a caller wrote, without anything that might be a phone number, a card or an account. If there is one
-/// among percent-encoded characters, the text is decoded.
+/// Removes anything that might be the number of a phone, a card or an account. If the text is percent-encoded
+/// and a number is removed, the text is returned decoded.
 pub(crate) fn without_long_numbers(text: &str) -> String {
     decoded_if_redacted(text, |text| redacted(text, |_| false))
 }
 
-/// A `User-Agent` without such numbers. It keeps its versions, builds and models, since `Gecko/20100101` is in
-/// every Firefox. A number is one of these if it has at most 8 digits, in one row, and is attached to a letter
-/// (`2201116SG`) or in a product's version (`Build/eng.root.20190412`), or if it is a later part of a version and
-/// in groups of at most 3 digits (`Build/S3SGS32.39-181-11-14-1-3`).
+/// Removes the same numbers from a `User-Agent`, but keeps versions, builds and models, because every Firefox
+/// sends `Gecko/20100101`. A number is kept in two cases:
 ///
-/// So a mobile number of 7 or 8 digits would be kept, if somebody wrote it as a version. One of 9 digits or more,
-/// or that stands by itself, never is.
+/// - It has at most 8 digits without a dash or a space, and is attached to a letter (`2201116SG`) or is in a
+///   product's version (`Build/eng.root.20190412`).
+/// - It is a later part of a version, and in groups of at most 3 digits (`Build/S3SGS32.39-181-11-14-1-3`).
+///
+/// So a mobile number of 7 or 8 digits would be kept if somebody wrote it as a version. A number that has 9
+/// digits or more in a row, or that stands by itself, is never kept.
 pub(crate) fn user_agent(text: &str) -> String {
     decoded_if_redacted(text, |text| redacted(text, is_version))
 }
@@ -34,7 +36,7 @@ struct Number<'a> {
     /// Digits, with a dash or a space between some of them.
     number: &'a str,
     after: &'a str,
-    /// How many digits the longest row of digits has.
+    /// The number of digits in the longest row of digits.
     longest_row: usize,
 }
 
@@ -52,9 +54,10 @@ fn is_version(Number { before, number, after, longest_row }: Number) -> bool {
 }
 
 fn redacted(text: &str, is_kept: impl Fn(Number) -> bool) -> String {
-    /// Digits in a row.
+    /// The fewest digits in a row that count as a long number.
     const SHORTEST: usize = 7;
-    /// Digits with a dash or a space between some of them: one more than a date has, and an hour.
+    /// The fewest digits that count as a long number if a dash or a space is between some of them. A date
+    /// with an hour has one digit less.
     const SHORTEST_IN_GROUPS: usize = 11;
 
     let mut kept = String::with_capacity(text.len());
@@ -162,7 +165,7 @@ mod tests {
     }
 
     proptest! {
-        // The digits after a `%` are not a number's.
+        // Digits after a `%` may be part of an encoded character.
         #[test]
         fn no_number_of_nine_digits_or_more_stays(before in "[^%]{0,12}", number in "[0-9]{9,15}", after in ".{0,12}") {
             let text = format!("{before}{number}{after}");

@@ -1,10 +1,10 @@
-//! What describes this process: the resource of every span (semantic conventions 1.45, resources).
+//! Describes this process, in the resource of every span (semantic conventions 1.45, resources).
 
 use opentelemetry::KeyValue;
 use std::{env, process};
 use uuid::Uuid;
 
-/// Attributes that can be found without being told. The command line is not among them: arguments may
+/// Detects the attributes that need no configuration. The command line is left out, because arguments may
 /// hold secrets.
 pub(crate) fn detect(service_name: &'static str, service_version: &'static str) -> Vec<KeyValue> {
     let executable = env::current_exe().ok();
@@ -27,7 +27,7 @@ pub(crate) fn detect(service_name: &'static str, service_version: &'static str) 
     attributes
 }
 
-/// `host.arch` has its own names for some architectures.
+/// Returns the name that `host.arch` has for the architecture.
 fn arch() -> &'static str {
     match env::consts::ARCH {
         "x86_64" => "amd64",

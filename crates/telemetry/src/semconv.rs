@@ -1,10 +1,10 @@
 //! Attribute names of OpenTelemetry's semantic conventions 1.45, and a few of our own.
 //!
-//! The published Rust constants are at 1.42, and names were changed since (`rpc.status_code` was
-//! `rpc.response.status_code`). Spelled here once; moving to a newer convention starts here.
+//! The published Rust constants are at version 1.42, and names have changed since (`rpc.status_code` was
+//! `rpc.response.status_code`). Each name is spelled here once, so a move to newer conventions starts here.
 #![allow(missing_docs, reason = "the conventions define them")]
 
-/// What the names in this file belong to.
+/// The schema to which the names in this file belong.
 pub const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.45.0";
 
 pub const CLIENT_ADDRESS: &str = "client.address";
@@ -38,20 +38,21 @@ pub const MESSAGING_RABBITMQ_DELIVERY_TAG: &str = "messaging.rabbitmq.message.de
 pub const MESSAGING_RABBITMQ_ROUTING_KEY: &str = "messaging.rabbitmq.destination.routing_key";
 pub const MESSAGING_SYSTEM: &str = "messaging.system";
 
-/// Ours: where a consumer found the trace context, `headers`, `body` or `none`. With `none` its span
-/// starts a new trace.
+/// Our own: where a consumer found the trace context, as `headers`, `body` or `none`. With `none`, the
+/// consumer's span starts a new trace.
 pub const TRACE_CONTEXT_SOURCE: &str = "throughline.trace_context.source";
 
-/// Ours: how a message was published, `confirmed` by the broker or `spooled` on disk until it can be.
+/// Our own: how a message was published, as `confirmed` by the broker, or as `spooled` on disk until the
+/// broker confirms it.
 pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
-/// Ours: which attempt at processing a message this is, from 1.
+/// Our own: the number of the attempt at processing a message, from 1.
 pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
-/// Ours: how long a message was on the way from who gave it to the broker this time, in milliseconds.
+/// Our own: the time since the message was last published, in milliseconds.
 pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";
-/// Ours: what became of a message: `applied`, `duplicate`, `retry` or `dead_letter`. If it is missing,
-/// the message was left to the broker, which will deliver it again.
+/// Our own: what happened to a message, as `applied`, `duplicate`, `retry` or `dead_letter`. If the attribute
+/// is missing, the message was left to the broker, which will deliver it again.
 pub const MESSAGE_OUTCOME: &str = "throughline.message.outcome";
-/// Ours: with the outcome `retry`, the time until the next attempt, in milliseconds.
+/// Our own: the time until the next attempt in milliseconds, if the outcome is `retry`.
 pub const MESSAGE_RETRY_DELAY: &str = "throughline.message.retry_delay_ms";
 
 /// `error.type` of a request whose caller went away, or whose handler was dropped for another reason.
@@ -60,5 +61,5 @@ pub const CANCELLED: &str = "cancelled";
 /// `error.type` of a handler that panicked.
 pub const PANIC: &str = "panic";
 
-/// A value outside of a known set: HTTP methods, RPC methods, error types.
+/// The value that stands for any HTTP method, RPC method or error type outside a known set.
 pub const OTHER: &str = "_OTHER";

@@ -1,4 +1,4 @@
-//! Set-up and shutdown.
+//! Sets up the telemetry of a process, and shuts it down.
 
 use crate::{
     config::{Config, ConfigError, Exporter, LogsConfig, LogsExporter},
@@ -26,27 +26,28 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// Traces, metrics and logs of this process, from [`Telemetry::start`] on.
+/// The traces, metrics and logs of this process, from [`Telemetry::start`] on.
 #[must_use = "spans are lost unless it is shut down"]
 pub struct Telemetry {
     tracers: Option<SdkTracerProvider>,
     meters: Option<SdkMeterProvider>,
     loggers: Option<SdkLoggerProvider>,
     exports: Vec<Export>,
-    /// Dropped last, because it writes the log lines that are left.
+    /// Dropped last, because dropping it writes the remaining log lines.
     lines: Option<log::Lines>,
 }
 
 impl Telemetry {
-    /// Installs the providers, the propagators and the log subscriber; starts the exporters.
+    /// Installs the providers, the propagators and the log subscriber, and starts the exporters.
     ///
-    /// Call it first, inside of the tokio runtime: layers made before it would use a tracer that does
+    /// Call it first, inside the tokio runtime, because layers made before it would use a tracer that does
     /// nothing. It opens no connection yet.
     ///
     /// # Errors
-    /// If a certificate can't be used, or if it can't listen where Prometheus is to find the metrics.
+    /// If a certificate can't be used, or if it can't listen on the address at which Prometheus fetches the
+    /// metrics.
     pub fn start(config: Config) -> Result<Self, ConfigError> {
-        // Propagation works with the SDK disabled, too: the caller's context is passed on.
+        // The propagators are set even if the SDK is disabled, so that the caller's context is passed on.
         global::set_text_map_propagator(propagation::composite(&config.propagators));
         if config.sdk_disabled {
             let lines = log::install(config.log, None, None);
@@ -76,22 +77,22 @@ impl Telemetry {
         Ok(Self { tracers: Some(tracers), meters, loggers, exports, lines })
     }
 
-    /// What became of the spans that ended so far, for each exporter.
+    /// Returns, for each exporter, how many spans have ended so far and what happened to them.
     pub fn span_counts(&self) -> impl Iterator<Item = SpanCounts> {
         self.exports.iter().map(|export| export.account.counts())
     }
 
-    /// Sends what is left, for at most `limit`, and logs what became of the spans.
+    /// Sends the remaining telemetry, for at most `limit`, and logs how many spans were exported or lost.
     ///
-    /// Call it last, when requests and deliveries are finished, and on failure, too: the last spans
-    /// matter most.
+    /// Call it last, when requests and deliveries are finished. Call it even after a failure, because the
+    /// last spans matter most.
     pub async fn shut_down(self, limit: Duration) {
         let deadline = Instant::now() + limit;
-        // The log goes last, and may tell what happened to the rest.
+        // Log records are sent last, because they may tell what happened to the spans and metrics.
         let limit = limit.mul_f64(0.8);
         let until_log = Instant::now() + limit;
-        // All at once, because one that gets no answer must not take the others' time. On threads of their own,
-        // because the SDK blocks until the runtime has sent what is left.
+        // All exporters shut down at once, because one that gets no answer must not use up the others' time.
+        // Each has a thread, because the SDK blocks until the runtime has sent the rest.
         let meters = self.meters.map(|meters| on_thread(move || drop(meters.shutdown_with_timeout(limit))));
         let exports = self.exports.into_iter().map(|export| {
             let account = export.account.clone();
@@ -100,7 +101,7 @@ impl Telemetry {
         for (account, ended) in exports.collect::<Vec<_>>() {
             let _ = timeout_at(until_log, ended).await;
             let SpanCounts { ended, exported, dropped, .. } = account.counts();
-            // Nothing waits any more.
+            // Spans that still wait now are lost as well.
             let dropped = dropped.total().max(ended - exported);
             if dropped > 0 {
                 tracing::warn!(ended, exported, dropped, "spans were lost");
@@ -120,13 +121,13 @@ impl Telemetry {
             let ended = on_thread(move || drop(loggers.shutdown_with_timeout(left)));
             let _ = timeout_at(deadline, ended).await;
         }
-        // Its processors have ended already.
+        // The processors of the tracers have been shut down already.
         drop(self.tracers);
     }
 }
 
-/// Runs `work` on a thread of its own, which the end of the process does not wait for: the SDK's meters take no
-/// limit for their shutdown, and a blocking task would hold up the end of the runtime.
+/// Runs `work` on its own thread, which the process does not wait for when it ends. The SDK's meters have no
+/// time limit for their shutdown, and a blocking task would delay the end of the runtime.
 fn on_thread(work: impl FnOnce() + Send + 'static) -> oneshot::Receiver<()> {
     let (done, ended) = oneshot::channel();
     thread::spawn(move || {
@@ -156,7 +157,7 @@ fn start_export(exporter: &Exporter, config: &Config) -> Result<(AccountedProces
     })
 }
 
-/// `None` if log records are not exported.
+/// Builds the logger provider; `None` if log records are not exported.
 fn loggers(config: &LogsConfig, resource: &Resource) -> Result<Option<SdkLoggerProvider>, ConfigError> {
     fn processor<E: LogExporter + 'static>(
         exporter: E,
@@ -189,8 +190,8 @@ fn loggers(config: &LogsConfig, resource: &Resource) -> Result<Option<SdkLoggerP
     Ok(Some(builder.build()))
 }
 
-/// Copies chosen members of baggage to the attributes of each span that starts. None by default: whoever
-/// calls decides what is in baggage, and it may be personal.
+/// Copies chosen members of baggage to the attributes of each span that starts. No member is copied by
+/// default, because callers decide what baggage holds, and it may be personal data.
 #[derive(Debug)]
 struct BaggageAttributes(Vec<String>);
 

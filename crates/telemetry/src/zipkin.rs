@@ -1,7 +1,8 @@
-//! Zipkin, by the published exporter, which is deprecated upstream: a collector in between is what lasts.
+//! Exports spans to Zipkin with the published exporter. That exporter is deprecated upstream, so the lasting
+//! solution is a collector in between.
 //!
-//! `opentelemetry-zipkin` 0.33 leaves out what Zipkin sorts spans by, the service's name, and gives a root
-//! span a parent of zeros. Both are mended in the request's JSON.
+//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans, and gives a
+//! root span a parent id of zeros. Both faults are corrected in the JSON of the request.
 
 #![expect(deprecated, reason = "upstream deprecates it for OTLP, which is the default here")]
 
@@ -30,7 +31,7 @@ pub(crate) fn exporter(
 #[derive(Debug)]
 struct Mending {
     client: Client,
-    /// The resource's attributes.
+    /// The attributes of the resource.
     tags: Vec<(String, String)>,
 }
 

@@ -1,4 +1,5 @@
-//! Every way in which a request can end, ends its span. A process of its own, because tracers are global.
+//! Tests that every way in which a request can end also ends its span. The test has its own process, because
+//! tracers are global.
 
 use axum::{Router, body::Body, routing::get};
 use futures_util::stream;
@@ -39,7 +40,7 @@ impl SpanProcessor for Ended {
 }
 
 impl Ended {
-    /// The only span that ended since the last call: its name, and its `error.type` if it has one.
+    /// Returns the name of the only span that ended since the last call, and its `error.type` if it has one.
     fn one(&self) -> (String, Option<String>) {
         let spans: Vec<_> = self.0.lock().expect("no panic while it is held").drain(..).collect();
         let [span] = &spans[..] else { panic!("{spans:#?}") };
@@ -78,13 +79,13 @@ async fn every_end_of_a_request_ends_its_span_once() {
         .route("/hang", get(async || std::future::pending::<&'static str>().await))
         .layer(HttpServerLayer::new());
 
-    // With the last byte of the body, not with the return of the handler.
+    // The span ends with the last byte of the body, not when the handler returns.
     let response = app.clone().oneshot(request("/answer")).await.unwrap();
     ended.none();
     axum::body::to_bytes(response.into_body(), 100).await.unwrap();
     assert_eq!(ended.one(), ("GET /answer".to_owned(), None));
 
-    // A stream whose length is known: hyper does not ask for more than that.
+    // The length of this stream is known, so hyper does not ask for more bytes than that.
     let response = app.clone().oneshot(request("/file")).await.unwrap();
     let mut body = response.into_body();
     body.frame().await.unwrap().unwrap();
@@ -94,22 +95,22 @@ async fn every_end_of_a_request_ends_its_span_once() {
     drop(body);
     ended.none();
 
-    // A body that nobody reads to its end.
+    // Nobody reads this body to its end.
     drop(app.clone().oneshot(request("/answer")).await.unwrap());
     assert_eq!(ended.one(), ("GET /answer".to_owned(), Some("cancelled".to_owned())));
 
-    // An answer without a body.
+    // This answer has no body.
     let response = app.clone().oneshot(request("/fail")).await.unwrap();
     assert_eq!(ended.one(), ("GET /fail".to_owned(), Some("500".to_owned())));
     drop(response);
     ended.none();
 
-    // A handler that panics: the panic passes on.
+    // This handler panics, and the layer passes the panic on.
     let panicking = task::spawn(app.clone().oneshot(request("/panic")));
     assert!(panicking.await.unwrap_err().is_panic());
     assert_eq!(ended.one(), ("GET /panic".to_owned(), Some("panic".to_owned())));
 
-    // A caller that hangs up before there is an answer.
+    // This caller hangs up before there is an answer.
     let hanging = task::spawn(app.clone().oneshot(request("/hang")));
     task::yield_now().await;
     ended.none();
@@ -117,7 +118,7 @@ async fn every_end_of_a_request_ends_its_span_once() {
     assert!(hanging.await.unwrap_err().is_cancelled());
     assert_eq!(ended.one(), ("GET /hang".to_owned(), Some("cancelled".to_owned())));
 
-    // A path that nobody knows.
+    // No route has this path.
     drop(app.oneshot(request("/13800138000")).await.unwrap());
     assert_eq!(ended.one(), ("GET".to_owned(), None));
 }

@@ -16,18 +16,18 @@ use std::{
 /// Entries by number: the lower is the older.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
 
-/// Pages kept in memory, in bytes: entries are read once.
+/// The size of the pages kept in memory, in bytes. It is small, because entries are read only once.
 const CACHE: usize = 4 * 1024 * 1024;
 
-/// How often a file that failed is opened again: all of it is read then.
+/// The time between attempts to open a file that failed, because opening reads all of it.
 pub const RETRY: Duration = Duration::from_secs(1);
 
-/// How much the spool holds, at most. The file may take more than twice the bytes.
+/// The most that the spool may hold. The file may take more than twice the bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Messages.
+    /// The most messages.
     pub entries: u64,
-    /// All of them together.
+    /// The most bytes of all messages together.
     pub bytes: u64,
 }
 
@@ -37,10 +37,10 @@ pub enum OpenError {
     /// The directory or the file can't be made or read.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// Two services can't share a file: each needs a directory of its own.
+    /// Another process uses the file. Each service needs a directory of its own.
     #[error("another process uses it")]
     InUse,
-    /// What is in the file is not what was written.
+    /// The file does not hold what was written to it.
     #[error("the file is damaged, or no spool: {0}")]
     Damaged(String),
 }
@@ -54,9 +54,9 @@ pub struct StoreError(#[from] redb::Error);
 pub struct Store {
     path: PathBuf,
     limits: Limits,
-    /// `None` after an error: redb refuses everything then, until the file is opened again.
+    /// `None` after an error, because redb then refuses everything until the file is opened again.
     database: Option<Database>,
-    /// When it was opened last.
+    /// When the file was last opened.
     opened: Instant,
     held: Held,
     last: u64,
@@ -74,7 +74,7 @@ impl Store {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let path = directory.join("spool.redb");
         let database = open(&path)?;
-        // The file's name, too, must survive a loss of power.
+        // The file's name must survive a loss of power as well.
         File::open(directory)?.sync_all()?;
         let mut store =
             Self { path, limits, database: None, opened: Instant::now(), held: Held::default(), last: 0 };
@@ -83,26 +83,26 @@ impl Store {
         Ok(store)
     }
 
-    /// How many entries there are.
+    /// Returns the number of entries.
     pub fn entries(&self) -> u64 {
         self.held.entries
     }
 
-    /// How many bytes they take together.
+    /// Returns how many bytes the entries take together.
     pub fn bytes(&self) -> u64 {
         self.held.bytes
     }
 
-    /// Whether a small message would be taken.
+    /// Whether there is room for a small message.
     pub fn has_room(&self) -> bool {
         self.held.entries < self.limits.entries && self.held.bytes < self.limits.bytes
     }
 
-    /// Appends these and removes the entries up to `through`, all on disk when it returns. Says of each
-    /// message whether there was room for it.
+    /// Appends the messages, and removes the entries up to `through`. All of that is on disk when it returns.
+    /// The result says for each message whether there was room for it.
     ///
     /// # Errors
-    /// If it failed: then any of it may have happened, or nothing.
+    /// If a change failed. Then nobody knows which of the changes were made.
     pub fn change(
         &mut self,
         messages: impl Iterator<Item = Vec<u8>>,
@@ -143,7 +143,7 @@ impl Store {
         Ok(is_taken)
     }
 
-    /// The first `count` entries after this number, in order.
+    /// Returns the first `count` entries after this number, in order.
     pub fn read(&mut self, after: u64, count: usize) -> Result<Vec<(u64, Message)>, StoreError> {
         Ok(self.try_read(after, count)?)
     }
@@ -166,7 +166,8 @@ impl Store {
         Ok(entries)
     }
 
-    /// Takes the database, to be put back unless something fails; after that, opens it anew.
+    /// Takes the database, which the caller puts back unless something fails. After a failure, opens the file
+    /// anew.
     fn opened(&mut self) -> Result<Database, redb::Error> {
         if let Some(database) = self.database.take() {
             return Ok(database);
@@ -181,7 +182,7 @@ impl Store {
         })?;
         let last;
         (self.held, last) = count(&database)?;
-        // Numbers are never used again: they are what is removed by.
+        // Numbers are never used again, because entries are removed by number.
         self.last = self.last.max(last);
         Ok(database)
     }
@@ -192,7 +193,7 @@ fn open(path: &Path) -> Result<Database, OpenError> {
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     let backend = FileBackend::new(file).map_err(open_error)?;
     let mut builder = Builder::new();
-    // A damaged file is found here, rather than later.
+    // This finds a damaged file now rather than later.
     builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
     builder.create_with_backend(backend).map_err(open_error)
 }
@@ -209,7 +210,7 @@ fn open_error(error: DatabaseError) -> OpenError {
     }
 }
 
-/// What is in the file, and the highest number; that it can all be read.
+/// Returns how much is in the file, and the highest number. This also checks that all entries can be read.
 fn count(database: &Database) -> Result<(Held, u64), redb::Error> {
     let mut held = Held::default();
     let mut last = 0;
@@ -228,7 +229,7 @@ fn count(database: &Database) -> Result<(Held, u64), redb::Error> {
 }
 
 fn not_a_message() -> redb::Error {
-    redb::Error::Corrupted("an entry is no message".to_owned())
+    redb::Error::Corrupted("an entry is not a message".to_owned())
 }
 
 #[cfg(test)]
@@ -280,7 +281,7 @@ mod tests {
             assert_eq!(append(&mut store, &["a", "b", "c"]), [true, true, false]);
             assert!(!store.has_room());
             assert_eq!(append(&mut store, &["c"]), [false]);
-            // In one transaction, what is removed makes room for what is appended.
+            // In one transaction, removed entries make room for appended ones.
             let more = ["c", "d"].iter().map(|id| message(id).to_bytes());
             assert_eq!(store.change(more, Some(1)).unwrap(), [true, false]);
             assert_eq!(numbers(&mut store, 0), [2, 3]);
@@ -331,7 +332,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
 
-        /// It is an ordered map with a bound, whatever is done, and whenever it is opened again.
+        /// The store is an ordered map with a bound, whatever is done, and whenever it is opened again.
         #[test]
         fn it_holds_what_a_map_would_hold(steps in steps()) {
             let directory = TempDir::new().unwrap();
@@ -366,7 +367,7 @@ mod tests {
             }
         }
 
-        /// Damage is an error, or does no harm; it is never a panic.
+        /// Damage is an error, or it does no harm, but it is never a panic.
         #[test]
         fn a_damaged_file_is_no_panic(at in prop_oneof![0.0..1.0f64, 0.0..0.01f64], length in 1..5000usize, byte: u8) {
             let directory = TempDir::new().unwrap();

@@ -1,14 +1,14 @@
-//! One variable, read as what it should be; an error names it.
+//! Reads a variable as a value of the expected type. An error names the variable.
 
 use super::ConfigError;
 use http::{Uri, uri::Scheme};
 use std::{ffi::OsString, str::FromStr, time::Duration};
 
-/// The variables, by name; tests bring their own.
+/// Looks up variables by name. Tests pass a function of their own.
 pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
 
 impl Environment<'_> {
-    /// The value; `None` if unset or empty, which the specification says is the same.
+    /// Returns the value, or `None` if the variable is unset or empty, which the specification treats alike.
     pub fn get(&self, variable: &str) -> Result<Option<String>, ConfigError> {
         let Some(value) = (self.0)(variable) else {
             return Ok(None);
@@ -17,7 +17,7 @@ impl Environment<'_> {
         Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
     }
 
-    /// The first of `variables` that is set: the specific name before the general one.
+    /// Returns the first of `variables` that is set. The specific name stands before the general one.
     pub fn first<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
         for variable in variables {
             if let Some(value) = self.get(variable)? {
@@ -38,7 +38,7 @@ impl Environment<'_> {
         }
     }
 
-    /// Milliseconds; zero means no limit.
+    /// Reads a time-out in milliseconds, for which zero means no limit.
     pub fn timeout(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
         Ok(match self.number(variables, default)? {
             0 => Duration::MAX,
@@ -54,12 +54,12 @@ impl Environment<'_> {
         }
     }
 
-    /// A name, in lower case: case is of no matter in names that are known.
+    /// Reads a name and returns it in lower case, because known names are compared without regard to case.
     pub fn name<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
         Ok(self.first(variables)?.map(|(variable, name)| (variable, name.to_ascii_lowercase())))
     }
 
-    /// Comma-separated names in lower case, each kept once.
+    /// Reads comma-separated names and returns them in lower case, each once.
     pub fn list(&self, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
         let list = self.get(variable)?.map_or_else(|| default.to_owned(), |list| list.to_ascii_lowercase());
         let mut names: Vec<String> = Vec::new();
@@ -71,7 +71,8 @@ impl Environment<'_> {
         Ok(names)
     }
 
-    /// An absolute URL. A missing scheme is an error, since libraries disagree on which one is meant.
+    /// Reads an absolute URL. A missing scheme is an error, because libraries disagree on which scheme is
+    /// meant.
     pub fn endpoint<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, Uri)>, ConfigError> {
         let Some((variable, value)) = self.first(variables)? else {
             return Ok(None);
@@ -82,9 +83,9 @@ impl Environment<'_> {
         };
         match (endpoint.scheme(), endpoint.authority()) {
             (Some(_), Some(authority)) if authority.as_str().contains('@') => {
-                malformed("credentials belong into OTEL_EXPORTER_OTLP_HEADERS, not into the URL")
+                malformed("credentials belong in OTEL_EXPORTER_OTLP_HEADERS, not in the URL")
             }
-            // To the parser that is no error; it would be 80.
+            // The parser accepts an invalid port as a missing one, so port 80 would be used.
             (Some(_), Some(authority))
                 if authority.port_u16().is_none() && !authority.as_str().ends_with(authority.host()) =>
             {
@@ -103,5 +104,5 @@ pub(super) fn parse<T: FromStr>(variable: &str, value: &str, expected: &str) -> 
 }
 
 pub(super) fn unknown(variable: &str, value: &str, known: &str) -> ConfigError {
-    ConfigError::new(variable, format!("unknown value {value:?}; known are {known}"))
+    ConfigError::new(variable, format!("unknown value {value:?}; known values are {known}"))
 }

@@ -1,9 +1,10 @@
 //! The `OTEL_*` variables, read and validated before anything opens.
 //!
 //! Names, meanings and defaults are those of the OpenTelemetry specification ("Environment Variable
-//! Specification", "OTLP Exporter Configuration"); docs/configuration.md lists every one, with the test
-//! that shows it. One thing is stricter: where the specification says to warn and go on with a default,
-//! a value that can't be honoured is an error here. A service is either right or not started.
+//! Specification", "OTLP Exporter Configuration"). docs/configuration.md lists every variable, with the test
+//! that covers it. One thing is stricter here. If a value can't be honoured, the specification says to warn
+//! and to use a default, but this crate returns an error. So a service either runs as configured, or does not
+//! start.
 
 mod environment;
 mod otlp;
@@ -33,16 +34,16 @@ const VALUE_LENGTH: [&str; 2] =
     ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"];
 
 /// The variable that lists the known methods, in place of the default (semantic conventions 1.45, HTTP
-/// spans, `http.request.method`). They are compared with regard to case.
+/// spans, `http.request.method`). Methods are compared with regard to case.
 pub(crate) const KNOWN_METHODS_VARIABLE: &str = "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS";
 
 const MAX_QUEUE_SIZE: usize = 1_000_000;
 
-/// Everything that shapes tracing and logging in this process.
+/// The configuration of tracing, metrics and logging in this process.
 #[derive(Debug)]
 pub struct Config {
     pub(crate) resource: Resource,
-    /// Spans go to each of these; to nowhere if there is none.
+    /// Where spans are sent: to each of these exporters, or nowhere if there are none.
     pub(crate) exporters: Vec<Exporter>,
     pub(crate) sampler: Sampler,
     pub(crate) propagators: Vec<Propagator>,
@@ -58,7 +59,7 @@ pub struct Config {
     pub(crate) log: log::Config,
 }
 
-/// Where spans go, and how.
+/// Where spans are sent, and how.
 #[derive(Debug, Clone)]
 pub(crate) enum Exporter {
     Otlp(OtlpConfig),
@@ -76,15 +77,15 @@ pub(crate) struct MetricsConfig {
     pub exporters: Vec<MetricsExporter>,
     /// The time from one export to the next.
     pub interval: Duration,
-    /// Bounds one export.
+    /// The longest time for one export.
     pub timeout: Duration,
 }
 
-/// Where metrics go, and how.
+/// Where metrics are sent, and how.
 #[derive(Debug)]
 pub(crate) enum MetricsExporter {
     Otlp(OtlpConfig, Temporality),
-    /// The address at which Prometheus fetches them.
+    /// The address at which Prometheus fetches the metrics.
     Prometheus(SocketAddr),
     Console,
 }
@@ -96,21 +97,21 @@ pub(crate) struct LogsConfig {
     pub batch: BatchConfig,
 }
 
-/// Where log records go besides standard error, and how.
+/// Where log records are sent in addition to standard error, and how.
 #[derive(Debug)]
 pub(crate) enum LogsExporter {
     Otlp(OtlpConfig),
     Console,
 }
 
-/// `OTEL_BSP_*` for spans, `OTEL_BLRP_*` for log records.
+/// The settings `OTEL_BSP_*` for spans, and `OTEL_BLRP_*` for log records.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BatchConfig {
-    /// The longest time that a span or record waits for its batch to fill.
+    /// The longest time that a span or log record waits for its batch to fill.
     pub schedule_delay: Duration,
-    /// Bounds the export of one batch, retries included.
+    /// The longest time for the export of one batch, retries included.
     pub export_timeout: Duration,
-    /// The most spans or records that wait; the ones beyond this number are dropped.
+    /// The most spans or log records that wait. Further ones are dropped.
     pub max_queue_size: usize,
     pub max_export_batch_size: usize,
 }
@@ -120,7 +121,7 @@ pub(crate) struct BatchConfig {
 #[error("{variable}: {problem}")]
 pub struct ConfigError {
     variable: String,
-    /// Holds no secret: the values of headers are left out.
+    /// It holds no secret, because the values of headers are left out.
     problem: String,
 }
 
@@ -178,7 +179,7 @@ impl Config {
     }
 }
 
-/// What describes this process in every span (semantic conventions 1.45, resources).
+/// Builds the resource, which describes this process in every span (semantic conventions 1.45, resources).
 fn resource(name: &'static str, version: &'static str, env: &Environment) -> Result<Resource, ConfigError> {
     const VARIABLE: &str = "OTEL_RESOURCE_ATTRIBUTES";
 
@@ -201,7 +202,7 @@ fn resource(name: &'static str, version: &'static str, env: &Environment) -> Res
     if let Some(name) = env.get("OTEL_SERVICE_NAME")? {
         attributes.push(KeyValue::new("service.name", name));
     }
-    // Of several values for a key the last one stays.
+    // If a key has several values, the last one is kept.
     Ok(Resource::builder_empty()
         .with_detector(Box::new(opentelemetry_sdk::resource::TelemetryResourceDetector))
         .with_attributes(attributes)
@@ -227,7 +228,8 @@ fn exporters(env: &Environment) -> Result<Vec<Exporter>, ConfigError> {
     exporter_names(env, VARIABLE, "otlp")?.iter().map(exporter).collect()
 }
 
-/// The exporters that a variable names, each once; none for `none`. `default` is the value of an unset variable.
+/// Returns the exporters that a variable names, each once, and an empty list for `none`. `default` is the
+/// value of an unset variable.
 fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
     let mut names = env.list(variable, default)?;
     if names.iter().any(|name| name == "none") {
@@ -239,7 +241,8 @@ fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Ve
     Ok(names)
 }
 
-/// The specification's default is `otlp`. Here it is `none`, because a plain Jaeger takes no metrics.
+/// Reads where metrics are sent. The specification's default is `otlp`. Here it is `none`, because Jaeger
+/// alone accepts no metrics.
 fn metrics(env: &Environment) -> Result<MetricsConfig, ConfigError> {
     const VARIABLE: &str = "OTEL_METRICS_EXPORTER";
     const TEMPORALITY: &str = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE";
@@ -285,7 +288,8 @@ fn prometheus(env: &Environment) -> Result<SocketAddr, ConfigError> {
     Ok(SocketAddr::new(host, env.number(&["OTEL_EXPORTER_PROMETHEUS_PORT"], 9464)?))
 }
 
-/// The specification's default is `otlp`. Here it is `none`, because a plain Jaeger takes no log records.
+/// Reads where log records are sent. The specification's default is `otlp`. Here it is `none`, because Jaeger
+/// alone accepts no log records.
 fn logs(env: &Environment) -> Result<LogsConfig, ConfigError> {
     const VARIABLE: &str = "OTEL_LOGS_EXPORTER";
 
@@ -345,7 +349,7 @@ fn propagators(env: &Environment) -> Result<Vec<Propagator>, ConfigError> {
     names.iter().map(propagator).collect()
 }
 
-/// Checks the list, which the HTTP layer reads by itself.
+/// Checks the list of known methods, which the HTTP layer reads by itself.
 fn known_methods(env: &Environment) -> Result<(), ConfigError> {
     let list = env.get(KNOWN_METHODS_VARIABLE)?.unwrap_or_default();
     for method in list.split(',').map(str::trim).filter(|_| !list.is_empty()) {
@@ -369,14 +373,14 @@ fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {
     })
 }
 
-/// The variables of a batch processor have the same names behind `prefix`. The defaults are those of the delay,
-/// in milliseconds, and of the queue's size.
+/// Reads the variables of a batch processor, which have the same names after `prefix`. `delay` is the default
+/// delay in milliseconds, and `queue` is the default size of the queue.
 fn batch(env: &Environment, prefix: &str, [delay, queue]: [u64; 2]) -> Result<BatchConfig, ConfigError> {
     let variable = |name: &str| format!("{prefix}{name}");
     let (queue_variable, batch_variable) = (variable("MAX_QUEUE_SIZE"), variable("MAX_EXPORT_BATCH_SIZE"));
 
     let max_queue_size = env.number(&[&queue_variable], queue as usize)?;
-    // The default follows a small queue; a value that was given must fit.
+    // The default shrinks with a small queue, but a value that was given must fit.
     let max_export_batch_size = env.number(&[&batch_variable], max_queue_size.min(512))?;
     for (variable, size) in [(&queue_variable, max_queue_size), (&batch_variable, max_export_batch_size)] {
         if size == 0 {

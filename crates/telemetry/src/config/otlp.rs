@@ -1,7 +1,7 @@
-//! `OTEL_EXPORTER_OTLP_*`: where a signal goes by OTLP, and how (OTLP exporter specification).
+//! Reads `OTEL_EXPORTER_OTLP_*`: where a signal is sent by OTLP, and how (OTLP exporter specification).
 //!
-//! Each variable exists for all signals and for each signal, `OTEL_EXPORTER_OTLP_TRACES_…` say; the
-//! signal's own comes first.
+//! Each variable exists for all signals and for each signal, for example as `OTEL_EXPORTER_OTLP_TRACES_…`.
+//! The variable for one signal takes precedence.
 
 use super::{
     ConfigError,
@@ -12,7 +12,7 @@ use opentelemetry_otlp::Compression;
 use percent_encoding::percent_decode_str;
 use std::{fmt, fs, time::Duration};
 
-/// What is exported.
+/// The kind of data that is exported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Signal {
     Traces,
@@ -33,15 +33,15 @@ pub(crate) enum Protocol {
 #[derive(Clone)]
 pub(crate) struct OtlpConfig {
     pub protocol: Protocol,
-    /// The server's address for gRPC, the whole URL for HTTP.
+    /// The address of the server for gRPC, or the whole URL for HTTP.
     pub endpoint: Uri,
-    /// Bounds one request.
+    /// The longest time for one request.
     pub timeout: Duration,
     pub compression: Option<Compression>,
     pub tls: Box<Tls>,
 }
 
-/// Without `ca` the system's roots are trusted.
+/// The files for TLS. Without `ca`, the system's roots are trusted.
 #[derive(Clone, Default)]
 pub(crate) struct Tls {
     pub ca: Option<Pem>,
@@ -49,7 +49,7 @@ pub(crate) struct Tls {
     pub identity: Option<(Pem, Pem)>,
 }
 
-/// A file that a variable names.
+/// A PEM file that a variable names.
 #[derive(Clone)]
 pub(crate) struct Pem {
     variable: String,
@@ -71,7 +71,7 @@ impl fmt::Debug for OtlpConfig {
 }
 
 impl Signal {
-    /// The signal's own variable and the general one.
+    /// Returns the names of the signal's own variable and of the general one.
     fn variables(self, name: &str) -> [String; 2] {
         let signal = match self {
             Self::Traces => "TRACES",
@@ -146,8 +146,9 @@ fn with_path(base: &Uri, path: &str) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// `key=value,key=value`, the values percent-encoded. The exporter reads the variable itself, and leaves out what
-/// it can't read. Errors tell the position, not the content, which may be a credential.
+/// Checks `key=value,key=value`, in which the values are percent-encoded. The exporter reads the variable
+/// itself, and leaves out the headers that it can't read. Errors tell the position of a header instead of its
+/// content, because the content may be a credential.
 fn check_headers(setting: Option<(&str, String)>) -> Result<(), ConfigError> {
     let Some((variable, list)) = setting else {
         return Ok(());
@@ -171,8 +172,8 @@ fn check_headers(setting: Option<(&str, String)>) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Headers that the exporter sets itself: another value would break each request, and some receivers would
-/// still answer with success.
+/// Whether the exporter sets this header itself. Another value would break each request, and some receivers
+/// would still answer with success.
 fn is_of_the_protocol(name: &str) -> bool {
     const HEADERS: [&str; 10] = [
         "connection",

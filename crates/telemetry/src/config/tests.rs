@@ -1,4 +1,4 @@
-//! Variables and what becomes of them.
+//! Tests which configuration the variables result in.
 
 use super::*;
 use std::ffi::OsString;

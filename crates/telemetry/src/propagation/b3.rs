@@ -1,4 +1,4 @@
-//! B3, Zipkin's format, single and multi: <https://github.com/openzipkin/b3-propagation>.
+//! B3, Zipkin's format, in one header or in several: <https://github.com/openzipkin/b3-propagation>.
 
 use super::{Debug, padded_hex};
 use opentelemetry::{
@@ -20,15 +20,15 @@ const FLAGS: &str = "x-b3-flags";
 pub enum B3Encoding {
     /// One header, `b3`.
     Single,
-    /// One header a field, `X-B3-*`.
+    /// One header for each field, `X-B3-*`.
     Multi,
 }
 
 /// Reads both encodings (the single header first) and writes one.
 ///
-/// A debug flag counts as sampled, and is sent on. A deferred decision (no sampling state) counts as not sampled, as
-/// in the other OpenTelemetry SDKs. A sampling state without ids (`b3: 0`) is what the samplers `parentbased_*` do
-/// with the trace that begins here.
+/// A debug flag counts as sampled, and is sent on. A deferred decision (no sampling state) counts as not
+/// sampled, as in the other OpenTelemetry SDKs. A sampling state without ids (`b3: 0`) tells the samplers
+/// `parentbased_*` what to do with the trace that begins here.
 #[derive(Debug, Clone, Copy)]
 pub struct B3Propagator(pub B3Encoding);
 
@@ -37,7 +37,7 @@ impl TextMapPropagator for B3Propagator {
         let span = cx.span();
         let span_context = span.span_context();
         if !span_context.is_valid() {
-            // Without a trace of this process, the next one has to know.
+            // If this process has no trace, the next one has to know what the caller asked for.
             match (cx.get::<Asked>(), self.0) {
                 (Some(asked), B3Encoding::Single) => injector.set(SINGLE, asked.state().to_owned()),
                 (Some(Asked::Debug), B3Encoding::Multi) => injector.set(FLAGS, "1".to_owned()),
@@ -55,7 +55,7 @@ impl TextMapPropagator for B3Propagator {
             B3Encoding::Multi => {
                 injector.set(TRACE_ID, trace_id.to_string());
                 injector.set(SPAN_ID, span_id.to_string());
-                // Debug says it all: a sampling state besides would be an error.
+                // The debug flag implies the sampling state, so sending both would be an error.
                 let (name, state) = if is_debug { (FLAGS, "1") } else { (SAMPLED, sampled) };
                 injector.set(name, state.to_owned());
             }
@@ -86,12 +86,12 @@ impl TextMapPropagator for B3Propagator {
     }
 }
 
-/// What a caller without a trace asks for: `b3: 0`, or `X-B3-Sampled: 0`, and no ids.
+/// The sampling that a caller without a trace asks for: `b3: 0`, or `X-B3-Sampled: 0`, and no ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asked {
     Drop,
     Sample,
-    /// To sample, and to send this on as long as the trace goes.
+    /// Sample, and send the debug flag on through the whole trace.
     Debug,
 }
 
@@ -106,7 +106,7 @@ impl Asked {
         if let Some(single) = headers.get(SINGLE) {
             return from_state(single);
         }
-        // With an id there should be a trace: these are malformed.
+        // Headers with an id should form a trace, so these headers are malformed.
         if headers.get(TRACE_ID).or(headers.get(SPAN_ID)).is_some() {
             return None;
         }
@@ -123,7 +123,8 @@ impl Asked {
     }
 }
 
-/// A sampler for the spans that begin a trace: does what the caller asks for, or what another sampler says.
+/// A sampler for the spans that begin a trace. It does what the caller asks for, or else what the inner
+/// sampler decides.
 #[derive(Debug, Clone)]
 pub(crate) struct AskedBy<S>(pub S);
 
@@ -146,7 +147,8 @@ impl<S: ShouldSample + Clone + 'static> ShouldSample for AskedBy<S> {
     }
 }
 
-/// `{trace id}-{span id}`, then maybe `-{sampling state}`, then maybe `-{parent span id}`.
+/// Parses `{trace id}-{span id}`, optionally followed by `-{sampling state}`, and then by
+/// `-{parent span id}`.
 fn parse_single(value: Option<&str>) -> Option<(SpanContext, bool)> {
     let mut fields = value?.trim().split('-');
     let (trace_id, span_id) = (fields.next()?, fields.next()?);
@@ -157,9 +159,9 @@ fn parse_single(value: Option<&str>) -> Option<(SpanContext, bool)> {
     fields.next().is_none().then(|| span_context(trace_id, span_id, state))?
 }
 
-/// The context, and whether it has the debug flag.
+/// Returns the span context, and whether it has the debug flag.
 fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<(SpanContext, bool)> {
-    // 64-bit trace ids are legal; other lengths are not.
+    // A trace id has 64 or 128 bits; other lengths are illegal.
     if !matches!(trace_id.len(), 16 | 32) || span_id.len() != 16 {
         return None;
     }
@@ -303,7 +305,7 @@ mod tests {
         ] {
             let (cx, decided) = of(headers);
             assert_eq!(decided, decisions, "{headers:?}");
-            // Where no trace begins it is sent on; where one does, it goes with the ids.
+            // Without a trace, the sampling state is sent on alone. With a trace, it is sent with the ids.
             assert_eq!(sent(B3Encoding::Single, &cx), [("b3".into(), single.into())].into());
             assert_eq!(sent(B3Encoding::Multi, &cx), [(multi.0.into(), multi.1.into())].into());
             if decided[0] {
@@ -320,7 +322,7 @@ mod tests {
             assert_eq!(of(headers).1, [true, false], "{headers:?}");
             assert_eq!(sent(B3Encoding::Single, &of(headers).0), HashMap::new());
         }
-        // A trace that came is none that begins here.
+        // A trace that came from a caller does not begin here, so the sampling state does not count.
         let cx = Context::new().with_remote_span_context(trace);
         let cx = B3Propagator(B3Encoding::Single).extract_with_context(&cx, &Lines(&[("b3", "d")]));
         assert!(sent(B3Encoding::Single, &cx)["b3"].ends_with("-1"));

@@ -1,7 +1,7 @@
 //! W3C Baggage: <https://www.w3.org/TR/baggage/>.
 //!
-//! The propagator of the Rust SDK reads the first `baggage` header line only, and logs the whole
-//! header when a member is malformed; baggage may hold personal data.
+//! The propagator of the Rust SDK reads only the first header line with `baggage`. It also logs the whole
+//! header when a member is malformed, although baggage may hold personal data.
 
 use opentelemetry::{
     Context,
@@ -13,14 +13,14 @@ use std::sync::LazyLock;
 
 const BAGGAGE: &str = "baggage";
 
-/// Section 3.3.2: what a platform must be able to propagate. It is also the most that we do.
+/// The sizes that a platform must be able to propagate (section 3.3.2). They are also the limits here.
 const MAX_BYTES: usize = 8192;
 const MAX_MEMBERS: usize = 64;
 
 /// Everything but letters, digits and `-._~` is percent-encoded in a value.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Reads and writes `baggage`. Malformed members are skipped, the others kept.
+/// Reads and writes `baggage`. Malformed members are skipped, and the others are kept.
 #[derive(Debug, Clone, Copy)]
 pub struct BaggagePropagator;
 
@@ -62,7 +62,8 @@ impl TextMapPropagator for BaggagePropagator {
     }
 }
 
-/// `key=value;property;property`: the key a token, the value percent-decoded, the properties opaque.
+/// Parses `key=value;property;property`. The key must be a token, the value is percent-decoded, and the
+/// properties are kept as they are.
 fn parse_member(member: &str) -> Option<(&str, String, String)> {
     let (pair, properties) = member.split_once(';').unwrap_or((member, ""));
     let (key, value) = pair.split_once('=')?;
@@ -139,7 +140,7 @@ mod tests {
         assert!(members(&extract(&[&too_long])).is_empty());
         let too_many = (0..100).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
-        // Three times as long once encoded again: what doesn't fit is left out.
+        // Encoded again, the values are three times as long. Members that don't fit are left out.
         let grows = (0..64).map(|i| format!("k{i}={}", "!".repeat(100))).collect::<Vec<_>>().join(",");
         assert!(injected(&extract(&[&grows])).len() <= MAX_BYTES);
     }

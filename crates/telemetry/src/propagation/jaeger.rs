@@ -1,6 +1,7 @@
 //! Jaeger's own header: <https://www.jaegertracing.io/sdk-migration/#propagation-format>.
 //!
-//! Only the trace context. Jaeger's baggage (`uberctx-*`) is not read: name `baggage` beside it.
+//! Only the trace context is read and written. Jaeger's baggage (`uberctx-*`) is not read; use the propagator
+//! `baggage` as well.
 
 use super::{Debug, padded_hex};
 use opentelemetry::{
@@ -45,7 +46,7 @@ impl TextMapPropagator for JaegerPropagator {
     }
 }
 
-/// `{trace id}:{span id}:{parent span id}:{flags}`, the colons possibly URL-encoded.
+/// Parses `{trace id}:{span id}:{parent span id}:{flags}`, in which the colons may be URL-encoded.
 fn parse(value: &str) -> Option<(SpanContext, bool)> {
     let value = value.trim().replace("%3A", ":").replace("%3a", ":");
     let mut fields = value.split(':');

@@ -1,8 +1,9 @@
-//! Propagators, one wire format a file, and the choice among them by `OTEL_PROPAGATORS`.
+//! The propagators, with one wire format in each file, and the choice among them by `OTEL_PROPAGATORS`.
 //!
-//! Each implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service. None
-//! knows what it reads from: the carriers for HTTP headers and gRPC metadata are in [`crate::headers`],
-//! for AMQP headers in [`crate::amqp`], and the message body has its own in the crate `proto`.
+//! Each propagator implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service. A
+//! propagator does not know its carrier. The carriers for HTTP headers and gRPC metadata are in
+//! [`crate::headers`], the one for AMQP headers is in [`crate::amqp`], and the one for the message body is in
+//! the crate `proto`.
 
 mod b3;
 mod baggage;
@@ -37,7 +38,7 @@ pub enum Propagator {
 }
 
 impl Propagator {
-    /// The name in `OTEL_PROPAGATORS`; `None` for a name that is not known here.
+    /// Returns the propagator with this name in `OTEL_PROPAGATORS`, or `None` if the name is unknown.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "tracecontext" => Self::TraceContext,
@@ -60,19 +61,21 @@ impl Propagator {
     }
 }
 
-/// One propagator out of many: each writes its headers; where several read a parent, the last wins.
+/// Combines several propagators. Each one writes its own headers. If several read a parent, the last one
+/// wins.
 pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
     TextMapCompositePropagator::new(propagators.iter().map(|p| p.build()).collect())
 }
 
-/// The flag "debug" of B3 and Jaeger: sampled, and more. OpenTelemetry has none, so it is a value in the
-/// context, for the trace that it came with; it must be sent on (OpenTelemetry, "B3 Requirements").
+/// The flag "debug" of B3 and Jaeger, which includes "sampled". It must be sent on (OpenTelemetry, "B3
+/// Requirements"), but OpenTelemetry's own flags don't include it. So it is a value in the context, for the
+/// trace that it came with.
 #[derive(Debug)]
 struct Debug(TraceId);
 
 impl Debug {
-    /// The context of a caller, and whether it asks for debugging. Neither B3 nor Jaeger say that a trace id is
-    /// random, but another propagator may know it.
+    /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. Neither B3 nor
+    /// Jaeger say that a trace id is random, but another propagator may know that it is.
     fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
         let trace_id = remote.trace_id();
         let is_known = cx.span().span_context().trace_id() == trace_id;
@@ -81,15 +84,16 @@ impl Debug {
         if is_debug { cx.with_value(Self(trace_id)) } else { cx }
     }
 
-    /// Whether it is to be sent on with this span.
+    /// Whether the debug flag must be sent on with this span.
     fn is_on(cx: &Context, span: &SpanContext) -> bool {
         let came_with_it = cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id());
         (came_with_it || cx.get::<b3::Asked>() == Some(&b3::Asked::Debug)) && span.is_sampled()
     }
 }
 
-/// A trace that came from a caller who didn't say that its id is random. Any other trace id is: the SDK makes
-/// them so, but never sets the flag, and it resets the caller's in spans that are not sampled.
+/// Marks a trace that came from a caller who didn't say that its id is random. The ids of all other traces
+/// are random, because the SDK makes them so. But the SDK never sets the flag for that, and it resets the
+/// caller's flag in spans that are not sampled.
 #[derive(Debug)]
 struct NotRandom(TraceId);
 
@@ -118,7 +122,7 @@ fn lower_hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// Like [`lower_hex`], in either case and padded with zeros on the left: B3 and Jaeger ids.
+/// Like [`lower_hex`], but in either case and padded with zeros on the left, for the ids of B3 and Jaeger.
 fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
     if digits.is_empty() || !digits.is_ascii() || digits.len() > 2 * N {
         return None;
@@ -131,7 +135,7 @@ fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
 mod testing {
     use opentelemetry::propagation::Extractor;
 
-    /// Header lines as they came: several may have the same name.
+    /// Header lines as they were received. Several lines may have the same name.
     pub struct Lines<'a>(pub &'a [(&'a str, &'a str)]);
 
     impl Extractor for Lines<'_> {

@@ -1,7 +1,7 @@
 //! W3C Trace Context, level 2, read strictly: <https://www.w3.org/TR/trace-context-2/>.
 //!
 //! The propagator of the Rust SDK accepts headers that the Recommendation says must be refused. This
-//! one passes all of the W3C group's own conformance cases (docs/decisions/0003-propagators.md).
+//! propagator passes all of the W3C group's own conformance cases (docs/decisions/0003-propagators.md).
 
 use super::{NotRandom, lower_hex};
 use opentelemetry::{
@@ -47,7 +47,7 @@ impl TextMapPropagator for TraceContextPropagator {
     }
 
     fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
-        // Two `traceparent` headers contradict each other: neither is believed.
+        // Two `traceparent` headers contradict each other, so neither is used.
         let traceparents = extractor.get_all(TRACEPARENT).unwrap_or_default();
         let [traceparent] = traceparents[..] else {
             return cx.clone();
@@ -55,7 +55,7 @@ impl TextMapPropagator for TraceContextPropagator {
         let Some((trace_id, span_id, flags)) = parse_traceparent(traceparent) else {
             return cx.clone();
         };
-        // A tracestate that can't be parsed is dropped; it must not harm the traceparent.
+        // A tracestate that can't be parsed is dropped, because it must not harm the traceparent.
         let lines = extractor.get_all(TRACESTATE).unwrap_or_default();
         let members = parse_tracestate(&lines).unwrap_or_default();
         let trace_state = TraceState::from_key_value(members.iter().copied());
@@ -79,15 +79,16 @@ impl TextMapPropagator for TraceContextPropagator {
     }
 }
 
-/// A valid `tracestate` with a key that the API's [`TraceState`] refuses: the API allows no second `@`, and 13
-/// characters after the first. The next service gets all of it, but spans show the other members only.
+/// A valid `tracestate` with a key that the API's [`TraceState`] refuses, because the API allows only one
+/// `@`, and only 13 characters after it. The next service gets the whole header, but spans show only the
+/// other members.
 #[derive(Debug)]
 struct LongVendorTraceState {
     trace_id: TraceId,
     header: String,
 }
 
-/// The `traceparent` of a context: version 00. `None` if there is no trace.
+/// Returns the `traceparent` of a context, in version 00, or `None` if there is no trace.
 pub fn traceparent(cx: &Context) -> Option<String> {
     fn push_hex(out: &mut String, bytes: &[u8]) {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
@@ -101,7 +102,8 @@ pub fn traceparent(cx: &Context) -> Option<String> {
     if !span.is_valid() {
         return None;
     }
-    // What a caller's own context says stands; a span of this process is in a trace of the caller or its own.
+    // The flags of a caller's own context are kept. In a span of this process, the trace id counts as random
+    // unless it came from a caller who didn't say so.
     let is_random = !span.is_remote() && !NotRandom::is_on(cx, span);
     let flags = if is_random { span.trace_flags() | RANDOM } else { span.trace_flags() };
     let mut header = String::with_capacity(VERSION_00_LENGTH);
@@ -114,7 +116,7 @@ pub fn traceparent(cx: &Context) -> Option<String> {
     Some(header)
 }
 
-/// Section 3.2.2, and 3.2.4 for versions above 00.
+/// Parses a `traceparent` (section 3.2.2, and section 3.2.4 for versions above 00).
 fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let value = trim_ows(value).as_bytes();
     if value.len() < VERSION_00_LENGTH || [value[2], value[35], value[52]] != *b"---" {
@@ -123,7 +125,7 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let [version] = lower_hex(&value[..2])?;
     let known_flags = match version {
         0x00 if value.len() == VERSION_00_LENGTH => KNOWN_FLAGS,
-        // A later version may have more fields, each after a dash; of its flags only the first is known.
+        // A later version may have more fields, each after a dash. Of its flags only the first one is known.
         0x01..=0xfe if value.get(VERSION_00_LENGTH).is_none_or(|&next| next == b'-') => 0b1,
         _ => return None,
     };
@@ -136,8 +138,8 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     Some((trace_id, span_id, TraceFlags::new(flags & known_flags)))
 }
 
-/// Section 3.3.1: several header lines are one list; one illegal member spoils it all. Of members with the
-/// same key the first is kept, which is the latest.
+/// Parses the lines of `tracestate` (section 3.3.1). Several lines are one list, and one illegal member makes
+/// the whole list illegal. If members have the same key, the first one is kept, which is the latest.
 fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     const MAX_MEMBERS: usize = 32;
 
@@ -155,7 +157,7 @@ fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     Some(members)
 }
 
-/// Section "Key" of level 2: `@` counts as any other character.
+/// Checks a key (section "Key" of level 2), in which `@` has no special meaning.
 fn is_key(key: &str) -> bool {
     let is_first = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     key.len() <= 256
@@ -163,13 +165,13 @@ fn is_key(key: &str) -> bool {
         && key.bytes().all(|b| is_first(b) || b"_-*/@".contains(&b))
 }
 
-/// Printable ASCII without `,` and `=`; the end has no space, as it was trimmed.
+/// Checks a value: printable ASCII without `,` and `=`. A space at its end has already been trimmed.
 fn is_value(value: &str) -> bool {
     (1..=256).contains(&value.len())
         && value.bytes().all(|b| matches!(b, 0x20..=0x7e) && b != b',' && b != b'=')
 }
 
-/// Optional white space of RFC 9110 section 5.6.3: spaces and tabs, nothing else.
+/// Trims optional white space (RFC 9110, section 5.6.3), which is spaces and tabs and nothing else.
 fn trim_ows(value: &str) -> &str {
     value.trim_matches([' ', '\t'])
 }

@@ -13,7 +13,7 @@ fn joins_the_trace(traceparent: &str) -> bool {
     extract(&[("traceparent", traceparent)]).span().span_context().is_valid()
 }
 
-/// What a service that received these headers sends on.
+/// Returns the headers that a service sends on after it received these.
 fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
     struct Sent(Vec<(String, String)>);
     impl Injector for Sent {
@@ -26,7 +26,8 @@ fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
     sent.0
 }
 
-/// What becomes of `tracestate` lines beside a valid traceparent; empty if dropped.
+/// Returns the `tracestate` that is sent on for these lines beside a valid traceparent. It is empty if they
+/// are dropped.
 fn tracestate_of(lines: &[&str]) -> String {
     let mut headers = vec![("traceparent", VALID)];
     headers.extend(lines.iter().map(|line| ("tracestate", *line)));
@@ -80,10 +81,10 @@ fn malformed_traceparents_are_refused() {
         "0000-12345678901234567890123456789012-1234567890123456-01",
         "0-12345678901234567890123456789012-1234567890123456-01",
         "0A-12345678901234567890123456789012-1234567890123456-01",
-        // version 00 has nothing behind its flags
+        // version 00 has nothing after its flags
         "00-12345678901234567890123456789012-1234567890123456-01.",
         "00-12345678901234567890123456789012-1234567890123456-01-what-the-future-will-be-like",
-        // a later version may, after a dash
+        // a later version may have more after its flags, but only after a dash
         "cc-12345678901234567890123456789012-1234567890123456-01.what-the-future-will-be-like",
         "cc-12345678901234567890123456789012-1234567890123456-0",
         // trace id
@@ -186,7 +187,8 @@ fn a_key_that_the_api_refuses_is_sent_on_and_spans_show_the_others() {
     assert_eq!(cx.span().span_context().trace_state().header(), "a=1,b=3");
 }
 
-/// A span of this process, as the SDK makes it: the caller's flags if it is sampled, else none.
+/// Returns the `traceparent` that a span of this process sends. The SDK gives the span the caller's flags if
+/// it is sampled, and otherwise no flags.
 fn sent_by_a_span(cx: &Context, trace_id: TraceId, sampled: bool) -> String {
     let caller = cx.span().span_context().trace_flags();
     let flags = if sampled { caller.with_sampled(true) } else { TraceFlags::default() };
