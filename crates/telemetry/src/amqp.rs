@@ -320,9 +320,9 @@ impl fmt::Display for Broker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::propagation::{BaggagePropagator, TraceContextPropagator};
     use lapin::types::FieldArray;
     use opentelemetry::propagation::TextMapPropagator;
+    use propagation::{BaggagePropagator, TraceContextPropagator};
     use proptest::{collection::vec, prelude::*};
 
     #[test]

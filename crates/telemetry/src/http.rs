@@ -262,7 +262,7 @@ impl HttpServerSpan {
                 span.set_status(Status::error(""));
             }
         }
-        if let Some(Ok(value)) = crate::propagation::traceparent(&self.cx).map(HeaderValue::try_from) {
+        if let Some(Ok(value)) = propagation::traceparent(&self.cx).map(HeaderValue::try_from) {
             response.headers_mut().insert(TRACEPARENT.clone(), value);
         }
         let length = response.headers().get(header::CONTENT_LENGTH);

@@ -43,7 +43,6 @@ pub mod metrics;
 mod otlp;
 mod outage;
 mod prometheus;
-pub mod propagation;
 mod redaction;
 mod resource;
 pub mod semconv;
@@ -54,6 +53,7 @@ mod zipkin;
 pub use config::{Config, ConfigError};
 pub use error_type::ErrorType;
 pub use export::{DroppedSpans, SpanCounts};
+pub use propagation;
 pub use telemetry::Telemetry;
 
 use opentelemetry::{

@@ -11,10 +11,7 @@ mod otlp;
 
 pub(crate) use otlp::{OtlpConfig, Pem, Protocol, Signal, Tls};
 
-use crate::{
-    log,
-    propagation::{AskedBy, Propagator},
-};
+use crate::log;
 use environment::{Environment, parse, unknown};
 use http::Method;
 use opentelemetry::KeyValue;
@@ -24,6 +21,7 @@ use opentelemetry_sdk::{
     trace::{Sampler, SpanLimits},
 };
 use percent_encoding::percent_decode_str;
+use propagation::{AskedBy, Propagator};
 use std::{
     env,
     net::{IpAddr, Ipv4Addr, SocketAddr},

@@ -1,17 +1,15 @@
 //! The propagators, with one wire format in each file, and the choice among them by `OTEL_PROPAGATORS`.
 //!
 //! Each propagator implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service. A
-//! propagator does not know its carrier. The carriers for HTTP headers and gRPC metadata are in
-//! [`crate::headers`], the one for AMQP headers is in [`crate::amqp`], and the one for the message body is in
-//! the crate `proto`.
+//! propagator does not know its carrier. The carriers for HTTP headers, gRPC metadata and AMQP headers are in the
+//! crate `telemetry`, and the one for the message body is in the crate `proto`.
 
 mod b3;
 mod baggage;
 mod jaeger;
 mod trace_context;
 
-pub(crate) use b3::AskedBy;
-pub use b3::{B3Encoding, B3Propagator};
+pub use b3::{AskedBy, B3Encoding, B3Propagator};
 pub use baggage::BaggagePropagator;
 pub use jaeger::JaegerPropagator;
 pub use trace_context::{TraceContextPropagator, traceparent};

@@ -88,7 +88,7 @@ impl TextMapPropagator for B3Propagator {
 
 /// The sampling that a caller without a trace asks for: `b3: 0`, or `X-B3-Sampled: 0`, and no ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asked {
+pub(crate) enum Asked {
     Drop,
     Sample,
     /// Sample, and send the debug flag on through the whole trace.
@@ -126,7 +126,7 @@ impl Asked {
 /// A sampler for the spans that begin a trace. It does what the caller asks for, or else what the inner
 /// sampler decides.
 #[derive(Debug, Clone)]
-pub(crate) struct AskedBy<S>(pub S);
+pub struct AskedBy<S>(pub S);
 
 impl<S: ShouldSample + Clone + 'static> ShouldSample for AskedBy<S> {
     fn should_sample(
@@ -179,7 +179,7 @@ fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<(SpanConte
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::propagation::testing::Lines;
+    use crate::testing::Lines;
     use opentelemetry_sdk::trace::Sampler;
     use proptest::prelude::*;
     use std::collections::HashMap;

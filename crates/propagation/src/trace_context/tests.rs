@@ -1,5 +1,5 @@
 use super::*;
-use crate::propagation::{Propagator, composite, testing::Lines};
+use crate::{Propagator, composite, testing::Lines};
 use proptest::prelude::*;
 
 const TRACE_ID: &str = "12345678901234567890123456789012";

@@ -85,7 +85,7 @@ fn parse_member(member: &str) -> Option<(&str, String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::propagation::testing::Lines;
+    use crate::testing::Lines;
     use proptest::prelude::*;
     use std::collections::{BTreeMap, HashMap};
 
