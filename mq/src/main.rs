@@ -1,4 +1,5 @@
-//! Starts the consumer: configuration, telemetry, service, and telemetry again at the end.
+//! Starts the consumer: reads the configuration, starts telemetry, runs the service, and shuts telemetry
+//! down.
 
 use anyhow::Context;
 use mq::config::{Command, Config};
@@ -6,7 +7,7 @@ use serving::{listener::bind, shutdown::Shutdown};
 use std::process::ExitCode;
 use tokio::select;
 
-// One thread: see docs/decisions/0004-one-thread.md.
+// The service runs on one thread; see docs/decisions/0004-one-thread.md.
 #[tokio::main(flavor = "current_thread")]
 #[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 async fn main() -> ExitCode {
@@ -46,7 +47,7 @@ async fn main() -> ExitCode {
     if let Err(error) = &result {
         tracing::error!("{error:#}");
     }
-    // After a failure, too: the last spans matter most.
+    // Telemetry is shut down even after a failure, because the last spans matter most.
     telemetry.shut_down(shutdown.time_left()).await;
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
