@@ -66,7 +66,7 @@ pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Li
             .layer(from_fn(host::named_once)) // exactly one host in an HTTP/1.1 request
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
             .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or a refusal
-            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body, if not too large
+            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body if not too large
             .layer(ShedLayer::new(limits.max_in_flight, Problem::rejected)), // a bound on requests in flight
     )
 }
