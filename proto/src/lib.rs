@@ -3,10 +3,10 @@
 //! - [`usercenter::v1`]: the gRPC API, from `usercenter/v1/usercenter.proto`
 //! - [`login`]: the message that `api` publishes and `mq` consumes
 //! - [`headers`]: the names of its AMQP headers, besides those of the trace context
-//! - [`topology`]: the exchange and queues it travels through
-//! - [`broker`]: how to connect to the broker that holds them
-//! - [`inbound`]: what the broker sends, looked at before lapin reads it; [`content_header`]: how
-//! - [`health`]: the gRPC health check, asked
+//! - [`topology`]: the exchange and the queues that the message travels through
+//! - [`broker`]: connects to the broker that holds them
+//! - [`inbound`]: checks what the broker sends before lapin reads it; [`content_header`]: the check
+//! - [`health`]: asks a service for its health by gRPC
 
 pub mod broker;
 pub mod content_header;

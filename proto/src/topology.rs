@@ -1,5 +1,5 @@
-//! The exchange and queues of the login message, declared by whichever side comes first, so that no
-//! message is lost because a consumer was not there yet.
+//! The exchange and queues of the login message. Whichever side comes first declares them, so that no message
+//! is lost because the consumer was not there yet.
 
 use lapin::{
     Channel, ExchangeKind,
@@ -8,25 +8,26 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// After how long a message that failed is tried again, as `MQ_RETRY_DELAYS` lists it: a hitch, a restart,
-/// an outage that somebody is at work on.
+/// How long a message that failed waits for each further attempt, by default, in the form of
+/// `MQ_RETRY_DELAYS`. The delays fit a hitch, a restart, and an outage that somebody is working on.
 pub const DEFAULT_RETRY_DELAYS: &str = "1s,5s,30s,2m";
 
 /// The names under which login messages travel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
-    /// Direct exchange that `api` publishes to.
+    /// The direct exchange that `api` publishes to.
     pub exchange: String,
-    /// Routing key of a login.
+    /// The routing key of a login.
     pub routing_key: String,
-    /// Durable queue that `mq` consumes.
+    /// The durable queue that `mq` consumes.
     pub queue: String,
-    /// Durable queue of messages that were given up, each with its reason in a header.
+    /// The durable queue of messages that were given up, each with its reason in a header.
     pub dead_letter_queue: String,
 }
 
 impl Topology {
-    /// The names, each with `prefix` in front: deployments that share a broker differ in it.
+    /// Makes the names, with `prefix` in front of the exchange and the queues. Deployments that share a
+    /// broker have different prefixes.
     pub fn with_prefix(prefix: &str) -> Self {
         Self {
             exchange: format!("{prefix}usercenter"),
@@ -36,23 +37,24 @@ impl Topology {
         }
     }
 
-    /// The durable queue in which a message waits for its next attempt. The delay is in its name, because
-    /// a queue that exists can't be given another.
+    /// Returns the name of the durable queue in which a message waits for its next attempt. The delay is in
+    /// the name, because a queue that exists can't be given another delay.
     pub fn retry_queue(&self, delay: Duration) -> String {
         format!("{}.retry.{}", self.queue, humantime::format_duration(delay).to_string().replace(' ', ""))
     }
 
-    /// Declares the queues for these delays: nobody consumes them, and a message whose time is over goes
-    /// back to the main queue. One for each delay, because only the first message of a queue expires.
+    /// Declares the queues for these delays. Nobody consumes them, and a message whose delay is over goes
+    /// back to the main queue. Each delay has its own queue, because only the first message of a queue
+    /// expires.
     ///
     /// # Errors
-    /// As [`Topology::declare`].
+    /// As for [`Topology::declare`].
     pub async fn declare_retry_queues(&self, channel: &Channel, delays: &[Duration]) -> lapin::Result<()> {
         for delay in delays {
             let milliseconds = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX);
             let mut arguments = FieldTable::default();
             arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(milliseconds));
-            // The default exchange: not bound to anything that could be unbound.
+            // This is the default exchange, whose bindings nobody can delete.
             arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("".into()));
             let back = AMQPValue::LongString(self.queue.as_str().into());
             arguments.insert("x-dead-letter-routing-key".into(), back);
@@ -62,7 +64,7 @@ impl Topology {
         Ok(())
     }
 
-    /// Declares all but the retry queues; declaring what exists already changes nothing.
+    /// Declares everything but the retry queues. Declaring what exists already changes nothing.
     ///
     /// # Errors
     /// If the connection is lost, or if the broker holds one of the names with other properties
