@@ -140,7 +140,7 @@ impl Outage {
 }
 
 impl State {
-    /// Whether the last warning is long enough ago. If so, counts a new warning as logged now.
+    /// Returns whether a new warning may be logged. If so, counts it as logged now.
     fn may_warn(&mut self) -> bool {
         let may = self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
         if may {
