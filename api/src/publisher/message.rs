@@ -17,7 +17,7 @@ use telemetry::amqp::HeadersMut;
 const PERSISTENT: u8 = 2;
 
 /// A login message.
-// Without Debug: the body holds a mobile number.
+// It has no `Debug`, because the body holds a mobile number.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     id: String,

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Entries by number: the lower is the older.
+/// The entries by their number. An entry with a lower number is older.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
 
 /// The size of the pages kept in memory, in bytes. It is small, because entries are read only once.
