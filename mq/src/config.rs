@@ -9,7 +9,7 @@ use std::{net::SocketAddr, str::FromStr, time::Duration};
 use telemetry::amqp::Relation;
 
 /// The consumer of login messages.
-// Without Debug: the URL may hold a password.
+// It has no `Debug`, because the URL may hold a password.
 #[derive(Parser)]
 #[command(version)]
 pub struct Config {

@@ -2,13 +2,12 @@
 //! delivery.
 //!
 //! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when it is
-//! lost. A session takes the deliveries that have come as one chunk. It first processes those that were
-//! delivered before, one at a time, because one of them may have killed the process. Then it processes all
-//! others at the same time, so that the history commits them together. Deliveries without a failure are
-//! acknowledged with their chunk. A delivery that failed is handed on, that is, published to a retry queue or
-//! to the dead-letter queue, and acknowledged after that. Handing on runs beside the loop, so that a failed
-//! delivery does not delay others. When the service stops, the session takes no more deliveries, and finishes
-//! those that have come.
+//! lost. A session takes the deliveries that have come as one chunk. It first processes redelivered messages,
+//! one at a time, because one of them may have killed the process. Then it processes all others at the same
+//! time, so that the history commits them together. A delivery that succeeded is acknowledged at once. A
+//! delivery that failed is handed on, that is, published to a retry queue or to the dead-letter queue, and
+//! acknowledged after that. Handing on runs beside the loop, so that a failed delivery does not delay others.
+//! When the service stops, the session takes no more deliveries, and finishes those that have come.
 //!
 //! ```text
 //!   delivered ──▶ processing ──▶ settled ──────────────────────▶ acknowledged
@@ -36,7 +35,7 @@ use tower::{BoxError, Service};
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "mq";
 
-/// Deliveries processed, made durable and acknowledged together, at most.
+/// The most deliveries that are processed, made durable and acknowledged together.
 const MAX_CHUNK: usize = 64;
 
 /// Consumes login messages.

@@ -1,4 +1,4 @@
-//! Why an attempt failed, as its span, the log and the dead letter tell it.
+//! Why an attempt failed, as its span, the log and the dead letter show it.
 
 use crate::history::Refused;
 use proto::login::LoginMessageError;

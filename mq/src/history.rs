@@ -50,7 +50,7 @@ impl History {
         Self { requests, available }
     }
 
-    /// Tells whether the database can be used, also when that changes.
+    /// Returns a receiver that tells whether the database can be used.
     pub fn available(&self) -> watch::Receiver<bool> {
         self.available.clone()
     }
@@ -73,7 +73,7 @@ impl History {
         self.commit(Change::CountRedelivery(message_id)).await
     }
 
-    /// Deletes the count of the deliveries of a message.
+    /// Deletes the count of a message's redeliveries.
     ///
     /// # Errors
     /// If the database refuses this message.

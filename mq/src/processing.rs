@@ -15,7 +15,7 @@ pub struct Login {
     pub message_id: String,
     /// The trace in which it happened, as 32 hex digits.
     pub trace_id: Option<String>,
-    /// Who logged in. Personal: it stays out of spans, logs and errors.
+    /// Who logged in. This is personal, so it stays out of spans, logs and errors.
     pub mobile: String,
     /// Which attempt this is, from 1.
     pub attempt: u32,

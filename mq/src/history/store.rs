@@ -1,5 +1,4 @@
-//! The connection to the database, and every statement. The statements run on SQLite here, and would run on
-//! PostgreSQL, too.
+//! The connection to the database, and every statement. The statements run on SQLite, and also on PostgreSQL.
 
 use super::Refused;
 use crate::processing::Login;
@@ -35,7 +34,7 @@ pub enum Change {
     Apply(Login),
     /// A message was delivered again. The result is how often that has happened.
     CountRedelivery(String),
-    /// The count of the deliveries of a message is deleted. The result is how many counts were deleted.
+    /// The count of a message's redeliveries is deleted. The result is how many counts were deleted.
     ForgetRedeliveries(String),
 }
 
