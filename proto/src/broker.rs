@@ -46,7 +46,8 @@ pub struct Server {
 /// password.
 pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp(s)://user:password@host:port/vhost")?;
-    // The parser knows only names and IPv4 addresses. It would take [::1] for this machine.
+    // The parser knows only names and IPv4 addresses. For an address like [::1] it would use its default,
+    // this machine.
     let authority = url.split(['/', '?']).nth(2).unwrap_or_default();
     let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     if let Some((address, _)) = host.strip_prefix('[').and_then(|host| host.split_once(']')) {

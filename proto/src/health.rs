@@ -1,5 +1,5 @@
-//! The probe of the services that answer gRPC health checks, by which a container without a shell asks
-//! itself.
+//! The probe of services that answer gRPC health checks, by which a container without a shell checks its own
+//! health.
 
 use anyhow::{Context, ensure};
 use std::{net::SocketAddr, time::Duration};

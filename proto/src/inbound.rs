@@ -88,7 +88,7 @@ impl Reactor for CheckedReactor {
     }
 }
 
-/// A connection to a broker that yields no content header that lapin can't read.
+/// A connection to a broker. Content headers that lapin can't read are replaced before lapin sees them.
 #[derive(Debug)]
 pub struct Checked<S> {
     inner: S,

@@ -20,7 +20,7 @@ use std::{collections::BTreeMap, fmt};
 pub struct LoginMessage {
     /// Where the trace context travels inside the body.
     pub carrier: HeaderCarrier,
-    /// The mobile number that logged in. Personal: it stays out of spans and logs.
+    /// The mobile number that logged in. It is personal, so it stays out of spans and logs.
     pub msg: String,
 }
 
