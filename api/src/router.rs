@@ -57,8 +57,7 @@ pub fn router(app: Arc<App>, limits: Limits) -> Router {
 }
 
 /// Puts the layers around routes. A request passes them from the first to the last, and its answer from the
-/// last to the first. (If [`Router::layer`] were called for each, the layer of the last call would be the
-/// first.)
+/// last to the first. (With one call of [`Router::layer`] for each layer, the order would be the opposite.)
 pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Limits) -> Router<S> {
     routes.layer(
         ServiceBuilder::new()
