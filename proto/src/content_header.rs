@@ -7,8 +7,8 @@ use bytes::Buf;
 /// The most tables and arrays inside of each other. Real messages have three or four.
 pub const MAX_DEPTH: usize = 32;
 
-/// The length of class, weight and body size in bytes, before the properties of a content header (section
-/// 4.2.6.1).
+/// The length in bytes of class, weight and body size, which stand before the properties of a content header
+/// (section 4.2.6.1).
 pub const CONTENT_HEAD: usize = 12;
 
 /// Why a table, or properties with a table, can't be read.

@@ -39,8 +39,8 @@ const LONGEST_KEPT: usize = 64 * 1024;
 /// brokers rarely allow frames above 128 KiB. A longer one is left to lapin, which refuses it.
 const LONGEST_FRAME: usize = 1024 * 1024;
 
-/// The length of type, channel and size in bytes, before a frame's payload. One more byte follows the payload
-/// (AMQP 0-9-1, section 4.2.3).
+/// The length in bytes of a frame's head, which is its type, channel and size. The payload and one more byte
+/// follow (AMQP 0-9-1, section 4.2.3).
 const FRAME_HEAD: usize = 7;
 
 /// A connection to a broker, with or without TLS. lapin takes it for a plain one either way, because its own
@@ -147,7 +147,7 @@ struct Frames {
     checked: BytesMut,
     /// The start of a frame: its head, or all bytes so far if it is a content header.
     held: BytesMut,
-    /// The number of further bytes that belong to a frame without a check.
+    /// How many more bytes belong to a frame that needs no check.
     passing: usize,
 }
 

@@ -8,8 +8,8 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// How long a message that failed waits for each further attempt, by default, in the form of
-/// `MQ_RETRY_DELAYS`. The delays fit a hitch, a restart, and an outage that somebody is working on.
+/// The default of `MQ_RETRY_DELAYS`: how long a failed message waits before each further attempt. The delays
+/// fit a hitch, a restart, and an outage that somebody is working on.
 pub const DEFAULT_RETRY_DELAYS: &str = "1s,5s,30s,2m";
 
 /// The names under which login messages travel.
