@@ -103,7 +103,8 @@ pub struct Connection {
     /// The time when the connection is cut off: at first for lack of the preface, later because of its age.
     until: Pin<Box<Sleep>>,
     lifetime: Duration,
-    /// Tells the connection to make room for another one, until the preface has been received.
+    /// Is ready when the connection has to make room for another one. It is dropped when the preface has been
+    /// received.
     must_go: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     _permit: OwnedSemaphorePermit,
 }
