@@ -209,7 +209,7 @@ where
         Failed { cx: cx.clone(), started, reason, message_id, attempt, fate }
     }
 
-    /// Publishes a message that failed to its next queue. After that, the delivery may be acknowledged.
+    /// Publishes a failed message to its next queue. After that, the delivery may be acknowledged.
     pub async fn hand_on(&self, delivery: &Delivery, failed: Failed) {
         let Failed { cx, started, reason: error_type, message_id, attempt, fate } = failed;
         let number = |attempt| AMQPValue::LongInt(i32::try_from(attempt).unwrap_or(i32::MAX));
