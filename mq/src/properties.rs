@@ -96,7 +96,7 @@ pub fn again<'a>(
     if fits(&full) {
         return full;
     }
-    // With all headers, publishing would end the connection each time.
+    // If the message were published with all headers, that would end the connection each time.
     added.push((HEADERS_LEFT_OUT, AMQPValue::Boolean(true)));
     kept.with_headers(with_headers_of(&BasicProperties::default(), &added))
 }

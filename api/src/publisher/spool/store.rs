@@ -182,7 +182,7 @@ impl Store {
         })?;
         let last;
         (self.held, last) = count(&database)?;
-        // Numbers are never used again, because entries are removed by number.
+        // As long as the process runs, no number is used again, because entries are removed by number.
         self.last = self.last.max(last);
         Ok(database)
     }
