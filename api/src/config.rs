@@ -15,7 +15,7 @@ use tonic::{
 };
 
 /// The HTTP service: logs users in.
-// Without Debug: two of the values are secrets.
+// It has no `Debug`, because two of the values are secrets.
 #[derive(Parser)]
 #[command(version)]
 pub struct Config {
@@ -61,7 +61,7 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_ATTEMPTS", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub usercenter_attempts: u32,
 
-    /// How long no calls are made to usercenter once half of them fail.
+    /// How long calls of usercenter are stopped once half of them fail.
     #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
     pub usercenter_circuit_pause: Duration,
 

@@ -1,4 +1,5 @@
-//! Tells whether the service is ready, and has the probe by which a container without a shell asks itself.
+//! Tells whether the service is ready, and has the probe by which a container without a shell checks its own
+//! health.
 
 use crate::{publisher::Readiness, router::App};
 use anyhow::{Context, ensure};

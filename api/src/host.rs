@@ -1,5 +1,5 @@
-//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). If there
-//! were several, proxies on the way might have used another one.
+//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). With several
+//! of them, a proxy on the way might have used another one than this service.
 
 use crate::problem::Problem;
 use axum::{

@@ -50,9 +50,9 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
 /// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the
 /// broker are made in the background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
-    // How long the connection may be silent, while a call waits for its answer, before a ping is sent, and
-    // how long the ping's answer may take. Together this is no longer than a call, so that later calls have
-    // another connection.
+    // The longest silence before a ping is sent while a call waits for its answer, and the longest wait for
+    // the ping's answer. Both together are no longer than a call, so that later calls have another
+    // connection.
     let keep_alive = config.usercenter_timeout / 2;
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)

@@ -1,4 +1,4 @@
-//! Handles a login: steps 1 to 4 of the flow, each with its span.
+//! Handles a login: steps 1 to 4 of the flow in ARCHITECTURE.md, each with its span.
 
 use crate::{TRACER, problem::Problem, publisher::LoginEvent, router::App};
 use axum::{
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tower::ServiceExt;
 
 /// The body of a login.
-// Without Debug: a mobile number is personal.
+// It has no `Debug`, because a mobile number is personal.
 #[derive(Deserialize)]
 pub struct LoginRequest {
     mobile: String,

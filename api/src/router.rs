@@ -57,16 +57,15 @@ pub fn router(app: Arc<App>, limits: Limits) -> Router {
 }
 
 /// Puts the layers around routes. A request passes them from the first to the last, and its answer from the
-/// last to the first. (If [`Router::layer`] were called for each, the layer of the last call would be the
-/// first.)
+/// last to the first. (With one call of [`Router::layer`] for each layer, the order would be the opposite.)
 pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Limits) -> Router<S> {
     routes.layer(
         ServiceBuilder::new()
             .layer(HttpServerLayer::new()) // the server span, around all that follows
             .layer(from_fn(host::named_once)) // exactly one host in an HTTP/1.1 request
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
-            .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, if need be a refusal
-            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body, if it is small enough
+            .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or a refusal
+            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body if not too large
             .layer(ShedLayer::new(limits.max_in_flight, Problem::rejected)), // a bound on requests in flight
     )
 }

@@ -1,7 +1,7 @@
 //! Accepts connections, serves them, and drains them at shutdown.
 //!
 //! axum's own `serve` has no time-out for request headers and no bound on connections, so clients that send
-//! nothing could hold any number of connections for ever. This is hyper's loop, with both.
+//! nothing could hold any number of connections for ever. This is hyper's loop, with a time-out and a bound.
 
 use axum::{Router, extract::ConnectInfo};
 use hyper::{
@@ -28,10 +28,9 @@ use tower::Service;
 /// opened or the previous answer was sent. So it is also how long a connection may be idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The most bytes of one connection that are buffered, and so also the longest headers. Longer headers are
-/// answered with
-/// 431. (hyper's own limit is 400 KiB, which would be multiplied by 10,000 connections. hyper also allows at
-///      most 100 headers.)
+/// The most bytes of one connection that are buffered, and so also the longest headers. A request with longer
+/// headers gets the status 431. (hyper's own limit is 400 KiB, which would be multiplied by 10,000
+/// connections. hyper also allows at most 100 headers.)
 const MAX_BUFFER: usize = 32 * 1024;
 
 /// Serves `router` until `shutdown`, on at most `max_connections` connections at once. Requests that are not
@@ -72,7 +71,7 @@ pub async fn serve(
             async move {
                 let mut answer = answer.await?;
                 if is_last {
-                    // The client must make its next connection to another instance.
+                    // A client that keeps connections then makes its next one to another instance.
                     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 drop(has_request);

@@ -60,7 +60,7 @@ pub fn in_layers<C>(endpoint: &Uri, limits: Limits, channel: C) -> Layered<C> {
         .layer(GrpcClientLayer::new(endpoint)) // one client span, around all attempts and refusals
         .layer(CallDeadlineLayer::new(limits.timeout)) // a deadline for the whole call, retries included
         .layer(RetryLayer::new(IDEMPOTENT, limits.attempts)) // repeats calls that are safe to repeat
-        .layer(CircuitBreakerLayer::new(circuit)) // counts each attempt; stops them while too many fail
+        .layer(CircuitBreakerLayer::new(circuit)) // counts attempts, and stops them while too many fail
         .layer(UnaryLayer) // one message out, one outcome back
         .service(channel)
 }

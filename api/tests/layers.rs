@@ -1,5 +1,4 @@
-//! Tests the layers of api in memory: that services inside of them see the right order, and that every
-//! request ends with a span.
+//! Tests the layers of api in memory: their order, and that every request ends with a span.
 
 use api::{
     router,

@@ -1,4 +1,5 @@
-//! One delivery: the hand-written span `mq_consumer_msg`, the processing, and what becomes of the message.
+//! Handles one delivery: opens the hand-written span `mq_consumer_msg`, processes the login, and decides what
+//! happens to the message.
 
 use crate::{
     failure::Failure,
@@ -36,7 +37,7 @@ use uuid::Uuid;
 /// Makes the hand-written span of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("mq"));
 
-/// What an operator wants to know besides what all consumers measure.
+/// The metrics that an operator wants in addition to those that all consumers have.
 struct Metrics {
     time_in_queue: Histogram<f64>,
     retries: Counter<u64>,
@@ -47,7 +48,7 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
     let meter = global::meter("mq");
     let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
     Metrics {
-        // From what is usual to what is left after an outage, in seconds.
+        // The bounds, in seconds, go from the usual time to the time after an outage.
         time_in_queue: meter
             .f64_histogram("throughline.message.time_in_queue")
             .with_unit("s")
@@ -58,21 +59,21 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
     }
 });
 
-/// How often in a row a message may be delivered again for want of a result, be it that the connection was
-/// cut, be it that the process died. What kills the process must not do so for ever.
+/// How often in a row a message may be delivered again for lack of a result, because the connection was cut
+/// or the process died. A message that kills the process must not do so for ever.
 const MAX_REDELIVERIES: i64 = 20;
 
 /// What every attempt needs.
 pub struct Attempts<S> {
-    /// What is done with a login.
+    /// The service that processes a login.
     pub processing: S,
     /// Where redeliveries are counted.
     pub history: History,
-    /// For messages that failed.
+    /// Publishes messages that failed.
     pub publisher: Publisher,
     /// The names of the queues.
     pub topology: Topology,
-    /// How spans relate to their producers'.
+    /// How consumer spans relate to producer spans.
     pub relation: Relation,
     /// The pause after each attempt but the last.
     pub retry_delays: Vec<Duration>,
@@ -80,15 +81,15 @@ pub struct Attempts<S> {
     pub broker: Broker,
 }
 
-/// What is to be done with a delivery when its attempt is over.
+/// What must be done with a delivery when its attempt is over.
 pub enum Outcome {
-    /// Nothing but to acknowledge it.
+    /// It only has to be acknowledged.
     Settled,
-    /// To publish it to another queue first ([`Attempts::hand_on`]); its span ends with that.
+    /// It must first be published to another queue ([`Attempts::hand_on`]), which also ends its span.
     Failed(Failed),
 }
 
-/// A message that failed, and what becomes of it.
+/// A message that failed, and what happens to it.
 pub struct Failed {
     cx: Context,
     started: Instant,
@@ -100,9 +101,9 @@ pub struct Failed {
 
 #[derive(Clone, Copy)]
 enum Fate {
-    /// Another attempt, after this time.
+    /// The message has another attempt, after this time.
     Retry(Duration),
-    /// None; it is kept for a person to look at, with the reason.
+    /// The message has no other attempt. It is kept for a person to look at, with the reason.
     DeadLetter(&'static str),
 }
 
@@ -110,8 +111,8 @@ impl<S> Attempts<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
 {
-    /// Processes a delivery in its span. Cut short, it leaves the message in the queue: it will be
-    /// delivered again.
+    /// Processes a delivery in its span. If the future is dropped, the message stays in the queue, and will
+    /// be delivered again.
     pub async fn process(&self, delivery: &Delivery) -> Outcome {
         let started = Instant::now();
         let (carrier, message) = LoginMessage::from_json(&delivery.data);
@@ -128,7 +129,7 @@ where
             span.set_attribute(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
         }
         if let Some(published_at) = properties::published_at(&delivery.properties) {
-            // By this machine's clock it may not even be published yet.
+            // By this machine's clock, the time of publishing may be in the future.
             let time = published_at.elapsed().unwrap_or_default();
             span.set_attribute(milliseconds(semconv::MESSAGE_TIME_IN_QUEUE, time));
             METRICS.time_in_queue.record(time.as_secs_f64(), &[]);
@@ -161,7 +162,7 @@ where
         }
     }
 
-    /// Calls the service. Before, if a delivery of the message came to nothing, that is counted on disk.
+    /// Calls the service. If an earlier delivery of the message had no result, that is first counted on disk.
     async fn call(&self, login: Login, redelivered: bool) -> Result<Processed, Failure> {
         let message_id = login.message_id.clone();
         if redelivered && self.history.count_redelivery(message_id.clone()).await? > MAX_REDELIVERIES {
@@ -178,7 +179,7 @@ where
         }
     }
 
-    /// Decides what becomes of a message whose attempt failed.
+    /// Decides what happens to a message whose attempt failed.
     fn fail(
         &self,
         cx: Context,
@@ -208,7 +209,7 @@ where
         Failed { cx: cx.clone(), started, reason, message_id, attempt, fate }
     }
 
-    /// Publishes a message that failed to the queue where it goes; afterwards it may be acknowledged.
+    /// Publishes a failed message to its next queue. After that, the delivery may be acknowledged.
     pub async fn hand_on(&self, delivery: &Delivery, failed: Failed) {
         let Failed { cx, started, reason: error_type, message_id, attempt, fate } = failed;
         let number = |attempt| AMQPValue::LongInt(i32::try_from(attempt).unwrap_or(i32::MAX));
@@ -242,8 +243,8 @@ where
     }
 }
 
-/// The message's own id, or else one that is the same for each of its deliveries: that of the producer's
-/// span, which is one for each message. Without both, a second delivery can't be told from another login.
+/// Returns the message's own id, or else an id from the producer's span. Both are the same for each delivery
+/// of the message. Without both, the id is random, and a second delivery can't be told from another login.
 pub fn message_id(delivery: &Delivery, producer: &SpanContext) -> String {
     match delivery.properties.message_id() {
         Some(id) if !id.as_str().is_empty() => id.to_string(),
@@ -262,7 +263,7 @@ mod tests {
     use tempfile::TempDir;
     use tower::service_fn;
 
-    /// The fate of a login whose processing is `processing`.
+    /// Returns the fate of a login that `processing` processes.
     async fn fate<S>(processing: S) -> Fate
     where
         S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,

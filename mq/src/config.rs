@@ -1,4 +1,5 @@
-//! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
+//! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
+//! `telemetry`.
 
 use amqp::Server;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
@@ -9,7 +10,7 @@ use std::{net::SocketAddr, str::FromStr, time::Duration};
 use telemetry::amqp::Relation;
 
 /// The consumer of login messages.
-// Without Debug: the URL may hold a password.
+// It has no `Debug`, because the URL may hold a password.
 #[derive(Parser)]
 #[command(version)]
 pub struct Config {
@@ -29,29 +30,31 @@ pub struct Config {
     #[command(flatten)]
     amqp_files: BrokerFiles,
 
-    /// Put before the names of exchange and queues, for deployments that share a broker.
+    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
     #[arg(long, env = "AMQP_PREFIX", default_value = "", global = true)]
     pub amqp_prefix: String,
 
-    /// How many messages the broker may send ahead of their acknowledgement.
+    /// How many messages the broker may send before they are acknowledged.
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
 
-    /// How the consumer span relates to the producer span: parent (its child), link (a new trace, linked)
-    /// or both.
+    /// How the consumer span relates to the producer span: parent (as its child), link (in a new trace, with
+    /// a link) or both.
     #[arg(long, env = "MQ_RELATION", default_value = "parent")]
     pub relation: Relation,
 
-    /// The database of the login history, as sqlite://path; the file and its folder are made if they are missing.
+    /// The database of the login history, as sqlite://path. The file and its folder are made if they are
+    /// missing.
     #[arg(long, env = "MQ_DATABASE_URL", default_value = "sqlite://data/mq/mq.db", hide_env_values = true)]
     database_url: String,
 
-    /// How long a message that failed waits for its next attempt, after the first attempt, the second and so
-    /// on; after one more it is a dead letter. With `none`, after the first.
+    /// How long a message that failed waits for its next attempt: after the first attempt, after the second,
+    /// and so on. If the attempt after the last of these fails, the message becomes a dead letter. With
+    /// `none`, it becomes one after the first attempt.
     #[arg(long, env = "MQ_RETRY_DELAYS", default_value = DEFAULT_RETRY_DELAYS)]
     pub retry_delays: RetryDelays,
 
-    /// How to end.
+    /// How to shut down.
     #[command(flatten)]
     pub shutdown: shutdown::Options,
 }
@@ -61,7 +64,7 @@ pub struct Config {
 pub enum Command {
     /// Ask the service on this machine whether it is consuming; exit code 0 if it is, 1 if not.
     Health,
-    /// Look at the messages that were given up, or publish them again.
+    /// Look at messages that were given up, or publish them again.
     #[command(subcommand)]
     DeadLetters(DeadLetters),
 }
@@ -69,22 +72,22 @@ pub enum Command {
 /// What to do with dead letters.
 #[derive(Debug, Clone, Subcommand)]
 pub enum DeadLetters {
-    /// List them, the oldest first. The queue is left as it was.
+    /// List all dead letters, the oldest first. The queue is left as it was.
     List,
-    /// Show headers and properties of one. The queue is left as it was.
+    /// Show the headers and properties of one dead letter. The queue is left as it was.
     Show {
-        /// Its message id.
+        /// The message id of the dead letter.
         message_id: String,
         /// Show the body as well, which holds personal data.
         #[arg(long)]
         body: bool,
     },
-    /// Publish one, or all, for a new round of attempts, and take it out of the queue.
+    /// Publish one dead letter, or all, for a new round of attempts, and take it out of the queue.
     #[group(required = true, multiple = false)]
     Replay {
-        /// Its message id.
+        /// The message id of the dead letter.
         message_id: Option<String>,
-        /// All that are in the queue now.
+        /// Replay all dead letters that are in the queue now.
         #[arg(long)]
         all: bool,
     },
@@ -98,9 +101,9 @@ impl FromStr for RetryDelays {
     type Err = String;
 
     fn from_str(list: &str) -> Result<Self, String> {
-        /// Each is a queue.
+        /// The most delays, because each one needs a queue.
         const MOST: usize = 16;
-        /// What a queue's `x-message-ttl` can hold.
+        /// The longest delay that a queue's `x-message-ttl` can hold.
         const LONGEST: Duration = Duration::from_millis(u32::MAX as u64);
 
         if list == "none" {
@@ -119,7 +122,7 @@ impl FromStr for RetryDelays {
 }
 
 impl Config {
-    /// Reads flags and environment; exits with 2 if something in them can't be honoured.
+    /// Reads flags and environment variables; exits with code 2 if a value can't be honoured.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.
@@ -132,10 +135,10 @@ impl Config {
         config
     }
 
-    /// The broker.
+    /// Returns the broker that is configured.
     ///
     /// # Errors
-    /// If the URL is not one, or a file can't be used; [`Config::load`] has seen to that.
+    /// If the URL is malformed, or a file can't be used. [`Config::load`] has already checked that.
     pub fn broker(&self) -> Result<Server, String> {
         let server =
             amqp::connection::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
@@ -145,10 +148,10 @@ impl Config {
         })
     }
 
-    /// The database of the login history.
+    /// Returns the database of the login history.
     ///
     /// # Errors
-    /// If the URL is not one; [`Config::load`] has seen to that.
+    /// If the URL is malformed. [`Config::load`] has already checked that.
     pub fn database(&self) -> Result<SqliteConnectOptions, String> {
         crate::history::parse_url(&self.database_url).map_err(|problem| format!("MQ_DATABASE_URL: {problem}"))
     }

@@ -1,5 +1,20 @@
-//! The delivery loop: a connection, chunks of deliveries, acknowledgements. What is done with a delivery is
-//! in `attempt`.
+//! The delivery loop: a connection, chunks of deliveries, acknowledgements. `attempt` processes each
+//! delivery.
+//!
+//! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when it is
+//! lost. A session takes the deliveries that have come as one chunk. It first processes redelivered messages,
+//! one at a time, because one of them may have killed the process. Then it processes all others at the same
+//! time, so that the history commits them together. A delivery that succeeded is acknowledged at once. A
+//! delivery that failed is handed on, that is, published to a retry queue or to the dead-letter queue, and
+//! acknowledged after that. Handing on runs beside the loop, so that a failed delivery does not delay others.
+//! When the service stops, the session takes no more deliveries, and finishes those that have come.
+//!
+//! ```text
+//!   delivered ──▶ processing ──▶ settled ──────────────────────▶ acknowledged
+//!       ▲             │ │                                            ▲
+//!       │             │ └──────▶ failed ──▶ handed on and confirmed ─┘
+//!       └─────────────┘ not acknowledged when the connection ends
+//! ```
 
 use crate::{
     attempt::{Attempts, Failed, Outcome},
@@ -23,18 +38,18 @@ use tower::{BoxError, Service};
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "mq";
 
-/// Deliveries processed, made durable and acknowledged together, at most.
+/// The most deliveries that are processed, made durable and acknowledged together.
 const MAX_CHUNK: usize = 64;
 
 /// Consumes login messages.
 pub struct Consumer<S> {
     /// The broker.
     pub server: Server,
-    /// How many messages it may send ahead of their acknowledgement.
+    /// How many messages the broker may send before they are acknowledged.
     pub prefetch: u16,
-    /// What is done with each delivery.
+    /// Processes each delivery.
     pub attempts: Attempts<S>,
-    /// Told whether there is a connection that consumes.
+    /// Is told whether there is a connection that consumes.
     pub consuming: watch::Sender<bool>,
 }
 
@@ -42,8 +57,8 @@ impl<S> Consumer<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
 {
-    /// Consumes until `stop` is ready and the deliveries that have come by then are finished. Connects
-    /// again, as often as needed.
+    /// Consumes until `stop` is ready and the deliveries that have come by then are finished. Connects again
+    /// as often as needed.
     pub async fn run(&self, stop: impl Future<Output = ()>) {
         let stop = stop.shared();
         let broker = &self.attempts.broker;
@@ -57,14 +72,15 @@ where
                 Err(error) if connected => {
                     tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
                     is_away = false;
-                    // One that is lost at once, each time, is tried again ever more slowly, too.
+                    // The pauses start anew only if the connection lasted. If each one is lost at once, they
+                    // keep growing.
                     if start.elapsed() > Backoff::LONGEST {
                         backoff = Backoff::new();
                     }
                 }
-                // Once, not for every attempt.
+                // This is logged once, not for every attempt.
                 Err(error) if !is_away => {
-                    tracing::warn!(%broker, "can't connect to the broker; trying on: {error:#}");
+                    tracing::warn!(%broker, "can't connect to the broker; still trying: {error:#}");
                     is_away = true;
                 }
                 Err(_) => {}
@@ -76,8 +92,8 @@ where
         }
     }
 
-    /// One connection, from its opening to its end: whether it came to consuming, and why it ended; `Ok`
-    /// if by `stop`.
+    /// Runs one connection from its opening to its end. Returns whether it came to consuming, and why it
+    /// ended, which is `Ok` if it was ended by `stop`.
     async fn session(&self, stop: impl Future<Output = ()> + Clone) -> (bool, anyhow::Result<()>) {
         let (connection, channel, deliveries) = select! {
             opened = self.open() => match opened {
@@ -91,7 +107,7 @@ where
         let ended = self.consume(&channel, deliveries, stop).await;
         self.consuming.send_replace(false);
         if ended.is_ok() {
-            // What is not acknowledged goes back to the queue.
+            // Messages that are not acknowledged go back to the queue.
             connection::close(&connection).await;
             self.attempts.publisher.close().await;
         }
@@ -123,13 +139,13 @@ where
         stop: impl Future<Output = ()> + Clone,
     ) -> anyhow::Result<()> {
         let tag = deliveries.tag();
-        // What has come in the meantime is taken together.
+        // Deliveries that have come in the meantime are taken together.
         let mut deliveries = deliveries.ready_chunks(MAX_CHUNK);
         let hand_on = async |(delivery, failed): (Delivery, Failed)| {
             self.attempts.hand_on(&delivery, failed).await;
             acknowledge(channel, &delivery, false).await
         };
-        // Apart from the others, which a message that failed must not hold up.
+        // Deliveries that failed are handed on apart from the others, which they must not delay.
         let mut handing_on = FuturesUnordered::new();
         loop {
             select! {
@@ -156,10 +172,10 @@ where
         Ok(())
     }
 
-    /// Processes deliveries and acknowledges them, but those that failed, which it returns. Cut short, it
-    /// leaves them in the queue: they will be delivered again.
+    /// Processes deliveries and acknowledges them, except for those that failed, which it returns. If the
+    /// future is dropped, deliveries stay in the queue and will be delivered again.
     ///
-    /// `all_before`: whether all earlier deliveries are acknowledged.
+    /// `all_before` says whether all earlier deliveries are acknowledged.
     async fn deliver_all(
         &self,
         channel: &Channel,
@@ -169,14 +185,15 @@ where
         let deliveries = chunk.into_iter().collect::<lapin::Result<Vec<_>>>()?;
         let (again, first): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(|d| d.redelivered);
         let mut failed = Vec::new();
-        // One of these may have killed the process. One by one, so that it is known which it was.
+        // One of these messages may have killed the process. They are processed one by one, so that it is
+        // known which one.
         for delivery in again {
             match self.attempts.process(&delivery).await {
                 Outcome::Settled => acknowledge(channel, &delivery, false).await?,
                 Outcome::Failed(why) => failed.push((delivery, why)),
             }
         }
-        // At the same time, so that the history commits them together.
+        // The others are processed at the same time, so that the history commits them together.
         let outcomes = join_all(first.iter().map(|delivery| self.attempts.process(delivery))).await;
         let mut settled = Vec::with_capacity(first.len());
         for (delivery, outcome) in first.into_iter().zip(outcomes) {
@@ -186,7 +203,8 @@ where
             }
         }
         if all_before && failed.is_empty() {
-            // All at once costs both sides less. It would include any that is not to be acknowledged yet.
+            // One acknowledgement for all costs both sides less. But it includes all earlier deliveries, so
+            // none of them may still be unacknowledged.
             if let Some(last) = settled.last() {
                 acknowledge(channel, last, true).await?;
             }
@@ -199,8 +217,8 @@ where
     }
 }
 
-/// By the channel and not by `Delivery::ack`: if the connection is lost just then, lapin 4.12 may leave the
-/// latter in the queue of a task that has ended, and never answer.
+/// Acknowledges through the channel and not through `Delivery::ack`. If the connection is lost at that
+/// moment, lapin 4.12 may leave that request in the queue of a task that has ended, and never answer.
 async fn acknowledge(channel: &Channel, delivery: &Delivery, multiple: bool) -> lapin::Result<()> {
     channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple }).await
 }

@@ -1,4 +1,4 @@
-//! What an operator does with messages that were given up: `mq dead-letters list|show|replay`.
+//! Lets an operator handle messages that were given up: `mq dead-letters list|show|replay`.
 //!
 //! AMQP has no way to look into a queue. So messages are taken without an acknowledgement, and go back to
 //! their places when the connection ends. Meanwhile nobody else sees them.
@@ -38,7 +38,7 @@ const CLIENT_ID: &str = "mq-dead-letters";
 /// How long the broker may take for one step.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Does what is asked for, and prints what there is to tell.
+/// Carries out the command, and prints its result.
 ///
 /// # Errors
 /// If the broker can't be reached, or if there is no such message.
@@ -54,7 +54,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         DeadLetters::List => list(&mut letters).await,
         DeadLetters::Show { message_id, body } => show(&mut letters, message_id, *body).await,
         DeadLetters::Replay { message_id, .. } => {
-            // It publishes to the main exchange only.
+            // The publisher needs no retry queues, because it publishes only to the main exchange.
             let publisher = Publisher::new(server, topology.clone(), Vec::new());
             let replay = Replay { publisher, topology, broker };
             let done = replay.run(&mut letters, message_id.as_deref()).await;
@@ -62,7 +62,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
             done
         }
     };
-    // What was taken and not replayed goes back to its place.
+    // Messages that were taken and not replayed go back to their places.
     connection::close(&connection).await;
     done
 }
@@ -117,7 +117,7 @@ async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyho
     bail!("there is no dead letter with this message id")
 }
 
-/// Publishes dead letters to where they came from first.
+/// Publishes dead letters to the exchange that they came from first.
 struct Replay {
     publisher: Publisher,
     topology: Topology,
@@ -125,7 +125,7 @@ struct Replay {
 }
 
 impl Replay {
-    /// Those with this id, or all.
+    /// Replays the dead letters with this id, or all of them.
     async fn run(&self, letters: &mut Letters, message_id: Option<&str>) -> anyhow::Result<()> {
         let mut count = 0;
         while let Some(letter) = letters.next().await? {
@@ -140,8 +140,8 @@ impl Replay {
         Ok(())
     }
 
-    /// In the trace of the message: as a child of whoever published it last, and the parent of its next
-    /// attempt.
+    /// Publishes a dead letter in the trace of its message. The span is a child of the last producer's span,
+    /// and the parent of the next attempt's span.
     async fn publish(&self, letters: &Letters, Letter(letter): &Letter) -> anyhow::Result<()> {
         let producer = Letter::producer(letter);
         let message_id = attempt::message_id(letter, producer.span().span_context());
@@ -167,14 +167,14 @@ impl Replay {
         }
         cx.span().end();
         published?;
-        // Else it is in both queues; applied it is once.
+        // If this fails, the message is in both queues, but its login is applied only once.
         let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
-        acked.context("acknowledging the dead letter: it may stay one, too")?;
+        acked.context("acknowledging the dead letter, which may stay in its queue")?;
         Ok(())
     }
 }
 
-/// The dead letters that were there at the start, the oldest first.
+/// The dead letters that were in the queue at the start, the oldest first.
 struct Letters {
     channel: Channel,
     queue: String,
@@ -190,7 +190,8 @@ impl Letters {
         Ok(Self { channel, queue, left })
     }
 
-    /// A replayed message may be back in the queue soon: it isn't among these.
+    /// Takes the next dead letter. A replayed message may soon be back in the queue, but it is not among
+    /// these.
     async fn next(&mut self) -> anyhow::Result<Option<Letter>> {
         let Some(left) = self.left.checked_sub(1) else {
             return Ok(None);
@@ -202,7 +203,7 @@ impl Letters {
     }
 }
 
-/// A dead letter, its parts fit to be printed.
+/// A dead letter, with methods that return its parts in a form that is safe to print.
 struct Letter(Delivery);
 
 impl Letter {
@@ -242,7 +243,7 @@ impl Letter {
         if span_context.is_valid() { span_context.trace_id().to_string() } else { "-".to_owned() }
     }
 
-    /// All but the headers and the message id.
+    /// Returns the properties to print, without the headers and the message id.
     fn properties(&self) -> Vec<(&'static str, String)> {
         let properties = &self.0.properties;
         let texts = [
@@ -265,7 +266,7 @@ impl Letter {
     }
 }
 
-/// Without the control characters by which a message could take over the terminal.
+/// Escapes control characters, by which a message could take over the terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() })

@@ -1,4 +1,4 @@
-//! Why an attempt failed: what its span, the log and the dead letter tell.
+//! Why an attempt failed, as its span, the log and the dead letter show it.
 
 use crate::history::Refused;
 use proto::login::LoginMessageError;
@@ -10,18 +10,18 @@ use telemetry::semconv;
 pub struct Failure {
     /// A short name of bounded cardinality, for `error.type` and the dead-letter header.
     pub reason: &'static str,
-    /// For the span and the log: nothing of the message's content.
+    /// The text for the span and the log, which holds nothing of the message's content.
     pub text: String,
     /// Whether another attempt would end like this one.
     pub is_final: bool,
 }
 
 impl Failure {
-    /// The service returned an error: its own, or one of a layer around it.
+    /// The service, or a layer around it, returned an error.
     pub fn of_processing(error: &(dyn Error + Send + Sync + 'static)) -> Self {
         match error.downcast_ref::<Refused>() {
             Some(refused) => refused.clone().into(),
-            // The text of an error that is not known here may hold anything.
+            // The text of an unknown error is not used, because it may hold anything.
             None => Self::passing(semconv::OTHER, "the processing failed"),
         }
     }
@@ -31,13 +31,13 @@ impl Failure {
         Self::passing(semconv::PANIC, "the processing panicked")
     }
 
-    /// The message was delivered again and again, without a result of the processing.
+    /// The message was delivered again and again without a result.
     pub fn redelivered_too_often() -> Self {
         let text = "delivered too often without a result".to_owned();
         Self { reason: "redelivered_too_often", text, is_final: true }
     }
 
-    /// The message has properties that can't be read ([`amqp::inbound`]): not even its id is known.
+    /// The message has properties that can't be read ([`amqp::inbound`]), so not even its id is known.
     pub fn unreadable_properties() -> Self {
         let text = "the properties of the message can't be read".to_owned();
         Self { reason: "unreadable_properties", text, is_final: true }
@@ -56,7 +56,7 @@ impl From<LoginMessageError> for Failure {
 
 impl From<Refused> for Failure {
     fn from(error: Refused) -> Self {
-        // Not final: what the rules in the database allow can be changed there, without a new release.
+        // This is not final, because the rules in the database can be changed without a new release.
         Self::passing("refused_by_database", &error.to_string())
     }
 }

@@ -1,7 +1,7 @@
-//! The login history in SQLite. [`History`] is what others hold; the connection is in `store`.
+//! The login history in SQLite. Other modules hold a [`History`]; the connection is in `store`.
 //!
-//! Callers that come at the same time share a transaction (group commit): making it durable is what
-//! costs, and it costs the same for one change as for fifty.
+//! Callers that come at the same time share a transaction (group commit). Making a transaction durable is
+//! expensive, and costs the same for one change as for fifty.
 
 mod store;
 
@@ -16,14 +16,14 @@ use tokio::{
 
 pub use store::parse_url;
 
-/// Between two attempts to reach the database.
+/// The pause between two attempts to reach the database.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Changes that share a transaction, at most.
+/// The most changes that share a transaction.
 const MAX_GROUP: usize = 256;
 
-/// The database refuses one login: its content breaks a rule there. Others are not concerned.
-// Without the database's own text, which may quote the row.
+/// The database refuses one login, because its content breaks a rule there. Other logins are not affected.
+// It does not hold the database's own text, because that may quote the row.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the database refuses this login (code {code})")]
 pub struct Refused {
@@ -33,8 +33,8 @@ pub struct Refused {
 
 /// The history of logins, each recorded once.
 ///
-/// While the database is unavailable, calls wait: that is nobody's failure, and all of them succeed when
-/// it is back. [`History::available`] tells.
+/// While the database is unavailable, calls wait. They don't fail, and all of them succeed when the database
+/// is back. [`History::available`] tells whether it is available.
 #[derive(Clone)]
 pub struct History {
     requests: mpsc::Sender<Request>,
@@ -55,32 +55,33 @@ impl History {
         Self { requests, available }
     }
 
-    /// Whether the database can be used.
+    /// Returns a receiver that tells whether the database can be used.
     pub fn available(&self) -> watch::Receiver<bool> {
         self.available.clone()
     }
 
-    /// Records a login and counts it, unless that was done before. Once this returns, it is durable.
+    /// Records a login and counts it, unless that was done before. The login is durable when this returns.
     ///
     /// # Errors
-    /// If the database refuses this very login.
+    /// If the database refuses this login.
     pub async fn apply(&self, login: Login) -> Result<Processed, Refused> {
         let recorded = self.commit(Change::Apply(login)).await?;
         Ok(if recorded == 0 { Processed::Duplicate } else { Processed::Applied })
     }
 
-    /// Counts that a message was delivered once more without a result of the time before; how often by now.
+    /// Counts that a message was delivered again because the delivery before had no result. Returns how often
+    /// that has happened.
     ///
     /// # Errors
-    /// If the database refuses this very message.
+    /// If the database refuses this message.
     pub async fn count_redelivery(&self, message_id: String) -> Result<i64, Refused> {
         self.commit(Change::CountRedelivery(message_id)).await
     }
 
-    /// Forgets that count.
+    /// Deletes the count of a message's redeliveries.
     ///
     /// # Errors
-    /// If the database refuses this very message.
+    /// If the database refuses this message.
     pub async fn forget_redeliveries(&self, message_id: String) -> Result<(), Refused> {
         self.commit(Change::ForgetRedeliveries(message_id)).await.map(drop)
     }
@@ -90,28 +91,29 @@ impl History {
         let sent = self.requests.send(Request { change, reply }).await;
         match (sent, answer.await) {
             (Ok(()), Ok(answer)) => answer,
-            // The task is gone, and with it the runtime: the process is ending.
+            // The task ends only with the runtime, so the process is ending.
             _ => future::pending().await,
         }
     }
 }
 
-/// Commits what is asked for, until nobody can ask any more.
+/// Commits the requested changes, until nobody can request any more.
 async fn keep(mut store: Store, mut requests: mpsc::Receiver<Request>, available: watch::Sender<bool>) {
-    // Before anything is asked for: health should tell the truth from the start.
+    // Try before there is a request, so that health checks tell the truth from the start.
     commit(&mut store, &[], &available).await;
     let mut group = Vec::new();
     while requests.recv_many(&mut group, MAX_GROUP).await > 0 {
         let (changes, replies): (Vec<_>, Vec<_>) = group.drain(..).map(|r| (r.change, r.reply)).unzip();
         let answers = commit(&mut store, &changes, &available).await;
         for (reply, answer) in replies.into_iter().zip(answers) {
-            // Who asked may be gone: cut off at a deadline, or with its connection.
+            // The caller may be gone, because of a deadline, or because its connection was lost.
             let _ = reply.send(answer);
         }
     }
 }
 
-/// Tries until the database has taken these changes: none is lost, none is anybody's failure.
+/// Tries until the database has committed these changes. No change is lost, and none fails because the
+/// database is unavailable.
 async fn commit(
     store: &mut Store,
     changes: &[Change],
@@ -128,9 +130,9 @@ async fn commit(
             }
             Err(error) => {
                 available.send_if_modified(|available| std::mem::replace(available, false));
-                // Once, not for every attempt.
+                // This is logged once, not for every attempt.
                 if !std::mem::replace(&mut was_told, true) {
-                    tracing::warn!("the database is unavailable; trying on: {error:#}");
+                    tracing::warn!("the database is unavailable; still trying: {error:#}");
                 }
                 sleep(PAUSE).await;
             }

@@ -1,12 +1,13 @@
 //! The consumer of login messages.
 //!
-//! - [`config`]: flags and environment
+//! - [`config`]: flags and environment variables
 //! - [`consumer`]: the delivery loop
-//! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why one failed
-//! - [`processing`]: what is done with a login; it knows no AMQP
-//! - [`history`]: the database in which a login takes effect, once
-//! - [`publisher`]: messages published once more; [`properties`]: what they carry
-//! - [`dead_letters`]: what an operator does with those that were given up
+//! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why an attempt
+//!   failed
+//! - [`processing`]: processes a login, and knows no AMQP
+//! - [`history`]: the database in which each login takes effect once
+//! - [`publisher`]: publishes messages again; [`properties`]: what these messages carry
+//! - [`dead_letters`]: lets an operator look at dead letters and replay them
 
 pub mod attempt;
 pub mod config;
@@ -35,15 +36,15 @@ use tokio::{net::TcpListener, select, sync::watch, time::sleep_until};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::{BoxError, Service, ServiceBuilder};
 
-/// What is done with a login. Layers go in here, the first listed is the outermost: each sees every attempt,
-/// inside of its span.
+/// Makes the service that processes a login. Layers are added here, the outermost first. Each layer sees
+/// every attempt, inside of the attempt's span.
 pub fn processing_stack(
     history: History,
 ) -> impl Service<Login, Response = Processed, Error: Into<BoxError>> + Clone {
     ServiceBuilder::new().service(RecordLogin::new(history))
 }
 
-/// Connections for health checks, at most, and how old they get.
+/// The most connections for health checks, and how old a connection may get.
 const MAX_CONNECTIONS: usize = 10_000;
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 
@@ -55,7 +56,8 @@ fn topology(config: &Config) -> Topology {
 /// Consumes until `shutdown`. Answers health checks on `listener`.
 ///
 /// # Errors
-/// If the configuration can't be used. A broker that is away is waited for.
+/// If the configuration can't be used, or if health checks can't be served. An unavailable broker is not an
+/// error, because mq waits until it is back.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
@@ -94,7 +96,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     }
 }
 
-/// Tells whether both are there that consuming needs, the broker and the database, until `shutdown`.
+/// Reports whether both the broker and the database, which consuming needs, are available, until `shutdown`.
 async fn report(
     reporter: HealthReporter,
     mut consuming: watch::Receiver<bool>,

@@ -1,4 +1,4 @@
-//! What is done with a login. Nothing here knows how it came.
+//! Processes a login. Nothing here knows how the login came.
 
 use crate::history::{History, Refused};
 use futures_util::future::BoxFuture;
@@ -11,17 +11,17 @@ use tower::Service;
 /// A login to process.
 #[derive(Clone)]
 pub struct Login {
-    /// The same for every delivery of the same login.
+    /// The id of the message, which is the same for every delivery of the same login.
     pub message_id: String,
     /// The trace in which it happened, as 32 hex digits.
     pub trace_id: Option<String>,
-    /// Who logged in. Personal: it stays out of spans, logs and errors.
+    /// Who logged in. This is personal, so it stays out of spans, logs and errors.
     pub mobile: String,
     /// Which attempt this is, from 1.
     pub attempt: u32,
 }
 
-/// Shows which login it is, not whose.
+/// Shows which login it is, but not whose.
 impl fmt::Debug for Login {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { message_id, attempt, .. } = self;
@@ -32,23 +32,24 @@ impl fmt::Debug for Login {
     }
 }
 
-/// What became of a login that was processed.
+/// The result of processing a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Processed {
-    /// It took effect, durably.
+    /// The login took effect, durably.
     Applied,
-    /// It had taken effect before, so it changed nothing.
+    /// The login had taken effect before, so it changed nothing.
     Duplicate,
 }
 
-/// Records logins in the history: the innermost service, which layers wrap in [`crate::processing_stack`].
+/// Records logins in the history. This is the innermost service, which [`crate::processing_stack`] wraps in
+/// layers.
 #[derive(Clone)]
 pub struct RecordLogin {
     history: History,
 }
 
 impl RecordLogin {
-    /// Records them in `history`.
+    /// Makes a service that records logins in `history`.
     pub fn new(history: History) -> Self {
         Self { history }
     }
@@ -70,7 +71,7 @@ impl Service<Login> for RecordLogin {
             let processed = history.apply(login).await?;
             match processed {
                 Processed::Applied => tracing::info!(attempt, "login recorded"),
-                Processed::Duplicate => tracing::info!(attempt, "login recorded before"),
+                Processed::Duplicate => tracing::info!(attempt, "login was recorded before"),
             }
             Ok(processed)
         })

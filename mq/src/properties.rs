@@ -1,5 +1,5 @@
-//! The properties of a message: what a consumer reads from them, and what they become when the message is
-//! published once more, to a retry queue, to the dead-letter queue or back.
+//! The properties of a message: what a consumer reads from them, and how they change when the message is
+//! published again, to a retry queue, to the dead-letter queue or back.
 
 use amq_protocol::frame::WriteContext;
 use amqp::properties::{PERSISTENT, UNREADABLE, header, integer};
@@ -14,23 +14,24 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Which attempt this delivery is, from 1. Whoever publishes can write anything into the header.
+/// Returns which attempt this delivery is, from 1. The header may hold anything, because every publisher can
+/// write it.
 pub fn attempt(properties: &BasicProperties) -> u32 {
     let attempt = header(properties, ATTEMPT).and_then(integer).unwrap_or(1);
     u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
 }
 
-/// Whether these stand for others, which can't be read ([`amqp::inbound`]).
+/// Whether these properties replace others that can't be read ([`amqp::inbound`]).
 pub fn are_unreadable(properties: &BasicProperties) -> bool {
     header(properties, UNREADABLE).is_some()
 }
 
-/// How many attempts a dead letter has had.
+/// Returns how many attempts a dead letter has had.
 pub fn dead_letter_attempts(properties: &BasicProperties) -> Option<i64> {
     header(properties, DEAD_LETTER_ATTEMPTS).and_then(integer)
 }
 
-/// Why a dead letter is one.
+/// Returns why a message became a dead letter.
 pub fn dead_letter_reason(properties: &BasicProperties) -> Option<String> {
     match header(properties, DEAD_LETTER_REASON)? {
         AMQPValue::LongString(reason) => Some(reason.to_string()),
@@ -38,8 +39,8 @@ pub fn dead_letter_reason(properties: &BasicProperties) -> Option<String> {
     }
 }
 
-/// When the message was given to the broker, this time. A time beyond the year 9999 counts as absent, and so does
-/// 0, which clients send for a time that they don't know.
+/// Returns when the message was last published. A time beyond the year 9999 counts as absent. So does 0,
+/// which clients send for a time that they don't know.
 pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
     let milliseconds =
         header(properties, PUBLISHED_AT).and_then(integer).and_then(|ms| u64::try_from(ms).ok());
@@ -51,14 +52,14 @@ pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
     (!since_1970.is_zero() && since_1970 < YEAR_10000).then(|| UNIX_EPOCH + since_1970)
 }
 
-/// What a message is published with once more: all that it had, and `headers`, except for what the broker
-/// would act upon.
+/// Makes the properties with which a message is published again. They are its own properties and `headers`,
+/// except for those that the broker would act upon:
 ///
-/// - `expiration`: a dead letter must stay. RabbitMQ takes it away, too, when it dead-letters.
-/// - `user-id`: the broker refuses any but the user of the connection.
-/// - the headers `CC` and `BCC`: they would send each copy to more queues.
+/// - `expiration`, because a dead letter must stay. RabbitMQ also removes it when it dead-letters a message.
+/// - `user-id`, because the broker refuses any user but that of the connection.
+/// - the headers `CC` and `BCC`, because they would send each copy to more queues.
 ///
-/// Headers that leave no room for ours are left out, and a header says so.
+/// If the message's own headers leave no room for ours, they are left out, and a header says so.
 pub fn again<'a>(
     original: &BasicProperties,
     message_id: &str,
@@ -91,17 +92,18 @@ pub fn again<'a>(
     if fits(&full) {
         return full;
     }
-    // Published with them, it would end the connection each time.
+    // If the message were published with all headers, that would end the connection each time.
     added.push((HEADERS_LEFT_OUT, AMQPValue::Boolean(true)));
     kept.with_headers(with_headers_of(&BasicProperties::default(), &added))
 }
 
-/// `added`, and those that `original` has besides.
+/// Returns the headers in `added`, and those of `original` that may stay beside them.
 fn with_headers_of(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
     const LEFT_OUT: [&str; 5] = ["CC", "BCC", ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];
 
     let had = original.headers().iter().flat_map(FieldTable::inner);
-    // Whatever its case: a trace header that is there twice counts as malformed.
+    // Names are compared without regard to case, because a trace header that is there twice counts as
+    // malformed.
     let is_replaced = |name: &str| added.iter().any(|(added, _)| added.eq_ignore_ascii_case(name));
     let kept = had.filter(|(name, _)| !LEFT_OUT.contains(&name.as_str()) && !is_replaced(name.as_str()));
     let added = added.iter().map(|(name, value)| ((*name).into(), value.clone()));
@@ -110,8 +112,8 @@ fn with_headers_of(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> F
     headers.into()
 }
 
-/// Whether they fit into one frame, as they must, and leave room for the `x-death` of the retry queues. The
-/// frame has 128 KiB by default.
+/// Whether the properties fit into one frame, as they must, and leave room for the header `x-death` of the
+/// retry queues. A frame has 128 KiB by default.
 fn fits(properties: &BasicProperties) -> bool {
     const LONGEST: usize = 120 * 1024;
 

@@ -1,7 +1,7 @@
-//! Publishes messages once more, each confirmed before its original is acknowledged.
+//! Publishes messages again. Each one is confirmed before its original is acknowledged.
 //!
-//! On a connection of its own: a broker short of memory or disk stops to read from connections that
-//! publish, and with them the acknowledgements that they carry.
+//! The publisher has its own connection, because a broker that is short of memory or disk stops reading from
+//! connections that publish, and would then not read the acknowledgements on them.
 
 use amqp::{Backoff, IfBlocked, Server, Session, Topology, Unconfirmed};
 use lapin::BasicProperties;
@@ -21,26 +21,26 @@ pub struct Publisher {
     server: Server,
     topology: Topology,
     retry_delays: Vec<Duration>,
-    /// Opened with the first message, and anew after a failure.
+    /// The session is opened with the first message, and anew after a failure.
     session: Mutex<Option<Session>>,
 }
 
 impl Publisher {
-    /// Opens nothing yet.
+    /// Makes a publisher, which opens no connection yet.
     pub fn new(server: Server, topology: Topology, retry_delays: Vec<Duration>) -> Self {
         let broker = Broker::new(&server.uri, CLIENT_ID);
         Self { broker, server, topology, retry_delays, session: Mutex::default() }
     }
 
-    /// Publishes a message, again and again until the broker has confirmed it. It may be there more than
-    /// once then.
+    /// Publishes a message again and again until the broker has confirmed it. The broker may then have it
+    /// more than once.
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         let mut backoff = Backoff::new();
         let mut was_told = false;
         while let Err(error) = self.publish("", queue, properties.clone(), body).await {
-            // Once, not for every attempt.
+            // This is logged once, not for every attempt.
             if !std::mem::replace(&mut was_told, true) {
-                tracing::warn!(queue, "can't publish a message; trying on: {error:#}");
+                tracing::warn!(queue, "can't publish a message; still trying: {error:#}");
             }
             backoff.pause().await;
         }
@@ -49,7 +49,7 @@ impl Publisher {
     /// Publishes a message; returns once the broker has confirmed it.
     ///
     /// # Errors
-    /// If it did not. It may have the message nevertheless.
+    /// If the broker did not confirm it. The broker may have the message nevertheless.
     pub async fn publish(
         &self,
         exchange: &str,
@@ -57,10 +57,11 @@ impl Publisher {
         properties: BasicProperties,
         body: &[u8],
     ) -> anyhow::Result<()> {
-        // One at a time: with several under way, lapin may take the return of one for that of another, and
-        // a message that no queue took would pass for confirmed.
+        // Only one message is published at a time. With several under way, lapin may take the return of one
+        // for that of another, and a message that no queue took would count as confirmed.
         let mut current = self.session.lock().await;
-        // Taken: after a failure the next one opens another, and declares what may have been deleted.
+        // Take the session. After a failure, the next message opens another one, which declares again what
+        // may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
             None => self.open().await?,

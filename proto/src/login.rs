@@ -1,13 +1,13 @@
 //! The login message: what `api` publishes after a login, and `mq` consumes.
 //!
-//! Its body keeps the shape of the Go original, trace context included, so that Go services built
-//! on it read ours and we read theirs:
+//! The body of the message keeps the shape of the Go original, trace context included, so that Go services
+//! built on that original read our messages and we read theirs:
 //!
 //! ```json
 //! {"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}
 //! ```
 //!
-//! We write exactly this and read more: see [`LoginMessage::from_json`].
+//! We write exactly this form, but read other forms as well: see [`LoginMessage::from_json`].
 
 use opentelemetry::propagation::{Extractor, Injector};
 use serde::Serialize;
@@ -20,11 +20,11 @@ use std::{collections::BTreeMap, fmt};
 pub struct LoginMessage {
     /// Where the trace context travels inside the body.
     pub carrier: HeaderCarrier,
-    /// The mobile number that logged in. Personal: it stays out of spans and logs.
+    /// The mobile number that logged in. It is personal, so it stays out of spans and logs.
     pub msg: String,
 }
 
-/// Shows that there is a message, not whose.
+/// Shows that there is a message, but not whose.
 impl fmt::Debug for LoginMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LoginMessage").field("carrier", &self.carrier).finish_non_exhaustive()
@@ -57,17 +57,17 @@ impl LoginMessageError {
 }
 
 impl LoginMessage {
-    /// The body to publish: `Carrier` is always an object, because a null crashes the Go side.
+    /// Encodes the body to publish. `Carrier` is always an object, because a null crashes the Go side.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("strings are always JSON")
     }
 
     /// Reads a body as tolerantly as is safe.
     ///
-    /// Member names in upper or lower case, header names in any case, a bare string for an array,
-    /// a missing or null carrier, unknown members: all are read. A malformed carrier counts as an
-    /// empty one, since it must never cost the message its processing. The carrier is returned even
-    /// if the message is unreadable, so that the failure is seen in the right trace.
+    /// It accepts member names that begin with an upper-case or lower-case letter, header names in any case,
+    /// a bare string for an array, a missing or null carrier, and unknown members. A malformed carrier counts
+    /// as an empty one, because it must never keep the message from being processed. The carrier is returned
+    /// even if the message is unreadable, so that the failure is seen in the right trace.
     pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<LoginMessage, LoginMessageError>) {
         let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
             return (HeaderCarrier::default(), Err(LoginMessageError::NotAnObject));
@@ -84,8 +84,8 @@ impl LoginMessage {
     }
 }
 
-/// Go's `propagation.HeaderCarrier`, that is `http.Header`: canonical header names, each with a list
-/// of values. Written in the order of names, as Go does.
+/// Go's `propagation.HeaderCarrier`, that is `http.Header`: canonical header names, each with a list of
+/// values. They are written in the order of names, as in Go.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct HeaderCarrier(BTreeMap<String, Vec<String>>);
 
@@ -118,7 +118,7 @@ impl Extractor for HeaderCarrier {
         self.0.keys().map(String::as_str).collect()
     }
 
-    /// Every value, across names that differ in case only: two of a kind must be seen as two.
+    /// Returns every value, across names that differ only in case, because two values must be seen as two.
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
         let same_name = self.0.iter().filter(|(name, _)| name.eq_ignore_ascii_case(key));
         let values: Vec<&str> = same_name.flat_map(|(_, values)| values).map(String::as_str).collect();
@@ -126,7 +126,8 @@ impl Extractor for HeaderCarrier {
     }
 }
 
-/// The form in which Go stores a header name: first letter and letters after `-` in upper case.
+/// Returns the form in which Go stores a header name: the first letter, and each letter after `-`, in upper
+/// case.
 ///
 /// Source: Go's `textproto.CanonicalMIMEHeaderKey`.
 fn canonical_header_name(name: &str) -> String {

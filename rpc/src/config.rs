@@ -1,4 +1,5 @@
-//! Flags and environment of this service. The `OTEL_*` variables belong to the crate `telemetry`.
+//! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
+//! `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use serving::{
@@ -27,8 +28,8 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_in_flight: u32,
 
-    /// After how long a connection is asked to go; its client makes a new one, which a balancer may lead to
-    /// another instance.
+    /// After how long a connection is asked to go. Its client then makes a new one, which a balancer may lead
+    /// to another instance.
     #[arg(
         long,
         env = "USERCENTER_MAX_CONNECTION_AGE",
@@ -37,7 +38,7 @@ pub struct Config {
     )]
     pub max_connection_age: Duration,
 
-    /// For TLS: a PEM file with the certificate of this service, and those between it and its authority.
+    /// For TLS: a PEM file with the certificate of this service, and with its intermediate certificates.
     #[arg(long, env = "USERCENTER_TLS_CERTIFICATE", global = true)]
     tls_certificate: Option<PathBuf>,
 
@@ -45,12 +46,12 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_TLS_KEY", global = true)]
     tls_key: Option<PathBuf>,
 
-    /// With TLS: a PEM file with the certificates of those whose word counts for a client's certificate; without
-    /// it clients need none.
+    /// With TLS: a PEM file with the certificates of the authorities that a client's certificate is checked
+    /// with. Without it, clients need no certificate.
     #[arg(long, env = "USERCENTER_TLS_CLIENT_CA", global = true)]
     tls_client_ca: Option<PathBuf>,
 
-    /// How to end.
+    /// How to shut down.
     #[command(flatten)]
     pub shutdown: shutdown::Options,
 }
@@ -63,7 +64,7 @@ pub enum Command {
 }
 
 impl Config {
-    /// Reads flags and environment; exits with 2 if something in them can't be honoured.
+    /// Reads flags and environment variables; exits with code 2 if a value can't be honoured.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         if let Err(problem) = config.shutdown.check().and(config.tls().map(drop)) {
@@ -72,10 +73,10 @@ impl Config {
         config
     }
 
-    /// TLS for callers, if there is to be any.
+    /// Returns the TLS configuration for callers, if one is configured.
     ///
     /// # Errors
-    /// If a file can't be used; [`Config::load`] has seen to that.
+    /// If a file can't be used. [`Config::load`] has already checked that.
     pub fn tls(&self) -> Result<Option<Server>, String> {
         Server::read([
             PemFile("USERCENTER_TLS_CERTIFICATE", &self.tls_certificate),

@@ -1,9 +1,9 @@
-//! The users. For now three of them, in memory.
+//! Holds the users, for now three of them, in memory.
 
 /// Somebody who may log in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// Never reused.
+    /// The user's id, which is never reused.
     pub id: u64,
     /// What the user wants to be called.
     pub nickname: &'static str,
@@ -16,7 +16,7 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Three users, for trying things out.
+    /// Makes a directory of three users, for trying things out.
     pub fn demo() -> Self {
         let user = |id, nickname| User { id, nickname };
         Self {
@@ -28,7 +28,7 @@ impl Directory {
         }
     }
 
-    /// The user who registered `mobile`, if anybody did.
+    /// Returns the user who registered `mobile`, if anybody did.
     pub fn by_mobile(&self, mobile: &str) -> Option<&User> {
         self.users.iter().find(|(known, _)| *known == mobile).map(|(_, user)| user)
     }

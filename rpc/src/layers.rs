@@ -8,12 +8,12 @@ use telemetry::grpc::GrpcServerLayer;
 use tonic::{Status, body::Body, transport::Server};
 use tower::layer::util::{Identity, Stack};
 
-/// What the layers hold to.
+/// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// How many calls may be in flight.
     pub max_in_flight: u32,
-    /// How long one may take.
+    /// How long a call may take.
     pub deadline: Duration,
 }
 
@@ -28,20 +28,21 @@ pub type Layered = Server<
 /// Makes the answer to a call that a layer refuses.
 pub type Answer = fn(Rejection) -> Response<Body>;
 
-/// Puts the layers around the services that are added after it: a call passes them from the first to the last,
-/// its answer from the last to the first. Health and reflection are in them, too, but neither traced nor refused.
+/// Puts the layers around the services that are added after this. A call passes them from the first to the
+/// last, and its answer from the last to the first. Health and reflection are also inside of them, but they
+/// are neither traced nor refused.
 pub fn in_layers(server: Server, limits: Limits) -> Layered {
     let answer: Answer = rejected;
     server
-        .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span: all that follows is in it
+        .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span, around all that follows
         .layer(CatchPanicLayer::new(answer)) // a panic is answered like any failure
-        .layer(ShedLayer::new(limits.max_in_flight, answer)) // no more at a time than it can do
-        .layer(DeadlineLayer::grpc(limits.deadline, answer)) // an answer in time, or none
+        .layer(ShedLayer::new(limits.max_in_flight, answer)) // a bound on calls in flight
+        .layer(DeadlineLayer::grpc(limits.deadline, answer)) // an answer in time, or a refusal
 }
 
 fn rejected(rejection: Rejection) -> Response<Body> {
     let status = match rejection {
-        // Another instance may have time, or this one in a moment: UNAVAILABLE is what clients retry.
+        // UNAVAILABLE makes clients retry, because another instance may have time, or this one in a moment.
         Rejection::Overloaded => Status::unavailable("too many calls at the moment"),
         Rejection::DeadlineExceeded => Status::deadline_exceeded("the deadline has passed"),
         Rejection::Panic => Status::internal("something went wrong here"),

@@ -1,8 +1,8 @@
 //! The gRPC service usercenter.
 //!
-//! - [`config`]: flags and environment
-//! - [`layers`]: what is around it
-//! - [`service`]: the gRPC face, and which error becomes which status
+//! - [`config`]: flags and environment variables
+//! - [`layers`]: every layer around the service
+//! - [`service`]: the gRPC API, and which error becomes which status
 //! - [`directory`]: the users
 
 pub mod config;
@@ -22,13 +22,13 @@ use tokio::{net::TcpListener, time::timeout_at};
 use tonic::transport::Endpoint;
 use tonic_health::ServingStatus;
 
-/// Connections from outside, at most. Only `api` calls this service, on a connection per instance.
+/// The most connections from outside. Only `api` calls this service, with one connection from each instance.
 const MAX_CONNECTIONS: usize = 10_000;
 
 /// The largest message that a caller may send, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
 
-/// Asks the service on this machine whether it is ready, with TLS if it has that.
+/// Asks the service on this machine whether it is ready, over TLS if the service uses TLS.
 ///
 /// # Errors
 /// If it does not answer within two seconds, or is not serving.
@@ -44,7 +44,7 @@ pub async fn health(config: &Config) -> anyhow::Result<()> {
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the server fails; calls that had to be cut off are logged, not an error.
+/// If the server fails. Calls that had to be cut off are logged, and are not an error.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<UsercenterServer<Service>>().await;
@@ -65,7 +65,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .serve_with_incoming_shutdown(incoming, shutdown.stopped().map(drop));
     let mut server = Box::pin(server);
 
-    // This instance ("") is not ready any more, for a balancer; the service goes on.
+    // After the signal, a balancer is told that this instance ("") is not ready any more. The service itself
+    // goes on.
     let ends = async {
         let schedule = shutdown.begun().await;
         health_reporter.set_service_status("", ServingStatus::NotServing).await;

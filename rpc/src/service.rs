@@ -1,4 +1,4 @@
-//! The gRPC face of the directory. No line here is about tracing: a layer does it ([`crate::layers`]).
+//! The gRPC API of the directory. Nothing here is about tracing, because a layer does it ([`crate::layers`]).
 
 use crate::directory::Directory;
 use proto::usercenter::v1::{
@@ -13,13 +13,13 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service over these users.
+    /// Makes a service over these users.
     pub fn new(directory: Directory) -> Self {
         Self { directory }
     }
 }
 
-/// Why a user can't be given.
+/// Why a user can't be returned.
 #[derive(Debug, thiserror::Error)]
 enum LookupError {
     #[error("mobile must be 7 to 15 digits")]

@@ -1,4 +1,5 @@
-//! The layers of usercenter around a handler that panics. A process of its own, because tracers are global.
+//! Tests the layers of usercenter around a handler that panics. The test has its own process, because tracers
+//! are global.
 
 use opentelemetry::{Context, global};
 use opentelemetry_sdk::{
@@ -40,7 +41,7 @@ impl SpanProcessor for Ended {
     }
 }
 
-/// Panics, unless it is asked for nobody.
+/// Panics, unless the mobile number is empty.
 struct Panics;
 
 #[tonic::async_trait]
@@ -83,6 +84,6 @@ async fn a_panic_is_internal_closes_its_span_frees_its_place_and_leaves_the_conn
         spans.iter().map(|span| (value(span, "rpc.status_code"), value(span, "error.type"))).collect();
     let outcome = |status: &str, error_type: &str| (status.to_owned(), error_type.to_owned());
     assert_eq!(outcomes, [outcome("INTERNAL", "panic"), outcome("OK", "")]);
-    // The same connection.
+    // Both calls came by the same connection.
     assert_eq!(value(&spans[0], "client.port"), value(&spans[1], "client.port"));
 }

@@ -2,10 +2,10 @@
 //! spool, and publishes the spool, so that no message overtakes an earlier one.
 //!
 //! The task opens a session, that is, a connection to the broker, and publishes in rounds. As long as the
-//! spool has entries, a round takes the next of them, and new messages are appended to the spool, behind the
-//! others. When the spool is empty, a round takes the messages that came during the last round. A round ends
-//! when the broker has confirmed all of its messages, and only then does the next one begin. So the outcome
-//! of a round is known for all of its messages, and a message that is answered later is sent later.
+//! spool has entries, a round takes the oldest of them, and new messages are appended to the spool. When the
+//! spool is empty, a round takes the messages that came during the last round. A round ends when the broker
+//! has confirmed all of its messages, and only then does the next one begin. So the outcome of a round is
+//! known for all of its messages, and a message that is answered later is sent later.
 //!
 //! If a round fails, its messages go to the spool, or stay there, and the session ends. After a pause the
 //! task opens another session. Until then, new messages go to the spool. When the service stops, the task

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use telemetry::amqp::HeadersMut;
 
 /// A login message.
-// Without Debug: the body holds a mobile number.
+// It has no `Debug`, because the body holds a mobile number.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     id: String,

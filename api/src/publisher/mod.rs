@@ -43,7 +43,7 @@ const CLIENT_ID: &str = "api";
 const MAX_WAITING: usize = 1024;
 
 /// A login that happened.
-// Without Debug: a mobile number is personal.
+// It has no `Debug`, because a mobile number is personal.
 pub struct LoginEvent {
     /// Who logged in.
     pub mobile: String,

@@ -1,9 +1,9 @@
-//! Keeps the logins that the broker has not confirmed on disk. They are in order and bounded, and a login is
+//! Keeps on disk the logins that the broker has not confirmed. They are in order and bounded, and a login is
 //! synced to disk before its caller is answered. `dispatch` appends logins, and reads and removes those that
 //! it publishes.
 //!
-//! A separate thread does the work, because a sync blocks. All logins that come during one sync are in the
-//! next one, so many waiting logins share a sync. The tables are in `store`.
+//! A separate thread does the work, because a sync blocks. All logins that come during one sync are written
+//! by the next one, so many waiting logins share a sync. The tables are in `store`.
 
 mod store;
 

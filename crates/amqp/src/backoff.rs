@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// The pause before the next attempt to connect: from a tenth of a second up to two, with jitter, so
-/// that services don't come back in step. It never gives up.
+/// The pause before the next attempt to connect. It grows from a tenth of a second to two seconds, with
+/// jitter, so that services don't come back in step. The attempts never end.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,

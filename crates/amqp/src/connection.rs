@@ -20,11 +20,11 @@ use tokio_rustls::{
 };
 use tokio_util::either::Either;
 
-/// RabbitMQ as it comes, on this machine.
+/// RabbitMQ with its default settings, on this machine.
 pub const DEFAULT_URL: &str = "amqp://guest:guest@127.0.0.1:5672/%2f";
 
-/// After two of these without a sign of life a connection counts as lost, so a broker that froze is
-/// noticed within 20 seconds.
+/// The interval of heartbeats. After two intervals without a sign of life, a connection counts as lost, so a
+/// broker that froze is noticed within 20 seconds.
 const HEARTBEAT_SECONDS: u16 = 10;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,20 +32,22 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where the broker is, and how to speak to it.
 #[derive(Clone)]
 pub struct Server {
-    /// Its address, and as whom to log in.
+    /// The broker's address, and the user to log in as.
     pub uri: AMQPUri,
-    /// For `amqps`.
+    /// The TLS configuration, for `amqps`.
     tls: Option<TlsConnector>,
 }
 
-/// Reads `amqp://user:password@host:port/vhost`, or the same with `amqps`, to which
-/// [`Server::with_tls`] belongs.
+/// Reads `amqp://user:password@host:port/vhost`, or the same with `amqps`, which also needs
+/// [`Server::with_tls`].
 ///
 /// # Errors
-/// Says what is expected and not what was given, which may hold a password.
+/// If the URL is malformed. The error says what is expected, and does not quote the URL, which may hold a
+/// password.
 pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp(s)://user:password@host:port/vhost")?;
-    // The parser knows names and IPv4; for [::1] it would take this machine.
+    // The parser knows only names and IPv4 addresses. For an address like [::1] it would use its default,
+    // this machine.
     let authority = url.split(['/', '?']).nth(2).unwrap_or_default();
     let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     if let Some((address, _)) = host.strip_prefix('[').and_then(|host| host.split_once(']')) {
@@ -64,13 +66,14 @@ impl Server {
         self.uri.scheme == AMQPScheme::AMQPS
     }
 
-    /// Connects by this configuration if the URL asks for TLS.
+    /// Uses this configuration to connect, if the URL asks for TLS.
     pub fn with_tls(self, config: Arc<ClientConfig>) -> Self {
         let tls = self.wants_tls().then(|| config.into());
         Self { tls, ..self }
     }
 
-    /// A connection to it; its socket is also put where it can be ended from outside.
+    /// Opens a connection to the broker. A second handle to its socket is put into `handle`, so that the
+    /// connection can be ended from outside.
     async fn open(&self, handle: &Mutex<Option<net::TcpStream>>) -> io::Result<Socket> {
         let AMQPAuthority { host, port, .. } = &self.uri.authority;
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
@@ -81,9 +84,9 @@ impl Server {
                 let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
                 Either::Right(tls.connect(name, stream).await?)
             }
-            // Nobody speaks in the clear where TLS is asked for.
+            // If the URL asks for TLS, there is never a connection without it.
             None if self.wants_tls() => {
-                return Err(io::Error::other("amqps, and no authorities to check it by"));
+                return Err(io::Error::other("the URL is amqps, but TLS is not configured"));
             }
             None => Either::Left(stream),
         };
@@ -91,22 +94,23 @@ impl Server {
     }
 }
 
-/// Opens a connection that the broker knows as `name`. It does not recover by itself: whoever holds it
-/// opens a new one, because what was set up on it must be set up again.
+/// Opens a connection that the broker knows as `name`. The connection does not recover by itself. Its owner
+/// opens a new one, because everything that was set up on the old one must be set up again.
 ///
 /// # Errors
 /// If the broker is not reached within five seconds, or refuses.
 pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Connection> {
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody
-    // waits for it any more. So there is a second handle to the socket, to end that by.
+    // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody waits
+    // for the connection any more. So there is a second handle to the socket, which can end that.
     let socket = Arc::new(Mutex::new(None));
     let connect_socket = {
         let (socket, server) = (Arc::clone(&socket), server.clone());
         async move |_, _| {
             let opened =
                 timeout(CONNECT_TIMEOUT, server.open(&socket)).await.map_err(io::Error::from).flatten();
-            // What lapin can't read would cost the connection, or the process.
+            // The bytes are checked, because those that lapin can't read would end the connection, or the
+            // process.
             Ok(AsyncTcpStream::Plain(Checked::new(opened.map_err(lapin_error)?)))
         }
     };
@@ -115,7 +119,7 @@ pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Conne
     let connected = timeout(CONNECT_TIMEOUT, connecting).await;
     let socket = lock(&socket).take();
     connected.unwrap_or_else(|_| {
-        // It may be closed already.
+        // The socket may be closed already.
         let _ = socket.map(|socket| socket.shutdown(Shutdown::Both));
         Err(lapin_error(io::Error::new(io::ErrorKind::TimedOut, "no answer from the broker")))
     })
@@ -134,7 +138,7 @@ pub async fn open_channel(connection: &Connection) -> lapin::Result<Channel> {
 
 /// Closes a connection in an orderly way, for at most a second.
 pub async fn close(connection: &Connection) {
-    // If it does not close so, it does when it is dropped.
+    // If the connection does not close in time, it closes when it is dropped.
     let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;
 }
 
@@ -157,7 +161,7 @@ mod tests {
         }
     }
 
-    /// Threads of lapin in this process.
+    /// Returns the number of lapin's threads in this process.
     fn lapin_threads() -> usize {
         let threads = std::fs::read_dir("/proc/self/task").unwrap();
         let names =

@@ -1,28 +1,30 @@
-//! The content header of a message (AMQP 0-9-1, section 4.2.6.1), checked before it is parsed: lapin's parser
-//! calls itself for each table in a table, and whoever wrote the properties decides how often.
+//! Checks the content header of a message (AMQP 0-9-1, section 4.2.6.1) before it is parsed. lapin's parser
+//! calls itself for each table in a table, and whoever wrote the properties decides how deep tables are
+//! nested.
 
 use bytes::Buf;
 
-/// Tables and arrays inside of each other, at most; real ones have three or four.
+/// The most tables and arrays inside of each other. Real messages have three or four.
 pub const MAX_DEPTH: usize = 32;
 
-/// Class, weight and body size, before the properties of a content header (section 4.2.6.1).
+/// The length in bytes of class, weight and body size, which stand before the properties of a content header
+/// (section 4.2.6.1).
 pub const CONTENT_HEAD: usize = 12;
 
-/// What makes a table, or properties with one, impossible to read.
+/// Why a table, or properties with a table, can't be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// A length or a type is wrong.
     Malformed,
-    /// There are more than [`MAX_DEPTH`] tables inside of each other.
+    /// There are more than [`MAX_DEPTH`] tables and arrays inside of each other.
     TooDeep,
 }
 
-/// Whether the payload of a content header is well formed as to lengths, and its table of headers not nested too
-/// deep. Whether strings are UTF-8 is not looked at.
+/// Checks that the lengths in the payload of a content header are right, and that its table of headers is not
+/// nested too deep. Whether strings are UTF-8 is not checked.
 ///
 /// # Errors
-/// What is wrong.
+/// If the payload is malformed, or nested too deep.
 pub fn check_content_header(payload: &[u8]) -> Result<(), Fault> {
     #[derive(Clone, Copy)]
     enum Property {
@@ -31,7 +33,8 @@ pub fn check_content_header(payload: &[u8]) -> Result<(), Fault> {
         Table,
     }
     use Property::{Bytes, ShortString, Table};
-    /// From the highest bit of the flags down, as in the specification's class `basic`.
+    /// The properties in the order of their flags, from the highest bit down, as in the specification's class
+    /// `basic`.
     const PROPERTIES: [Property; 14] = [
         ShortString, // content-type
         ShortString, // content-encoding
@@ -62,11 +65,11 @@ pub fn check_content_header(payload: &[u8]) -> Result<(), Fault> {
     if flags & 0b11 == 0 && rest.is_empty() { Ok(()) } else { Err(Fault::Malformed) }
 }
 
-/// Checks that the table which `bytes` begin with is well formed as to lengths, and not nested too deep; what
-/// is behind it.
+/// Checks that the lengths in the table at the start of `bytes` are right, and that it is not nested too
+/// deep. Returns the bytes after the table.
 ///
 /// # Errors
-/// What is wrong.
+/// If the table is malformed, or nested too deep.
 pub fn check_table(bytes: &[u8]) -> Result<&[u8], Fault> {
     // The tables and arrays around the current position: where each ends, and whether it has names.
     let mut around: Vec<(usize, bool)> = Vec::new();
@@ -107,19 +110,19 @@ pub fn check_table(bytes: &[u8]) -> Result<&[u8], Fault> {
     Ok(rest)
 }
 
-/// Skips a byte with a length, and as many bytes.
+/// Skips a byte with a length, and that many bytes.
 ///
 /// # Errors
-/// If there are fewer.
+/// If there are fewer bytes.
 pub fn skip_short_string(bytes: &mut &[u8]) -> Result<(), Fault> {
     let length = bytes.try_get_u8().map_err(|_| Fault::Malformed)?;
     skip(bytes, length.into())
 }
 
-/// Skips so many bytes.
+/// Skips `count` bytes.
 ///
 /// # Errors
-/// If there are fewer.
+/// If there are fewer bytes.
 pub fn skip(bytes: &mut &[u8], count: usize) -> Result<(), Fault> {
     *bytes = bytes.get(count..).ok_or(Fault::Malformed)?;
     Ok(())

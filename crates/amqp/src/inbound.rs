@@ -1,10 +1,11 @@
-//! What a broker sends, looked at before lapin reads it.
+//! Checks what a broker sends before lapin reads it.
 //!
-//! RabbitMQ hands a message's properties on as bytes, whatever its producer wrote. lapin ends the connection
-//! when a short string among them is not UTF-8, and its parser calls itself for each table in a table, so a
-//! few thousand of them fill the stack and end the process. Either way the broker would deliver the message
-//! again, for ever. So content headers pass [`Checked`] first: one that lapin can't read is replaced by one
-//! with the header [`UNREADABLE`], and the consumer makes a dead letter of the message.
+//! RabbitMQ passes a message's properties on as bytes, whatever its producer wrote. lapin ends the connection
+//! if a short string among them is not UTF-8. Its parser also calls itself for each table in a table, so a
+//! few thousand of them overflow the stack and end the process. Either way the broker would deliver the
+//! message again, for ever. So content headers pass through [`Checked`] first. A content header that lapin
+//! can't read is replaced by one with the header [`UNREADABLE`], and the consumer makes a dead
+//! letter of the message.
 
 use crate::{
     content_header::{CONTENT_HEAD, check_content_header},
@@ -31,24 +32,25 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-/// The properties that could not be read are kept, as bytes, if they are not longer.
+/// The longest unreadable properties, in bytes, that are kept.
 const LONGEST_KEPT: usize = 64 * 1024;
 
-/// A content header is no longer than a frame, and brokers rarely allow more than 128 KiB. What is longer
-/// than this is left to lapin, which refuses it.
+/// The longest content header that is checked, in bytes. A content header is no longer than a frame, and
+/// brokers rarely allow frames above 128 KiB. A longer one is left to lapin, which refuses it.
 const LONGEST_FRAME: usize = 1024 * 1024;
 
-/// Type, channel and size before a frame's payload; behind it is one byte more (AMQP 0-9-1, section 4.2.3).
+/// The length in bytes of a frame's head, which is its type, channel and size. The payload and one more byte
+/// follow (AMQP 0-9-1, section 4.2.3).
 const FRAME_HEAD: usize = 7;
 
-/// A connection to a broker, without TLS or with it. lapin takes it for a plain one either way: its own TLS
-/// would bring 75 crates.
+/// A connection to a broker, with or without TLS. lapin takes it for a plain one either way, because its own
+/// TLS would bring 75 crates.
 pub type Socket = Compat<Either<TcpStream, TlsStream<TcpStream>>>;
 
-/// lapin's runtime, except that what it reads is [`Checked`].
+/// lapin's runtime, except that its connections are [`Checked`].
 pub type CheckedRuntime = async_rs::Runtime<RuntimeParts<Tokio, CheckedReactor>>;
 
-/// The runtime for a connection, on the tokio runtime that is current.
+/// Makes the runtime for a connection, on the current tokio runtime.
 pub fn runtime() -> CheckedRuntime {
     CheckedRuntime::new(RuntimeParts::new(Tokio::current(), CheckedReactor(Tokio::current())))
 }
@@ -61,7 +63,7 @@ impl Reactor for CheckedReactor {
     type TcpStream = Checked<Socket>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    /// For sockets that somebody else has connected; lapin has none.
+    /// Registers a socket that was connected elsewhere, which lapin never does.
     fn register<H: Read + Write + Send + 'static>(
         &self,
         _socket: H,
@@ -86,7 +88,7 @@ impl Reactor for CheckedReactor {
     }
 }
 
-/// A connection to a broker, from which nothing comes that lapin can't read.
+/// A connection to a broker. Content headers that lapin can't read are replaced before lapin sees them.
 #[derive(Debug)]
 pub struct Checked<S> {
     inner: S,
@@ -95,7 +97,7 @@ pub struct Checked<S> {
 }
 
 impl<S> Checked<S> {
-    /// Looks at what comes from `inner`.
+    /// Checks the bytes that come from `inner`.
     pub fn new(inner: S) -> Self {
         Self { inner, read: vec![0; 16 * 1024].into(), frames: Frames::default() }
     }
@@ -138,14 +140,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Checked<S> {
     }
 }
 
-/// The bytes of a connection, as frames.
+/// Divides the bytes of a connection into frames.
 #[derive(Debug, Default)]
 struct Frames {
-    /// What may be read.
+    /// The bytes that may be read.
     checked: BytesMut,
-    /// The begin of a frame: its head, or of a content header all that has come.
+    /// The start of a frame: its head, or all bytes so far if it is a content header.
     held: BytesMut,
-    /// So many bytes more are of a frame that needs no look.
+    /// How many more bytes belong to a frame that needs no check.
     passing: usize,
 }
 
@@ -170,7 +172,8 @@ impl Frames {
         }
     }
 
-    /// How much of a frame must be held: its head, but all of a content header.
+    /// Returns how much of a frame must be held: all of a content header, but only the head of any other
+    /// frame.
     fn wanted(&self) -> usize {
         match self.held.first_chunk().map(kind_and_size) {
             Some((kind, size)) if is_looked_at(kind, size) => FRAME_HEAD + size + 1,
@@ -178,14 +181,15 @@ impl Frames {
         }
     }
 
-    /// Passes on what is held.
+    /// Passes the held bytes on.
     fn release(&mut self) {
         let Some((kind, size)) = self.held.first_chunk().map(kind_and_size) else {
             return;
         };
         if !is_looked_at(kind, size) {
             self.checked.extend_from_slice(&self.held);
-            // "AMQP" begins what a broker says to whom it does not understand; there is nothing behind it.
+            // "AMQP" begins the answer of a broker that does not understand the client. Nothing follows that
+            // answer.
             self.passing = if kind == b'A' { usize::MAX } else { size + 1 };
         } else if is_readable(&self.held[FRAME_HEAD..FRAME_HEAD + size]) {
             self.checked.extend_from_slice(&self.held);
@@ -197,7 +201,7 @@ impl Frames {
     }
 }
 
-/// Whether it is a content header, of a length that may be.
+/// Whether the frame is a content header that is not too long to be checked.
 fn is_looked_at(kind: u8, size: usize) -> bool {
     kind == constants::FRAME_HEADER && size <= LONGEST_FRAME
 }
@@ -211,7 +215,7 @@ fn is_readable(payload: &[u8]) -> bool {
     check_content_header(payload).is_ok() && matches!(parse_content_header(payload), Ok(([], _)))
 }
 
-/// Appends a content header for the same body, which says that the properties can't be read, and has them as
+/// Appends a content header for the same body. It says that the properties can't be read, and holds them as
 /// bytes.
 fn put_unreadable(out: &mut BytesMut, channel: [u8; 2], payload: &[u8]) {
     let (head, properties) = payload.split_at(payload.len().min(CONTENT_HEAD));
@@ -254,7 +258,7 @@ mod tests {
         gen_properties(properties)(WriteContext::from(Vec::new())).unwrap().write
     }
 
-    /// Headers with one value: arrays in arrays.
+    /// Returns properties with one header, whose value is arrays in arrays.
     fn nested(depth: usize) -> Vec<u8> {
         let mut value = vec![b'V'];
         for _ in 0..depth {
@@ -270,14 +274,14 @@ mod tests {
         properties
     }
 
-    /// What can be read of what comes in pieces of this size.
+    /// Returns the bytes that can be read if `bytes` come in pieces of this size.
     fn checked(bytes: &[u8], piece: usize) -> Vec<u8> {
         let mut frames = Frames::default();
         bytes.chunks(piece).for_each(|piece| frames.take(piece));
         frames.checked.to_vec()
     }
 
-    /// The message id that is two bytes, neither of them UTF-8.
+    /// Properties with a message id of two bytes that are not UTF-8.
     const NOT_UTF8: &[u8] = &[0x00, 0x80, 2, 0xff, 0xfe];
 
     #[test]
@@ -305,13 +309,13 @@ mod tests {
         for (properties, kept) in [
             (NOT_UTF8, NOT_UTF8),
             (&nested(MAX_DEPTH), &nested(MAX_DEPTH)),
-            // It would fill the stack.
+            // These would overflow the stack.
             (&nested(20_000), b""),
-            // A table that is longer than the frame; an unknown type.
+            // First a table that is longer than the frame, then an unknown type.
             (b"\x20\0\0\0\0\x09\x01k", b"\x20\0\0\0\0\x09\x01k"),
             (b"\x20\0\0\0\0\x03\x01k?", b"\x20\0\0\0\0\x03\x01k?"),
         ] {
-            // What is before it must not lead it past.
+            // The frames before a content header must not let it pass unchecked.
             let before = [
                 frame(constants::FRAME_HEARTBEAT, b""),
                 frame(constants::FRAME_METHOD, b"a method"),

@@ -11,13 +11,13 @@ use std::time::Duration;
 /// The names of an exchange and its queues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
-    /// Direct exchange that producers publish to.
+    /// The direct exchange that producers publish to.
     pub exchange: String,
-    /// Routing key of the messages.
+    /// The routing key of the messages.
     pub routing_key: String,
-    /// Durable queue that consumers share.
+    /// The durable queue that consumers share.
     pub queue: String,
-    /// Durable queue of messages that were given up, each with its reason in a header.
+    /// The durable queue of messages that were given up, each with its reason in a header.
     pub dead_letter_queue: String,
 }
 
@@ -32,23 +32,24 @@ impl Topology {
         }
     }
 
-    /// The durable queue in which a message waits for its next attempt. The delay is in its name, because
-    /// a queue that exists can't be given another.
+    /// Returns the name of the durable queue in which a message waits for its next attempt. The delay is in
+    /// the name, because a queue that exists can't be given another delay.
     pub fn retry_queue(&self, delay: Duration) -> String {
         format!("{}.retry.{}", self.queue, humantime::format_duration(delay).to_string().replace(' ', ""))
     }
 
-    /// Declares the queues for these delays: nobody consumes them, and a message whose time is over goes
-    /// back to the main queue. One for each delay, because only the first message of a queue expires.
+    /// Declares the queues for these delays. Nobody consumes them, and a message whose delay is over goes
+    /// back to the main queue. Each delay has its own queue, because only the first message of a queue
+    /// expires.
     ///
     /// # Errors
-    /// As [`Topology::declare`].
+    /// As for [`Topology::declare`].
     pub async fn declare_retry_queues(&self, channel: &Channel, delays: &[Duration]) -> lapin::Result<()> {
         for delay in delays {
             let milliseconds = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX);
             let mut arguments = FieldTable::default();
             arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(milliseconds));
-            // The default exchange: not bound to anything that could be unbound.
+            // This is the default exchange, whose bindings nobody can delete.
             arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("".into()));
             let back = AMQPValue::LongString(self.queue.as_str().into());
             arguments.insert("x-dead-letter-routing-key".into(), back);
@@ -58,7 +59,7 @@ impl Topology {
         Ok(())
     }
 
-    /// Declares all but the retry queues; declaring what exists already changes nothing.
+    /// Declares everything but the retry queues. Declaring what exists already changes nothing.
     ///
     /// # Errors
     /// If the connection is lost, or if the broker holds one of the names with other properties

@@ -43,8 +43,8 @@ impl Deadline {
             _ => format!("{}m", (micros / 1000).min(99_999_999)),
         };
         if let Ok(mut value) = HeaderValue::try_from(value) {
-            // Each value is used only once, so HTTP/2 must not keep it in its table, where it would displace
-            // useful entries.
+            // Each value is used only once, so HTTP/2 must not keep it in its table of headers, where it
+            // would displace useful entries.
             value.set_sensitive(true);
             headers.insert(GRPC_TIMEOUT, value);
         }

@@ -29,9 +29,8 @@ impl<A> DeadlineLayer<A> {
         Self { limit, asks_caller: false, answer }
     }
 
-    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. (HTTP has no
-    /// header for that here. Anybody may call over HTTP, and could make calls fail on purpose to open
-    /// circuits.)
+    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. (HTTP callers
+    /// may not, because anybody may call over HTTP, and could make calls fail on purpose to open circuits.)
     pub fn grpc(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: true, answer }
     }

@@ -44,8 +44,8 @@ const AGE_GRACE: Duration = Duration::from_secs(30);
 /// made explicit.
 const MAX_STREAMS: u32 = 200;
 
-/// Makes a server for connections from [`incoming`]. A connection of this age is asked to go. Its client then
-/// makes a new one, which a balancer may lead to another instance.
+/// Makes a server for connections from [`incoming`]. A connection that reaches `max_connection_age` is asked
+/// to go. Its client then makes a new one, which a balancer may lead to another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
@@ -103,7 +103,8 @@ pub struct Connection {
     /// The time when the connection is cut off: at first for lack of the preface, later because of its age.
     until: Pin<Box<Sleep>>,
     lifetime: Duration,
-    /// Tells the connection to make room for another one, until the preface has been received.
+    /// Is ready when the connection has to make room for another one. It is dropped when the preface has been
+    /// received.
     must_go: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     _permit: OwnedSemaphorePermit,
 }

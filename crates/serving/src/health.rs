@@ -1,4 +1,5 @@
-//! The probe of the services that answer gRPC health checks: a container without a shell asks itself.
+//! The probe of services that answer gRPC health checks, by which a container without a shell checks its own
+//! health.
 
 use anyhow::{Context, ensure};
 use std::{net::SocketAddr, time::Duration};
@@ -7,8 +8,8 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-/// Asks the service that listens on `listen`, by the standard gRPC health protocol;
-/// 0.0.0.0 is this machine.
+/// Asks the service that listens on `listen`, by the standard gRPC health protocol; 0.0.0.0 stands for this
+/// machine.
 ///
 /// # Errors
 /// If it does not answer within two seconds, or is not serving.
@@ -16,7 +17,7 @@ pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
     probe_by(Endpoint::from_shared(format!("http://{listen}"))?).await
 }
 
-/// The same, of a service that is reached in another way, by TLS say.
+/// Asks a service that is reached in another way, for example over TLS.
 ///
 /// # Errors
 /// As for [`probe`].

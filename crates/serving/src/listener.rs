@@ -10,8 +10,8 @@ use tokio::{
     time::sleep,
 };
 
-/// How long a peer may leave bytes that were sent to it unread. This bounds how much a peer can hold that
-/// asks and never reads, which no time-out of HTTP does.
+/// How long a peer may leave bytes that were sent to it unread. Without this limit, a peer could ask, never
+/// read the answers, and so hold memory for ever; no time-out of HTTP prevents that.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause after a connection could not be accepted.
@@ -88,7 +88,7 @@ fn is_of_the_peer(error: &io::Error) -> bool {
 /// Asks the system for as many open files as it allows. Returns how many connections are possible: the
 /// `wanted` number, or fewer, which is logged.
 pub fn reserve_files(wanted: usize) -> usize {
-    // If the limit can't be read, there is none to respect.
+    // If the limit can't be read, there is assumed to be none.
     let limit = rlimit::increase_nofile_limit(rlimit::INFINITY).unwrap_or(rlimit::INFINITY);
     let possible = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(RESERVED_FILES).max(1);
     if possible < wanted {

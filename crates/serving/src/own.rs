@@ -1,6 +1,6 @@
-//! Lets a process with TLS ask itself for its health, by the server's own certificate. The name in that
-//! certificate need not match the address that the probe asks, and it need not be a certificate for clients.
-//! That is safe, because whoever shows the certificate has its key.
+//! Lets a server with TLS check its own health, by means of its own certificate. The name in that certificate
+//! need not match the address that the probe asks, and it need not be a certificate for clients. That is
+//! safe, because whoever shows the certificate has its key.
 
 use std::sync::Arc;
 use tokio_rustls::rustls::{

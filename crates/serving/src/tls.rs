@@ -1,5 +1,5 @@
 //! Makes rustls configurations from the PEM files that the configuration names, with ring as the only crypto
-//! provider. With `own`, a server with TLS asks itself for its health.
+//! provider. With `own`, a server with TLS checks its own health.
 //!
 //! Files are read once, at the start, so a process uses a new certificate only after a restart.
 
@@ -214,7 +214,7 @@ fn authorities(pem: &[u8]) -> Result<RootCertStore, String> {
 fn system_roots() -> Result<RootCertStore, String> {
     let loaded = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
-    // Some systems have certificates that can't be parsed.
+    // Some systems have certificates that can't be parsed. These are skipped.
     let (usable, _) = roots.add_parsable_certificates(loaded.certs);
     match (usable, loaded.errors.first()) {
         (0, Some(error)) => Err(format!("the system's authorities can't be read: {error}")),

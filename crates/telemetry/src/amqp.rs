@@ -149,8 +149,8 @@ impl Relation {
     }
 }
 
-/// Returns a context with the baggage of `cx` and no parent span. An invalid parent would not do, because the
-/// samplers treat it as a parent that is not sampled.
+/// Returns a context with the baggage of `cx` and no parent span. An invalid parent is no substitute, because
+/// the samplers treat it as a parent that is not sampled.
 fn with_baggage_only(cx: &Context) -> Context {
     let members = cx.baggage().iter();
     Context::new().with_baggage(

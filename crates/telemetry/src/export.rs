@@ -39,7 +39,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// The most bytes that waiting spans may take, approximately, whatever their number.
+/// The most bytes, approximately, that all waiting spans may take together.
 const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
 
 /// The most bytes in one request. A larger batch is sent in parts, because collectors commonly refuse

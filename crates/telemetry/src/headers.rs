@@ -60,8 +60,8 @@ impl Injector for HeadersMut<'_> {
         };
         // A value with a line break is left out, because it can't be a header.
         if let (Ok(name), Ok(mut value)) = (name, HeaderValue::try_from(value)) {
-            // Each value is used only once, so HTTP/2 must not keep it in its table, where it would displace
-            // useful entries.
+            // Each value is used only once, so HTTP/2 must not keep it in its table of headers, where it
+            // would displace useful entries.
             value.set_sensitive(true);
             self.0.insert(name, value);
         }

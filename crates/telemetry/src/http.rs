@@ -235,7 +235,7 @@ impl Drop for Measured {
 }
 
 enum Outcome {
-    /// The request ended as its status says.
+    /// The request ended normally, and its status tells the rest.
     Complete,
     Error(&'static str),
 }

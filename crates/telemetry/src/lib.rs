@@ -1,4 +1,4 @@
-//! Traces, metrics and logs for a service of axum, tonic and lapin.
+//! Traces, metrics and logs for a service that is built with axum, tonic and lapin.
 //!
 //! | Part | Contents |
 //! |---|---|

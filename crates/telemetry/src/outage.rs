@@ -140,7 +140,7 @@ impl Outage {
 }
 
 impl State {
-    /// Whether the last warning is long enough ago. If so, counts a new warning as logged now.
+    /// Returns whether a new warning may be logged. If so, counts it as logged now.
     fn may_warn(&mut self) -> bool {
         let may = self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
         if may {
@@ -176,7 +176,7 @@ fn guess(reason: &str) -> &'static str {
     const NOT_HTTP: [&str; 2] = ["invalid HTTP version", "unexpected message from connection"];
 
     if NOT_GRPC.iter().any(|mark| reason.contains(mark)) {
-        "; is this the port of OTLP/HTTP, or a collector that does not take these? gRPC is usually at 4317"
+        "; is this the port of OTLP/HTTP, or a collector that refuses this data? gRPC is usually at 4317"
     } else if NOT_HTTP.iter().any(|mark| reason.contains(mark)) {
         "; is this the port of OTLP/gRPC? HTTP is usually at 4318"
     } else {

@@ -1,7 +1,7 @@
 //! Serves metrics to Prometheus, with `OTEL_METRICS_EXPORTER=prometheus`.
 //!
-//! The metrics have their own listener, so that it can use another address than the service, and works alike
-//! in all services.
+//! The metrics have their own listener, so that they can be on another address than the service, and are
+//! served alike by all services.
 
 use crate::config::ConfigError;
 use http::{Request, Response, StatusCode, header};

@@ -1,4 +1,4 @@
-//! The connection to the database, and every statement: what runs on SQLite here runs on PostgreSQL, too.
+//! The connection to the database, and every statement. The statements run on SQLite, and also on PostgreSQL.
 
 use super::Refused;
 use crate::processing::Login;
@@ -30,11 +30,11 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A change to be committed.
 pub enum Change {
-    /// A login takes effect; 1, or 0 if it had before.
+    /// A login takes effect. The result is 1, or 0 if it had taken effect before.
     Apply(Login),
-    /// A message was delivered once more; how often by now.
+    /// A message was delivered again. The result is how often that has happened.
     CountRedelivery(String),
-    /// It does not matter any more how often; how many counts there were.
+    /// The count of a message's redeliveries is deleted. The result is how many counts were deleted.
     ForgetRedeliveries(String),
 }
 
@@ -47,11 +47,12 @@ pub struct Store {
 /// Reads `sqlite://path`.
 ///
 /// # Errors
-/// Says what is expected and not what was given, which may hold a password when it is another database's.
+/// If the URL can't be used. The error says what is expected, and does not quote the URL, because the URL of
+/// another database may hold a password.
 pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
     let expected = "expected sqlite://path/to/file.db";
     let path = url.strip_prefix("sqlite://").ok_or(expected)?;
-    // In memory nothing would survive the process.
+    // Data in memory would not survive the process.
     if path.is_empty() || path.starts_with('?') || url.contains(":memory:") || url.contains("mode=memory") {
         return Err(expected);
     }
@@ -59,26 +60,27 @@ pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
     Ok(options
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
-        // With NORMAL, a commit in WAL mode could be lost with the power, after its message was acked.
+        // With NORMAL in WAL mode, a loss of power could undo a commit after its message was acknowledged.
         .synchronous(SqliteSynchronous::Full)
         .busy_timeout(BUSY_TIMEOUT)
-        // A line for each statement while the database is slow would be a flood.
+        // While the database is slow, a log line for each statement would be a flood.
         .disable_statement_logging())
 }
 
 impl Store {
-    /// A database that is not open yet.
+    /// Makes a store whose database is not open yet.
     pub fn new(options: SqliteConnectOptions) -> Self {
         Self { options, connection: None }
     }
 
-    /// Commits all changes in one transaction, but those that the database refuses for what they are.
+    /// Commits all changes in one transaction, except those that the database refuses because of their
+    /// content.
     ///
     /// # Errors
-    /// If the database can't be used now. Then nothing has changed; or, if it failed at the very end, all
-    /// has, which does no harm: a login that is applied again is a duplicate.
+    /// If the database can't be used now. Then nothing has changed, or, if it failed at the very end,
+    /// everything has. That does no harm, because a login that is applied again is a duplicate.
     pub async fn commit(&mut self, changes: &[Change]) -> anyhow::Result<Vec<Result<i64, Refused>>> {
-        // Taken: a connection that failed is not used again.
+        // Take the connection, so that it is not used again if it fails.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => open(&self.options).await?,
@@ -92,7 +94,7 @@ impl Store {
 async fn open(options: &SqliteConnectOptions) -> anyhow::Result<SqliteConnection> {
     let file = options.get_filename();
     if let Some(directory) = file.parent().filter(|directory| *directory != Path::new("")) {
-        // Who logged in when is nobody else's business.
+        // Nobody else may see who logged in when.
         let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
         created.with_context(|| format!("creating {}", directory.display()))?;
     }
@@ -113,7 +115,7 @@ async fn commit(
     for change in changes {
         match apply(&mut transaction, change).await {
             Ok(answer) => answers.push(Ok(answer)),
-            // Rare, so that all others are spared the savepoints.
+            // Refusals are rare, so transactions without one are spared the savepoints.
             Err(error) if code_of_refusal(&error).is_some() => {
                 transaction.rollback().await?;
                 return commit_but_refused(connection, changes).await;
@@ -125,7 +127,7 @@ async fn commit(
     Ok(answers)
 }
 
-/// The same, with a savepoint for each change: what is refused takes back itself and nothing else.
+/// Commits with a savepoint for each change, so that a refused change rolls back only itself.
 async fn commit_but_refused(
     connection: &mut SqliteConnection,
     changes: &[Change],
@@ -167,7 +169,7 @@ async fn apply(connection: &mut SqliteConnection, change: &Change) -> sqlx::Resu
     }
 }
 
-/// The effect of a login, with the proof that it was applied: both or neither.
+/// Applies the effect of a login, and records that it was applied. Either both happen or neither.
 async fn record(connection: &mut SqliteConnection, login: &Login) -> sqlx::Result<i64> {
     let record = "INSERT INTO login_history (message_id, trace_id, mobile, applied_at) VALUES ($1, $2, $3, $4) \
                   ON CONFLICT DO NOTHING";
@@ -188,7 +190,7 @@ async fn record(connection: &mut SqliteConnection, login: &Login) -> sqlx::Resul
     Ok(1)
 }
 
-/// The code of an error that is due to the content of a row, and not to the state of the database.
+/// Returns the code of an error that is due to the content of a row, and not to the state of the database.
 fn code_of_refusal(error: &sqlx::Error) -> Option<String> {
     /// SQLite's primary result codes (the low byte of the extended ones): TOOBIG, CONSTRAINT, MISMATCH.
     const OF_THE_ROW: [i32; 3] = [18, 19, 20];

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Entries by number: the lower is the older.
+/// The entries by their number. An entry with a lower number is older.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
 
 /// The size of the pages kept in memory, in bytes. It is small, because entries are read only once.
@@ -182,7 +182,7 @@ impl Store {
         })?;
         let last;
         (self.held, last) = count(&database)?;
-        // Numbers are never used again, because entries are removed by number.
+        // As long as the process runs, no number is used again, because entries are removed by number.
         self.last = self.last.max(last);
         Ok(database)
     }
