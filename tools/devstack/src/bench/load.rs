@@ -1,10 +1,11 @@
 //! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are
 //! answered. It writes and reads HTTP by hand, so that it costs little beside what it measures.
 
-use anyhow::{Result, ensure};
+use crate::client::read_status;
+use anyhow::Result;
 use std::{net::SocketAddr, time::Duration};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncWriteExt,
     net::TcpStream,
     task::JoinSet,
     time::{Instant, sleep_until},
@@ -120,24 +121,5 @@ async fn connection(
             report.latencies.push(start.elapsed());
         }
         due = beat.map_or(due, |beat| due + beat);
-    }
-}
-
-/// Reads an answer with a `content-length`; its status.
-pub(crate) async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<u16> {
-    buffer.clear();
-    loop {
-        ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
-        let Some(head) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else {
-            continue;
-        };
-        let text = std::str::from_utf8(&buffer[..head])?;
-        let length = text.lines().find_map(|line| line.strip_prefix("content-length: "));
-        let length: usize = length.unwrap_or("0").parse()?;
-        let status = text.split(' ').nth(1).unwrap_or_default().parse()?;
-        while buffer.len() < head + 4 + length {
-            ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
-        }
-        return Ok(status);
     }
 }

@@ -9,7 +9,7 @@
 
 pub mod backend;
 pub mod broker;
-pub(crate) mod load;
+mod load;
 mod running;
 mod sink;
 

@@ -2,7 +2,7 @@
 //! no attempt; what was sent is noted, whatever becomes of it.
 
 use super::ledger::{Ledger, Login, Outcome, TraceId};
-use crate::{bench::load::read_status, stack::KNOWN_MOBILE};
+use crate::{client::read_status, stack::KNOWN_MOBILE};
 use anyhow::Result;
 use std::{
     net::SocketAddr,

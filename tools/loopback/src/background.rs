@@ -8,10 +8,13 @@ use tokio::{
 };
 
 /// May be dropped anywhere, which tokio's own runtime may not: in an async function, that panics.
-pub(crate) struct Background(Option<Runtime>);
+pub struct Background(Option<Runtime>);
 
 impl Background {
     /// With so many threads for tasks, and for what blocks.
+    ///
+    /// # Errors
+    /// If the threads can't be started.
     pub fn start(worker_threads: usize, blocking_threads: usize) -> io::Result<Self> {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(worker_threads).max_blocking_threads(blocking_threads).enable_all();
@@ -19,6 +22,9 @@ impl Background {
     }
 
     /// Listens for a server of this runtime.
+    ///
+    /// # Errors
+    /// If the address is in use.
     pub fn listen(&self, address: SocketAddr) -> io::Result<TcpListener> {
         let listener = std::net::TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;

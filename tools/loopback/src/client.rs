@@ -1,7 +1,7 @@
 //! A small HTTP client, for tests and tools.
 
 use crate::PATIENCE;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
@@ -95,6 +95,28 @@ pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> boo
 /// So many answers in HTTP/1 are enough.
 pub fn answers(count: usize) -> impl Fn(&str) -> bool {
     move |received| received.matches("HTTP/1.").count() >= count
+}
+
+/// Reads an answer with a `content-length`, and returns its status. The answer is left in `buffer`.
+///
+/// # Errors
+/// If the connection ends before the answer does, or the answer is not HTTP/1.
+pub async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<u16> {
+    buffer.clear();
+    loop {
+        ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
+        let Some(head) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else {
+            continue;
+        };
+        let text = std::str::from_utf8(&buffer[..head])?;
+        let length = text.lines().find_map(|line| line.strip_prefix("content-length: "));
+        let length: usize = length.unwrap_or("0").parse()?;
+        let status = text.split(' ').nth(1).unwrap_or_default().parse()?;
+        while buffer.len() < head + 4 + length {
+            ensure!(connection.read_buf(buffer).await? > 0, "the connection was closed");
+        }
+        return Ok(status);
+    }
 }
 
 /// How long somebody must be silent who has nothing to say.
