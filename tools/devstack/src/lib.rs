@@ -21,7 +21,6 @@
 pub mod backend;
 pub mod balancer;
 pub mod bench;
-pub mod broker;
 pub mod certificates;
 pub mod chaos;
 pub mod database;
@@ -33,7 +32,6 @@ mod orphans;
 pub mod process;
 pub mod proxy;
 pub mod rabbitmq;
-pub mod raw;
 pub mod receiver;
 pub mod stack;
 pub mod stand_in;
@@ -41,4 +39,5 @@ pub mod tls_front;
 pub mod trace;
 pub mod verify;
 
+pub use broker::{self, raw};
 pub use loopback::{PATIENCE, background, client, free_port, poll};

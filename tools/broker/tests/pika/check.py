@@ -1,8 +1,8 @@
 """A second client, pika, on the broker at AMQP_URL: what one client library takes for granted, another may not.
 
-    python3 -m venv target/pika && target/pika/bin/pip install -r tools/devstack/tests/pika/requirements.txt
+    python3 -m venv target/pika && target/pika/bin/pip install -r tools/broker/tests/pika/requirements.txt
     cargo dev broker --listen 127.0.0.1:5673 &
-    AMQP_URL=amqp://guest:guest@127.0.0.1:5673/%2f target/pika/bin/python tools/devstack/tests/pika/check.py
+    AMQP_URL=amqp://guest:guest@127.0.0.1:5673/%2f target/pika/bin/python tools/broker/tests/pika/check.py
 """
 
 import os

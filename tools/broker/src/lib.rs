@@ -2,7 +2,7 @@
 //! broker of their own. It is for development only: no message survives the process.
 //!
 //! It does what the services here, and ordinary clients, ask of RabbitMQ, in RabbitMQ's way; the same
-//! conformance checks run on both (`tests/broker_conformance.rs`). Whatever it does not do is answered
+//! conformance checks run on both (`tests/broker_conformance/`). Whatever it does not do is answered
 //! with 540 NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate
 //! exchanges, the headers CC and BCC, priorities of messages and of consumers, single active consumers,
 //! direct reply-to, and queues that are not classic ones. There is one virtual host, `/`, and one user.
@@ -18,6 +18,7 @@
 //! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
 //! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
 //! - `outage`: how it is made to fail, for tests of its clients
+//! - [`raw`]: the frames of a client by hand
 
 mod arguments;
 mod channel;
@@ -36,6 +37,7 @@ mod outage;
 mod output;
 mod publishing;
 mod queue;
+pub mod raw;
 mod virtual_host;
 
 use anyhow::{Context, Result};
@@ -212,7 +214,7 @@ mod tests {
             consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
         };
         // Room for ten, and one that was under way.
-        let full = crate::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
+        let full = loopback::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
         full.await.expect("ten messages");
         for _ in 0..20 {
             assert!(count().await <= 11);
@@ -220,12 +222,12 @@ mod tests {
         }
         // Who does not publish is served.
         for _ in 0..MESSAGES {
-            let got = crate::poll(Duration::from_secs(10), async || {
+            let got = loopback::poll(Duration::from_secs(10), async || {
                 consumer.basic_get("q".into(), BasicGetOptions { no_ack: true }).await.unwrap()
             });
             assert_eq!(got.await.expect("a message").data.len(), body.len());
         }
-        timeout(crate::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
+        timeout(loopback::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test]
@@ -233,7 +235,7 @@ mod tests {
         let broker = Broker::start().await.unwrap();
         let (connection, channel) = connect(&broker).await;
         let blocked = async |expected| {
-            let told = crate::poll(crate::PATIENCE, async || {
+            let told = loopback::poll(loopback::PATIENCE, async || {
                 (connection.status().blocked() == expected).then_some(())
             });
             told.await.expect("to be told");
@@ -244,7 +246,7 @@ mod tests {
         blocked(true).await;
         broker.set_alarm(false);
         blocked(false).await;
-        timeout(crate::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
+        timeout(loopback::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test]
@@ -260,9 +262,10 @@ mod tests {
         let (connection, _channel) = connect(&broker).await;
         let address = broker.address();
         drop(broker);
-        let ended = crate::poll(crate::PATIENCE, async || (!connection.status().connected()).then_some(()));
+        let ended =
+            loopback::poll(loopback::PATIENCE, async || (!connection.status().connected()).then_some(()));
         assert!(ended.await.is_some());
-        let again = crate::poll(crate::PATIENCE, async || Broker::start_at(address).await.ok());
+        let again = loopback::poll(loopback::PATIENCE, async || Broker::start_at(address).await.ok());
         connect(&again.await.expect("the address is free")).await;
     }
 }

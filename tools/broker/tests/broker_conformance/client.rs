@@ -1,7 +1,7 @@
 //! A connection with what the checks do most.
 
 use anyhow::{Context, Result};
-use devstack::{PATIENCE, broker::Broker, poll};
+use broker::Broker;
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer, Error, ErrorKind,
@@ -13,6 +13,7 @@ use lapin::{
     },
     types::{AMQPValue, FieldTable},
 };
+use loopback::{PATIENCE, poll};
 use std::{env, sync::Arc};
 use tokio::time::timeout;
 use uuid::Uuid;

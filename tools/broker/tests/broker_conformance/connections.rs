@@ -3,7 +3,7 @@
 use crate::client::{Client, body, code, next};
 use amq_protocol::protocol::{AMQPClass, channel};
 use anyhow::Result;
-use devstack::raw::Raw;
+use broker::raw::Raw;
 use lapin::{
     Connection, ConnectionProperties,
     options::{AccessRequestOptions, BasicAckOptions, ChannelFlowOptions, QueueDeclareOptions},

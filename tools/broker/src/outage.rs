@@ -2,7 +2,7 @@
 //! alarm that makes RabbitMQ take no more messages.
 
 use super::{Broker, message::Message, virtual_host::VirtualHost};
-use crate::poll;
+use loopback::poll;
 use std::time::Duration;
 
 impl Broker {

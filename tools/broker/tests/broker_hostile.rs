@@ -6,7 +6,7 @@ use amq_protocol::{
     protocol::{AMQPClass, basic, channel, confirm, connection, exchange, queue},
 };
 use anyhow::{Context, Result, bail};
-use devstack::{PATIENCE, broker::Broker, poll};
+use broker::Broker;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
     options::{
@@ -15,6 +15,7 @@ use lapin::{
     },
     types::{AMQPValue, FieldTable},
 };
+use loopback::{PATIENCE, poll};
 use std::time::{Duration, Instant};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

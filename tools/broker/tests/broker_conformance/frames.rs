@@ -6,10 +6,8 @@ use amq_protocol::{
     protocol::{AMQPClass, basic, channel, connection},
 };
 use anyhow::{Context, Result};
-use devstack::{
-    PATIENCE,
-    raw::{Raw, encoded, publish},
-};
+use broker::raw::{Raw, encoded, publish};
+use loopback::PATIENCE;
 use std::time::{Duration, Instant};
 
 fn begin_publish() -> AMQPFrame {

@@ -6,15 +6,13 @@ use amq_protocol::{
     protocol::{AMQPClass, basic, confirm},
 };
 use anyhow::{Context, Result};
-use devstack::{
-    PATIENCE,
-    raw::{Raw, publish},
-};
+use broker::raw::{Raw, publish};
 use lapin::{
     BasicProperties, Confirmation, ExchangeKind,
     options::{BasicPublishOptions, ExchangeDeclareOptions},
     types::{AMQPValue, FieldArray, FieldTable},
 };
+use loopback::PATIENCE;
 
 #[tokio::test]
 async fn a_message_arrives_as_it_was_published() -> Result<()> {

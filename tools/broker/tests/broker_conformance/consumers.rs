@@ -3,7 +3,7 @@
 use crate::client::{Client, body, next};
 use amq_protocol::protocol::{AMQPClass, basic, channel};
 use anyhow::Result;
-use devstack::{PATIENCE, poll, raw::Raw};
+use broker::raw::Raw;
 use futures_util::StreamExt;
 use lapin::{
     options::{
@@ -12,6 +12,7 @@ use lapin::{
     },
     types::FieldTable,
 };
+use loopback::{PATIENCE, poll};
 use tokio::time::timeout;
 
 const REQUEUE: BasicNackOptions = BasicNackOptions { multiple: false, requeue: true };

@@ -48,7 +48,7 @@ async fn a_full_queue_that_rejects_has_the_publisher_nacked() -> Result<()> {
     };
     assert_eq!(publish("a").await?, Confirmation::Ack(None));
     // RabbitMQ may notice a moment later that the queue is full.
-    let nacked = devstack::poll(devstack::PATIENCE, async || {
+    let nacked = loopback::poll(loopback::PATIENCE, async || {
         (publish("b").await.ok() == Some(Confirmation::Nack(None))).then_some(())
     });
     assert!(nacked.await.is_some());

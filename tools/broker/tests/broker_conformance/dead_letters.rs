@@ -5,13 +5,13 @@
 
 use crate::client::{Client, bind, body, long_string, next};
 use anyhow::{Context, Result};
-use devstack::{PATIENCE, poll};
 use lapin::{
     BasicProperties, ExchangeKind,
     message::Delivery,
     options::{BasicAckOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions},
     types::{AMQPValue, FieldTable},
 };
+use loopback::{PATIENCE, poll};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const REJECT: BasicRejectOptions = BasicRejectOptions { requeue: false };

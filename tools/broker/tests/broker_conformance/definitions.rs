@@ -173,7 +173,7 @@ async fn an_exclusive_queue_goes_with_its_connection() -> Result<()> {
     let other = client.another().await?;
     let queue = other.queue("q", &[]).await?;
     other.connection.close(200, "done".into()).await?;
-    let gone = devstack::poll(devstack::PATIENCE, async || {
+    let gone = loopback::poll(loopback::PATIENCE, async || {
         (client.has_queue(&queue).await.ok() == Some(false)).then_some(())
     });
     assert!(gone.await.is_some());
