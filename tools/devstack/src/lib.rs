@@ -18,7 +18,6 @@
 //! - [`chaos`]: `cargo dev chaos`, is nothing lost?
 //! - [`mod@bench`]: what tracing costs, and how fast the broker is
 
-pub mod backend;
 pub mod balancer;
 pub mod bench;
 pub mod certificates;
@@ -26,18 +25,15 @@ pub mod chaos;
 pub mod database;
 pub mod dev;
 pub mod jaeger;
-pub mod log;
-pub mod metric;
 mod orphans;
 pub mod process;
 pub mod proxy;
 pub mod rabbitmq;
-pub mod receiver;
 pub mod stack;
 pub mod stand_in;
 pub mod tls_front;
-pub mod trace;
 pub mod verify;
 
+pub use backend::{self, log, metric, receiver, trace};
 pub use broker::{self, raw};
 pub use loopback::{PATIENCE, background, client, free_port, poll};

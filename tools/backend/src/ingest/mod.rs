@@ -1,4 +1,4 @@
-//! OTLP's receiving side, over [gRPC](grpc) and over [HTTP](http), with gzip, zstd or neither. What is done
+//! OTLP's receiving side, over gRPC and over HTTP, with gzip, zstd or neither. What is done
 //! with the signals is the [`Sink`]'s business: the backend's store, or the tests' receiver.
 
 mod decode;
@@ -6,7 +6,8 @@ mod grpc;
 mod http;
 mod lenient;
 
-pub(crate) use self::{grpc::serve as serve_grpc, http::routes as http_routes};
+pub use self::grpc::serve as serve_grpc;
+pub(crate) use self::http::routes as http_routes;
 
 use super::Rejected;
 use ::http::HeaderMap;
@@ -27,13 +28,25 @@ const MAX_BYTES: usize = 16 * 1024 * 1024;
 
 /// Where the signals go. A method takes a request with its headers; it says how many items it does not
 /// want, or refuses all.
-pub(crate) trait Sink: Clone + Send + Sync + 'static {
+pub trait Sink: Clone + Send + Sync + 'static {
+    /// Takes spans.
+    ///
+    /// # Errors
+    /// If it refuses the request.
     fn traces(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status>;
 
+    /// Takes data points; by default it drops them.
+    ///
+    /// # Errors
+    /// If it refuses the request.
     fn metrics(&self, _: HeaderMap, _: ExportMetricsServiceRequest) -> Result<Rejected, Status> {
         Ok(Rejected::default())
     }
 
+    /// Takes log records; by default it drops them.
+    ///
+    /// # Errors
+    /// If it refuses the request.
     fn logs(&self, _: HeaderMap, _: ExportLogsServiceRequest) -> Result<Rejected, Status> {
         Ok(Rejected::default())
     }

@@ -1,7 +1,7 @@
 //! OTLP/HTTP, in protobuf and in JSON.
 
 use super::{Export, MAX_BYTES, Sink, decode, response};
-use crate::backend::Rejected;
+use crate::Rejected;
 use axum::{
     Router,
     body::Bytes,

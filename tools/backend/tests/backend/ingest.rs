@@ -2,8 +2,8 @@
 
 use crate::{Fixture, GZIP, JSON, PROTOBUF, ZSTD, request, span, trace_id};
 use anyhow::{Context, Result};
+use backend::{Addresses, Backend};
 use bytes::Bytes;
-use devstack::backend::{Addresses, Backend};
 use flate2::{Compression, write::GzEncoder};
 use http::{Method, Request};
 use http_body_util::{BodyExt, Full};
@@ -364,7 +364,7 @@ async fn with_the_backend_its_ports_are_free_again() -> Result<()> {
     // A connection that stays open must not hold them.
     fixture.get("/api/services").await?;
     drop(fixture);
-    let again = devstack::poll(devstack::PATIENCE, async || Backend::start_at(addresses).await.ok());
+    let again = loopback::poll(loopback::PATIENCE, async || Backend::start_at(addresses).await.ok());
     assert!(again.await.is_some());
     Ok(())
 }

@@ -2,13 +2,13 @@
 
 use crate::{Fixture, JSON, MILLISECOND, NOON, PROTOBUF, attribute, span, text, trace_id};
 use anyhow::Result;
-use devstack::{
-    backend::{Limits, LogStatistics},
-    client::Client,
+use backend::{
+    Limits, LogStatistics,
     receiver::{Receiver, Refusal},
 };
 use flate2::{Compression, write::GzEncoder};
 use http::{Method, uri::PathAndQuery};
+use loopback::client::Client;
 use opentelemetry_proto::tonic::{
     collector::{
         logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,

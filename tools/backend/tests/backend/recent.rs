@@ -2,7 +2,7 @@
 
 use crate::{Fixture, MILLISECOND, NOON, attribute, numbers, span, text, trace_id};
 use anyhow::{Context, Result, ensure};
-use devstack::PATIENCE;
+use loopback::PATIENCE;
 use opentelemetry_proto::tonic::{
     common::v1::any_value::Value,
     trace::v1::{Span, Status, status::StatusCode},

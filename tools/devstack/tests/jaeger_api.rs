@@ -1,8 +1,9 @@
 //! The three services export to the backend, and a login's tree is read from Jaeger's API.
 
-use crate::Fixture;
 use anyhow::Result;
 use devstack::{
+    backend::Backend,
+    client::Client,
     poll,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
     trace::{self, Span},
@@ -53,34 +54,34 @@ fn tree_of_otlp(mut answer: Value) -> Option<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_logins_tree_is_read_from_both_generations_of_jaegers_api() -> Result<()> {
-    let fixture = Fixture::start().await?;
-    let endpoint = format!("http://{}", fixture.backend.addresses().otlp_grpc);
+    let backend = Backend::start().await?;
+    let client = Client::new();
+    let get = async |path: &str| client.get(&format!("http://{}{path}", backend.addresses().query)).await;
+    let endpoint = format!("http://{}", backend.addresses().otlp_grpc);
     let stack = Stack::start(&[("*", "OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 200);
     let id = answer.trace_id();
 
     let expected = trace::dedent(LOGIN_TREE);
-    let spans = poll(Duration::from_secs(15), async || {
-        Some(fixture.backend.trace(&id)).filter(|spans| spans.len() == 6)
-    });
-    assert_eq!(trace::tree(&spans.await.unwrap_or_else(|| fixture.backend.trace(&id)), ""), expected);
-    let first = fixture.get(&format!("/api/traces/{id}")).await?.json();
+    let spans =
+        poll(Duration::from_secs(15), async || Some(backend.trace(&id)).filter(|spans| spans.len() == 6));
+    assert_eq!(trace::tree(&spans.await.unwrap_or_else(|| backend.trace(&id)), ""), expected);
+    let first = get(&format!("/api/traces/{id}")).await?.json();
     assert_eq!(tree_of_jaeger(&first).as_ref(), Some(&expected));
-    let third = fixture.get(&format!("/api/v3/traces/{id}")).await?.json();
+    let third = get(&format!("/api/v3/traces/{id}")).await?.json();
     assert_eq!(tree_of_otlp(third).as_ref(), Some(&expected));
 
     // What a page asks to get there.
-    let services = fixture.get("/api/services").await?.json();
+    let services = get("/api/services").await?.json();
     assert_eq!(services["data"], serde_json::json!(["api", "mq", "usercenter"]));
-    let found =
-        fixture.get("/api/traces?service=mq&operation=mq_consumer_msg&tag=span.kind:consumer").await?;
+    let found = get("/api/traces?service=mq&operation=mq_consumer_msg&tag=span.kind:consumer").await?;
     assert_eq!(found.json()["data"][0]["traceID"], id);
-    let calls = fixture.get("/api/dependencies").await?.json();
+    let calls = get("/api/dependencies").await?.json();
     let call =
         |parent: &str, child: &str| serde_json::json!({ "parent": parent, "child": child, "callCount": 1 });
     assert_eq!(calls["data"], serde_json::json!([call("api", "mq"), call("api", "usercenter")]));
-    let recent = fixture.get("/api/recent").await?.json();
+    let recent = get("/api/recent").await?.json();
     assert_eq!(recent["data"][0]["rootOperation"], "POST /usercenter/v1/user/login");
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, numbers, refusal, span, text, trace_id};
 use anyhow::Result;
-use devstack::client::Answer;
+use loopback::client::Answer;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
     common::v1::any_value::Value,

@@ -2,7 +2,7 @@
 
 use crate::{Fixture, attribute, request, span, text, trace_id};
 use anyhow::Result;
-use devstack::backend::Limits;
+use backend::Limits;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceResponse, common::v1::any_value::Value, trace::v1::Span,
 };

@@ -1,7 +1,7 @@
 //! The embedded trace backend: takes OTLP, keeps the latest traces in memory with their logs, answers as
 //! Jaeger does. Metrics are taken, counted and forgotten.
 //!
-//! - `ingest`: OTLP over gRPC and HTTP; serves the tests' receiver as well
+//! - [`ingest`]: OTLP over gRPC and HTTP; serves the receiver as well
 //! - `store`: the bounded store of `spans`; `size` says what they take
 //! - `query`: the router of all below
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
@@ -9,34 +9,43 @@
 //! - `recent`: what the page needs beside them: the latest traces, and word when one changes
 //! - `search`, `parameters`, `ids`: what a query asks for
 //! - `page`: what a browser sees; `jaeger_ui`: what it sees with the feature of that name
+//!
+//! Beside it stands what tests look at:
+//!
+//! - [`receiver`]: an OTLP receiver that keeps everything it gets
+//! - [`trace`], [`metric`], [`log`]: spans, data points and log records as they were received
 
 mod ids;
-pub(crate) mod ingest;
+pub mod ingest;
 mod jaeger;
 #[cfg(feature = "jaeger-ui")]
 mod jaeger_ui;
 mod jaeger_v3;
+pub mod log;
 mod logs;
+pub mod metric;
 mod page;
 mod parameters;
 mod query;
+pub mod receiver;
 mod recent;
 mod search;
 mod size;
 mod spans;
 mod store;
 mod tags;
+pub mod trace;
 
 pub use logs::LogStatistics;
-pub(crate) use spans::Rejected;
+pub use spans::Rejected;
 pub use store::{Limits, Statistics};
 
-use crate::{background::Background, metric, trace::Span};
 use anyhow::{Context, Result};
 use axum::Router;
 use clap::Args;
 use http::HeaderMap;
 use ingest::Sink;
+use loopback::background::Background;
 use opentelemetry_proto::tonic::collector::{
     logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
     trace::v1::ExportTraceServiceRequest,
@@ -45,6 +54,7 @@ use std::{net::SocketAddr, sync::Arc};
 use store::Store;
 use tokio::sync::broadcast;
 use tonic::Status;
+use trace::Span;
 
 /// Stops when dropped, and its connections end.
 pub struct Backend {

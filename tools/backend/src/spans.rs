@@ -79,7 +79,7 @@ pub(super) struct Shared<T> {
 
 /// Items of a request (spans, data points or log records) that were not stored.
 #[derive(Debug, Default)]
-pub(crate) struct Rejected {
+pub struct Rejected {
     /// How many.
     pub count: u64,
     /// Why the first was not.
@@ -103,7 +103,7 @@ impl StoredSpan {
 }
 
 impl Rejected {
-    pub fn add(&mut self, reason: &'static str) {
+    pub(crate) fn add(&mut self, reason: &'static str) {
         if self.count == 0 {
             self.reason = reason;
         }

@@ -2,12 +2,10 @@
 //! what was exported, not what was meant. It takes Zipkin's JSON as well.
 
 use crate::{
-    PATIENCE,
-    backend::{Rejected, ingest, ingest::Sink},
-    background::Background,
+    Rejected, ingest,
+    ingest::Sink,
     log::{self, LogRecord},
     metric::{self, Metric},
-    poll,
     trace::{self, Span},
 };
 use anyhow::Result;
@@ -18,6 +16,7 @@ use axum::{
     http::{HeaderMap, StatusCode},
     routing::post,
 };
+use loopback::{PATIENCE, background::Background, poll};
 use opentelemetry_proto::tonic::collector::{
     logs::v1::ExportLogsServiceRequest, metrics::v1::ExportMetricsServiceRequest,
     trace::v1::ExportTraceServiceRequest,

@@ -26,7 +26,7 @@ use tonic::{
 use tonic_prost::{ProstCodec, ProstEncoder};
 
 /// Serves OTLP/gRPC until the runtime ends.
-pub(crate) async fn serve(listener: TcpListener, sink: impl Sink) {
+pub async fn serve(listener: TcpListener, sink: impl Sink) {
     let server = tonic::transport::Server::builder()
         .add_service(Service(sink.clone(), PhantomData::<ExportTraceServiceRequest>))
         .add_service(Service(sink.clone(), PhantomData::<ExportMetricsServiceRequest>))

@@ -4,17 +4,14 @@ mod hostile;
 mod ingest;
 mod jaeger;
 mod limits;
-mod login;
 mod recent;
 mod search;
 mod signals;
 
 use anyhow::Result;
-use devstack::{
-    backend::{Addresses, Backend, Limits},
-    client::{Answer, Client},
-};
+use backend::{Addresses, Backend, Limits};
 use http::Method;
+use loopback::client::{Answer, Client};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
     common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
