@@ -18,22 +18,13 @@
 //! - [`chaos`]: `cargo dev chaos`, is nothing lost?
 //! - [`mod@bench`]: what tracing costs, and how fast the broker is
 
-pub mod balancer;
 pub mod bench;
-pub mod certificates;
 pub mod chaos;
-pub mod database;
 pub mod dev;
 pub mod jaeger;
-mod orphans;
-pub mod process;
-pub mod proxy;
-pub mod rabbitmq;
-pub mod stack;
-pub mod stand_in;
-pub mod tls_front;
 pub mod verify;
 
-pub use backend::{self, log, metric, receiver, trace};
-pub use broker::{self, raw};
-pub use loopback::{PATIENCE, background, client, free_port, poll};
+pub use backend;
+pub use broker;
+pub use harness::{client, free_port, poll, process, proxy, rabbitmq, stack, trace};
+pub use loopback::background;

@@ -1,7 +1,7 @@
 //! What becomes of spans, counted: ended = exported + dropped + waiting, exactly and at any moment.
 
 use anyhow::{Context, Result, ensure};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     poll,

@@ -1,7 +1,7 @@
 //! Configuration alone turns tracing on and shapes it. docs/configuration.md lists which test shows what.
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     client::Answer,
     process::Process,
     receiver::Receiver,

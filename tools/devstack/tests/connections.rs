@@ -2,7 +2,7 @@
 //! ask don't notice.
 
 use anyhow::{Context, Result, ensure};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     poll,

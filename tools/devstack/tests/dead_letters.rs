@@ -1,7 +1,7 @@
 //! `mq dead-letters`: what an operator sees of messages that were given up, and how they get another chance.
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,

@@ -1,7 +1,7 @@
 //! Delivered at least once, applied exactly once: whatever is delivered twice, dies in between, or has to wait.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,

@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 use bytes::Bytes;
-use devstack::{
+use harness::{
     PATIENCE,
     client::{answers, raw},
     stack::{KNOWN_MOBILE, Stack},

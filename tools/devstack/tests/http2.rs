@@ -2,7 +2,7 @@
 //! service lives, and memory stays where it was.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::raw,
     poll,

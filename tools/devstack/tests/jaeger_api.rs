@@ -1,8 +1,8 @@
 //! The three services export to the backend, and a login's tree is read from Jaeger's API.
 
 use anyhow::Result;
-use devstack::{
-    backend::Backend,
+use backend::Backend;
+use harness::{
     client::Client,
     poll,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},

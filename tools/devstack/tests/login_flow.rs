@@ -1,7 +1,7 @@
 //! The flow: one login, three processes and a broker, one trace.
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
     trace::{self, Span},
 };

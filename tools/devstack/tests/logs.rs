@@ -1,7 +1,7 @@
 //! Logs: records by OTLP in the trace in which they were written, and lines that hold up nobody.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE, poll, process,
     receiver::Receiver,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},

@@ -1,7 +1,7 @@
 //! Metrics: what the three services measure, as a collector receives it, and that no caller makes a series.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     metric::Metric,

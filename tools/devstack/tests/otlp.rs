@@ -1,7 +1,7 @@
 //! Export by OTLP: each protocol with each compression, TLS, and collectors that are none.
 
 use anyhow::{Result, ensure};
-use devstack::{
+use harness::{
     certificates::{Certificates, Files, Kind},
     process::Process,
     proxy::Proxy,

@@ -1,7 +1,7 @@
 //! A message that fails: its attempts, seen in its trace, and its end as a dead letter.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,

@@ -1,7 +1,7 @@
 //! SIGTERM and SIGINT: no answered request loses a span, nothing in hand is dropped, exit code 0.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::{Answer, Client},
     poll,

@@ -2,7 +2,7 @@
 //! process that died.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     poll,

@@ -2,7 +2,6 @@
 
 use crate::{
     PATIENCE,
-    broker::Broker,
     certificates::Files,
     client::{Answer, Client},
     poll,
@@ -12,6 +11,7 @@ use crate::{
     tls_front::TlsFront,
 };
 use anyhow::{Context, Result};
+use broker::Broker;
 use http::Method;
 use lapin::{
     BasicProperties, Channel, Connection,

@@ -311,7 +311,10 @@ pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
 }
 
 /// The path of a service's binary. The first call builds all three.
-pub(crate) fn binary(name: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// If the services can't be built.
+pub fn binary(name: &str) -> Result<PathBuf> {
     static BINARIES: OnceLock<Result<HashMap<String, PathBuf>, String>> = OnceLock::new();
 
     let binaries = BINARIES.get_or_init(|| build(&["--bins"]).map_err(|error| format!("{error:#}")));

@@ -2,9 +2,9 @@
 //! reset, refused, slowed down, or stay open and go silent. On a link that speaks AMQP it can also stop at
 //! a certain method, so that a crash happens at a moment that is known exactly.
 
-use crate::background::Background;
 use anyhow::Result;
 use bytes::{Bytes, BytesMut};
+use loopback::background::Background;
 use std::{
     io,
     net::SocketAddr,
@@ -279,7 +279,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::Broker;
+    use broker::Broker;
     use lapin::{
         Connection, ConnectionProperties,
         options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},

@@ -4,8 +4,8 @@
 //! instance in turn that is ready, or to the one after if that takes no connection. If none is ready it
 //! tries them all, since one that is not quite ready is better than none.
 
-use crate::{background::Background, client::Client};
 use anyhow::Result;
+use loopback::{background::Background, client::Client};
 use std::{
     net::SocketAddr,
     sync::{

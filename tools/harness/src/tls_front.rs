@@ -1,8 +1,9 @@
 //! TLS in front of a server that has none, as a test's broker: it is the server's side of the handshake, and
 //! hands on what is inside.
 
-use crate::{background::Background, certificates::Files};
+use crate::certificates::Files;
 use anyhow::Result;
+use loopback::background::Background;
 use std::{net::SocketAddr, sync::Arc};
 use tokio::{
     io::{AsyncWriteExt, copy, copy_bidirectional, sink},
