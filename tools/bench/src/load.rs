@@ -1,8 +1,8 @@
 //! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are
 //! answered. It writes and reads HTTP by hand, so that it costs little beside what it measures.
 
-use crate::client::read_status;
 use anyhow::Result;
+use harness::client::read_status;
 use std::{net::SocketAddr, time::Duration};
 use tokio::{
     io::AsyncWriteExt,

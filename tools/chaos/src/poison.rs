@@ -2,8 +2,8 @@
 //! else.
 
 use super::{history::History, ledger::TraceId, system::System};
-use crate::{poll, stack::KNOWN_MOBILE};
 use anyhow::{Result, ensure};
+use harness::{poll, stack::KNOWN_MOBILE};
 use lapin::{
     BasicProperties, Channel, Confirmation,
     options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions},

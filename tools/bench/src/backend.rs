@@ -5,13 +5,11 @@
 //! median of several runs, each on a backend of its own, a process of its own.
 
 use super::{cpu_time, median, print, resident};
-use crate::{
-    backend::{Addresses, Limits, Statistics},
-    client::Client,
-};
+use ::backend::{Addresses, Limits, Statistics};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use clap::Args;
+use harness::client::Client;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
     common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},

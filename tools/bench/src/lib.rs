@@ -6,6 +6,10 @@
 //! compared within a lap, so a machine, and a disk most of all, that is slower for a while is slower for all;
 //! and there are enough laps to say how far a figure can be trusted. The last variant is the first one again:
 //! how far its ratios are from 1 is what the method cannot tell apart.
+//!
+//! - `running`: a variant while it runs; `sink`: its collector; `load`: the load generator
+//! - [`mod@broker`]: is the embedded broker as fast as RabbitMQ?
+//! - [`mod@backend`]: how many spans does the embedded trace backend take?
 
 pub mod backend;
 pub mod broker;
@@ -13,9 +17,9 @@ mod load;
 mod running;
 mod sink;
 
-use crate::rabbitmq::Node;
 use anyhow::{Context, Result};
 use clap::Args;
+use harness::rabbitmq::Node;
 use load::{Load, Report};
 use running::{Costs, Place, Running};
 use std::{fmt, fs, path::Path, time::Duration};

@@ -8,11 +8,11 @@ use super::{
     poison::Poison,
     system::{Service, System},
 };
-use crate::{
+use anyhow::{Context, Result};
+use harness::{
     poll,
     proxy::{BASIC_ACK, Proxy, Side},
 };
-use anyhow::{Context, Result};
 use lapin::{
     Channel,
     options::{QueueDeclareOptions, QueueDeleteOptions},

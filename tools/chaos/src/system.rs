@@ -5,8 +5,8 @@ use super::{
     broker::{Broker, Kind},
     spans::Collector,
 };
-use crate::{process::Process, proxy::Proxy};
 use anyhow::{Context, Result};
+use harness::{process::Process, proxy::Proxy};
 use proto::topology::Topology;
 use std::{
     fs::{self, File},

@@ -4,10 +4,11 @@
 //! and the brokers change places from round to round. Sizes of memory are of this process, the broker in it.
 
 use super::{median, print, resident};
-use crate::{broker::Broker, stack::TestBroker};
+use ::broker::Broker;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use futures_util::{StreamExt, future::try_join_all};
+use harness::stack::TestBroker;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
     options::{

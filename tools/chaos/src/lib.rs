@@ -2,7 +2,7 @@
 //! the end: what was answered, and what took effect.
 //!
 //! - [`faults`]: what can fail, and the order in which it does; `inject`: how
-//! - `system`: the services with a proxy on each link; [`broker`] and `rabbitmq`: the broker
+//! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
 //! - `load`: the logins; `poison`: messages that are none
 //! - `ledger`: what was answered; `history`: what took effect; `spans`: the trees
 //! - [`control`]: api and mq as the original does them, which must be seen to lose

@@ -1,11 +1,9 @@
 //! The broker of a run: one that can be taken down, brought back and blocked.
 
-use crate::{
-    broker::Broker as Embedded,
-    rabbitmq::{self, Node},
-};
+use ::broker::Broker as Embedded;
 use anyhow::Result;
 use clap::ValueEnum;
+use harness::rabbitmq::{self, Node};
 use lapin::{Channel, Connection};
 use std::{env, net::SocketAddr};
 

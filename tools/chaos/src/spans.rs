@@ -2,15 +2,13 @@
 //! consumer is.
 
 use super::ledger::TraceId;
-use crate::{
-    backend::{
-        Rejected,
-        ingest::{self, Sink},
-    },
-    background::Background,
-};
 use anyhow::Result;
+use backend::{
+    Rejected,
+    ingest::{self, Sink},
+};
 use http::HeaderMap;
+use loopback::background::Background;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
     trace::v1::{Span, span::SpanKind},

@@ -2,8 +2,8 @@
 //! no attempt; what was sent is noted, whatever becomes of it.
 
 use super::ledger::{Ledger, Login, Outcome, TraceId};
-use crate::{client::read_status, stack::KNOWN_MOBILE};
 use anyhow::Result;
+use harness::{client::read_status, stack::KNOWN_MOBILE};
 use std::{
     net::SocketAddr,
     sync::{

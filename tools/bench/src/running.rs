@@ -6,12 +6,12 @@ use super::{
     resident,
     sink::Sink,
 };
-use crate::{
+use anyhow::{Context, Result, ensure};
+use harness::{
     poll,
     process::Process,
     stack::{PATIENT, TestBroker},
 };
-use anyhow::{Context, Result, ensure};
 use lapin::options::QueueDeclareOptions;
 use std::{net::TcpListener, time::Duration};
 use tempfile::TempDir;

@@ -1,7 +1,7 @@
 //! `cargo dev chaos`, short: that the services pass it, and that the control does not. Its long form is a
 //! command of its own.
 
-use devstack::chaos::{self, Options, broker::Kind, faults::Fault};
+use chaos::{self, Options, broker::Kind, faults::Fault};
 
 /// Some seconds of load with one of the worst of each kind: a crash on either side of the broker at the
 /// worst moment, and an outage.
