@@ -1,7 +1,7 @@
 //! Reads a trace from Jaeger's query API: from a real Jaeger, or from what `cargo dev` has in its place.
 
-use crate::{client::Client, trace::Span};
 use anyhow::{Result, ensure};
+use harness::{client::Client, trace::Span};
 use serde_json::Value;
 use std::collections::BTreeMap;
 

@@ -1,12 +1,18 @@
-//! `cargo dev`: the whole system on this machine, and tools around it.
+//! `cargo dev`: the whole system on this machine, and the tools around it.
+//!
+//! - [`dev`]: the system, with a broker and a trace backend, and its traces drawn in the terminal
+//! - [`verify`]: checks a running system against the contract, with [`jaeger`]
+//! - the other commands are in the crates `broker`, `backend`, `chaos` and `bench`
+//!
+//! The end-to-end tests of the services are in `tests/`; they stand on the crate `harness`.
 
+mod dev;
+mod jaeger;
+mod verify;
+
+use backend::{Addresses, Backend};
+use broker::Broker;
 use clap::{Parser, Subcommand};
-use devstack::{
-    backend::{Addresses, Backend},
-    bench,
-    broker::Broker,
-    chaos, dev, verify,
-};
 use std::{io, net::SocketAddr, process::ExitCode};
 use tokio::{
     select,

@@ -1,14 +1,15 @@
 //! `cargo dev verify`: logs in to a running system, wherever it runs, and checks what Jaeger has of it
 //! against the contract: names, kinds, parents, services, attributes, error paths.
 
-use crate::{
+use crate::jaeger;
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use harness::{
     client::{Answer, Client},
-    jaeger, poll,
+    poll,
     stack::{KNOWN_MOBILE, LOGIN_TREE},
     trace::{self, Span},
 };
-use anyhow::{Context, Result, ensure};
-use clap::Args;
 use http::Method;
 use serde_json::json;
 use std::{

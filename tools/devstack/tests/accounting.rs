@@ -1,7 +1,7 @@
 //! Counts what became of the spans: at any moment, ended = exported + dropped + waiting, exactly.
 
 use anyhow::{Context, Result, ensure};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     poll,

@@ -1,7 +1,7 @@
 //! Configuration alone turns tracing on and shapes it. docs/configuration.md names the test for each setting.
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     client::Answer,
     process::Process,
     receiver::Receiver,

@@ -2,7 +2,7 @@
 //! them.
 
 use anyhow::{Context, Result, ensure};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     poll,

@@ -1,7 +1,7 @@
 //! The broker as mq sees it: away, cut off, frozen, short of memory. mq stays up, reports it, and resumes.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,
@@ -82,7 +82,7 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
         stack.mq.output()
     );
     for trace_id in &logins {
-        let is_it = |span: &devstack::trace::Span| {
+        let is_it = |span: &harness::trace::Span| {
             span.trace_id == *trace_id
                 && span.attributes.get("throughline.message.outcome").is_some_and(|o| o == "applied")
         };
@@ -127,7 +127,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
         poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
     assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
     becomes(&mq, true).await?;
-    let is_bad = |span: &&devstack::trace::Span| span.attributes["messaging.message.id"] == "3";
+    let is_bad = |span: &&harness::trace::Span| span.attributes["messaging.message.id"] == "3";
     assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
 
     // This pause is longer than a confirm may otherwise take.

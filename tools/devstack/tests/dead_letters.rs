@@ -1,7 +1,7 @@
 //! `mq dead-letters`: how an operator looks at dead letters, and how they get another chance.
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,

@@ -1,7 +1,7 @@
 //! `cargo dev` as its users see it: a program that starts everything, draws traces, and ends cleanly.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::{Answer, Client},
     poll,
@@ -262,14 +262,14 @@ async fn a_port_in_use_is_named_with_the_remedy() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_and_a_collector_elsewhere_are_used_and_their_secrets_not_shown() -> Result<()> {
-    let broker = devstack::broker::Broker::start().await?;
-    let receiver = devstack::receiver::Receiver::start().await?;
+    let broker = broker::Broker::start().await?;
+    let receiver = harness::receiver::Receiver::start().await?;
     let amqp_url = broker.url();
     let endpoint = format!("http://{}", receiver.grpc);
     let variables = [("AMQP_URL", amqp_url.as_str()), ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)];
     let dev = Dev::start(&variables).await?;
     let answer = dev.login().await?;
-    receiver.expect_tree(&answer.trace_id(), devstack::stack::LOGIN_TREE).await;
+    receiver.expect_tree(&answer.trace_id(), harness::stack::LOGIN_TREE).await;
     let said = dev.said();
     assert!(said.contains(&format!("{}, by AMQP_URL", broker.address())), "{said}");
     assert!(!said.contains("guest"), "{said}");

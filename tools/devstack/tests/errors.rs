@@ -6,7 +6,8 @@ use axum::{
     body::{Body, Bytes},
     routing::post,
 };
-use devstack::{
+use futures_util::stream;
+use harness::{
     PATIENCE,
     client::{Answer, answers, raw},
     free_port,
@@ -14,7 +15,6 @@ use devstack::{
     stand_in::{Reply, StandIn},
     trace::Span,
 };
-use futures_util::stream;
 use http::{HeaderMap, Method};
 use std::time::Duration;
 use tokio::{
@@ -199,7 +199,7 @@ async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
     assert_server_span(&spans, 503);
 
     let _rpc = stack.another("rpc", &[("USERCENTER_LISTEN", &listen)]).await?;
-    let back = devstack::poll(PATIENCE, async || {
+    let back = harness::poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)
     });
     assert!(back.await.is_some(), "{}", stack.api.output());

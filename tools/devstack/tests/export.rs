@@ -7,7 +7,7 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, Response},
     routing::post,
 };
-use devstack::{
+use harness::{
     PATIENCE, free_port, poll,
     receiver::{Receiver, Refusal},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},

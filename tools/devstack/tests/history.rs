@@ -2,7 +2,7 @@
 //! in between, or the database makes them wait.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use bytes::Bytes;
-use devstack::{
+use harness::{
     PATIENCE,
     client::{answers, raw},
     stack::{KNOWN_MOBILE, Stack},

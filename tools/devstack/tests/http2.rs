@@ -2,7 +2,7 @@
 //! ends, the service lives, and its memory does not grow.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::raw,
     poll,

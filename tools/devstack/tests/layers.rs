@@ -6,11 +6,11 @@ use api::{
     router, usercenter,
 };
 use axum::{Router, body::Body, routing::get};
-use devstack::{
+use futures_util::future::BoxFuture;
+use harness::{
     PATIENCE,
     stack::{KNOWN_MOBILE, TestBroker},
 };
-use futures_util::future::BoxFuture;
 use mq::{
     history::{self, History},
     processing::{Login, Processed, RecordLogin},

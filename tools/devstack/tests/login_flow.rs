@@ -1,7 +1,7 @@
 //! One login passes three processes and a broker, and makes one trace.
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
     trace::{self, Span},
 };

@@ -1,7 +1,7 @@
 //! Logs: OTLP records belong to the trace in which they were written, and log lines never block a request.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE, poll, process,
     receiver::Receiver,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},

@@ -2,8 +2,8 @@
 
 use amqp::properties::UNREADABLE;
 use anyhow::{Context, Result};
-use devstack::{
-    raw::{Raw, publish_with},
+use broker::raw::{Raw, publish_with};
+use harness::{
     stack::{KNOWN_MOBILE, Stack},
     trace::Span,
 };
@@ -253,6 +253,6 @@ async fn what_was_published_before_the_consumer_came_is_consumed() -> Result<()>
     assert_eq!(answer.status, 200);
 
     let _mq = stack.another("mq", &[]).await?;
-    stack.receiver.expect_tree(&answer.trace_id(), devstack::stack::LOGIN_TREE).await;
+    stack.receiver.expect_tree(&answer.trace_id(), harness::stack::LOGIN_TREE).await;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Metrics of the three services as a collector receives them; no caller can create a new series.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     metric::Metric,

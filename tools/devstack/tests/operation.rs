@@ -1,7 +1,7 @@
 //! Operators' views of the services: health, reflection, logs.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE, poll,
     process::Process,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
@@ -99,7 +99,7 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
             (&stack.mq, "login recorded", "mq_consumer_msg"),
         ] {
             let line = service.said(line).await?;
-            let is_it = |s: &&devstack::trace::Span| s.name == span && s.kind != "CLIENT";
+            let is_it = |s: &&harness::trace::Span| s.name == span && s.kind != "CLIENT";
             let span = spans.iter().find(is_it).expect("span");
             if format == "json" {
                 let line: Value = serde_json::from_str(&line)?;

@@ -1,7 +1,7 @@
 //! Export by OTLP: each protocol with each compression, TLS, and servers that are not OTLP collectors.
 
 use anyhow::{Result, ensure};
-use devstack::{
+use harness::{
     certificates::{Certificates, Files, Kind},
     process::Process,
     proxy::Proxy,

@@ -2,7 +2,7 @@
 //! later, in order and in their own traces.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Answer,
     poll,

@@ -2,7 +2,8 @@
 //! answers, the calls that reach usercenter, and the trace.
 
 use anyhow::Result;
-use devstack::{
+use futures_util::{future::join_all, stream};
+use harness::{
     PATIENCE,
     client::Answer,
     poll,
@@ -11,7 +12,6 @@ use devstack::{
     stand_in::{Reply, StandIn},
     trace::Span,
 };
-use futures_util::{future::join_all, stream};
 use http::uri::PathAndQuery;
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},

@@ -1,7 +1,7 @@
 //! A failing message: its attempts, as its trace shows them, and its end as a dead letter.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     database::Database,
     poll,

@@ -2,7 +2,7 @@
 //! fails.
 
 use anyhow::{Context, Result, ensure};
-use devstack::{
+use harness::{
     PATIENCE,
     balancer::{Balancer, Check},
     client::Client,

@@ -2,7 +2,7 @@
 //! 0.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::{Answer, Client},
     poll,

@@ -2,7 +2,7 @@
 //! request hidden inside is never served (RFC 9112, sections 6.3 and 11.2).
 
 use anyhow::Result;
-use devstack::{
+use harness::{
     client::{answers, raw},
     stack::Stack,
 };

@@ -1,7 +1,7 @@
 //! The example of hand-written spans, run as a program.
 
 use anyhow::Result;
-use devstack::{process, receiver::Receiver};
+use harness::{process, receiver::Receiver};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_by_hand_and_by_tracing_nest_in_each_other_and_follow_tasks() -> Result<()> {

@@ -2,7 +2,7 @@
 //! after its process died.
 
 use anyhow::{Context, Result};
-use devstack::{
+use harness::{
     PATIENCE,
     client::Client,
     poll,

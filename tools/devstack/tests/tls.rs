@@ -2,7 +2,7 @@
 //! and with others the log says what is wrong with them.
 
 use anyhow::{Context, Result, ensure};
-use devstack::{
+use harness::{
     PATIENCE,
     certificates::{Certificates, Files, Kind},
     client::Client,

@@ -7,7 +7,7 @@
 
 use anyhow::{Context, Result};
 use axum::{Router, http::HeaderMap};
-use devstack::{
+use harness::{
     PATIENCE, poll,
     stack::{KNOWN_MOBILE, Stack},
     trace::Span,

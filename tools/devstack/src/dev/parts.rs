@@ -1,15 +1,15 @@
 //! The parts of the system: their start, what they say, their end.
 
 use super::{Options, say};
-use crate::{
-    backend::{Addresses, Backend},
-    broker::Broker,
+use anyhow::{Context, Result, bail};
+use backend::{Addresses, Backend};
+use broker::Broker;
+use futures_util::future::join_all;
+use harness::{
     client::Client,
     free_port, poll,
     process::{self, Process},
 };
-use anyhow::{Context, Result, bail};
-use futures_util::future::join_all;
 use std::{
     env,
     net::{Ipv4Addr, SocketAddr, TcpListener},

@@ -1,6 +1,6 @@
 //! A trace drawn for the terminal: tree, kind, duration, and a bar for when each span was.
 
-use crate::trace::Span;
+use harness::trace::Span;
 use std::{fmt::Write, time::Duration};
 
 /// How wide a bar is that lasts as long as the trace.

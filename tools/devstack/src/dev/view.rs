@@ -1,7 +1,8 @@
 //! When a trace is drawn: once it is complete and nothing more came for a moment.
 
 use super::terminal::Terminal;
-use crate::{backend::Backend, trace::Span};
+use backend::Backend;
+use harness::trace::Span;
 use std::{
     collections::{HashMap, HashSet},
     time::{Duration, Instant},

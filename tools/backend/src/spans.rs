@@ -1,0 +1,203 @@
+//! Spans as they are stored, from a request as it was decoded.
+
+use super::{
+    ids::{SpanId, TraceId},
+    size,
+};
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::ExportTraceServiceRequest,
+    common::v1::{AnyValue, InstrumentationScope, any_value::Value},
+    resource::v1,
+    trace::v1::{Span, span::SpanKind, status::StatusCode},
+};
+use prost::Message;
+use std::{
+    mem::size_of,
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+/// The service of spans whose resource names none, as Jaeger calls it.
+const NO_SERVICE_NAME: &str = "OTLPResourceNoServiceName";
+
+/// What a span takes beside what it owns: itself and its entry in the trace's table, with room to grow.
+const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
+
+/// The largest resource, and the largest scope: an answer repeats them for every trace.
+const MAX_ORIGIN_BYTES: usize = 64 * 1024;
+
+/// The longest name and version of a scope: Jaeger's JSON repeats them for every span.
+const MAX_SCOPE_NAME_BYTES: usize = 1024;
+
+/// A span, and where it comes from: what searches and summaries look at, and all of it encoded. Decoded
+/// it takes some four times as much, in dozens of small allocations, which leave the heap in shreds.
+pub(super) struct StoredSpan {
+    pub id: SpanId,
+    pub parent: Option<SpanId>,
+    pub name: Box<str>,
+    pub kind: SpanKind,
+    pub is_error: bool,
+    /// Nanoseconds since 1970.
+    pub start: u64,
+    /// Nanoseconds since 1970.
+    pub end: u64,
+    pub resource: Arc<Shared<Resource>>,
+    pub scope: Arc<Shared<Scope>>,
+    encoded: Box<[u8]>,
+    pub bytes: usize,
+}
+
+/// A span with everything that was sent.
+pub(super) struct DecodedSpan<'a> {
+    pub stored: &'a StoredSpan,
+    pub span: Span,
+}
+
+/// What made spans: a process.
+pub(super) struct Resource {
+    pub service: String,
+    pub resource: v1::Resource,
+    pub schema_url: String,
+}
+
+/// What made spans in a process: a library.
+pub(super) struct Scope {
+    pub scope: InstrumentationScope,
+    pub schema_url: String,
+}
+
+/// What the spans of a request share. Its memory is counted once, for as long as one of them is stored.
+pub(super) struct Shared<T> {
+    value: T,
+    bytes: usize,
+    /// How many stored spans have it. An `Arc`'s own count has the readers, too.
+    spans: AtomicUsize,
+}
+
+/// Items of a request (spans, data points or log records) that were not stored.
+#[derive(Debug, Default)]
+pub struct Rejected {
+    /// How many.
+    pub count: u64,
+    /// Why the first was not.
+    pub reason: &'static str,
+}
+
+impl StoredSpan {
+    /// Nanoseconds; none if the clock went backwards.
+    pub fn duration(&self) -> u64 {
+        self.end.saturating_sub(self.start)
+    }
+
+    pub fn service(&self) -> &str {
+        &self.resource.service
+    }
+
+    pub fn decoded(&self) -> DecodedSpan<'_> {
+        // It was encoded here, from what was decoded: it is well-formed, and no deeper than allowed.
+        DecodedSpan { stored: self, span: Span::decode(&self.encoded[..]).unwrap_or_default() }
+    }
+}
+
+impl Rejected {
+    pub(crate) fn add(&mut self, reason: &'static str) {
+        if self.count == 0 {
+            self.reason = reason;
+        }
+        self.count += 1;
+    }
+}
+
+impl<T> Shared<T> {
+    fn new(value: T, owned: usize) -> Arc<Self> {
+        let bytes = size_of::<Self>() + 16 + owned;
+        Arc::new(Self { value, bytes, spans: AtomicUsize::new(0) })
+    }
+
+    /// One more stored span has it: the bytes to add. Called under the store's lock, as its opposite.
+    pub fn acquire(&self) -> usize {
+        if self.spans.fetch_add(1, Relaxed) == 0 { self.bytes } else { 0 }
+    }
+
+    /// One stored span less has it: the bytes to subtract.
+    pub fn release(&self) -> usize {
+        if self.spans.fetch_sub(1, Relaxed) == 1 { self.bytes } else { 0 }
+    }
+}
+
+impl<T> Deref for Shared<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+/// The valid spans of a request, each with the id of its trace.
+pub(super) fn stored_spans(
+    request: ExportTraceServiceRequest,
+    rejected: &mut Rejected,
+) -> Vec<(TraceId, StoredSpan)> {
+    let mut stored = Vec::new();
+    for resource_spans in request.resource_spans {
+        let resource = resource_spans.resource.unwrap_or_default();
+        let service = service_name(&resource);
+        let bytes =
+            size::block(service.len()) + size::of_resource(&resource) + resource_spans.schema_url.capacity();
+        let resource =
+            Shared::new(Resource { service, resource, schema_url: resource_spans.schema_url }, bytes);
+        for scope_spans in resource_spans.scope_spans {
+            let scope = scope_spans.scope.unwrap_or_default();
+            let bytes = size::of_scope(&scope) + scope_spans.schema_url.capacity();
+            let is_too_large = resource.bytes > MAX_ORIGIN_BYTES
+                || bytes > MAX_ORIGIN_BYTES
+                || scope.name.len() + scope.version.len() > MAX_SCOPE_NAME_BYTES;
+            let scope = Shared::new(Scope { scope, schema_url: scope_spans.schema_url }, bytes);
+            for span in scope_spans.spans {
+                let (Some(trace_id), Some(id)) =
+                    (TraceId::from_bytes(&span.trace_id), SpanId::from_bytes(&span.span_id))
+                else {
+                    rejected.add("its trace id or span id is invalid");
+                    continue;
+                };
+                if is_too_large {
+                    rejected.add("its resource or its scope is too large");
+                    continue;
+                }
+                let parent = SpanId::from_bytes(&span.parent_span_id);
+                // Zeros say "none" as emptiness does; anything else that is no id is a mistake.
+                if parent.is_none() && span.parent_span_id.iter().any(|byte| *byte != 0) {
+                    rejected.add("its parent span id is invalid");
+                    continue;
+                }
+                let encoded = span.encode_to_vec().into_boxed_slice();
+                let span = StoredSpan {
+                    id,
+                    parent,
+                    kind: span.kind(),
+                    is_error: span.status.as_ref().is_some_and(|status| status.code() == StatusCode::Error),
+                    start: span.start_time_unix_nano,
+                    end: span.end_time_unix_nano,
+                    resource: Arc::clone(&resource),
+                    scope: Arc::clone(&scope),
+                    bytes: SPAN_BYTES + size::block(encoded.len()) + size::block(span.name.len()),
+                    name: span.name.into_boxed_str(),
+                    encoded,
+                };
+                stored.push((trace_id, span));
+            }
+        }
+    }
+    stored
+}
+
+fn service_name(resource: &v1::Resource) -> String {
+    let attribute = resource.attributes.iter().find(|attribute| attribute.key == "service.name");
+    match attribute.and_then(|attribute| attribute.value.as_ref()) {
+        Some(AnyValue { value: Some(Value::StringValue(name)) }) if !name.is_empty() => name.clone(),
+        _ => NO_SERVICE_NAME.to_owned(),
+    }
+}

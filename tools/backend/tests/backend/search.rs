@@ -1,0 +1,230 @@
+//! Every parameter of a search by Jaeger's query API, of both generations, and what it refuses.
+
+use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, numbers, refusal, span, text, trace_id};
+use anyhow::Result;
+use loopback::client::Answer;
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::ExportTraceServiceRequest,
+    common::v1::any_value::Value,
+    trace::v1::{
+        Span, Status,
+        span::{Event, SpanKind},
+        status::StatusCode,
+    },
+};
+use serde_json::json;
+use std::collections::BTreeSet;
+
+/// Three traces of `shop`, a second apart, and one of `bank`; each is named by its number.
+async fn searchable() -> Result<Fixture> {
+    let fixture = Fixture::start().await?;
+    let second = 1000 * MILLISECOND;
+    let at = |trace: u64, duration: u64, name: &str| Span {
+        start_time_unix_nano: NOON + trace * second,
+        end_time_unix_nano: NOON + trace * second + duration,
+        ..span(trace.into(), 1, 0, name)
+    };
+    fixture
+        .export(
+            "shop",
+            [
+                Span {
+                    attributes: vec![
+                        text("user", "ann"),
+                        attribute("n", Value::IntValue(3)),
+                        text("url", "a:b"),
+                    ],
+                    ..at(1, MILLISECOND, "buy")
+                },
+                Span {
+                    attributes: vec![text("user", "bob"), attribute("n", Value::IntValue(3))],
+                    status: Some(Status { code: StatusCode::Error.into(), message: String::new() }),
+                    ..at(2, 20 * MILLISECOND, "buy")
+                },
+                Span {
+                    kind: SpanKind::Server.into(),
+                    attributes: vec![attribute("ratio", Value::DoubleValue(0.5))],
+                    events: vec![Event { name: "cache miss".into(), ..Event::default() }],
+                    ..at(3, 300 * MILLISECOND, "look")
+                },
+            ],
+        )
+        .await?;
+    let bank =
+        [Span { span_id: vec![2; 8], attributes: vec![text("user", "eve")], ..at(1, MILLISECOND, "pay") }];
+    fixture.export("bank", bank).await?;
+    Ok(fixture)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_finds_the_latest_traces_with_a_span_that_fulfils_everything() -> Result<()> {
+    let fixture = searchable().await?;
+    // Microseconds of the traces' starts.
+    let (one, two, three) = (1_769_860_801_000_000_u64, 1_769_860_802_000_000_u64, 1_769_860_803_000_000_u64);
+    for (query, expected) in [
+        ("service=shop", &[3, 2, 1][..]),
+        ("service=bank", &[1]),
+        ("service=nobody", &[]),
+        ("service=shop&limit=2", &[3, 2]),
+        ("service=shop&limit=4000000000", &[3, 2, 1]),
+        ("service=shop&operation=buy", &[2, 1]),
+        ("service=shop&operation=buy&limit=1", &[2]),
+        ("service=shop&operation=pay", &[]),
+        ("service=shop&tags=%7B%22user%22%3A%22ann%22%7D", &[1]),
+        // Of another span of the same trace.
+        ("service=shop&tags=%7B%22user%22%3A%22eve%22%7D", &[]),
+        ("service=shop&tags=%7B%22n%22%3A%223%22%7D", &[2, 1]),
+        ("service=shop&tags=%7B%22n%22%3A%223%22%2C%22user%22%3A%22bob%22%7D", &[2]),
+        ("service=shop&tags=%7B%7D", &[3, 2, 1]),
+        ("service=shop&tags=", &[3, 2, 1]),
+        ("service=shop&tag=user:ann", &[1]),
+        ("service=shop&tag=n:3&tag=user:bob", &[2]),
+        ("service=shop&tag=url:a:b", &[1]),
+        ("service=shop&tag=ratio:0.50", &[3]),
+        ("service=shop&tag=error:true", &[2]),
+        ("service=shop&tag=error:false", &[]),
+        ("service=shop&tag=otel.status_code:ERROR", &[2]),
+        ("service=shop&tag=span.kind:server", &[3]),
+        ("service=shop&tag=otel.scope.name:library", &[3, 2, 1]),
+        ("service=shop&tag=event:cache+miss", &[3]),
+        ("service=shop&minDuration=20ms", &[3, 2]),
+        ("service=shop&minDuration=20.001ms", &[3]),
+        ("service=shop&maxDuration=20ms", &[2, 1]),
+        ("service=shop&minDuration=2ms&maxDuration=0.1s", &[2]),
+        ("service=shop&minDuration=1h", &[]),
+        (&format!("service=shop&start={two}"), &[3, 2]),
+        (&format!("service=shop&end={two}"), &[2, 1]),
+        (&format!("service=shop&start={two}&end={two}"), &[2]),
+        (&format!("service=shop&start={three}&end={one}"), &[]),
+        (&format!("service=shop&end={three}&lookback=1s"), &[3, 2]),
+        (&format!("service=shop&end={three}&lookback=2d"), &[3, 2, 1]),
+        (&format!("service=shop&end={three}&lookback=custom"), &[3, 2, 1]),
+        (&format!("service=shop&start={one}&end={three}&lookback=1s"), &[3, 2, 1]),
+        ("traceID=2&traceID=1", &[1, 2]),
+        ("traceID=2&service=bank&operation=nothing", &[2]),
+    ] {
+        let answer = fixture.get(&format!("/api/traces?{query}")).await?;
+        assert_eq!(numbers(&answer), expected, "{query}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_by_the_third_api_finds_the_same() -> Result<()> {
+    let fixture = searchable().await?;
+    let shop = "query.serviceName=shop";
+    assert_eq!(
+        traces_of(&fixture.get("/api/v3/traces?query.service_name=shop").await?),
+        [1, 2, 3].into_iter().collect()
+    );
+    for (query, older, expected) in [
+        ("query.searchDepth=1", "query.search_depth=1", &[3][..]),
+        ("query.operationName=buy", "query.operation_name=buy", &[2, 1]),
+        ("query.durationMin=20ms", "query.duration_min=20ms", &[3, 2]),
+        ("query.durationMax=20ms", "query.duration_max=20ms", &[2, 1]),
+    ] {
+        for query in [query, older] {
+            let answer = fixture.get(&format!("/api/v3/traces?{shop}&{query}")).await?;
+            assert_eq!(traces_of(&answer), expected.iter().copied().collect(), "{query}");
+        }
+    }
+    for (query, expected) in [
+        ("query.startTimeMin=2026-01-31T12:00:02Z", &[3, 2][..]),
+        ("query.start_time_min=2026-01-31T12:00:02.000000000Z", &[3, 2]),
+        ("query.startTimeMin=2026-01-31T14:00:02%2B02:00", &[3, 2]),
+        ("query.startTimeMax=2026-01-31T12:00:01.999999999Z", &[1]),
+        ("query.start_time_min=2026-01-31T12:00:02Z&query.start_time_max=2026-01-31T12:00:02Z", &[2]),
+        ("query.num_traces=2", &[3, 2]),
+        // Unlike the first API, it does not ask for a service.
+        ("query.attributes=%7B%22user%22%3A%22eve%22%7D", &[1]),
+    ] {
+        let answer = fixture.get(&format!("/api/v3/traces?{query}")).await?;
+        assert_eq!(traces_of(&answer), expected.iter().copied().collect(), "{query}");
+    }
+    Ok(())
+}
+
+/// The numbers of the traces in an answer of the third API.
+fn traces_of(answer: &Answer) -> BTreeSet<u128> {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let result = answer.json()["result"].take();
+    let request: ExportTraceServiceRequest = serde_json::from_value(result).expect("OTLP");
+    let scopes = request.resource_spans.into_iter().flat_map(|part| part.scope_spans);
+    let spans = scopes.flat_map(|scope| scope.spans);
+    spans.map(|span| u128::from_be_bytes(span.trace_id.try_into().expect("16 bytes"))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
+    let fixture = searchable().await?;
+    assert_answer(&fixture.get("/api/traces/f00").await?, 404, &refusal(404, "trace not found"));
+    let digits = "a trace id has 1 to 32 hexadecimal digits";
+    for id in ["xyz", "-1", "%20", "%ff", &"1".repeat(33)] {
+        let answer = fixture.get(&format!("/api/traces/{id}")).await?;
+        assert_eq!(answer.status, 400, "{id}");
+    }
+    assert_answer(&fixture.get("/api/traces/xyz").await?, 400, &refusal(400, digits));
+    assert_answer(&fixture.get("/api/nothing/there").await?, 404, &refusal(404, "there is no such API"));
+
+    // Some of those asked for by id: those that there are, and an error for each that is not.
+    let answer = fixture.get("/api/traces?traceID=1&traceID=f00").await?;
+    assert_eq!(numbers(&answer), [1]);
+    let errors = json!([{ "msg": "trace not found", "traceID": trace_id(0xf00) }]);
+    assert_eq!(answer.json()["errors"], errors);
+
+    for (query, why) in [
+        ("", "parameter 'service' is required"),
+        ("service=", "parameter 'service' is required"),
+        ("traceID=g", "cannot parse traceID param: a trace id has 1 to 32 hexadecimal digits"),
+        ("service=shop&limit=0", "unable to parse param 'limit': a number above zero is wanted"),
+        ("service=shop&limit=-1", "unable to parse param 'limit': a number above zero is wanted"),
+        ("service=shop&limit=x", "unable to parse param 'limit': a number above zero is wanted"),
+        ("service=shop&start=yesterday", "unable to parse param 'start': 'yesterday' is not a number"),
+        (
+            "service=shop&start=99999999999999999999",
+            "unable to parse param 'start': '99999999999999999999' is not a number",
+        ),
+        ("service=shop&end=-1", "unable to parse param 'end': '-1' is not a number"),
+        (
+            "service=shop&minDuration=5",
+            "unable to parse param 'minDuration': '5' is not a duration such as 1.5s or 100ms",
+        ),
+        (
+            "service=shop&maxDuration=-5s",
+            "unable to parse param 'maxDuration': '-5s' is not a duration such as 1.5s or 100ms",
+        ),
+        ("service=shop&minDuration=2s&maxDuration=1s", "'maxDuration' should be greater than 'minDuration'"),
+        ("service=shop&tag=user", "malformed 'tag' parameter, expecting key:value, received: user"),
+        (
+            "service=shop&tags=%7B",
+            "malformed 'tags' parameter, cannot unmarshal JSON: EOF while parsing an object at line 1 column 1",
+        ),
+    ] {
+        assert_answer(&fixture.get(&format!("/api/traces?{query}")).await?, 400, &refusal(400, why));
+    }
+    for path in [
+        "/api/operations",
+        "/api/dependencies?endTs=x",
+        "/api/dependencies?lookback=1h",
+        "/api/recent?traceID=x",
+    ] {
+        assert_eq!(fixture.get(path).await?.status, 400, "{path}");
+    }
+
+    let error = |code: u16, message: &str| json!({ "error": { "httpCode": code, "message": message } });
+    for (path, code, message) in [
+        ("traces/f00", 404, "No traces found"),
+        ("traces?query.serviceName=nobody", 404, "No traces found"),
+        ("nothing", 404, "there is no such API"),
+        ("traces/x", 400, "malformed parameter trace_id: a trace id has 1 to 32 hexadecimal digits"),
+        ("operations", 400, "parameter 'service' is required"),
+        (
+            "traces?query.startTimeMin=noon",
+            400,
+            "unable to parse param 'query.startTimeMin': 'noon' is not a time such as 2026-01-31T12:00:00.5Z",
+        ),
+    ] {
+        assert_answer(&fixture.get(&format!("/api/v3/{path}")).await?, code, &error(code, message));
+    }
+    Ok(())
+}

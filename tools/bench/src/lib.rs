@@ -1,0 +1,277 @@
+//! What traces, metrics and logs cost: the three services as processes, a real broker, a collector that only
+//! counts, and a load generator, all on this machine.
+//!
+//! Each round starts every variant afresh. Then they take turns of a few seconds under the same load, in an
+//! order that chance decides, while the others are idle; a lap is one turn of each. What two variants cost is
+//! compared within a lap, so a machine, and a disk most of all, that is slower for a while is slower for all;
+//! and there are enough laps to say how far a figure can be trusted. The last variant is the first one again:
+//! how far its ratios are from 1 is what the method cannot tell apart.
+//!
+//! - `running`: a variant while it runs; `sink`: its collector; `load`: the load generator
+//! - [`mod@broker`]: is the embedded broker as fast as RabbitMQ?
+//! - [`mod@backend`]: how many spans does the embedded trace backend take?
+
+pub mod backend;
+pub mod broker;
+mod load;
+mod running;
+mod sink;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use harness::rabbitmq::Node;
+use load::{Load, Report};
+use running::{Costs, Place, Running};
+use std::{fmt, fs, path::Path, time::Duration};
+use tempfile::TempDir;
+
+/// How to measure.
+#[derive(Args)]
+pub struct Options {
+    /// Logins a second in the paced part.
+    #[arg(long, default_value_t = 2000)]
+    rate: u32,
+    /// Connections in the closed loop.
+    #[arg(long, default_value_t = 32)]
+    connections: usize,
+    /// Rounds; each starts every variant afresh.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Laps in a round; in each, every variant has a turn.
+    #[arg(long, default_value_t = 8)]
+    laps: usize,
+    /// Seconds of a turn.
+    #[arg(long, default_value_t = 2)]
+    seconds: u64,
+    /// Keep all that the broker and the services write in memory (/dev/shm), with a RabbitMQ of its own: how
+    /// long a disk takes to sync varies more than what is measured here.
+    #[arg(long)]
+    in_memory: bool,
+    /// Only this part: paced or closed.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+/// A file system that is no disk.
+const MEMORY: &str = "/dev/shm";
+
+/// A way to run the services, by the variables that make it. Every variant writes the same lines to standard
+/// error, two for each login.
+struct Variant {
+    name: &'static str,
+    variables: &'static [(&'static str, &'static str)],
+    /// Spans that one login leaves.
+    spans: u64,
+    /// Log records that one login leaves. Where there are some, metrics are exported as well.
+    records: u64,
+    /// Whether the collector answers.
+    has_collector: bool,
+}
+
+const DISABLED: Variant = Variant {
+    name: "SDK disabled",
+    variables: &[("OTEL_SDK_DISABLED", "true")],
+    spans: 0,
+    records: 0,
+    has_collector: true,
+};
+
+const ALL_SIGNALS: Variant = Variant {
+    name: "traces + metrics + logs",
+    variables: &[
+        ("OTEL_METRICS_EXPORTER", "otlp"),
+        // One export in each turn: far more often than the default, a minute.
+        ("OTEL_METRIC_EXPORT_INTERVAL", "2000"),
+        ("OTEL_LOGS_EXPORTER", "otlp"),
+    ],
+    spans: 6,
+    records: 2,
+    has_collector: true,
+};
+
+/// The first is what the others are compared with.
+const VARIANTS: [Variant; 6] = [
+    DISABLED,
+    Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
+    Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
+    ALL_SIGNALS,
+    // It takes connections and never answers, which is the worst that a collector can do.
+    Variant { name: "silent sink, all three", has_collector: false, ..ALL_SIGNALS },
+    Variant { name: "disabled again", ..DISABLED },
+];
+
+/// One value for each variant.
+type ByVariant<T> = [T; VARIANTS.len()];
+
+/// What the rounds of one load gave.
+#[derive(Default)]
+struct Measured {
+    laps: Vec<ByVariant<Report>>,
+    rounds: Vec<ByVariant<Costs>>,
+}
+
+/// Measures, and prints tables.
+///
+/// # Errors
+/// If something doesn't start, or a login fails.
+pub async fn run(options: Options) -> Result<()> {
+    let node = match options.in_memory {
+        true => Some(Node::start_in(Path::new(MEMORY)).await?),
+        false => None,
+    };
+    let place = match &node {
+        Some(node) => Place { directory: TempDir::new_in(MEMORY)?, amqp_url: Some(node.url()) },
+        None => Place { directory: TempDir::new()?, amqp_url: None },
+    };
+    let paced = Load { rate: Some(options.rate), connections: 64, seconds: options.seconds };
+    let closed = Load { rate: None, connections: options.connections, seconds: options.seconds };
+    for (name, load) in [("paced", paced), ("closed", closed)] {
+        if options.only.as_deref().is_some_and(|only| only != name) {
+            continue;
+        }
+        let mut measured = Measured::default();
+        for round in 1..=options.rounds {
+            print(&format!("\r{name}: round {round} of {}", options.rounds));
+            round_of(&load, options.laps, &place, &mut measured).await?;
+        }
+        let title = match load.rate {
+            Some(rate) => format!("{rate} logins/s"),
+            None => format!("closed loop, {} connections", load.connections),
+        };
+        let Options { rounds, laps, seconds, .. } = options;
+        print(&format!("\r{title}, medians of {rounds} rounds of {laps} laps, turns of {seconds} s\n"));
+        print_table(&measured);
+    }
+    Ok(())
+}
+
+async fn round_of(load: &Load, laps: usize, place: &Place, measured: &mut Measured) -> Result<()> {
+    let mut running = Vec::new();
+    for variant in &VARIANTS {
+        running.push(Running::start(variant, load, place).await?);
+    }
+    for _ in 0..laps {
+        let mut order: Vec<usize> = (0..VARIANTS.len()).collect();
+        fastrand::shuffle(&mut order);
+        let mut lap = ByVariant::<Report>::default();
+        for i in order {
+            lap[i] = running[i].turn(load).await?;
+        }
+        measured.laps.push(lap);
+    }
+    let mut costs = ByVariant::<Costs>::default();
+    for (costs, running) in costs.iter_mut().zip(running) {
+        *costs = running.stop().await?;
+    }
+    measured.rounds.push(costs);
+    Ok(())
+}
+
+/// The medians, then how they compare with the first variant's.
+fn print_table(Measured { laps, rounds }: &Measured) {
+    let over_laps = |i: usize, value: fn(&Report) -> f64| median(laps.iter().map(|lap| value(&lap[i])));
+    let over_rounds =
+        |i: usize, value: fn(&Costs) -> f64| median(rounds.iter().map(|round| value(&round[i])));
+
+    print(&format!(
+        "{:<24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}{:>11}\n",
+        "", "logins/s", "p50 ms", "p99 ms", "CPU us", "RSS MB", "spans lost", "logs lost"
+    ));
+    for (i, variant) in VARIANTS.iter().enumerate() {
+        print(&format!(
+            "{:<24}{:>10.0}{:>10.2}{:>10.2}{:>10.0}{:>10.1}{:>12.0}{:>11.0}\n",
+            variant.name,
+            over_laps(i, Report::throughput),
+            over_laps(i, |report| milliseconds(report.latency(0.50))),
+            over_laps(i, |report| milliseconds(report.latency(0.99))),
+            over_rounds(i, |costs| costs.cpu_per_login.as_secs_f64() * 1e6),
+            over_rounds(i, |costs| costs.resident),
+            over_rounds(i, |costs| costs.dropped as f64),
+            over_rounds(i, |costs| costs.lost_records as f64),
+        ));
+    }
+    print(&format!(
+        "\nas a multiple of {}\n{:<24}{:>22}{:>22}{:>22}{:>22}\n",
+        VARIANTS[0].name, "(of this, 95 % sure)", "logins/s", "p50", "p99", "CPU"
+    ));
+    for (i, variant) in VARIANTS.iter().enumerate().skip(1) {
+        let of_laps =
+            |value: fn(&Report) -> f64| Ratio::of(laps.iter().map(|lap| value(&lap[i]) / value(&lap[0])));
+        let cpu = rounds.iter().map(|round| round[i].cpu_per_login.div_duration_f64(round[0].cpu_per_login));
+        print(&format!(
+            "{:<24}{:>22}{:>22}{:>22}{:>22}\n",
+            variant.name,
+            of_laps(Report::throughput),
+            of_laps(|report| milliseconds(report.latency(0.50))),
+            of_laps(|report| milliseconds(report.latency(0.99))),
+            Ratio::of(cpu),
+        ));
+    }
+    print("\n");
+}
+
+/// A median, and between which bounds it would be, 95 times of 100, if all were measured again.
+struct Ratio {
+    median: f64,
+    low: f64,
+    high: f64,
+}
+
+impl Ratio {
+    /// The bounds are order statistics, so nothing is assumed of how the values are spread.
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let count = values.len() as f64;
+        let low = ((count - 1.96 * count.sqrt()) / 2.0).max(0.0) as usize;
+        let (low, high) = (values[low], values[values.len() - 1 - low]);
+        Self { median: median(values.into_iter()), low, high }
+    }
+}
+
+impl fmt::Display for Ratio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { median, low, high } = self;
+        f.pad(&format!("{median:.3} ({low:.3}-{high:.3})"))
+    }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// User and system time of these processes so far, from `/proc/{pid}/stat`.
+fn cpu_time(processes: impl IntoIterator<Item = u32>) -> Result<Duration> {
+    const TICKS_PER_SECOND: u64 = 100;
+
+    let mut ticks = 0;
+    for process in processes {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
+        // The name in parentheses may have spaces; user and system time are fields 14 and 15.
+        let (_, fields) = stat.rsplit_once(')').context("stat")?;
+        let fields: Vec<&str> = fields.split_whitespace().collect();
+        ticks += fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+    }
+    Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
+}
+
+/// Megabytes of memory that a process has now, from `/proc/{pid}/status`.
+fn resident(process: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;
+    Ok(line.split_whitespace().nth(1).context("kB")?.parse::<f64>()? / 1024.0)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+}
+
+#[expect(clippy::print_stdout, reason = "the table is what this tool is for")]
+fn print(text: &str) {
+    use std::io::Write;
+    print!("{text}");
+    let _ = std::io::stdout().flush();
+}

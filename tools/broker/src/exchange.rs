@@ -1,0 +1,169 @@
+//! An exchange: its bindings, and which of them a routing key goes by.
+
+use super::{
+    exception::{Exception, Outcome},
+    memory::Held,
+    virtual_host::QueueId,
+};
+use amq_protocol::types::ShortString;
+
+/// How an exchange routes (specification, section 3.1.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The binding's key is the routing key.
+    Direct,
+    /// Every binding.
+    Fanout,
+    /// The binding's key is a pattern of words.
+    Topic,
+}
+
+impl Kind {
+    /// Reads the type of a declaration.
+    pub fn parse(name: &str) -> Outcome<Self> {
+        match name {
+            "direct" => Ok(Self::Direct),
+            "fanout" => Ok(Self::Fanout),
+            "topic" => Ok(Self::Topic),
+            "headers" => Err(Exception::not_implemented("headers exchanges")),
+            _ => Err(Exception::command_invalid(format!("unknown exchange type '{name}'"))),
+        }
+    }
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Fanout => "fanout",
+            Self::Topic => "topic",
+        }
+    }
+}
+
+/// An exchange. The default exchange is none of these: it has no bindings of its own.
+#[derive(Debug)]
+pub struct Exchange {
+    /// How it routes.
+    pub kind: Kind,
+    /// Survives [`Broker::crash`](super::Broker::crash), though not the process.
+    pub durable: bool,
+    /// Goes with its last binding.
+    pub auto_delete: bool,
+    /// Not for clients to publish to.
+    pub internal: bool,
+    /// In the order in which they were made.
+    pub bindings: Vec<Binding>,
+    /// What it takes of the broker's memory.
+    pub _held: Held,
+}
+
+/// From an exchange to a queue. Its arguments are not kept: only headers exchanges look at them.
+#[derive(Debug)]
+pub struct Binding {
+    /// To where.
+    pub queue: QueueId,
+    /// The routing key, or the pattern.
+    pub key: ShortString,
+    /// What it takes of the broker's memory.
+    pub _held: Held,
+}
+
+impl Exchange {
+    /// The queues that a message with this routing key goes to, each once.
+    pub fn route(&self, routing_key: &str) -> Vec<QueueId> {
+        let mut queues: Vec<QueueId> = Vec::new();
+        for binding in &self.bindings {
+            let matches = match self.kind {
+                Kind::Direct => binding.key.as_str() == routing_key,
+                Kind::Fanout => true,
+                Kind::Topic => matches(binding.key.as_str(), routing_key),
+            };
+            if matches {
+                queues.push(binding.queue);
+            }
+        }
+        if queues.len() > 1 {
+            queues.sort_unstable();
+            queues.dedup();
+        }
+        queues
+    }
+}
+
+/// Whether a topic's pattern takes a routing key, both words with dots between them: `*` is any word, `#`
+/// any number of words. Goes back to the last `#` only, which suffices, so no pattern takes long.
+fn matches(pattern: &str, routing_key: &str) -> bool {
+    let pattern: Vec<&str> = pattern.split('.').collect();
+    // The empty key has no word, not an empty one.
+    let words: Vec<&str> = routing_key.split('.').filter(|_| !routing_key.is_empty()).collect();
+    let (mut at, mut word) = (0, 0);
+    let mut last_hash = None;
+    while word < words.len() {
+        match pattern.get(at) {
+            Some(&"#") => {
+                last_hash = Some((at, word));
+                at += 1;
+            }
+            Some(&expected) if expected == "*" || expected == words[word] => {
+                at += 1;
+                word += 1;
+            }
+            _ => match last_hash {
+                Some((hash, taken)) => {
+                    last_hash = Some((hash, taken + 1));
+                    (at, word) = (hash + 1, taken + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[at..].iter().all(|part| *part == "#") || (pattern == [""] && words.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+    use std::time::Instant;
+
+    #[test]
+    fn a_pattern_takes_the_keys_that_it_describes_and_no_others() {
+        for (pattern, key, expected) in [
+            ("a.b", "a.b", true),
+            ("a.b", "a.b.c", false),
+            ("a.*", "a.b", true),
+            ("a.*", "a", false),
+            ("a.*", "a.b.c", false),
+            ("*", "", false),
+            ("", "", true),
+            ("", "a", false),
+            ("#", "", true),
+            ("#", "a.b.c", true),
+            ("a.#", "a", true),
+            ("a.#", "a.b.c", true),
+            ("a.#", "b", false),
+            ("#.c", "c", true),
+            ("#.c", "a.b.c", true),
+            ("#.c", "a.c.b", false),
+            ("a.#.c", "a.c", true),
+            ("a.#.c", "a.b.b.c", true),
+            ("a.#.*", "a", false),
+            ("#.#", "", true),
+            ("*.#.b", "a.a.b.b", true),
+            ("a..b", "a..b", true),
+            ("a.*.b", "a..b", true),
+            ("*.*", "a.b", true),
+            ("#.a.#.a.#", "a.b", false),
+            ("#.a.#.a.#", "b.a.b.a", true),
+        ] {
+            assert_eq!(matches(pattern, key), expected, "{pattern} {key}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_of_many_hashes_takes_no_longer_than_others() {
+        let start = Instant::now();
+        assert!(!matches(&format!("{}z", "#.a.".repeat(60)), &format!("{}b", "a.".repeat(120))));
+        // All ways through it would take years.
+        assert!(start.elapsed() < loopback::PATIENCE);
+    }
+}

@@ -1,0 +1,271 @@
+//! An AMQP 0-9-1 broker inside of this process: for a machine without RabbitMQ, and for tests that want a
+//! broker of their own. It is for development only: no message survives the process.
+//!
+//! It does what the services here, and ordinary clients, ask of RabbitMQ, in RabbitMQ's way; the same
+//! conformance checks run on both (`tests/broker_conformance/`). Whatever it does not do is answered
+//! with 540 NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate
+//! exchanges, the headers CC and BCC, priorities of messages and of consumers, single active consumers,
+//! direct reply-to, and queues that are not classic ones. There is one virtual host, `/`, and one user.
+//!
+//! Its memory is bounded. A client that does not read gets no further deliveries; while queues hold more
+//! than 256 MiB, connections that publish are not read, acknowledgements on them included, and are told so
+//! (`connection.blocked`), as in RabbitMQ.
+//!
+//! - `connection`: the socket; `handshake`: how it begins; `output`: what will be written
+//! - `frames`: bytes to frames and back; `exception`: what ends a channel or a connection
+//! - `virtual_host`: the state, behind one lock; `channel`: a client's part of it
+//! - `methods`: what clients ask for; `content`: messages, until they are complete
+//! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
+//! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
+//! - `outage`: how it is made to fail, for tests of its clients
+//! - [`raw`]: the frames of a client by hand
+
+mod arguments;
+mod channel;
+mod connection;
+mod content;
+mod definitions;
+mod delivery;
+mod exception;
+mod exchange;
+mod frames;
+mod handshake;
+mod memory;
+mod message;
+mod methods;
+mod outage;
+mod output;
+mod publishing;
+mod queue;
+pub mod raw;
+mod virtual_host;
+
+use anyhow::{Context, Result};
+use connection::{Shared, serve};
+use memory::Memory;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    runtime::{self, Runtime},
+    select,
+    sync::{Semaphore, watch},
+    time::{Instant, sleep, sleep_until},
+};
+
+const USER: &str = "guest";
+const PASSWORD: &str = "guest";
+
+/// What queues may hold before publishers have to wait, in bytes.
+const MEMORY: usize = 256 * 1024 * 1024;
+
+/// Connections at the same time; others are closed at once.
+const MAX_CONNECTIONS: usize = 1000;
+
+/// A broker. It stops when it is dropped, and its connections end.
+pub struct Broker {
+    address: SocketAddr,
+    shared: Shared,
+    /// Whether it serves; `outage` has it stop.
+    is_up: watch::Sender<bool>,
+    /// Its own: it is nobody's business that the runtime of a test is busy, or at its end.
+    runtime: Option<Runtime>,
+}
+
+impl Broker {
+    /// Listens on a free port of 127.0.0.1.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub async fn start() -> Result<Self> {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0))).await
+    }
+
+    /// Listens at this address.
+    ///
+    /// # Errors
+    /// If it is in use.
+    pub async fn start_at(address: SocketAddr) -> Result<Self> {
+        Self::start_with(address, MEMORY)
+    }
+
+    fn start_with(address: SocketAddr, memory: usize) -> Result<Self> {
+        let listener =
+            std::net::TcpListener::bind(address).with_context(|| format!("listening at {address}"))?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let runtime = runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("broker")
+            .enable_all()
+            .build()?;
+        let shared = Shared::new(Memory::new(memory));
+        runtime.spawn(run_clock(shared.clone()));
+        let is_up = watch::Sender::new(true);
+        let inside = runtime.enter();
+        runtime.spawn(accept(TcpListener::from_std(listener)?, shared.clone(), is_up.subscribe()));
+        drop(inside);
+        Ok(Self { address, shared, is_up, runtime: Some(runtime) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where it listens, and as whom to log in, as `AMQP_URL` has it.
+    pub fn url(&self) -> String {
+        format!("amqp://{USER}:{PASSWORD}@{}/%2f", self.address)
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Shared, is_up: watch::Receiver<bool>) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Most likely there are too many open files.
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        // While it is down its address stays its own: nobody else can take it.
+        if *is_up.borrow()
+            && let Ok(place) = Arc::clone(&room).try_acquire_owned()
+        {
+            let (shared, mut is_up) = (shared.clone(), is_up.clone());
+            tokio::spawn(async move {
+                select! {
+                    // How it ended is between the two of them: the peer was told, or is gone.
+                    _ = serve(stream, shared) => {}
+                    _ = is_up.wait_for(|is_up| !is_up) => {}
+                }
+                drop(place);
+            });
+        }
+    }
+}
+
+/// Ends what has had its time: messages and queues.
+async fn run_clock(shared: Shared) {
+    let earlier = shared.lock().clock();
+    loop {
+        let due = shared.lock().tick(Instant::now());
+        match due {
+            Some(due) if due <= Instant::now() => tokio::task::yield_now().await,
+            Some(due) => tokio::select! {
+                () = sleep_until(due) => {}
+                () = earlier.notified() => {}
+            },
+            None => earlier.notified().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::{
+        BasicProperties, Channel, Connection, ConnectionProperties,
+        options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+        types::FieldTable,
+    };
+    use tokio::time::timeout;
+
+    const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+    async fn connect(broker: &Broker) -> (Connection, Channel) {
+        let connection = Connection::connect(&broker.url(), ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        (connection, channel)
+    }
+
+    async fn publish(channel: &Channel, body: &[u8]) -> lapin::Result<lapin::PublisherConfirm> {
+        let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
+        channel.basic_publish("".into(), "q".into(), options, body, properties).await
+    }
+
+    #[tokio::test]
+    async fn who_publishes_waits_while_queues_hold_too_much() {
+        const MESSAGES: usize = 100;
+
+        let broker = Broker::start_with(ANY, 1024 * 1024).unwrap();
+        let ((_one, publisher), (_other, consumer)) = (connect(&broker).await, connect(&broker).await);
+        let options = QueueDeclareOptions::durable();
+        consumer.queue_declare("q".into(), options, FieldTable::default()).await.unwrap();
+        let body = vec![0; 100 * 1024];
+        let publishing = tokio::spawn({
+            let body = body.clone();
+            async move {
+                for _ in 0..MESSAGES {
+                    publish(&publisher, &body).await?.await?;
+                }
+                lapin::Result::Ok(())
+            }
+        });
+        let count = async || {
+            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+            consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
+        };
+        // Room for ten, and one that was under way.
+        let full = loopback::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
+        full.await.expect("ten messages");
+        for _ in 0..20 {
+            assert!(count().await <= 11);
+            sleep(Duration::from_millis(10)).await;
+        }
+        // Who does not publish is served.
+        for _ in 0..MESSAGES {
+            let got = loopback::poll(Duration::from_secs(10), async || {
+                consumer.basic_get("q".into(), BasicGetOptions { no_ack: true }).await.unwrap()
+            });
+            assert_eq!(got.await.expect("a message").data.len(), body.len());
+        }
+        timeout(loopback::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_publishes_in_an_alarm_is_told_and_told_again_when_it_is_over() {
+        let broker = Broker::start().await.unwrap();
+        let (connection, channel) = connect(&broker).await;
+        let blocked = async |expected| {
+            let told = loopback::poll(loopback::PATIENCE, async || {
+                (connection.status().blocked() == expected).then_some(())
+            });
+            told.await.expect("to be told");
+        };
+        broker.set_alarm(true);
+        assert!(!connection.status().blocked(), "it has not published yet");
+        let publishing = tokio::spawn(async move { publish(&channel, b"x").await?.await });
+        blocked(true).await;
+        broker.set_alarm(false);
+        blocked(false).await;
+        timeout(loopback::PATIENCE, publishing).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_in_use_is_an_error() {
+        let broker = Broker::start().await.unwrap();
+        let error = Broker::start_at(broker.address()).await.err().expect("an error");
+        assert!(format!("{error:#}").contains(&broker.address().to_string()), "{error:#}");
+    }
+
+    #[tokio::test]
+    async fn with_the_broker_its_connections_end_and_its_address_is_free() {
+        let broker = Broker::start().await.unwrap();
+        let (connection, _channel) = connect(&broker).await;
+        let address = broker.address();
+        drop(broker);
+        let ended =
+            loopback::poll(loopback::PATIENCE, async || (!connection.status().connected()).then_some(()));
+        assert!(ended.await.is_some());
+        let again = loopback::poll(loopback::PATIENCE, async || Broker::start_at(address).await.ok());
+        connect(&again.await.expect("the address is free")).await;
+    }
+}

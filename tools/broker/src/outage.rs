@@ -1,0 +1,89 @@
+//! How the broker is made to fail, for tests of its clients: it goes down and comes back, and it raises the
+//! alarm that makes RabbitMQ take no more messages.
+
+use super::{Broker, message::Message, virtual_host::VirtualHost};
+use loopback::poll;
+use std::time::Duration;
+
+impl Broker {
+    /// Goes down, as in a crash: connections end without a word, and whoever connects is hung up on. What
+    /// RabbitMQ would find again on its disk stays: durable exchanges and queues, with the persistent
+    /// messages in them. What was not acknowledged is back in its queue.
+    pub async fn crash(&self) {
+        /// Tasks of this process end at once, unless the machine is busy.
+        const PATIENCE: Duration = Duration::from_secs(10);
+
+        self.is_up.send_replace(false);
+        poll(PATIENCE, async || self.shared.lock().peers.is_empty().then_some(())).await;
+        self.shared.lock().lose_what_is_transient();
+    }
+
+    /// Comes back.
+    pub fn restart(&self) {
+        self.is_up.send_replace(true);
+    }
+
+    /// Raises or clears an alarm: as when its memory is short, clients that publish are told so
+    /// (`connection.blocked`) and not read.
+    pub fn set_alarm(&self, on: bool) {
+        self.shared.memory.set_alarm(on);
+    }
+}
+
+impl VirtualHost {
+    fn lose_what_is_transient(&mut self) {
+        let transient = self.queues.iter().filter(|(_, queue)| !queue.durable).map(|(id, _)| *id).collect();
+        self.delete_queues(&transient);
+        for queue in self.queues.values_mut() {
+            queue.retain(Message::is_persistent);
+        }
+        self.exchanges.retain(|_, exchange| exchange.durable);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::{
+        BasicProperties, Channel, Connection, ConnectionProperties,
+        options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+        types::FieldTable,
+    };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    async fn connect(broker: &Broker) -> (Connection, Channel) {
+        let connection = Connection::connect(&broker.url(), ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        channel
+            .queue_declare("q".into(), QueueDeclareOptions::durable(), FieldTable::default())
+            .await
+            .unwrap();
+        (connection, channel)
+    }
+
+    async fn publish(channel: &Channel, delivery_mode: u8) {
+        let properties = BasicProperties::default().with_delivery_mode(delivery_mode);
+        let options = BasicPublishOptions::default();
+        channel.basic_publish("".into(), "q".into(), options, b"", properties).await.unwrap().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_crash_ends_connections_and_leaves_what_is_durable() {
+        let broker = Broker::start().await.unwrap();
+        let (connection, channel) = connect(&broker).await;
+        publish(&channel, 1).await;
+        publish(&channel, 2).await;
+        broker.crash().await;
+        let ended = poll(PATIENCE, async || (!connection.status().connected()).then_some(())).await;
+        assert!(ended.is_some());
+        assert!(Connection::connect(&broker.url(), ConnectionProperties::default()).await.is_err());
+
+        broker.restart();
+        let (_connection, channel) = connect(&broker).await;
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = channel.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap();
+        assert_eq!(queue.message_count(), 1);
+    }
+}

@@ -1,0 +1,420 @@
+//! The embedded broker and hostile or broken clients: it tells each client its error or cuts it off, and no
+//! other client is harmed.
+
+use amq_protocol::{
+    frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame, parse_frame},
+    protocol::{AMQPClass, basic, channel, confirm, connection, exchange, queue},
+};
+use anyhow::{Context, Result, bail};
+use broker::Broker;
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
+    options::{
+        BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions,
+        QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use loopback::{PATIENCE, poll};
+use std::time::{Duration, Instant};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// A well-behaved client, connected at the same time as the hostile ones.
+struct Healthy {
+    _connection: Connection,
+    channel: Channel,
+}
+
+impl Healthy {
+    async fn connect(broker: &Broker) -> Result<Self> {
+        let connection = Connection::connect(&broker.url(), ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        declare(&channel, "healthy", &[]).await?;
+        Ok(Self { _connection: connection, channel })
+    }
+
+    /// Publishes and gets a message on the same connection as always.
+    async fn works(&self, after: &str) -> Result<()> {
+        let works = async {
+            publish(&self.channel, "", "healthy", after.as_bytes()).await?;
+            let got = self.channel.basic_get("healthy".into(), BasicGetOptions { no_ack: true }).await?;
+            assert_eq!(got.context("no message")?.data, after.as_bytes());
+            Ok(())
+        };
+        timeout(PATIENCE, works).await.with_context(|| format!("after {after}"))?
+    }
+}
+
+async fn declare(channel: &Channel, name: &str, arguments: &[(&str, AMQPValue)]) -> lapin::Result<u32> {
+    let mut table = FieldTable::default();
+    for (argument, value) in arguments {
+        table.insert((*argument).into(), value.clone());
+    }
+    let queue = channel.queue_declare(name.into(), QueueDeclareOptions::durable(), table).await?;
+    Ok(queue.message_count())
+}
+
+async fn publish(channel: &Channel, exchange: &str, key: &str, body: &[u8]) -> Result<()> {
+    let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
+    channel.basic_publish(exchange.into(), key.into(), options, body, properties).await?.await?;
+    Ok(())
+}
+
+fn encoded(frame: &AMQPFrame) -> Vec<u8> {
+    gen_frame(frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner().0
+}
+
+fn method(channel: u16, method: AMQPClass) -> Vec<u8> {
+    encoded(&AMQPFrame::Method(channel, method))
+}
+
+fn open_channel(number: u16) -> Vec<u8> {
+    method(number, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})))
+}
+
+fn begin_message(number: u16, body_size: u64) -> Vec<u8> {
+    let publish = basic::Publish { routing_key: "healthy".into(), ..Default::default() };
+    let header = AMQPContentHeader { class_id: 60, body_size, properties: BasicProperties::default() };
+    [
+        method(number, AMQPClass::Basic(basic::AMQPMethod::Publish(publish))),
+        encoded(&AMQPFrame::Header(number, header)),
+    ]
+    .concat()
+}
+
+/// The bytes that open a connection and a channel.
+fn introduction() -> Vec<u8> {
+    let start_ok = connection::StartOk {
+        mechanism: "PLAIN".into(),
+        response: "\0guest\0guest".into(),
+        locale: "en_US".into(),
+        ..Default::default()
+    };
+    let tune_ok = connection::TuneOk { channel_max: 2047, frame_max: 131_072, heartbeat: 0 };
+    let open = connection::Open { virtual_host: "/".into() };
+    [
+        b"AMQP\0\0\x09\x01".to_vec(),
+        method(0, AMQPClass::Connection(connection::AMQPMethod::StartOk(start_ok))),
+        method(0, AMQPClass::Connection(connection::AMQPMethod::TuneOk(tune_ok))),
+        method(0, AMQPClass::Connection(connection::AMQPMethod::Open(open))),
+        open_channel(1),
+    ]
+    .concat()
+}
+
+/// Connects, opens a channel, and sends `bytes`.
+async fn attack(broker: &Broker, bytes: &[u8]) -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(broker.address()).await?;
+    stream.write_all(&introduction()).await?;
+    // The write may fail, because the broker may have closed the socket by now.
+    let _ = stream.write_all(bytes).await;
+    Ok(stream)
+}
+
+/// Returns the code with which the broker closes the connection or a channel.
+async fn closed_with(stream: &mut TcpStream) -> Result<u16> {
+    let mut input = Vec::new();
+    loop {
+        while let Ok((rest, frame)) = parse_frame(&input[..]) {
+            match frame {
+                AMQPFrame::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+                    return Ok(close.reply_code);
+                }
+                AMQPFrame::Method(_, AMQPClass::Channel(channel::AMQPMethod::Close(close))) => {
+                    return Ok(close.reply_code);
+                }
+                _ => input = rest.to_vec(),
+            }
+        }
+        if timeout(PATIENCE, stream.read_buf(&mut input)).await?? == 0 {
+            bail!("closed without a word");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn random_frames_harm_nobody() -> Result<()> {
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    let seed = fastrand::u64(..);
+    let mut random = fastrand::Rng::with_seed(seed);
+    let start = Instant::now();
+    let mut attacks = 0;
+    while start.elapsed() < Duration::from_secs(5) || attacks < 200 {
+        let bytes: Vec<u8> = (0..random.usize(1..30)).flat_map(|_| frame(&mut random)).collect();
+        let mut stream = attack(&broker, &bytes).await?;
+        if random.bool() {
+            // Some clients read an answer before they disconnect.
+            let _ = timeout(Duration::from_millis(20), stream.read(&mut [0; 4096])).await;
+        }
+        drop(stream);
+        attacks += 1;
+        healthy.works(&format!("attack {attacks} of seed {seed}")).await?;
+    }
+    Ok(())
+}
+
+/// Makes a random frame: valid, almost valid, or garbage.
+fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
+    let number = random.u16(0..4);
+    let any =
+        |random: &mut fastrand::Rng| ["", "healthy", "a", "amq.topic", "amq.fanout"][random.usize(0..5)];
+    let mut bytes = match random.u32(0..16) {
+        0 => open_channel(number),
+        1 => method(number, AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close::default()))),
+        2 => method(number, AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {}))),
+        3 => {
+            let declare = queue::Declare {
+                queue: "a".into(),
+                durable: random.bool(),
+                exclusive: random.bool(),
+                auto_delete: random.bool(),
+                nowait: random.bool(),
+                ..Default::default()
+            };
+            method(number, AMQPClass::Queue(queue::AMQPMethod::Declare(declare)))
+        }
+        4 => {
+            let bind = queue::Bind {
+                queue: any(random).into(),
+                exchange: any(random).into(),
+                routing_key: "#".into(),
+                ..Default::default()
+            };
+            method(number, AMQPClass::Queue(queue::AMQPMethod::Bind(bind)))
+        }
+        5 => {
+            let declare = exchange::Declare {
+                exchange: any(random).into(),
+                kind: "topic".into(),
+                auto_delete: random.bool(),
+                ..Default::default()
+            };
+            method(number, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)))
+        }
+        6 => {
+            let consume = basic::Consume {
+                queue: "a".into(),
+                no_ack: random.bool(),
+                nowait: random.bool(),
+                ..Default::default()
+            };
+            method(number, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)))
+        }
+        7 => {
+            let get = basic::Get { queue: "a".into(), no_ack: random.bool() };
+            method(number, AMQPClass::Basic(basic::AMQPMethod::Get(get)))
+        }
+        8 => {
+            let nack = basic::Nack {
+                delivery_tag: random.u64(0..4),
+                multiple: random.bool(),
+                requeue: random.bool(),
+            };
+            method(number, AMQPClass::Basic(basic::AMQPMethod::Nack(nack)))
+        }
+        9 => method(number, AMQPClass::Basic(basic::AMQPMethod::Recover(basic::Recover { requeue: true }))),
+        10 => method(
+            number,
+            AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: random.bool() })),
+        ),
+        11 => {
+            let publish = basic::Publish {
+                exchange: any(random).into(),
+                routing_key: "a".into(),
+                mandatory: random.bool(),
+                immediate: false,
+            };
+            method(number, AMQPClass::Basic(basic::AMQPMethod::Publish(publish)))
+        }
+        12 => {
+            let body_size = [0, 1, 5, 20_000_000, u64::MAX][random.usize(0..5)];
+            let header = AMQPContentHeader {
+                class_id: random.u16(60..62),
+                body_size,
+                properties: BasicProperties::default().with_expiration("0".into()),
+            };
+            encoded(&AMQPFrame::Header(number, header))
+        }
+        13 => encoded(&AMQPFrame::Body(number, vec![0; random.usize(0..10)])),
+        14 => method(
+            number,
+            AMQPClass::Queue(queue::AMQPMethod::Delete(queue::Delete {
+                queue: "a".into(),
+                ..Default::default()
+            })),
+        ),
+        _ => (0..random.usize(0..50)).map(|_| random.u8(..)).collect(),
+    };
+    if random.u32(0..20) == 0 && !bytes.is_empty() {
+        let at = random.usize(0..bytes.len());
+        bytes[at] = random.u8(..);
+    }
+    if random.u32(0..20) == 0 {
+        bytes.truncate(random.usize(0..=bytes.len()));
+    }
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_as_deep_as_a_frame_is_refused() -> Result<()> {
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    let depth: u32 = 26_000;
+    // The frame has an empty routing key and so on, then a table with deeply nested arrays.
+    let mut payload = vec![0, 50, 0, 10, 0, 0, 0, 0];
+    payload.extend((depth * 5 + 2).to_be_bytes());
+    payload.extend([1, b'a']);
+    for level in 0..depth {
+        payload.push(b'A');
+        payload.extend(((depth - 1 - level) * 5).to_be_bytes());
+    }
+    let mut frame = vec![1, 0, 1];
+    frame.extend(u32::try_from(payload.len())?.to_be_bytes());
+    frame.extend(payload);
+    frame.push(0xce);
+    let mut stream = attack(&broker, &frame).await?;
+    assert_eq!(closed_with(&mut stream).await?, 502);
+    healthy.works("nested arrays").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_beyond_16_mebibytes_is_refused() -> Result<()> {
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    let mut stream = attack(&broker, &begin_message(1, 16 * 1024 * 1024 + 1)).await?;
+    assert_eq!(closed_with(&mut stream).await?, 406);
+    let largest = vec![7; 16 * 1024 * 1024];
+    declare(&healthy.channel, "large", &[]).await?;
+    publish(&healthy.channel, "", "large", &largest).await?;
+    let got = healthy.channel.basic_get("large".into(), BasicGetOptions { no_ack: true }).await?;
+    assert!(got.context("no message")?.data == largest);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_messages_that_are_begun_and_never_finished_end_the_connection() -> Result<()> {
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    let mut stream = attack(&broker, &[]).await?;
+    let part = vec![0; 131_064];
+    let begun = async {
+        for number in 2..10 {
+            stream.write_all(&open_channel(number)).await?;
+            stream.write_all(&begin_message(number, 16 * 1024 * 1024)).await?;
+            for _ in 0..60 {
+                stream.write_all(&encoded(&AMQPFrame::Body(number, part.clone()))).await?;
+            }
+        }
+        anyhow::Ok(())
+    };
+    // The broker refuses the message before it is complete, or afterwards.
+    let _ = timeout(PATIENCE, begun).await?;
+    assert_eq!(closed_with(&mut stream).await?, 506);
+    healthy.works("messages without an end").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
+    const MESSAGES: u32 = 800;
+
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    declare(&healthy.channel, "q", &[]).await?;
+    let consume = basic::Consume { queue: "q".into(), no_ack: true, ..Default::default() };
+    let mut stream =
+        attack(&broker, &method(1, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)))).await?;
+    let body = vec![0; 50_000];
+    for _ in 0..MESSAGES {
+        publish(&healthy.channel, "", "q", &body).await?;
+    }
+    // The messages that the consumer did not read wait in the queue: 40 MB, less the sockets' buffers.
+    let waiting = declare(&healthy.channel, "q", &[]).await?;
+    assert!(waiting > MESSAGES / 2, "{waiting}");
+    healthy.works("a consumer that does not read").await?;
+    // When the consumer reads, it gets the remaining messages.
+    let mut read = 0;
+    let mut buffer = vec![0; 1 << 20];
+    while read < MESSAGES as usize * body.len() {
+        match timeout(PATIENCE, stream.read(&mut buffer)).await?? {
+            0 => bail!("cut after {read} bytes"),
+            some => read += some,
+        }
+    }
+    // The byte count includes frame headers, so a message may still be on its way.
+    let none = poll(PATIENCE, async || (declare(&healthy.channel, "q", &[]).await.ok()? == 0).then_some(()));
+    none.await.context("messages are left")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_asks_and_does_not_read_is_not_read_either() -> Result<()> {
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    declare(&healthy.channel, "q", &[]).await?;
+    let mut stream = attack(&broker, &[]).await?;
+    let ask =
+        method(1, AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q".into(), no_ack: true })));
+    let many = ask.repeat(1000);
+    let mut sent = 0;
+    let stuck = async {
+        loop {
+            stream.write_all(&many).await?;
+            sent += many.len();
+            anyhow::ensure!(sent < 200_000_000, "it takes whatever comes");
+        }
+    };
+    let stuck: Result<Result<()>, _> = timeout(Duration::from_secs(2), stuck).await;
+    assert!(stuck.is_err(), "{stuck:?}");
+    healthy.works("a client that does not read").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_introduce_himself_is_cut() -> Result<()> {
+    let broker = Broker::start().await?;
+    let mut stream = TcpStream::connect(broker.address()).await?;
+    stream.write_all(b"AMQP").await?;
+    let mut answer = Vec::new();
+    timeout(PATIENCE, stream.read_to_end(&mut answer)).await??;
+    assert_eq!(answer, b"");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_that_multiply_leave_others_their_turn() -> Result<()> {
+    let broker = Broker::start().await?;
+    let healthy = Healthy::connect(&broker).await?;
+    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    healthy
+        .channel
+        .exchange_declare("all".into(), ExchangeKind::Fanout, options, FieldTable::default())
+        .await?;
+    // Each queue dead-letters every message to all queues at once, so the copies multiply without end.
+    for i in 0..16 {
+        let name = format!("q{i}");
+        let arguments = [
+            ("x-message-ttl", AMQPValue::LongInt(0)),
+            ("x-dead-letter-exchange", AMQPValue::LongString("all".into())),
+        ];
+        declare(&healthy.channel, &name, &arguments).await?;
+        let bind = QueueBindOptions::default();
+        healthy.channel.queue_bind(name.into(), "all".into(), "".into(), bind, FieldTable::default()).await?;
+    }
+    publish(&healthy.channel, "all", "", b"m").await?;
+    for _ in 0..3 {
+        healthy.works("dead letters").await?;
+    }
+    // Even when dead letters have filled the broker's memory, a client that publishes nothing can stop them.
+    let other = Healthy::connect(&broker).await?;
+    for i in 0..16 {
+        let deleted = other.channel.queue_delete(format!("q{i}").into(), Default::default());
+        timeout(PATIENCE, deleted).await??;
+    }
+    let settled = poll(PATIENCE, async || healthy.works("the end").await.is_ok().then_some(()));
+    assert!(settled.await.is_some());
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! How each fault is brought about and taken back.
+
+use super::{
+    faults::{Fault, Link, Step},
+    history::History,
+    ledger::Ledger,
+    load::Load,
+    poison::Poison,
+    system::{Service, System},
+};
+use anyhow::{Context, Result};
+use harness::{
+    poll,
+    proxy::{BASIC_ACK, Proxy, Side},
+};
+use lapin::{
+    Channel,
+    options::{QueueDeclareOptions, QueueDeleteOptions},
+    types::{FieldTable, ShortString},
+};
+use std::time::Duration;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep, timeout},
+};
+
+/// How long a trap waits for its frame, and a queue to get empty.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What faults are brought upon.
+pub struct Target<'a> {
+    pub system: &'a mut System,
+    pub load: &'a Load,
+    pub ledger: &'a Ledger,
+    pub history: &'a mut History,
+    pub poison: &'a mut Poison,
+}
+
+impl Target<'_> {
+    /// Brings a fault about and takes it back. Returns what was different from what was meant.
+    pub async fn inject(&mut self, step: &Step) -> Result<Option<&'static str>> {
+        match step.fault {
+            Fault::KillApi => self.restart(Service::Api).await?,
+            Fault::KillUsercenter => self.restart(Service::Usercenter).await?,
+            Fault::KillMq => self.restart(Service::Mq).await?,
+            Fault::BrokerRestart => {
+                self.system.broker.down().await?;
+                sleep(step.hold).await;
+                self.system.broker.up().await?;
+            }
+            Fault::Reset => self.link(step.link).cut(),
+            Fault::HalfOpen => {
+                self.link(step.link).freeze();
+                sleep(step.hold).await;
+                if step.resets {
+                    self.link(step.link).cut();
+                }
+                self.link(step.link).restore();
+            }
+            Fault::BrokerBlocked => {
+                self.system.broker.set_alarm(true).await?;
+                sleep(step.hold).await;
+                self.system.broker.set_alarm(false).await?;
+            }
+            Fault::BrokerSlow => {
+                let links = [&self.system.api_broker, &self.system.mq_broker];
+                links.iter().for_each(|link| link.slow_down(step.hold / 10));
+                sleep(step.hold).await;
+                links.iter().for_each(|link| link.restore());
+            }
+            Fault::CrashAfterConfirm => {
+                let confirm = self.system.api_broker.withhold(Side::Server, BASIC_ACK);
+                return self.crash_at(confirm, Service::Api).await;
+            }
+            Fault::CrashBeforeAck => {
+                let ack = self.system.mq_broker.withhold(Side::Client, BASIC_ACK);
+                return self.crash_at(ack, Service::Mq).await;
+            }
+            Fault::Poison => self.poison.publish(self.system, self.history).await?,
+            Fault::DiskFull => {
+                // Room for some logins, and then none.
+                let limit = self.system.spool_size() + 16;
+                self.system.kill(Service::Api).await?;
+                self.system.api_broker.refuse();
+                self.system.start_service(Service::Api, Some(limit)).await?;
+                sleep(step.hold).await;
+                self.system.kill(Service::Api).await?;
+                self.system.api_broker.restore();
+                self.system.start_service(Service::Api, None).await?;
+            }
+            Fault::QueueDeleted => return self.delete_queue().await,
+            Fault::CollectorSilent => {
+                self.system.collector_link.freeze();
+                sleep(step.hold).await;
+                self.system.collector_link.restore();
+            }
+            Fault::KillApiWithoutBroker => {
+                self.system.api_broker.refuse();
+                sleep(step.hold).await;
+                self.restart(Service::Api).await?;
+                sleep(step.hold / 2).await;
+                self.system.api_broker.restore();
+            }
+        }
+        Ok(None)
+    }
+
+    fn link(&self, link: Link) -> &Proxy {
+        match link {
+            Link::ApiBroker => &self.system.api_broker,
+            Link::MqBroker => &self.system.mq_broker,
+            Link::ApiUsercenter => &self.system.api_usercenter,
+        }
+    }
+
+    async fn restart(&mut self, service: Service) -> Result<()> {
+        self.system.kill(service).await?;
+        self.system.start_service(service, None).await
+    }
+
+    /// Kills a service when a frame to or from it has been withheld.
+    async fn crash_at(
+        &mut self,
+        sprung: oneshot::Receiver<()>,
+        service: Service,
+    ) -> Result<Option<&'static str>> {
+        let sprung = matches!(timeout(PATIENCE, sprung).await, Ok(Ok(())));
+        self.system.kill(service).await?;
+        for link in [&self.system.api_broker, &self.system.mq_broker] {
+            // A trap that was not sprung is taken away.
+            link.restore();
+        }
+        self.system.start_service(service, None).await?;
+        Ok((!sprung).then_some("killed without the frame that it was to be killed at"))
+    }
+
+    /// Deletes the queue once nothing is in it, nor on its way there: not in a retry queue either. The
+    /// control owes more than ever comes, and has no dead letters.
+    async fn delete_queue(&mut self) -> Result<Option<&'static str>> {
+        self.load.pause().await;
+        let (connection, channel) = self.system.broker.connect().await?;
+        let queue: ShortString = self.system.topology.queue.as_str().into();
+        let empty = poll(PATIENCE, async || {
+            self.history.catch_up().await.ok()?;
+            let owes_nothing = self.system.is_control
+                || (self.poison.is_dead(&channel, self.system).await.ok()?
+                    && self.ledger.owed(self.history).is_empty());
+            let is_empty = owes_nothing && messages(&channel, &queue).await.ok()? == 0;
+            is_empty.then_some(())
+        });
+        let is_empty = empty.await.is_some();
+        if is_empty {
+            channel.queue_delete(queue, QueueDeleteOptions::default()).await?;
+        }
+        connection.close(200, "done".into()).await?;
+        self.load.resume();
+        Ok((!is_empty).then_some("not deleted: it did not get empty"))
+    }
+}
+
+/// How many messages wait in a queue.
+pub async fn messages(channel: &Channel, queue: &ShortString) -> Result<u32> {
+    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+    let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
+    Ok(declared.with_context(|| format!("asking for {queue}"))?.message_count())
+}
+
+/// Since when all is well again, and how long it took until it was seen.
+pub struct Recovery {
+    /// Until a login that was sent after the fault was answered with 200.
+    pub answered: Duration,
+    /// Until such a login had taken effect.
+    pub applied: Duration,
+}
+
+impl Target<'_> {
+    /// Waits until logins are answered and applied again.
+    pub async fn recover(
+        &mut self,
+        since: Instant,
+        mark: usize,
+        limit: Duration,
+    ) -> Result<Option<Recovery>> {
+        let deadline = since + limit;
+        let mut answered = None;
+        while Instant::now() < deadline {
+            let logins = self.ledger.answered_since(mark, since);
+            if let Some(first) = logins.iter().map(|login| login.ended - since).min() {
+                let answered = *answered.get_or_insert(first);
+                self.history.catch_up().await?;
+                if logins.iter().any(|login| self.history.has(login.trace)) {
+                    return Ok(Some(Recovery { answered, applied: since.elapsed() }));
+                }
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        Ok(None)
+    }
+}

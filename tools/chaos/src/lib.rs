@@ -1,0 +1,216 @@
+//! `cargo dev chaos`: is nothing lost? Logins in plenty, faults by a seed, and an account of both sides at
+//! the end: what was answered, and what took effect.
+//!
+//! - [`faults`]: what can fail, and the order in which it does; `inject`: how
+//! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
+//! - `load`: the logins; `poison`: messages that are none
+//! - `ledger`: what was answered; `history`: what took effect; `spans`: the trees
+//! - [`control`]: api and mq as the original does them, which must be seen to lose
+
+pub mod broker;
+pub mod control;
+pub mod faults;
+mod history;
+mod inject;
+mod ledger;
+mod load;
+mod poison;
+mod report;
+mod spans;
+mod system;
+
+use anyhow::{Context, Result};
+use broker::Kind;
+use clap::{Args, ValueEnum};
+use faults::{Fault, Plan};
+use history::History;
+use inject::{Target, messages};
+use ledger::{Excuse, Ledger, TraceId, Verdict};
+use load::Load;
+use poison::Poison;
+use report::{Event, say};
+use spans::Judged;
+use std::{collections::HashSet, process::ExitCode, sync::Arc, time::Duration};
+use system::System;
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep},
+};
+
+/// How long logins may go unanswered, or without effect, after a fault is over.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(45);
+
+/// How long nothing may have changed before what is missing at the end counts as lost.
+const QUIET: Duration = Duration::from_secs(15);
+
+/// How to test.
+#[derive(Args, Clone)]
+pub struct Options {
+    /// Logins to attempt, at least; they go on until every fault was there.
+    #[arg(long, default_value_t = 20_000)]
+    pub logins: usize,
+    /// Logins a second, at most.
+    #[arg(long, default_value_t = 400)]
+    pub rate: u32,
+    /// Callers at the same time.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub callers: u32,
+    /// How long to go on at most.
+    #[arg(long, default_value_t = 1800)]
+    pub seconds: u64,
+    /// Fixes the order of faults, and when and for how long they come; a random one by default.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Only these faults, comma-separated.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub faults: Vec<Fault>,
+    /// On which broker; `rabbitmq` starts a node of its own.
+    #[arg(long, value_enum, default_value = "embedded")]
+    pub broker: Kind,
+    /// Test the original's way instead: no confirms, acknowledged on receipt. It must be seen to lose.
+    #[arg(long)]
+    pub control: bool,
+    /// Keep the logs and data of the services, whatever comes of it.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// What a run came to.
+pub struct Outcome {
+    /// The account.
+    pub verdict: Verdict,
+    /// The trees of what was answered.
+    judged: Judged,
+    events: Vec<Event>,
+    elapsed: Duration,
+}
+
+/// Runs, prints what happens and what came of it. The exit code is 0 if nothing was lost, duplicated or
+/// unexpected; for the control, if something was lost; 2 if the broker is not installed.
+///
+/// # Errors
+/// If it can't be carried out.
+pub async fn run(mut options: Options) -> Result<ExitCode> {
+    if !options.broker.is_installed() {
+        say(
+            "RabbitMQ is not installed here (apt-get install rabbitmq-server); --broker embedded needs nothing",
+        );
+        return Ok(ExitCode::from(2));
+    }
+    let seed = *options.seed.get_or_insert_with(|| fastrand::u64(..1_000_000));
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let outcome = select! {
+        outcome = test(&options) => outcome,
+        // With the future go the processes that it started.
+        _ = interrupt.recv() => return Ok(ExitCode::from(130)),
+        _ = terminate.recv() => return Ok(ExitCode::from(143)),
+    };
+    let outcome = outcome.with_context(|| format!("with --seed {seed}"))?;
+    report::print(&options, &outcome);
+    let is_right =
+        if options.control { !outcome.verdict.lost.is_empty() } else { outcome.verdict.is_clean() };
+    Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One run, from the start of the system to the verdict. If that is not clean, the logs of the services
+/// are kept, and it is said where.
+///
+/// # Errors
+/// If it can't be carried out.
+pub async fn test(options: &Options) -> Result<Outcome> {
+    let faults = if options.faults.is_empty() { Fault::value_variants() } else { &options.faults };
+    let plan = Plan::new(options.seed.unwrap_or_default(), faults);
+    report::begin(options, plan.round());
+    let start = Instant::now();
+    let mut system = System::start(options.broker, options.control).await?;
+    let carried = carry_out(options, plan, &mut system, start).await;
+    let is_clean = options.control || carried.as_ref().is_ok_and(|outcome| outcome.verdict.is_clean());
+    if options.keep || !is_clean {
+        let _ = system.stop().await;
+        say(&format!("logs and data of the services: {}", system.keep().display()));
+    }
+    carried
+}
+
+async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: Instant) -> Result<Outcome> {
+    let mut history = History::open(&system.database()).await?;
+    history.prepare_refusals().await?;
+    let ledger = Arc::new(Ledger::default());
+    let mut poison = Poison::default();
+    let mut excuses: Vec<Excuse> = Vec::new();
+    let mut unexpected = Vec::new();
+    let mut events = Vec::new();
+
+    let load =
+        Load::start(system.api_address.subscribe(), Arc::clone(&ledger), options.callers, options.rate);
+    let end = start + Duration::from_secs(options.seconds);
+    let round = plan.round();
+    for step in plan {
+        if Instant::now() > end || (ledger.len() >= options.logins && events.len() >= round) {
+            break;
+        }
+        sleep(step.pause).await;
+        let begun = Instant::now();
+        let mut target =
+            Target { system, load: &load, ledger: &ledger, history: &mut history, poison: &mut poison };
+        let note = target.inject(&step).await.with_context(|| format!("bringing about {step}"))?;
+        let healed = Instant::now();
+        let recovery = target.recover(healed, ledger.len(), RECOVERY_LIMIT).await?;
+        if step.excuses_refusals() {
+            excuses.push((begun, Instant::now()));
+        }
+        unexpected.extend(system.revive().await?);
+        let event = Event { step, at: begun - start, lasted: healed - begun, recovery, note };
+        report::event(&event, ledger.len());
+        if event.recovery.is_none() {
+            unexpected.push(format!("no login was answered and applied within 45 s after {step}"));
+        }
+        events.push(event);
+    }
+    if events.len() < round {
+        say(&format!("the time was up after {} of {round} kinds of fault", events.len()));
+    }
+    load.stop().await;
+
+    settle(system, &ledger, &mut history).await?;
+    // The control drops poison, with a line in its log.
+    if !options.control {
+        // Retries of what the database refuses take their time.
+        unexpected.extend(poison.judge(system, RECOVERY_LIMIT).await?);
+    }
+    unexpected.extend(system.stop().await?);
+    history.read_all().await?;
+    let others: HashSet<TraceId> = poison.traces().collect();
+    let mut verdict = ledger.verdict(&history, &others, &excuses);
+    let judged = system.collector.judge(&ledger.traces().chain(others).collect());
+    if judged.wrong > 0 {
+        unexpected.push(format!("{} traces are not as they should be", judged.wrong));
+    }
+    verdict.unexpected.extend(unexpected);
+    Ok(Outcome { verdict, judged, events, elapsed: start.elapsed() })
+}
+
+/// Waits until all that was answered has taken effect, and a little longer for what nobody waits for; or
+/// until nothing has changed for long.
+async fn settle(system: &System, ledger: &Ledger, history: &mut History) -> Result<()> {
+    /// What was not answered may still come.
+    const GRACE: Duration = Duration::from_secs(2);
+
+    let (connection, channel) = system.broker.connect().await?;
+    let queue = system.topology.queue.as_str().into();
+    let (mut rows, mut waiting, mut changed) = (0, 0, Instant::now());
+    loop {
+        history.catch_up().await?;
+        let now_waiting = messages(&channel, &queue).await?;
+        if (history.rows(), now_waiting) != (rows, waiting) {
+            (rows, waiting, changed) = (history.rows(), now_waiting, Instant::now());
+        }
+        let owes_nothing = waiting == 0 && ledger.owed(history).is_empty();
+        if changed.elapsed() > if owes_nothing { GRACE } else { QUIET } {
+            connection.close(200, "done".into()).await?;
+            return Ok(());
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}

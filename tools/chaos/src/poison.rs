@@ -1,0 +1,97 @@
+//! Messages that can't be processed, and whether they come to be dead letters: all of them, and nothing
+//! else.
+
+use super::{history::History, ledger::TraceId, system::System};
+use anyhow::{Result, ensure};
+use harness::{poll, stack::KNOWN_MOBILE};
+use lapin::{
+    BasicProperties, Channel, Confirmation,
+    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions},
+    types::{AMQPValue, FieldTable},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+use uuid::Uuid;
+
+/// What was published, and what was found in the dead-letter queue, by message id.
+#[derive(Default)]
+pub struct Poison {
+    published: BTreeMap<String, TraceId>,
+    dead: BTreeSet<String>,
+}
+
+impl Poison {
+    /// Publishes two messages as api would: one that can't be read, and one that the database refuses.
+    ///
+    /// # Errors
+    /// If the broker doesn't take them.
+    pub async fn publish(&mut self, system: &System, history: &mut History) -> Result<()> {
+        let refused: TraceId = Uuid::new_v4().as_u128();
+        history.refuse(refused).await?;
+        let (connection, channel) = system.broker.connect().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let login = format!(r#"{{"Carrier":{{}},"Msg":"{KNOWN_MOBILE}"}}"#);
+        for (trace, body) in [(Uuid::new_v4().as_u128(), "no login"), (refused, login.as_str())] {
+            let message_id = Uuid::new_v4().to_string();
+            let mut headers = FieldTable::default();
+            let traceparent = format!("00-{trace:032x}-{:016x}-01", 1);
+            headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+            let properties = BasicProperties::default()
+                .with_delivery_mode(2)
+                .with_message_id(message_id.as_str().into())
+                .with_headers(headers);
+            let (exchange, key) = (system.topology.exchange.as_str(), system.topology.routing_key.as_str());
+            let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+            let published = channel
+                .basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties)
+                .await?
+                .await?;
+            ensure!(published == Confirmation::Ack(None), "the broker did not take poison");
+            self.published.insert(message_id, trace);
+        }
+        connection.close(200, "done".into()).await?;
+        Ok(())
+    }
+
+    /// Takes what is in the dead-letter queue; whether all poison was found there by now.
+    ///
+    /// # Errors
+    /// If the queue can't be read.
+    pub async fn is_dead(&mut self, channel: &Channel, system: &System) -> Result<bool> {
+        let queue = system.topology.dead_letter_queue.as_str();
+        while let Some(letter) = channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await? {
+            let message_id = letter.properties.message_id().as_ref().map(ToString::to_string);
+            self.dead.insert(message_id.unwrap_or_default());
+        }
+        Ok(self.published.keys().all(|message_id| self.dead.contains(message_id)))
+    }
+
+    /// Waits for what is still to come, and says what is wrong. A dead letter may be there twice: mq may die
+    /// between putting it there and acknowledging it.
+    ///
+    /// # Errors
+    /// If the broker can't be reached.
+    pub async fn judge(&mut self, system: &System, limit: Duration) -> Result<Vec<String>> {
+        let (connection, channel) = system.broker.connect().await?;
+        poll(limit, async || self.is_dead(&channel, system).await.ok()?.then_some(())).await;
+        connection.close(200, "done".into()).await?;
+        let missing = self.published.keys().filter(|id| !self.dead.contains(*id)).count();
+        let strange = self.dead.iter().filter(|id| !self.published.contains_key(*id)).count();
+        let mut wrong = Vec::new();
+        if missing > 0 {
+            let all = self.published.len();
+            wrong.push(format!("{missing} of {all} messages that were poison are no dead letters"));
+        }
+        if strange > 0 {
+            wrong.push(format!("{strange} dead letters were no poison"));
+        }
+        Ok(wrong)
+    }
+
+    /// Their traces.
+    pub fn traces(&self) -> impl Iterator<Item = TraceId> {
+        self.published.values().copied()
+    }
+}

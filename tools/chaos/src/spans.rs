@@ -1,0 +1,120 @@
+//! A collector that keeps of each trace what its tree is judged by: who produced, and whose child the
+//! consumer is.
+
+use super::ledger::TraceId;
+use anyhow::Result;
+use backend::{
+    Rejected,
+    ingest::{self, Sink},
+};
+use http::HeaderMap;
+use loopback::background::Background;
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::ExportTraceServiceRequest,
+    trace::v1::{Span, span::SpanKind},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tonic::Status;
+
+/// Stops with its owner.
+pub struct Collector {
+    /// Where it listens for OTLP/gRPC.
+    pub address: SocketAddr,
+    trees: Trees,
+    _runtime: Background,
+}
+
+#[derive(Clone, Default)]
+struct Trees(Arc<Mutex<HashMap<TraceId, Tree>>>);
+
+/// Span ids.
+#[derive(Default)]
+struct Tree {
+    producers: Vec<u64>,
+    /// Of the consumers.
+    parents: Vec<u64>,
+}
+
+/// How the trees are.
+#[derive(Debug, Default)]
+pub struct Judged {
+    /// Traces with a producer, and a consumer that is its child.
+    pub whole: usize,
+    /// Traces of which a span is not there: it went with a process that was killed before it was sent.
+    pub partial: usize,
+    /// Consumers in a trace that nobody started, or that are nobody's child in it.
+    pub wrong: usize,
+}
+
+impl Collector {
+    /// Listens on a free port.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn start() -> Result<Self> {
+        let runtime = Background::start(1, 1)?;
+        let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+        let address = listener.local_addr()?;
+        let trees = Trees::default();
+        runtime.spawn(ingest::serve_grpc(listener, trees.clone()));
+        Ok(Self { address, trees, _runtime: runtime })
+    }
+
+    /// Judges the trees of these traces, and that there are no others.
+    pub fn judge(&self, traces: &HashSet<TraceId>) -> Judged {
+        let trees = self.trees.lock();
+        let mut judged = Judged::default();
+        for (trace, Tree { producers, parents }) in trees.iter() {
+            let is_right = |parent: &u64| producers.contains(parent);
+            if !traces.contains(trace) {
+                judged.wrong += usize::from(!parents.is_empty());
+            } else if producers.is_empty() || parents.is_empty() {
+                judged.partial += 1;
+            } else if parents.iter().all(is_right) {
+                judged.whole += 1;
+            } else {
+                judged.wrong += 1;
+            }
+        }
+        judged
+    }
+}
+
+impl Trees {
+    fn lock(&self) -> MutexGuard<'_, HashMap<TraceId, Tree>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_span(&self, span: &Span) -> Option<()> {
+        let trace = TraceId::from_be_bytes(span.trace_id.as_slice().try_into().ok()?);
+        let id = |id: &[u8]| Some(u64::from_be_bytes(id.try_into().ok()?));
+        match span.kind() {
+            SpanKind::Producer if span.name == "send_msg_mq" => {
+                let producer = id(&span.span_id)?;
+                self.lock().entry(trace).or_default().producers.push(producer);
+            }
+            SpanKind::Consumer => {
+                // 0 is nobody's: such a consumer is the root of a trace.
+                let parent = id(&span.parent_span_id).unwrap_or_default();
+                self.lock().entry(trace).or_default().parents.push(parent);
+            }
+            _ => {}
+        }
+        Some(())
+    }
+}
+
+impl Sink for Trees {
+    fn traces(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
+        let scopes = request.resource_spans.iter().flat_map(|resource| &resource.scope_spans);
+        for span in scopes.flat_map(|scope| &scope.spans) {
+            self.take_span(span)
+                .ok_or_else(|| Status::invalid_argument("ids of 16 and 8 bytes are expected"))?;
+        }
+        Ok(Rejected::default())
+    }
+}

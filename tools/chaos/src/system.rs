@@ -1,0 +1,258 @@
+//! What is tested: three services, a broker, a collector, and a proxy on each link between them. Services
+//! can be killed and started again, with the data that they had.
+
+use super::{
+    broker::{Broker, Kind},
+    spans::Collector,
+};
+use amqp::Topology;
+use anyhow::{Context, Result};
+use harness::{process::Process, proxy::Proxy};
+use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
+use std::{
+    fs::{self, File},
+    io::Write,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+/// A service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Service {
+    /// The HTTP service.
+    Api,
+    /// The gRPC service.
+    Usercenter,
+    /// The consumer.
+    Mq,
+}
+
+/// All of it, running.
+pub struct System {
+    /// The broker.
+    pub broker: Broker,
+    /// The names on it.
+    pub topology: Topology,
+    /// From api to the broker.
+    pub api_broker: Proxy,
+    /// From mq to the broker.
+    pub mq_broker: Proxy,
+    /// From api to usercenter.
+    pub api_usercenter: Proxy,
+    /// From all services to the collector.
+    pub collector_link: Proxy,
+    /// The collector.
+    pub collector: Collector,
+    /// Where api listens now.
+    pub api_address: watch::Sender<SocketAddr>,
+    services: [Option<Process>; 3],
+    directory: TempDir,
+    /// Whether api and mq are stood in for by the control.
+    pub is_control: bool,
+}
+
+impl Service {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Usercenter, Self::Mq, Self::Api];
+
+    /// The name of its binary.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Usercenter => "rpc",
+            Self::Mq => "mq",
+        }
+    }
+}
+
+impl System {
+    /// Starts all, and waits until a login would succeed.
+    ///
+    /// # Errors
+    /// If something doesn't start.
+    pub async fn start(kind: Kind, is_control: bool) -> Result<Self> {
+        let directory = TempDir::new()?;
+        fs::create_dir(directory.path().join("logs"))?;
+        fs::create_dir(directory.path().join("data"))?;
+        let broker = Broker::start(kind).await?;
+        let collector = Collector::start()?;
+        // Leads somewhere once the service runs.
+        let nowhere = collector.address;
+        let mut system = Self {
+            api_broker: Proxy::start_amqp(broker.address())?,
+            mq_broker: Proxy::start_amqp(broker.address())?,
+            api_usercenter: Proxy::start(nowhere)?,
+            collector_link: Proxy::start(collector.address)?,
+            topology: Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE),
+            broker,
+            collector,
+            api_address: watch::Sender::new(nowhere),
+            services: [None, None, None],
+            directory,
+            is_control,
+        };
+        for service in Service::ALL {
+            system.start_service(service, None).await?;
+        }
+        system.said(Service::Mq, "consuming").await?;
+        if !is_control {
+            system.said(Service::Mq, "the database is available").await?;
+        }
+        system.said(Service::Api, "connected to the broker").await?;
+        Ok(system)
+    }
+
+    /// Starts a service; `limit` is the size that its files may have, in kilobytes.
+    ///
+    /// # Errors
+    /// If it doesn't start.
+    pub async fn start_service(&mut self, service: Service, limit: Option<u64>) -> Result<()> {
+        let amqp_url = |link: &Proxy| {
+            // A frozen link is noticed within two of these, so within 4 seconds.
+            format!("amqp://guest:guest@{}/%2f?heartbeat=2", link.address)
+        };
+        let link = if service == Service::Api { &self.api_broker } else { &self.mq_broker };
+        let data = self.directory.path().join("data");
+        let variables = [
+            ("AMQP_URL", amqp_url(link)),
+            ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
+            ("API_DATA_DIR", data.display().to_string()),
+            ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
+            // Half of it is the disk's: a stall of a busy machine's is no refusal for the broker's sake.
+            ("PUBLISH_TIMEOUT", "2s".to_owned()),
+            ("API_DEADLINE", "9s".to_owned()),
+            // What fails for good shall be a dead letter soon.
+            ("MQ_RETRY_DELAYS", "200ms,1s".to_owned()),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", self.collector_link.address)),
+            // What a killed process has not sent yet is lost: that should be little.
+            ("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned()),
+            // A line for each login would say nothing.
+            ("RUST_LOG", "info,api::login=warn,mq::processing=warn".to_owned()),
+            ("API_LISTEN", "127.0.0.1:0".to_owned()),
+            ("USERCENTER_LISTEN", "127.0.0.1:0".to_owned()),
+            ("MQ_LISTEN", "127.0.0.1:0".to_owned()),
+        ];
+        let variables: Vec<(&str, &str)> =
+            variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let name = service.name();
+        let binary = if self.is_control && service != Service::Usercenter { "devstack" } else { name };
+        let mut command = match limit {
+            // In blocks of 512 bytes. Without the trap the signal would end the service.
+            Some(limit) => {
+                let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", limit * 2);
+                Process::by_shell(&script, binary, &variables)?
+            }
+            None => Process::command(binary, &variables)?,
+        };
+        if binary != name {
+            command.arg("control").arg(name);
+        }
+        let process = Process::start_command(name, command).await?;
+        match service {
+            Service::Api => drop(self.api_address.send_replace(process.address)),
+            Service::Usercenter => self.api_usercenter.lead_to(process.address),
+            Service::Mq => {}
+        }
+        self.services[service as usize] = Some(process);
+        Ok(())
+    }
+
+    /// Kills a service (SIGKILL), if it still runs.
+    ///
+    /// # Errors
+    /// If its log can't be kept.
+    pub async fn kill(&mut self, service: Service) -> Result<()> {
+        if let Some(mut process) = self.services[service as usize].take() {
+            // It may have ended by itself; whoever looks for that has looked.
+            let _ = process.kill().await;
+            let _ = process.exit().await;
+            self.keep_log(&process, "killed")?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a service says `text`.
+    ///
+    /// # Errors
+    /// If it doesn't.
+    pub async fn said(&self, service: Service, text: &str) -> Result<()> {
+        let process = self.services[service as usize].as_ref();
+        process.with_context(|| format!("{} does not run", service.name()))?.said(text).await?;
+        Ok(())
+    }
+
+    /// The services that ended though nobody killed them, and how. They are started again.
+    ///
+    /// # Errors
+    /// If one can't be started again.
+    pub async fn revive(&mut self) -> Result<Vec<String>> {
+        let mut ended = Vec::new();
+        for service in Service::ALL {
+            let exit = self.services[service as usize].as_mut().and_then(Process::exited);
+            if let Some(exit) = exit {
+                ended.push(format!("{} ended by itself ({exit})", service.name()));
+                self.kill(service).await?;
+                self.start_service(service, None).await?;
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Stops all services in an orderly way; says which did not end well.
+    ///
+    /// # Errors
+    /// If a log can't be kept.
+    pub async fn stop(&mut self) -> Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        if self.is_control {
+            // It knows no orderly end.
+            for service in Service::ALL {
+                self.kill(service).await?;
+            }
+        }
+        for service in [Service::Api, Service::Usercenter, Service::Mq] {
+            let Some(mut process) = self.services[service as usize].take() else { continue };
+            match process.stop().await {
+                Ok(exit) if exit.success() => {}
+                Ok(exit) => wrong.push(format!("{} ended with {exit}", service.name())),
+                Err(error) => wrong.push(format!("{} can't be stopped: {error:#}", service.name())),
+            }
+            self.keep_log(&process, "stopped")?;
+        }
+        Ok(wrong)
+    }
+
+    /// The database of mq.
+    pub fn database(&self) -> PathBuf {
+        self.directory.path().join("data/mq.db")
+    }
+
+    /// The largest file that api keeps, in kilobytes.
+    pub fn spool_size(&self) -> u64 {
+        let files = fs::read_dir(self.directory.path().join("data")).into_iter().flatten().flatten();
+        let of_api = files.filter(|file| !file.file_name().to_string_lossy().starts_with("mq.db"));
+        of_api.filter_map(|file| Some(file.metadata().ok()?.len() / 1024)).max().unwrap_or_default()
+    }
+
+    /// Keeps the directory with logs and data, and tells where.
+    pub fn keep(self) -> PathBuf {
+        self.directory.keep()
+    }
+
+    fn keep_log(&self, process: &Process, how: &str) -> Result<()> {
+        let file = self.directory.path().join("logs").join(format!("{}.log", process.name));
+        let mut file = append(&file)?;
+        writeln!(file, "{}\n-- {how}", process.output())?;
+        Ok(())
+    }
+}
+
+fn append(file: &Path) -> Result<File> {
+    File::options()
+        .create(true)
+        .append(true)
+        .open(file)
+        .with_context(|| format!("writing {}", file.display()))
+}

@@ -1,0 +1,32 @@
+//! A short `cargo dev chaos`: the services pass it, and the control does not. The long form is a command.
+
+use chaos::{self, Options, broker::Kind, faults::Fault};
+
+/// A few seconds of load with one of the worst faults of each kind: a crash on either side of the broker at
+/// the worst moment, and an outage.
+fn short(is_control: bool) -> Options {
+    Options {
+        logins: 500,
+        rate: 200,
+        callers: 8,
+        seconds: 120,
+        seed: Some(1),
+        faults: vec![Fault::BrokerRestart, Fault::CrashAfterConfirm, Fault::CrashBeforeAck, Fault::KillMq],
+        broker: Kind::Embedded,
+        control: is_control,
+        keep: false,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_services_lose_and_duplicate_nothing() {
+    let verdict = chaos::test(&short(false)).await.unwrap().verdict;
+    assert!(verdict.is_clean(), "{verdict:?}");
+    assert!(verdict.answered >= 400, "{verdict:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_control_loses_logins_under_the_same_faults() {
+    let verdict = chaos::test(&short(true)).await.unwrap().verdict;
+    assert!(!verdict.lost.is_empty(), "{verdict:?}");
+}

@@ -1,0 +1,349 @@
+//! The services as real processes.
+
+use crate::{
+    PATIENCE,
+    orphans::{self, Watched},
+    poll,
+};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::{
+    collections::{HashMap, VecDeque},
+    env,
+    net::SocketAddr,
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::{Child, Command},
+    task::JoinSet,
+    time::timeout,
+};
+
+/// The beginnings of the variables that services read.
+const THEIRS: [&str; 11] = [
+    "ACCESS_",
+    "AMQP_",
+    "API_",
+    "BAGGAGE_",
+    "LOG_FORMAT",
+    "MQ_",
+    "OTEL_",
+    "PUBLISH_",
+    "RUST_LOG",
+    "SHUTDOWN_",
+    "USERCENTER_",
+];
+
+/// A running service. It is killed with its last owner.
+pub struct Process {
+    /// Its name: that of its binary.
+    pub name: &'static str,
+    /// Where it listens.
+    pub address: SocketAddr,
+    child: Child,
+    output: Output,
+    /// Lines that [`Process::new_lines`] has given so far.
+    told: usize,
+    readers: JoinSet<()>,
+    /// Should this process be killed, that one ends all the same.
+    _watched: Watched,
+    /// Where it keeps what must survive it, unless the variables say otherwise.
+    _data: Option<TempDir>,
+}
+
+/// Lines kept of what a service says; older ones are forgotten.
+const MAX_LINES: usize = 20_000;
+
+/// Lines of standard output and standard error, as they come.
+#[derive(Clone, Default)]
+struct Output(Arc<Mutex<Lines>>);
+
+#[derive(Default)]
+struct Lines {
+    kept: VecDeque<String>,
+    /// How many there were in all.
+    count: usize,
+}
+
+impl Process {
+    /// Starts a service on a free port, with these variables and nothing else from `OTEL_*` and the
+    /// like; returns once it listens.
+    ///
+    /// # Errors
+    /// If it doesn't: then with what it said.
+    pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
+        Self::start_with_data(name, Self::command(name, variables)?, variables).await
+    }
+
+    /// The same, by a shell that runs this script with the service's binary as `$0`.
+    ///
+    /// # Errors
+    /// As for [`Process::start`].
+    pub async fn start_by(script: &str, name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
+        Self::start_with_data(name, Self::by_shell(script, name, variables)?, variables).await
+    }
+
+    async fn start_with_data(
+        name: &'static str,
+        mut command: Command,
+        variables: &[(&str, &str)],
+    ) -> Result<Self> {
+        command.env("API_LISTEN", "127.0.0.1:0").env("USERCENTER_LISTEN", "127.0.0.1:0");
+        command.env("MQ_LISTEN", "127.0.0.1:0");
+        let data = data_of(&mut command)?;
+        // What the caller gave wins.
+        command.envs(variables.iter().copied());
+        Ok(Self { _data: Some(data), ..Self::start_command(name, command).await? })
+    }
+
+    /// Starts a command from [`Process::command`] or [`Process::by_shell`], with whatever its owner added to
+    /// it; returns once it listens.
+    ///
+    /// # Errors
+    /// If it doesn't: then with what it said.
+    pub async fn start_command(name: &'static str, command: Command) -> Result<Self> {
+        let mut process = Self::spawn(name, ([127, 0, 0, 1], 0).into(), command)?;
+        let output = process.output.clone();
+        let address = poll(PATIENCE, async || {
+            let said = output.find("listening");
+            let address = said.and_then(|line| address(&line));
+            address.map(Ok).or_else(|| process.exited().map(Err))
+        });
+        match address.await {
+            Some(Ok(address)) => Ok(Self { address, ..process }),
+            Some(Err(exit)) => bail!("{name} ended ({exit}):\n{}", output.text()),
+            None => bail!("{name} does not listen:\n{}", output.text()),
+        }
+    }
+
+    /// Starts a service that will listen on `address`, with this process's environment and these
+    /// variables. Signals that a terminal sends to this process don't reach it.
+    ///
+    /// # Errors
+    /// If it can't be started.
+    pub fn start_beside(name: &'static str, address: SocketAddr, variables: &[(&str, &str)]) -> Result<Self> {
+        let mut command = Command::new(binary(name)?);
+        let data = data_of(&mut command)?;
+        command.envs(variables.iter().copied()).process_group(0);
+        Ok(Self { _data: Some(data), ..Self::spawn(name, address, command)? })
+    }
+
+    fn spawn(name: &'static str, address: SocketAddr, mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let watched = orphans::watch(child.id().context("it has ended already")?);
+        let output = Output::default();
+        let mut readers = JoinSet::new();
+        readers.spawn(output.clone().follow(child.stdout.take()));
+        readers.spawn(output.clone().follow(child.stderr.take()));
+        Ok(Self { name, address, child, output, told: 0, readers, _watched: watched, _data: None })
+    }
+
+    /// The command of a service, its output piped.
+    ///
+    /// # Errors
+    /// If the services can't be built.
+    pub fn command(name: &'static str, variables: &[(&str, &str)]) -> Result<Command> {
+        Ok(Self::isolated(binary(name)?, variables))
+    }
+
+    /// The command of a shell that runs this script with the service's binary as `$0`.
+    ///
+    /// # Errors
+    /// If the services can't be built.
+    pub fn by_shell(script: &str, name: &'static str, variables: &[(&str, &str)]) -> Result<Command> {
+        let mut command = Self::isolated("sh".into(), variables);
+        command.arg("-c").arg(script).arg(binary(name)?);
+        Ok(command)
+    }
+
+    fn isolated(binary: PathBuf, variables: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(binary);
+        for (variable, _) in env::vars_os() {
+            let variable = variable.to_string_lossy();
+            if THEIRS.iter().any(|prefix| variable.starts_with(prefix)) {
+                command.env_remove(&*variable);
+            }
+        }
+        command
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        command
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id().unwrap_or_default()
+    }
+
+    /// Everything it said so far.
+    pub fn output(&self) -> String {
+        self.output.text()
+    }
+
+    /// What it said since the last call.
+    pub fn new_lines(&mut self) -> Vec<String> {
+        let lines = self.output.lock();
+        let new = lines.kept.iter().skip(lines.kept.len() - (lines.count - self.told).min(lines.kept.len()));
+        let new = new.cloned().collect();
+        self.told = lines.count;
+        new
+    }
+
+    /// The last so many lines that it said.
+    pub fn last_lines(&self, count: usize) -> String {
+        let lines = self.output.lock();
+        let last: Vec<_> = lines.kept.iter().skip(lines.kept.len().saturating_sub(count)).cloned().collect();
+        last.join("\n")
+    }
+
+    /// How it ended, if it has.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Waits until it says `text`; returns the line.
+    ///
+    /// # Errors
+    /// If it doesn't.
+    pub async fn said(&self, text: &str) -> Result<String> {
+        let line = poll(PATIENCE, async || self.output.find(text)).await;
+        line.with_context(|| format!("{} did not say {text:?}:\n{}", self.name, self.output()))
+    }
+
+    /// Sends a signal, as `kill` names it.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub async fn signal(&self, signal: &str) -> Result<()> {
+        let kill = Command::new("kill").arg(format!("-{signal}")).arg(self.id().to_string()).status().await?;
+        ensure!(kill.success(), "kill -{signal} {}", self.name);
+        Ok(())
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub async fn stop(&mut self) -> Result<ExitStatus> {
+        self.signal("TERM").await?;
+        self.exit().await
+    }
+
+    /// Waits for the end, and until everything it said is read.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub async fn exit(&mut self) -> Result<ExitStatus> {
+        let exit = timeout(PATIENCE, self.child.wait()).await;
+        let exit = exit.with_context(|| format!("{} does not end:\n{}", self.name, self.output.text()))?;
+        while self.readers.join_next().await.is_some() {}
+        Ok(exit?)
+    }
+
+    /// Ends it at once, as a crash would.
+    ///
+    /// # Errors
+    /// If it is gone already.
+    pub async fn kill(&mut self) -> Result<()> {
+        Ok(self.child.kill().await?)
+    }
+}
+
+impl Output {
+    async fn follow(self, stream: Option<impl AsyncRead + Unpin>) {
+        let Some(stream) = stream else {
+            return;
+        };
+        let mut stream = BufReader::new(stream).lines();
+        while let Ok(Some(line)) = stream.next_line().await {
+            let mut lines = self.lock();
+            lines.count += 1;
+            lines.kept.push_back(line);
+            if lines.kept.len() > MAX_LINES {
+                lines.kept.pop_front();
+            }
+        }
+    }
+
+    fn find(&self, text: &str) -> Option<String> {
+        self.lock().kept.iter().find(|line| line.contains(text)).cloned()
+    }
+
+    fn text(&self) -> String {
+        self.lock().kept.make_contiguous().join("\n")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lines> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place for what the service keeps: it goes with the process.
+fn data_of(command: &mut Command) -> Result<TempDir> {
+    let data = TempDir::new()?;
+    command.env("API_DATA_DIR", data.path());
+    command.env("MQ_DATABASE_URL", format!("sqlite://{}", data.path().join("mq.db").display()));
+    Ok(data)
+}
+
+/// The address in a line like `listening address=127.0.0.1:1234`, or the same as JSON.
+fn address(line: &str) -> Option<SocketAddr> {
+    let (_, rest) = line.split_once("\"address\":\"").or_else(|| line.split_once("address="))?;
+    rest.split([' ', '"', '\x1b']).next()?.parse().ok()
+}
+
+/// The command of an example of the crate `telemetry`, its output piped.
+///
+/// # Errors
+/// If it can't be built.
+pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
+    let built = build(&["--example", name])?;
+    let binary = built.get(name).cloned().with_context(|| format!("there is no example {name}"))?;
+    Ok(Process::isolated(binary, variables))
+}
+
+/// The path of a service's binary. The first call builds all three.
+///
+/// # Errors
+/// If the services can't be built.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    static BINARIES: OnceLock<Result<HashMap<String, PathBuf>, String>> = OnceLock::new();
+
+    let binaries = BINARIES.get_or_init(|| build(&["--bins"]).map_err(|error| format!("{error:#}")));
+    let binaries = binaries.as_ref().map_err(|error| anyhow::anyhow!(error.clone()))?;
+    binaries.get(name).cloned().with_context(|| format!("there is no binary {name}"))
+}
+
+/// Builds, with the profile of this program; the binaries by name.
+fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = std::process::Command::new(cargo);
+    // All of the workspace: the same features as those of `cargo build` there, so that little is built twice.
+    build.args(["build", "--workspace", "--message-format=json-render-diagnostics"]).args(what);
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    // What cargo tells a test about its package would make ring, and all that needs it, be built anew.
+    for (variable, _) in env::vars_os() {
+        if variable.to_string_lossy().starts_with("CARGO_PKG_") {
+            build.env_remove(variable);
+        }
+    }
+    build.env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_MANIFEST_LINKS");
+    let output = build.current_dir(env!("CARGO_MANIFEST_DIR")).stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "cargo build failed");
+    let artifacts = output.stdout.split(|byte| *byte == b'\n').filter_map(|line| {
+        let artifact: Value = serde_json::from_slice(line).ok()?;
+        let path = artifact["executable"].as_str()?;
+        Some((artifact["target"]["name"].as_str()?.to_owned(), path.into()))
+    });
+    Ok(artifacts.collect())
+}

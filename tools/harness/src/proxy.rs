@@ -1,0 +1,376 @@
+//! A TCP proxy that a test puts between two programs, and that fails as networks do: connections are
+//! reset, refused, slowed down, or stay open and go silent. On a link that speaks AMQP it can also stop at
+//! a certain method, so that a crash happens at a moment that is known exactly.
+
+use anyhow::Result;
+use bytes::{Bytes, BytesMut};
+use loopback::background::Background;
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpSocket, TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+    select,
+    sync::{oneshot, watch},
+    time::sleep,
+};
+
+/// A proxy. It ends with its owner, and its connections with it.
+pub struct Proxy {
+    /// Where it listens.
+    pub address: SocketAddr,
+    link: Arc<Link>,
+    _runtime: Background,
+}
+
+/// A side of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The one that connected.
+    Client,
+    /// The other one.
+    Server,
+}
+
+/// What an AMQP method is called in a frame: the ids of its class and of itself.
+pub type MethodId = (u16, u16);
+
+/// `basic.ack`: from a client it settles deliveries, from the broker it confirms messages.
+pub const BASIC_ACK: MethodId = (60, 80);
+
+struct Link {
+    target: Mutex<SocketAddr>,
+    mode: watch::Sender<Mode>,
+    /// Counts resets; a connection of an earlier count is over.
+    resets: watch::Sender<u64>,
+    trap: Mutex<Option<Trap>>,
+    follows_amqp: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Open,
+    Refusing,
+    Frozen,
+    Slow(Duration),
+}
+
+/// A frame that is waited for.
+struct Trap {
+    from: Side,
+    method: MethodId,
+    sprung: oneshot::Sender<()>,
+}
+
+impl Proxy {
+    /// Listens on a free port of 127.0.0.1, for connections to `target`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn start(target: SocketAddr) -> Result<Self> {
+        Self::start_link(target, false)
+    }
+
+    /// The same for AMQP: passes whole frames only, and can [withhold](Proxy::withhold) one.
+    ///
+    /// # Errors
+    /// If there is no free port.
+    pub fn start_amqp(target: SocketAddr) -> Result<Self> {
+        Self::start_link(target, true)
+    }
+
+    fn start_link(target: SocketAddr, follows_amqp: bool) -> Result<Self> {
+        let runtime = Background::start(1, 1)?;
+        let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+        let address = listener.local_addr()?;
+        let link = Arc::new(Link {
+            target: Mutex::new(target),
+            mode: watch::Sender::new(Mode::Open),
+            resets: watch::Sender::new(0),
+            trap: Mutex::new(None),
+            follows_amqp,
+        });
+        runtime.spawn(accept(listener, Arc::clone(&link)));
+        Ok(Self { address, link, _runtime: runtime })
+    }
+
+    /// Where connections go from now on.
+    pub fn lead_to(&self, target: SocketAddr) {
+        *lock(&self.link.target) = target;
+    }
+
+    /// Resets every connection (RST); new ones are taken.
+    pub fn cut(&self) {
+        self.link.resets.send_modify(|resets| *resets += 1);
+    }
+
+    /// Resets every connection, and new ones as soon as they are made.
+    pub fn refuse(&self) {
+        self.link.mode.send_replace(Mode::Refusing);
+        self.cut();
+    }
+
+    /// Goes silent: connections stay open, new ones are taken, and nothing passes in either direction.
+    pub fn freeze(&self) {
+        self.link.mode.send_replace(Mode::Frozen);
+    }
+
+    /// Passes everything, but each piece this much later.
+    pub fn slow_down(&self, latency: Duration) {
+        self.link.mode.send_replace(Mode::Slow(latency));
+    }
+
+    /// Behaves from now on. What was sent into a frozen connection arrives, as it does when packets get
+    /// through again.
+    pub fn restore(&self) {
+        self.link.mode.send_replace(Mode::Open);
+        lock(&self.link.trap).take();
+    }
+
+    /// Waits for a method from one side. It is not passed on, and nothing else on that connection in that
+    /// direction: who waits for it waits until the connection is cut. The answer comes when it is there,
+    /// and never if the proxy is [restored](Proxy::restore) before.
+    pub fn withhold(&self, from: Side, method: MethodId) -> oneshot::Receiver<()> {
+        let (sprung, answer) = oneshot::channel();
+        *lock(&self.link.trap) = Some(Trap { from, method, sprung });
+        answer
+    }
+}
+
+async fn accept(listener: TcpListener, link: Arc<Link>) {
+    loop {
+        let Ok((client, _)) = listener.accept().await else {
+            // Most likely there are too many open files.
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        tokio::spawn(serve(client, Arc::clone(&link)));
+    }
+}
+
+async fn serve(mut client: TcpStream, link: Arc<Link>) -> io::Result<()> {
+    let mut resets = link.resets.subscribe();
+    client.set_nodelay(true)?;
+    let carried = select! {
+        // The reset first: it may come together with the end of a freeze, and then nothing may pass.
+        biased;
+        _ = resets.changed() => Err(io::ErrorKind::ConnectionReset.into()),
+        carried = carry(&mut client, &link) => carried,
+    };
+    if carried.is_err() {
+        // Closed now, it sends RST.
+        client.set_zero_linger()?;
+    }
+    carried
+}
+
+/// Until one side closes the connection.
+async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
+    link.pass().await?;
+    let target = *lock(&link.target);
+    let server = if target.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // If this is dropped midway, by a reset, the other side gets RST as well: from the first moment on.
+    server.set_zero_linger()?;
+    let mut server = server.connect(target).await?;
+    server.set_nodelay(true)?;
+    let (client_read, client_write) = client.split();
+    let (server_read, server_write) = server.split();
+    let carried = select! {
+        ended = pump(Side::Client, client_read, server_write, link) => ended,
+        ended = pump(Side::Server, server_read, client_write, link) => ended,
+    };
+    if carried.is_ok() {
+        // An orderly end is passed on as one.
+        server.shutdown().await?;
+    }
+    carried
+}
+
+/// Carries what one side sends, until it has nothing more to send.
+async fn pump(from: Side, mut read: ReadHalf<'_>, mut write: WriteHalf<'_>, link: &Link) -> io::Result<()> {
+    let mut frames = Frames { buffer: BytesMut::new(), is_begun: from == Side::Server };
+    loop {
+        let count = read.read_buf(&mut frames.buffer).await?;
+        link.pass().await?;
+        if count == 0 {
+            return write.write_all(&frames.buffer).await;
+        }
+        if link.follows_amqp {
+            while let Some((method, frame)) = frames.next() {
+                if method.is_some_and(|method| link.springs(from, method)) {
+                    return std::future::pending().await;
+                }
+                write.write_all(&frame).await?;
+            }
+        } else {
+            write.write_all(&frames.buffer.split()).await?;
+        }
+    }
+}
+
+impl Link {
+    /// Waits until something may pass; an error if nothing will.
+    async fn pass(&self) -> io::Result<()> {
+        let mode =
+            *self.mode.subscribe().wait_for(|mode| *mode != Mode::Frozen).await.map_err(io::Error::other)?;
+        match mode {
+            Mode::Refusing => Err(io::ErrorKind::ConnectionReset.into()),
+            Mode::Slow(latency) => {
+                sleep(latency).await;
+                Ok(())
+            }
+            Mode::Open | Mode::Frozen => Ok(()),
+        }
+    }
+
+    /// Whether this is the frame that is waited for.
+    fn springs(&self, from: Side, method: MethodId) -> bool {
+        let mut trap = lock(&self.trap);
+        match trap.take_if(|trap| trap.from == from && trap.method == method) {
+            // If nobody waits any longer, it passes.
+            Some(trap) => trap.sprung.send(()).is_ok(),
+            None => false,
+        }
+    }
+}
+
+/// Bytes of AMQP, taken frame by frame (specification, section 4.2.3).
+struct Frames {
+    buffer: BytesMut,
+    /// Whether what comes are frames: a client sends the protocol's header first.
+    is_begun: bool,
+}
+
+impl Frames {
+    /// The next piece that is complete, and its method if it has one.
+    fn next(&mut self) -> Option<(Option<MethodId>, Bytes)> {
+        const PROTOCOL_HEADER: usize = 8;
+        const METHOD: u8 = 1;
+
+        if !self.is_begun {
+            self.is_begun = self.buffer.len() >= PROTOCOL_HEADER;
+            return self.is_begun.then(|| (None, self.buffer.split_to(PROTOCOL_HEADER).freeze()));
+        }
+        let (&[kind, _, _, a, b, c, d], payload) = self.buffer.split_first_chunk()?;
+        let size = u32::from_be_bytes([a, b, c, d]) as usize;
+        let method = match payload.first_chunk() {
+            Some(&[a, b, c, d]) if kind == METHOD => {
+                Some((u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])))
+            }
+            _ => None,
+        };
+        // The head, the payload, the end mark.
+        let length = 7 + size + 1;
+        (self.buffer.len() >= length).then(|| (method, self.buffer.split_to(length).freeze()))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use broker::Broker;
+    use lapin::{
+        Connection, ConnectionProperties,
+        options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+        types::FieldTable,
+    };
+    use tokio::time::timeout;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const A_WHILE: Duration = Duration::from_millis(200);
+
+    /// A connection through a proxy: its client's side and its server's.
+    async fn connection() -> (Proxy, TcpStream, TcpStream) {
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::start(server.local_addr().unwrap()).unwrap();
+        let client = TcpStream::connect(proxy.address).await.unwrap();
+        let (server, _) = server.accept().await.unwrap();
+        (proxy, client, server)
+    }
+
+    async fn read(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        timeout(PATIENCE, stream.read_buf(&mut bytes)).await??;
+        Ok(bytes)
+    }
+
+    #[tokio::test]
+    async fn bytes_and_the_end_pass_both_ways() {
+        let (_proxy, mut client, mut server) = connection().await;
+        client.write_all(b"to the server").await.unwrap();
+        assert_eq!(read(&mut server).await.unwrap(), b"to the server");
+        server.write_all(b"to the client").await.unwrap();
+        assert_eq!(read(&mut client).await.unwrap(), b"to the client");
+        drop(client);
+        assert_eq!(read(&mut server).await.unwrap(), b"");
+    }
+
+    #[tokio::test]
+    async fn a_cut_resets_both_sides() {
+        let (proxy, mut client, mut server) = connection().await;
+        proxy.cut();
+        for side in [&mut client, &mut server] {
+            assert_eq!(read(side).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_frozen_link_is_silent_until_it_is_restored() {
+        let (proxy, mut client, mut server) = connection().await;
+        proxy.freeze();
+        client.write_all(b"late").await.unwrap();
+        let mut byte = [0];
+        assert!(timeout(A_WHILE, server.read(&mut byte)).await.is_err());
+        proxy.restore();
+        assert_eq!(read(&mut server).await.unwrap(), b"late");
+    }
+
+    #[tokio::test]
+    async fn a_link_that_refuses_resets_who_connects() {
+        let (proxy, mut client, _server) = connection().await;
+        proxy.refuse();
+        assert_eq!(read(&mut client).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        // The reset may come before `connect` returns, or after.
+        let refused = match TcpStream::connect(proxy.address).await {
+            Ok(mut other) => read(&mut other).await.unwrap_err(),
+            Err(error) => error,
+        };
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn a_confirm_can_be_withheld() {
+        let broker = Broker::start().await.unwrap();
+        let proxy = Proxy::start_amqp(broker.address()).unwrap();
+        let url = format!("amqp://guest:guest@{}/%2f", proxy.address);
+        let connection = Connection::connect(&url, ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let declare = QueueDeclareOptions::durable();
+        channel.queue_declare("q".into(), declare, FieldTable::default()).await.unwrap();
+        let publish = || async {
+            let options = BasicPublishOptions::default();
+            channel
+                .basic_publish("".into(), "q".into(), options, &[7; 100_000], Default::default())
+                .await
+                .unwrap()
+                .await
+        };
+        publish().await.unwrap();
+        let sprung = proxy.withhold(Side::Server, BASIC_ACK);
+        let confirmed = timeout(A_WHILE, publish()).await;
+        timeout(PATIENCE, sprung).await.unwrap().unwrap();
+        assert!(confirmed.is_err());
+    }
+}

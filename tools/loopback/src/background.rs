@@ -1,0 +1,57 @@
+//! A runtime beside the caller's, with servers: they end when it is dropped, open connections included.
+
+use axum::{Router, serve::ListenerExt};
+use std::{io, net::SocketAddr, ops::Deref};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Runtime},
+};
+
+/// May be dropped anywhere, which tokio's own runtime may not: in an async function, that panics.
+pub struct Background(Option<Runtime>);
+
+impl Background {
+    /// With so many threads for tasks, and for what blocks.
+    ///
+    /// # Errors
+    /// If the threads can't be started.
+    pub fn start(worker_threads: usize, blocking_threads: usize) -> io::Result<Self> {
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(worker_threads).max_blocking_threads(blocking_threads).enable_all();
+        Ok(Self(Some(builder.build()?)))
+    }
+
+    /// Listens for a server of this runtime.
+    ///
+    /// # Errors
+    /// If the address is in use.
+    pub fn listen(&self, address: SocketAddr) -> io::Result<TcpListener> {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let _inside = self.enter();
+        TcpListener::from_std(listener)
+    }
+
+    /// Serves these routes.
+    pub fn serve_http(&self, listener: TcpListener, routes: Router) {
+        // Otherwise the end of an answer waits for the client to acknowledge what came before: 40 ms.
+        let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
+        self.spawn(axum::serve(listener, routes).into_future());
+    }
+}
+
+impl Deref for Background {
+    type Target = Runtime;
+
+    fn deref(&self) -> &Runtime {
+        self.0.as_ref().expect("it is taken in `drop` only")
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
