@@ -1,6 +1,7 @@
 //! The HTTP service. It logs a user in with the help of usercenter, and publishes the login.
 //!
 //! - [`config`]: flags and environment variables
+//! - [`app`]: the state that the handlers use
 //! - [`router`]: every route and every layer
 //! - [`body`]: reads the body of a request, before the handler runs
 //! - [`login`]: the handler, with the hand-written span `local`
@@ -12,6 +13,7 @@
 //! - [`mod@server`][]: connections
 //! - [`usercenter`]: the gRPC client, and every layer around it
 
+pub mod app;
 pub mod body;
 pub mod config;
 pub mod health;
@@ -26,6 +28,7 @@ pub mod usercenter;
 
 use amqp::Topology;
 use anyhow::Context;
+use app::App;
 use config::Config;
 use opentelemetry::global::{self, BoxedTracer};
 use proto::{
@@ -33,7 +36,6 @@ use proto::{
     usercenter::v1::usercenter_client::UsercenterClient,
 };
 use publisher::{Publisher, Spool};
-use router::App;
 use serving::{listener::reserve_files, shutdown::Shutdown};
 use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;

@@ -1,6 +1,6 @@
 //! Handles a login: steps 1 to 4 of the flow in ARCHITECTURE.md, each with its span.
 
-use crate::{TRACER, problem::Problem, publisher::LoginEvent, router::App};
+use crate::{TRACER, app::App, problem::Problem, publisher::LoginEvent};
 use axum::{
     Json,
     extract::{self, FromRequest, State, rejection::JsonRejection},

@@ -1,12 +1,10 @@
 //! Every route and every layer of the HTTP service.
 
 use crate::{
+    app::App,
     body::{self, BodyMemory},
     health, host, login,
     problem::Problem,
-    publisher::Publisher,
-    token::TokenIssuer,
-    usercenter::{Health, Usercenter},
 };
 use axum::{
     Router,
@@ -14,24 +12,9 @@ use axum::{
     routing::{get, post},
 };
 use resilience::{CatchPanicLayer, DeadlineLayer, ShedLayer};
-use serving::shutdown::Shutdown;
 use std::{sync::Arc, time::Duration};
 use telemetry::http::HttpServerLayer;
 use tower::ServiceBuilder;
-
-/// The state that the handlers use.
-pub struct App {
-    /// The client of usercenter, in its layers.
-    pub usercenter: Usercenter,
-    /// The client of usercenter's health, on the same connection.
-    pub usercenter_health: Health,
-    /// Tells whether this instance is shutting down.
-    pub shutdown: Shutdown,
-    /// Issues access tokens.
-    pub tokens: TokenIssuer,
-    /// Publishes logins.
-    pub publisher: Publisher,
-}
 
 /// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]

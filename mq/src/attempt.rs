@@ -3,8 +3,7 @@
 
 use crate::{
     failure::Failure,
-    history::History,
-    processing::{Login, Processed},
+    history::{History, Login, Processed},
     properties,
     publisher::Publisher,
 };

@@ -18,7 +18,7 @@
 
 use crate::{
     attempt::{Attempts, Failed, Outcome},
-    processing::{Login, Processed},
+    history::{Login, Processed},
 };
 use amqp::{
     Backoff, Server,

@@ -5,9 +5,8 @@
 
 mod store;
 
-use crate::processing::{Login, Processed};
 use sqlx::sqlite::SqliteConnectOptions;
-use std::{future, time::Duration};
+use std::{fmt, future, time::Duration};
 use store::{Change, Store};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -21,6 +20,39 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// The most changes that share a transaction.
 const MAX_GROUP: usize = 256;
+
+/// A login to record.
+#[derive(Clone)]
+pub struct Login {
+    /// The id of the message, which is the same for every delivery of the same login.
+    pub message_id: String,
+    /// The trace in which it happened, as 32 hex digits.
+    pub trace_id: Option<String>,
+    /// Who logged in. This is personal, so it stays out of spans, logs and errors.
+    pub mobile: String,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+}
+
+/// Shows which login it is, but not whose.
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { message_id, attempt, .. } = self;
+        f.debug_struct("Login")
+            .field("message_id", message_id)
+            .field("attempt", attempt)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The result of recording a login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processed {
+    /// The login took effect, durably.
+    Applied,
+    /// The login had taken effect before, so it changed nothing.
+    Duplicate,
+}
 
 /// The database refuses one login, because its content breaks a rule there. Other logins are not affected.
 // It does not hold the database's own text, because that may quote the row.

@@ -1,45 +1,9 @@
 //! Processes a login. Nothing here knows how the login came.
 
-use crate::history::{History, Refused};
+use crate::history::{History, Login, Processed, Refused};
 use futures_util::future::BoxFuture;
-use std::{
-    fmt,
-    task::{Context, Poll},
-};
+use std::task::{Context, Poll};
 use tower::Service;
-
-/// A login to process.
-#[derive(Clone)]
-pub struct Login {
-    /// The id of the message, which is the same for every delivery of the same login.
-    pub message_id: String,
-    /// The trace in which it happened, as 32 hex digits.
-    pub trace_id: Option<String>,
-    /// Who logged in. This is personal, so it stays out of spans, logs and errors.
-    pub mobile: String,
-    /// Which attempt this is, from 1.
-    pub attempt: u32,
-}
-
-/// Shows which login it is, but not whose.
-impl fmt::Debug for Login {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { message_id, attempt, .. } = self;
-        f.debug_struct("Login")
-            .field("message_id", message_id)
-            .field("attempt", attempt)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The result of processing a login.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Processed {
-    /// The login took effect, durably.
-    Applied,
-    /// The login had taken effect before, so it changed nothing.
-    Duplicate,
-}
 
 /// Records logins in the history. This is the innermost service, which [`crate::processing_stack`] wraps in
 /// layers.

@@ -1,7 +1,6 @@
 //! The connection to the database, and every statement. The statements run on SQLite, and also on PostgreSQL.
 
-use super::Refused;
-use crate::processing::Login;
+use super::{Login, Refused};
 use anyhow::Context;
 use sqlx::{
     ConnectOptions, Connection, SqliteConnection,

@@ -12,8 +12,8 @@ use harness::{
     stack::{KNOWN_MOBILE, TestBroker},
 };
 use mq::{
-    history::{self, History},
-    processing::{Login, Processed, RecordLogin},
+    history::{self, History, Login, Processed},
+    processing::RecordLogin,
 };
 use proto::usercenter::v1::{
     GetUserByMobileRequest, GetUserByMobileResponse,
