@@ -19,7 +19,11 @@
 //!       └──────────────── pausing (if the broker is blocked: first waiting until it is not)
 //! ```
 
-use super::{CLIENT_ID, PublishError, Published, Unconfirmed, message::Message, spool::Spool};
+use super::{
+    CLIENT_ID, PublishError, Published, Unconfirmed,
+    message::Message,
+    spool::{Appended, Spool},
+};
 use amqp::{Backoff, IfBlocked, Server, Session, Topology};
 use std::time::{Duration, Instant, SystemTime};
 use telemetry::amqp::Broker;
@@ -283,7 +287,15 @@ impl Dispatcher {
 impl Backlog {
     fn append(&mut self, request: Request, why: Unconfirmed) {
         self.is_empty = false;
-        self.spool.append(request, why);
+        let Request { message, done } = request;
+        self.spool.append(message, move |appended| {
+            // Sending fails if the caller has stopped waiting, which does no harm.
+            let _ = done.send(match appended {
+                Appended::Stored => Ok(Published::Spooled(why)),
+                Appended::Full => Err(PublishError::SpoolFull),
+                Appended::Failed => Err(PublishError::SpoolFailed),
+            });
+        });
     }
 
     /// Reads the entries of the next round; `None` if they can't be read.

@@ -7,7 +7,7 @@
 
 mod store;
 
-use super::{PublishError, Published, Unconfirmed, dispatch::Request, message::Message};
+use super::message::Message;
 use std::{
     iter,
     path::Path,
@@ -47,8 +47,22 @@ struct Shared {
     takes: AtomicBool,
 }
 
+/// What became of a login that was to be appended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Appended {
+    /// The login is on disk.
+    Stored,
+    /// The spool has no room for it.
+    Full,
+    /// The disk failed.
+    Failed,
+}
+
+/// Is called with the outcome, or dropped if nobody knows the outcome.
+type OnAppended = Box<dyn FnOnce(Appended) + Send>;
+
 enum Command {
-    Append(Request, Unconfirmed),
+    Append(Message, OnAppended),
     Read { after: u64, count: usize, entries: oneshot::Sender<Result<Vec<(u64, Message)>, StoreError>> },
     Remove { through: u64 },
 }
@@ -106,10 +120,10 @@ impl Spool {
         self.state.clone()
     }
 
-    /// Appends a login, and sends the outcome to whoever waits for it.
-    pub fn append(&self, request: Request, why: Unconfirmed) {
-        // If the thread is gone, the request is dropped, and the caller learns that nobody knows the outcome.
-        let _ = self.commands.send(Command::Append(request, why));
+    /// Appends a login, and calls `on_appended` with the outcome. If nobody knows the outcome, `on_appended`
+    /// is dropped.
+    pub fn append(&self, message: Message, on_appended: impl FnOnce(Appended) + Send + 'static) {
+        let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
     }
 
     /// Returns the next entries after this number, in order. Entries that were appended before are among
@@ -168,27 +182,25 @@ impl Keeper {
         let (mut appended, mut reads, mut through) = (Vec::new(), Vec::new(), self.through);
         for command in commands {
             match command {
-                Command::Append(request, why) => appended.push((request, why)),
+                Command::Append(message, on_appended) => appended.push((message, on_appended)),
                 Command::Read { after, count, entries } => reads.push((after, count, entries)),
                 Command::Remove { through: number } => through = through.max(Some(number)),
             }
         }
         if !appended.is_empty() || through.is_some() || self.is_failing {
-            let messages = appended.iter().map(|(request, _)| request.message.to_bytes());
+            let messages = appended.iter().map(|(message, _)| message.to_bytes());
             let outcomes = self.store.change(messages, through);
             self.through = through.filter(|_| outcomes.is_err());
             self.log(&outcomes);
             // The state is updated first, so that it is right for a caller that has its answer.
             self.tell();
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
-            for (request, why) in appended {
-                let answer = match outcomes.next() {
-                    Some(true) => Ok(Published::Spooled(why)),
-                    Some(false) => Err(PublishError::SpoolFull),
-                    None => Err(PublishError::SpoolFailed),
-                };
-                // Sending fails if the caller has stopped waiting, which does no harm.
-                let _ = request.done.send(answer);
+            for (_, on_appended) in appended {
+                on_appended(match outcomes.next() {
+                    Some(true) => Appended::Stored,
+                    Some(false) => Appended::Full,
+                    None => Appended::Failed,
+                });
             }
         }
         for (after, count, entries) in reads {
