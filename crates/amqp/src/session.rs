@@ -113,10 +113,11 @@ impl Session {
                 why = trouble(events) => why,
                 () = sleep(limit) => Unconfirmed::Timeout,
             };
-            let is_waiting =
-                matches!(why, Unconfirmed::Blocked | Unconfirmed::Timeout) && connection.status().blocked();
-            if if_blocked == IfBlocked::Fail || !is_waiting {
-                return Err(why);
+            match (why, connection.status().blocked()) {
+                // The event is an old one, because nobody looks at the events of an idle session.
+                (Unconfirmed::Blocked, false) => {}
+                (Unconfirmed::Blocked | Unconfirmed::Timeout, true) if if_blocked == IfBlocked::Wait => {}
+                _ => return Err(why),
             }
         }
     }

@@ -140,6 +140,18 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     let queue = stack.broker.topology.dead_letter_queue.as_str();
     let another = stack.broker.channel.basic_get(queue.into(), Default::default()).await?;
     assert_eq!(another, None);
+
+    // An alarm that is over by the next message does not publish that twice either.
+    stack.broker.set_alarm(true);
+    let told = poll(PATIENCE, async || stack.broker.is_blocked().then_some(())).await;
+    assert!(told.is_some());
+    stack.broker.set_alarm(false);
+    let properties = BasicProperties::default().with_message_id("later".into());
+    stack.publish(properties, format!(r#"{{"Msg":"{BAD}"}}"#).as_bytes()).await?;
+    stack.dead_letter().await?;
+    stack.receiver.expect_span(|span| span.attributes["messaging.message.id"] == "later").await;
+    let another = stack.broker.channel.basic_get(queue.into(), Default::default()).await?;
+    assert_eq!(another, None);
     Ok(())
 }
 

@@ -249,7 +249,7 @@ pub struct TestBroker {
     pub retry_delays: Vec<Duration>,
     /// A channel of the test's own.
     pub channel: Channel,
-    _connection: Connection,
+    connection: Connection,
     embedded: Option<Broker>,
 }
 
@@ -299,7 +299,7 @@ impl TestBroker {
         let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
         topology.declare(&channel).await?;
         let retry_delays = delays(DEFAULT_RETRY_DELAYS);
-        Ok(Self { url, prefix, topology, retry_delays, channel, _connection: connection, embedded })
+        Ok(Self { url, prefix, topology, retry_delays, channel, connection: connection, embedded })
     }
 
     /// A network to it that can break, and the URL that leads through it.
@@ -354,6 +354,11 @@ impl TestBroker {
     /// If it is another, which other tests use as well.
     pub fn set_alarm(&self, on: bool) {
         self.embedded.as_ref().expect("an embedded broker").set_alarm(on);
+    }
+
+    /// Whether the broker has told the test's own connection that it takes no messages.
+    pub fn is_blocked(&self) -> bool {
+        self.connection.status().blocked()
     }
 }
 
