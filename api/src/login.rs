@@ -6,9 +6,10 @@ use axum::{
     extract::{self, FromRequest, State, rejection::JsonRejection},
 };
 use opentelemetry::trace::Tracer;
-use proto::usercenter::v1::GetUserByMobileRequest;
+use proto::{login::is_mobile_number, usercenter::v1::GetUserByMobileRequest};
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use std::sync::Arc;
+use tonic::Code;
 use tower::ServiceExt;
 
 /// The body of a login.
@@ -43,8 +44,13 @@ pub async fn login(
 
     // Layers also make the client span, the server span at the other end, the deadline and the retries.
     let mobile = request.mobile.clone();
-    let found = app.usercenter.clone().get_user_by_mobile(GetUserByMobileRequest { mobile }).await?;
-    let user = found.into_inner().user.ok_or(Problem::UsercenterFailed)?;
+    let found = app.usercenter.clone().get_user_by_mobile(GetUserByMobileRequest { mobile }).await;
+    let found = found.map_err(|status| match status.code() {
+        Code::NotFound => Problem::UnknownUser,
+        Code::InvalidArgument => Problem::InvalidMobile,
+        _ => Problem::of_usercenter(&status),
+    });
+    let user = found?.into_inner().user.ok_or(Problem::UsercenterFailed)?;
 
     // No layer can know about a local function, so its span is written by hand.
     let token = TRACER.in_span("local", |_| app.tokens.issue(user.id));
@@ -65,21 +71,14 @@ impl<S: Send + Sync> FromRequest<S> for LoginRequest {
     type Rejection = Problem;
 
     async fn from_request(request: extract::Request, state: &S) -> Result<Self, Problem> {
-        let Json(login) = Json::<LoginRequest>::from_request(request, state).await?;
-        let is_mobile =
-            (7..=15).contains(&login.mobile.len()) && login.mobile.bytes().all(|b| b.is_ascii_digit());
-        if is_mobile { Ok(login) } else { Err(Problem::InvalidMobile) }
-    }
-}
-
-/// The texts of axum's rejections may quote the body, so they are not used.
-impl From<JsonRejection> for Problem {
-    fn from(rejection: JsonRejection) -> Self {
-        match rejection {
+        let login = Json::<LoginRequest>::from_request(request, state).await;
+        // The texts of axum's rejections may quote the body, so they are not used.
+        let Json(login) = login.map_err(|rejection| match rejection {
             JsonRejection::JsonSyntaxError(_) => Problem::NotJson,
             JsonRejection::JsonDataError(_) => Problem::InvalidMobile,
             JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
             _ => Problem::UnreadableBody,
-        }
+        })?;
+        if is_mobile_number(&login.mobile) { Ok(login) } else { Err(Problem::InvalidMobile) }
     }
 }

@@ -174,21 +174,22 @@ impl IntoResponse for Problem {
     }
 }
 
-/// Logs the failure of usercenter, once. The caller learns only the kind of problem.
-impl From<Status> for Problem {
-    fn from(status: Status) -> Self {
-        if CircuitOpen::of(&status).is_some() {
+impl Problem {
+    /// Returns the problem that a failed call of usercenter is to the caller, who learns only the kind of
+    /// problem. Logs the failure.
+    pub fn of_usercenter(status: &Status) -> Self {
+        if CircuitOpen::of(status).is_some() {
             // The circuit has logged that it opened. Here it would be logged for every login of an outage.
             return Problem::UsercenterCircuitOpen;
         }
         let problem = match status.code() {
-            Code::NotFound => return Problem::UnknownUser,
-            Code::InvalidArgument => return Problem::InvalidMobile,
             Code::Unavailable => Problem::UsercenterUnavailable,
             Code::DeadlineExceeded => Problem::UsercenterTimeout,
             Code::Ok
             | Code::Cancelled
             | Code::Unknown
+            | Code::InvalidArgument
+            | Code::NotFound
             | Code::AlreadyExists
             | Code::PermissionDenied
             | Code::ResourceExhausted

@@ -14,6 +14,11 @@ use serde::Serialize;
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt};
 
+/// Whether this is a mobile number: 7 to 15 digits.
+pub fn is_mobile_number(text: &str) -> bool {
+    (7..=15).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit())
+}
+
 /// A login that happened, with the trace context of its producer span.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]

@@ -1,8 +1,9 @@
 //! The gRPC API of the directory. Nothing here is about tracing, because a layer does it ([`crate::layers`]).
 
 use crate::directory::Directory;
-use proto::usercenter::v1::{
-    GetUserByMobileRequest, GetUserByMobileResponse, User, usercenter_server::Usercenter,
+use proto::{
+    login::is_mobile_number,
+    usercenter::v1::{GetUserByMobileRequest, GetUserByMobileResponse, User, usercenter_server::Usercenter},
 };
 use tonic::{Request, Response, Status};
 
@@ -44,7 +45,7 @@ impl Usercenter for Service {
         request: Request<GetUserByMobileRequest>,
     ) -> Result<Response<GetUserByMobileResponse>, Status> {
         let mobile = request.into_inner().mobile;
-        if !(7..=15).contains(&mobile.len()) || !mobile.bytes().all(|b| b.is_ascii_digit()) {
+        if !is_mobile_number(&mobile) {
             return Err(LookupError::NotAMobileNumber.into());
         }
         let user = self.directory.by_mobile(&mobile).ok_or(LookupError::UnknownUser)?;
