@@ -1,7 +1,7 @@
 //! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
 //! `telemetry`.
 
-use crate::publisher::Limits;
+use crate::outbox::Limits;
 use amqp::Server;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use serving::{

@@ -1,7 +1,7 @@
 //! Tells whether the service is ready, and has the probe by which a container without a shell checks its own
 //! health.
 
-use crate::{app::App, publisher::Readiness};
+use crate::{app::App, outbox::Readiness};
 use anyhow::{Context, ensure};
 use axum::{Json, extract::State, http::StatusCode};
 use proto::usercenter::v1::usercenter_server;

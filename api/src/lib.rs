@@ -5,7 +5,8 @@
 //! - [`router`]: every route and every layer
 //! - [`body`]: reads the body of a request, before the handler runs
 //! - [`login`]: the handler, with the hand-written span `local`
-//! - [`publisher`]: the message to the broker, or to disk, with the hand-written span `send_msg_mq`
+//! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`
+//! - [`outbox`]: delivery to the broker, or to disk and later to the broker
 //! - [`token`]: the access token
 //! - [`problem`]: which failure gets which answer
 //! - [`host`]: the header `Host`
@@ -19,6 +20,7 @@ pub mod config;
 pub mod health;
 pub mod host;
 pub mod login;
+pub mod outbox;
 pub mod problem;
 pub mod publisher;
 pub mod router;
@@ -31,11 +33,12 @@ use anyhow::Context;
 use app::App;
 use config::Config;
 use opentelemetry::global::{self, BoxedTracer};
+use outbox::Spool;
 use proto::{
     topology::{EXCHANGE, QUEUE, ROUTING_KEY},
     usercenter::v1::usercenter_client::UsercenterClient,
 };
-use publisher::{Publisher, Spool};
+use publisher::Publisher;
 use serving::{listener::reserve_files, shutdown::Shutdown};
 use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;

@@ -1,6 +1,6 @@
 //! Maps each failure to its answer: problem+json (RFC 9457), with the trace id as a member.
 
-use crate::publisher::PublishError;
+use crate::outbox::PublishError;
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},

@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use api::{
-    publisher::{Limits, LoginEvent, Publisher, Spool},
+    outbox::{Limits, Spool},
+    publisher::{LoginEvent, Publisher},
     router, usercenter,
 };
 use axum::{Router, body::Body, routing::get};

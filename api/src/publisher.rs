@@ -1,0 +1,106 @@
+//! Publishes logins, each in the hand-written span `send_msg_mq`.
+//!
+//! A published login was either confirmed by the broker, or written to the spool on disk. From there it will
+//! be published in order, and in its own trace ([`crate::outbox`]).
+
+use crate::{
+    TRACER,
+    outbox::{CLIENT_ID, Message, Outbox, PublishError, Published, Publishing, Readiness, Spool},
+};
+use amqp::{Server, Topology};
+use futures_util::future::BoxFuture;
+use opentelemetry::{
+    Context, KeyValue,
+    trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
+};
+use std::{
+    sync::Arc,
+    task::{self, Poll},
+    time::Duration,
+};
+use telemetry::{OrCancelled, amqp::Broker, semconv};
+use tower::Service;
+use uuid::Uuid;
+
+/// A login that happened.
+// It has no `Debug`, because a mobile number is personal.
+pub struct LoginEvent {
+    /// Who logged in.
+    pub mobile: String,
+}
+
+/// Publishes logins. All clones share one connection.
+///
+/// It is a [`Service`], so layers can be put around it.
+#[derive(Clone)]
+pub struct Publisher {
+    outbox: Outbox,
+    destination: Arc<(Broker, Topology)>,
+}
+
+impl Publisher {
+    /// Connects in the background, and again whenever the connection breaks. If the broker does not confirm a
+    /// message within `timeout`, the message goes to the spool.
+    pub fn start(server: Server, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
+        let broker = Broker::new(&server.uri, CLIENT_ID);
+        let destination = Arc::new((broker, topology.clone()));
+        let (outbox, publishing) = Outbox::start(server, topology, timeout, spool);
+        (Self { outbox, destination }, publishing)
+    }
+
+    /// Whether logins can be published now.
+    pub fn readiness(&self) -> Readiness {
+        self.outbox.readiness()
+    }
+
+    /// Publishes a login in its span. If the future is dropped, the login may be published nevertheless.
+    async fn publish(self, login: LoginEvent) -> Result<Published, PublishError> {
+        let message_id = Uuid::new_v4().to_string();
+        let (broker, Topology { exchange, routing_key, .. }) = &*self.destination;
+
+        let mut span = TRACER.span_builder("send_msg_mq").with_kind(SpanKind::Producer).start(&*TRACER);
+        if span.is_recording() {
+            span.set_attributes(broker.producer_attributes(exchange, routing_key, &message_id));
+        }
+        let cx = Context::current_with_span(span);
+        // If this future is dropped, at the request's deadline or because the caller hung up, the span ends
+        // as cancelled.
+        let _or_cancelled = OrCancelled(cx.clone());
+
+        // The message carries the context of this span, however long it is under way.
+        let message = Message::new(&cx, message_id, login.mobile);
+        let result = self.outbox.publish(message).await;
+
+        let span = cx.span();
+        match result {
+            Ok(Published::Confirmed) => {
+                span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "confirmed"));
+            }
+            // This is not an error, because the login will be published.
+            Ok(Published::Spooled(why)) => {
+                span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "spooled"));
+                span.add_event("spooled", vec![KeyValue::new("reason", why.reason())]);
+            }
+            Err(error) => {
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.error_type()));
+                span.set_status(Status::error(error.to_string()));
+            }
+        }
+        span.end();
+        result
+    }
+}
+
+impl Service<LoginEvent> for Publisher {
+    type Response = Published;
+    type Error = PublishError;
+    type Future = BoxFuture<'static, Result<Published, PublishError>>;
+
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), PublishError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, login: LoginEvent) -> Self::Future {
+        Box::pin(self.clone().publish(login))
+    }
+}
