@@ -169,7 +169,7 @@ impl Replay {
         published?;
         // If this fails, the message is in both queues, but its login is applied only once.
         let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
-        acked.context("acknowledging the dead letter, which may stay in its queue")?;
+        acked.context("acknowledging the dead letter, which was published but may still be in its queue")?;
         Ok(())
     }
 }

@@ -57,7 +57,7 @@ pub enum Processed {
 /// The database refuses one login, because its content breaks a rule there. Other logins are not affected.
 // It does not hold the database's own text, because that may quote the row.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the database refuses this login (code {code})")]
+#[error("the database refuses the data of this message (code {code})")]
 pub struct Refused {
     /// The database's code: SQLite's extended result code, or an SQLSTATE.
     pub code: String,

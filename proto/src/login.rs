@@ -36,7 +36,7 @@ impl fmt::Debug for LoginMessage {
     }
 }
 
-/// Why a body is not a login message. The texts hold nothing of the body itself.
+/// Why a body is not a login message. The error messages quote nothing from the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LoginMessageError {
     /// The body is not JSON, or not a JSON object.

@@ -1,4 +1,4 @@
-//! How every service handles its connections, and how it ends.
+//! How every service handles its connections, and how it shuts down.
 //!
 //! - [`arguments`]: reads flags and environment variables
 //! - [`process`]: runs a service between the start and the end of telemetry

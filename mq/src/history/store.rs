@@ -76,8 +76,9 @@ impl Store {
     /// content.
     ///
     /// # Errors
-    /// If the database can't be used now. Then nothing has changed, or, if it failed at the very end,
-    /// everything has. That does no harm, because a login that is applied again is a duplicate.
+    /// If the database can't be used now. Then none of the changes are made; but if it failed during the
+    /// commit itself, all of them may have been made. That does no harm, because a login that is applied
+    /// again is a duplicate.
     pub async fn commit(&mut self, changes: &[Change]) -> anyhow::Result<Vec<Result<i64, Refused>>> {
         // Take the connection, so that it is not used again if it fails.
         let mut connection = match self.connection.take() {
