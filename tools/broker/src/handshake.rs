@@ -48,7 +48,7 @@ pub struct Capabilities {
 pub struct Agreement {
     /// The capabilities of the client.
     pub capabilities: Capabilities,
-    /// The largest frame, in bytes.
+    /// The size of the largest frame, in bytes.
     pub frame_max: usize,
     /// The heartbeat interval, or `None` for no heartbeats.
     pub heartbeat: Option<Duration>,

@@ -11,8 +11,7 @@
 //! than 256 MiB, connections that publish are not read, not even their acknowledgements, and the clients are
 //! told so with `connection.blocked`, as in RabbitMQ.
 //!
-//! - `connection`: the socket; `handshake`: how a connection begins; `output`: the frames that wait to be
-//! written
+//! - `connection`: the socket; `handshake`: how a connection begins; `output`: the frames to write
 //! - `frames`: bytes to frames and back; `exception`: the errors that close a channel or a connection
 //! - `virtual_host`: the state, behind one lock; `channel`: the state of a channel
 //! - `methods`: the methods of clients; `content`: messages, until they are complete
