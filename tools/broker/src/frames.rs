@@ -18,8 +18,8 @@ pub const FRAME_MAX: usize = 131_072;
 /// The bytes that open a connection, and the answer to a peer that speaks another protocol (section 4.2.2).
 pub const PROTOCOL_HEADER: &[u8; 8] = b"AMQP\0\0\x09\x01";
 
-/// The size of type, channel and payload size, which precede the payload. The end mark follows it (section
-/// 4.2.3).
+/// The bytes of a frame around its payload: type, channel and size before it, and the end mark after it
+/// (section 4.2.3).
 const HEADER: usize = 7;
 const OVERHEAD: usize = HEADER + 1;
 

@@ -36,10 +36,9 @@ pub enum Handshake {
 /// The capabilities that the client announces.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Capabilities {
-    /// Whether the client accepts `basic.cancel`, which tells it that the queue of a consumer was deleted.
+    /// Whether the client accepts `basic.cancel` after the queue of its consumer was deleted.
     pub takes_cancel: bool,
-    /// Whether the client accepts `connection.blocked`, which tells it that it is not read because it
-    /// publishes.
+    /// Whether the client accepts `connection.blocked` while the broker does not read its messages.
     pub takes_blocked: bool,
 }
 
@@ -55,7 +54,7 @@ pub struct Agreement {
 }
 
 impl Handshake {
-    /// Appends `start`.
+    /// Begins a handshake by appending `start`.
     pub fn start(output: &mut Vec<u8>) -> Self {
         let mut capabilities = FieldTable::default();
         for name in [
@@ -138,8 +137,8 @@ fn authenticate(start_ok: &connection::StartOk) -> Outcome<Capabilities> {
     })
 }
 
-/// Checks the limits that the client chose. The limit 0 means "no limit", so it is refused, as in RabbitMQ,
-/// because the broker has limits.
+/// Checks the limits that the client chose. A `channel_max` or `frame_max` of 0 means "no limit", which is
+/// more than the broker offers, so it is refused, as in RabbitMQ.
 fn agree(capabilities: Capabilities, tune_ok: &connection::TuneOk) -> Outcome<Agreement> {
     let &connection::TuneOk { channel_max, frame_max, heartbeat } = tune_ok;
     if !(1..=CHANNEL_MAX).contains(&channel_max) {

@@ -33,7 +33,7 @@ pub enum Reason {
     Rejected,
     /// The message waited too long.
     Expired,
-    /// The queue was full.
+    /// The queue had reached its maximum length.
     MaxLen,
 }
 

@@ -16,7 +16,7 @@ use amq_protocol::{
 use std::sync::Arc;
 use tokio::time::Instant;
 
-/// A message that its queue has removed, on its way to the queue's dead-letter exchange.
+/// A message that its queue has removed or refused, on its way to the queue's dead-letter exchange.
 #[derive(Debug)]
 pub struct DeadLetter {
     entry: Entry,
@@ -27,8 +27,8 @@ pub struct DeadLetter {
 }
 
 impl VirtualHost {
-    /// Routes a complete message to its queues, and records its confirm, because nothing more can be done for
-    /// it.
+    /// Routes a complete message to its queues, and records its confirm right away, because nothing else
+    /// remains to be done.
     pub(super) fn publish(&mut self, at: ChannelId, content: Content) -> Outcome {
         let Content { publish, properties, raw_properties, body, .. } = content;
         if properties
@@ -142,7 +142,7 @@ impl VirtualHost {
         }
     }
 
-    /// Records a removed message as a dead letter, if its queue has a dead-letter exchange.
+    /// Records a removed or refused message as a dead letter, if its queue has a dead-letter exchange.
     pub(super) fn dead_letter(&mut self, id: QueueId, entry: Entry, reason: Reason) {
         let Some(queue) = self.queues.get(&id) else { return };
         let Some(exchange) = queue.arguments.dead_letter_exchange.clone() else {
