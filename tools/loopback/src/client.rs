@@ -93,7 +93,7 @@ pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> boo
     }
 }
 
-/// Returns whether this many HTTP/1 answers have arrived, as `enough` of [`raw`].
+/// Returns a condition for [`raw`]: at least this many HTTP/1 answers have arrived.
 pub fn answers(count: usize) -> impl Fn(&str) -> bool {
     move |received| received.matches("HTTP/1.").count() >= count
 }

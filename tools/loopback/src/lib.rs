@@ -34,8 +34,8 @@ pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -
 }
 
 /// Finds a free port for a process that will soon bind it. The port is below the range from which connections
-/// get theirs (`ip_local_port_range`), so that no connection takes it first, and processes that ask at the
-/// same time get different ports.
+/// get theirs (`ip_local_port_range`), so that no connection takes it first. Each process starts its search
+/// at another port.
 ///
 /// # Errors
 /// If no free port is found.
