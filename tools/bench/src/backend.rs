@@ -1,8 +1,8 @@
-//! How many spans the embedded trace backend takes: OTLP/gRPC in batches of 512, sent by a generator that
-//! shares the machine with what it measures.
+//! The number of spans a second that the embedded trace backend takes: OTLP/gRPC in batches of 512, sent by a
+//! generator that shares the machine with the backend.
 //!
-//! The generator encodes one batch, and gives it new ids for each time that it is sent. A row is the
-//! median of several runs, each on a backend of its own, a process of its own.
+//! The generator encodes one batch, and sends it with new ids each time. A row shows the medians of several
+//! runs, each with a new backend process.
 
 use super::{cpu_time, median, print, resident};
 use ::backend::{Addresses, Limits, Statistics};
@@ -34,11 +34,11 @@ use tokio::{
 use tonic::{client::Grpc, codegen::http::uri::PathAndQuery, transport::Endpoint};
 use tonic_prost::ProstCodec;
 
-/// As many as OpenTelemetry's SDKs send at once.
+/// The default batch size of OpenTelemetry's SDKs.
 const BATCH: usize = 512;
-/// As in a login.
+/// The number of spans of a login.
 const SPANS_OF_A_TRACE: usize = 6;
-/// Eight bytes that nothing else in a batch has; the number of the batch replaces them in every id.
+/// Eight bytes that occur nowhere else in a batch. In every id, they are replaced by the number of the batch.
 const PLACEHOLDER: u64 = 0xA5C3_5AA5_C35A_A5C3;
 
 /// How to measure.
@@ -50,39 +50,39 @@ pub struct Options {
     /// Connections of the generator.
     #[arg(long, default_value_t = 2)]
     connections: usize,
-    /// Runs; what is printed are medians.
+    /// Runs. The table shows their medians.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Seconds of a run.
+    /// Length of a run, in seconds.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
 }
 
-/// A backend as a process. It is killed with its owner.
+/// A backend process, which is killed when this is dropped.
 struct BackendProcess {
     addresses: Addresses,
     id: u32,
     _child: Child,
 }
 
-/// What one run gave.
+/// The measurements of one run.
 struct Run {
     spans_per_second: f64,
     /// Spans that were sent and are neither stored nor evicted.
     dropped: f64,
-    /// Cores that the backend took.
+    /// Cores that the backend used on average.
     cpu: f64,
-    /// Megabytes that the store accounts for.
+    /// Megabytes that the store counts as its own.
     accounted: f64,
-    /// Megabytes of memory that the backend had at the end of the load.
+    /// Resident memory of the backend at the end of the load, in megabytes.
     resident: f64,
-    /// Milliseconds for a search among all that is stored.
+    /// Milliseconds of a search through all stored traces.
     search: f64,
-    /// Milliseconds for a trace of 10,000 spans.
+    /// Milliseconds to read a trace of 10,000 spans.
     large_trace: f64,
 }
 
-/// Measures, and prints a table.
+/// Measures the backend, and prints a table.
 ///
 /// # Errors
 /// If the backend doesn't start, or refuses spans.
@@ -188,7 +188,8 @@ impl BackendProcess {
     }
 }
 
-/// Sends batches until the end: one every `beat`, or the next when the one before is answered.
+/// Sends batches until `end`: one batch every `beat`, or, without a beat, each batch as soon as the last is
+/// answered.
 async fn send(
     mut client: Grpc<tonic::transport::Channel>,
     template: Template,
@@ -214,7 +215,8 @@ async fn send(
     Ok(())
 }
 
-/// Milliseconds for a search in vain among all traces, and for a trace of 10,000 spans.
+/// Returns the milliseconds of a search without results through all traces, and of reading a trace of 10,000
+/// spans.
 async fn query(addresses: &Addresses) -> Result<(f64, f64)> {
     let query = format!("http://{}/api/traces", addresses.query);
     let client = Client::new();
@@ -236,18 +238,19 @@ async fn query(addresses: &Addresses) -> Result<(f64, f64)> {
     Ok((search.as_secs_f64() * 1e3, large_trace.as_secs_f64() * 1e3))
 }
 
-/// `ExportTraceServiceRequest`, its resource spans encoded already: the same bytes on the wire.
+/// An `ExportTraceServiceRequest` whose resource spans are already encoded. Its bytes on the wire are the
+/// same.
 #[derive(Clone, PartialEq, Message)]
 struct EncodedRequest {
     #[prost(bytes = "bytes", repeated, tag = "1")]
     resource_spans: Vec<Bytes>,
 }
 
-/// A batch to be sent again and again, each time with other ids.
+/// An encoded batch that is sent many times, each time with other ids.
 #[derive(Clone)]
 struct Template {
     encoded: Vec<u8>,
-    /// Where the ids have their placeholder.
+    /// The offsets of the placeholders in the ids.
     placeholders: Vec<usize>,
 }
 
@@ -292,7 +295,7 @@ fn request(spans: Vec<Span>) -> ExportTraceServiceRequest {
     ExportTraceServiceRequest { resource_spans: vec![resource_spans] }
 }
 
-/// With the attributes of a request by HTTP.
+/// Makes a span with the attributes of an HTTP request.
 fn span(trace_id: u128, id: u64, parent: u64) -> Span {
     const START: u64 = 1_769_860_800_000_000_000;
 

@@ -1,7 +1,8 @@
-//! Whether the embedded broker is as fast as RabbitMQ: the same client does the same with both, in turns.
+//! A comparison of the embedded broker with RabbitMQ: the same client does the same work with both, in turns.
 //!
-//! Messages are small and not persistent, queues are classic and durable. Ratios are taken within a round,
-//! and the brokers change places from round to round. Sizes of memory are of this process, the broker in it.
+//! Messages are small and not persistent, and queues are classic and durable. Ratios are taken within a
+//! round, and the brokers change their order from round to round. Memory sizes are those of this process,
+//! which includes the embedded broker.
 
 use super::{median, print, resident};
 use ::broker::Broker;
@@ -24,23 +25,23 @@ use uuid::Uuid;
 /// How to measure.
 #[derive(Args)]
 pub struct Options {
-    /// Rounds; each measures both brokers.
+    /// Rounds. Each round measures both brokers.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Messages of each measurement, after a tenth as many of warm-up.
+    /// Messages of each measurement. The warm-up before it has a tenth as many.
     #[arg(long, default_value_t = 5000)]
     messages: usize,
-    /// Bytes of a message.
+    /// Bytes of a message's body.
     #[arg(long, default_value_t = 100)]
     size: usize,
 }
 
-/// What is done with a message, and how many are under way at the same time.
+/// The work with each message, and how many messages are in flight at the same time.
 #[derive(Clone, Copy)]
 enum Work {
-    /// Publish, await the confirm.
+    /// Publish a message and await its confirm.
     Confirm(usize),
-    /// Publish, await the delivery, acknowledge it.
+    /// Publish a message, await its delivery, and acknowledge it.
     Consume(usize),
 }
 
@@ -51,13 +52,13 @@ const WORKS: [(&str, Work); 4] = [
     ("the same, 64 at a time", Work::Consume(64)),
 ];
 
-/// Messages per second.
+/// The messages a second of each broker.
 struct Run {
     embedded: f64,
     rabbitmq: f64,
 }
 
-/// Measures, and prints a table.
+/// Measures both brokers, and prints a table.
 ///
 /// # Errors
 /// If there is no RabbitMQ at `AMQP_URL` or on this machine, or a message is lost.
@@ -77,7 +78,7 @@ pub async fn run(options: Options) -> Result<()> {
             let embedded =
                 async || measure(&broker.url(), *work, &options).await.context("the embedded broker");
             let other = async || measure(&rabbitmq.url, *work, &options).await.context("RabbitMQ");
-            // In turns, so that none is always first.
+            // The brokers take turns at being first.
             runs.push(if round % 2 == 0 {
                 let embedded = embedded().await?;
                 Run { embedded, rabbitmq: other().await? }

@@ -1,15 +1,15 @@
-//! What traces, metrics and logs cost: the three services as processes, a real broker, a collector that only
-//! counts, and a load generator, all on this machine.
+//! The cost of traces, metrics and logs, measured on this machine with the three services as processes, a
+//! real broker, a collector that only counts, and a load generator.
 //!
-//! Each round starts every variant afresh. Then they take turns of a few seconds under the same load, in an
-//! order that chance decides, while the others are idle; a lap is one turn of each. What two variants cost is
-//! compared within a lap, so a machine, and a disk most of all, that is slower for a while is slower for all;
-//! and there are enough laps to say how far a figure can be trusted. The last variant is the first one again:
-//! how far its ratios are from 1 is what the method cannot tell apart.
+//! Each round starts every variant afresh. Then the variants take turns of a few seconds under the same load,
+//! in random order, while the others are idle. A lap is one turn of each variant. Variants are compared
+//! within a lap, because a machine (above all its disk) that is slower for a while is then slower for all of
+//! them. There are enough laps to tell how reliable a figure is. The last variant repeats the first, so the
+//! distance of its ratios from 1 is the error of the method.
 //!
 //! - `running`: a variant while it runs; `sink`: its collector; `load`: the load generator
-//! - [`mod@broker`]: is the embedded broker as fast as RabbitMQ?
-//! - [`mod@backend`]: how many spans does the embedded trace backend take?
+//! - [`mod@broker`]: compares the speed of the embedded broker with RabbitMQ's
+//! - [`mod@backend`]: measures how many spans a second the embedded trace backend takes
 
 pub mod backend;
 pub mod broker;
@@ -31,38 +31,38 @@ pub struct Options {
     /// Logins a second in the paced part.
     #[arg(long, default_value_t = 2000)]
     rate: u32,
-    /// Connections in the closed loop.
+    /// Simultaneous connections in the closed loop.
     #[arg(long, default_value_t = 32)]
     connections: usize,
-    /// Rounds; each starts every variant afresh.
+    /// Rounds. Each round starts every variant afresh.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Laps in a round; in each, every variant has a turn.
+    /// Laps in a round. Each variant has one turn in a lap.
     #[arg(long, default_value_t = 8)]
     laps: usize,
-    /// Seconds of a turn.
+    /// Length of a turn, in seconds.
     #[arg(long, default_value_t = 2)]
     seconds: u64,
-    /// Keep all that the broker and the services write in memory (/dev/shm), with a RabbitMQ of its own: how
-    /// long a disk takes to sync varies more than what is measured here.
+    /// Keep all files of the broker and of the services in memory (/dev/shm), with a RabbitMQ started for
+    /// this, because the time that a disk takes to sync varies more than the costs measured here.
     #[arg(long)]
     in_memory: bool,
-    /// Only this part: paced or closed.
+    /// Run only this part: paced or closed.
     #[arg(long)]
     only: Option<String>,
 }
 
-/// A file system that is no disk.
+/// A file system in memory.
 const MEMORY: &str = "/dev/shm";
 
-/// A way to run the services, by the variables that make it. Every variant writes the same lines to standard
-/// error, two for each login.
+/// A configuration of the services, as environment variables. With every variant, the services write the same
+/// lines to standard error, two for each login.
 struct Variant {
     name: &'static str,
     variables: &'static [(&'static str, &'static str)],
-    /// Spans that one login leaves.
+    /// The number of spans of one login.
     spans: u64,
-    /// Log records that one login leaves. Where there are some, metrics are exported as well.
+    /// The number of log records of one login. If it is above 0, metrics are exported as well.
     records: u64,
     /// Whether the collector answers.
     has_collector: bool,
@@ -80,7 +80,7 @@ const ALL_SIGNALS: Variant = Variant {
     name: "traces + metrics + logs",
     variables: &[
         ("OTEL_METRICS_EXPORTER", "otlp"),
-        // One export in each turn: far more often than the default, a minute.
+        // This is one export in each turn of two seconds; the default is one a minute.
         ("OTEL_METRIC_EXPORT_INTERVAL", "2000"),
         ("OTEL_LOGS_EXPORTER", "otlp"),
     ],
@@ -89,31 +89,31 @@ const ALL_SIGNALS: Variant = Variant {
     has_collector: true,
 };
 
-/// The first is what the others are compared with.
+/// All variants. The others are compared with the first.
 const VARIANTS: [Variant; 6] = [
     DISABLED,
     Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
     Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
     ALL_SIGNALS,
-    // It takes connections and never answers, which is the worst that a collector can do.
+    // This collector accepts connections and never answers, which is the worst that a collector can do.
     Variant { name: "silent sink, all three", has_collector: false, ..ALL_SIGNALS },
     Variant { name: "disabled again", ..DISABLED },
 ];
 
-/// One value for each variant.
+/// A value for each variant.
 type ByVariant<T> = [T; VARIANTS.len()];
 
-/// What the rounds of one load gave.
+/// The measurements of all rounds under one load.
 #[derive(Default)]
 struct Measured {
     laps: Vec<ByVariant<Report>>,
     rounds: Vec<ByVariant<Costs>>,
 }
 
-/// Measures, and prints tables.
+/// Measures all variants, and prints tables.
 ///
 /// # Errors
-/// If something doesn't start, or a login fails.
+/// If a process doesn't start, or a login fails.
 pub async fn run(options: Options) -> Result<()> {
     let node = match options.in_memory {
         true => Some(Node::start_in(Path::new(MEMORY)).await?),
@@ -167,7 +167,7 @@ async fn round_of(load: &Load, laps: usize, place: &Place, measured: &mut Measur
     Ok(())
 }
 
-/// The medians, then how they compare with the first variant's.
+/// Prints the medians of all variants, then the ratios of the others to the first.
 fn print_table(Measured { laps, rounds }: &Measured) {
     let over_laps = |i: usize, value: fn(&Report) -> f64| median(laps.iter().map(|lap| value(&lap[i])));
     let over_rounds =
@@ -210,7 +210,7 @@ fn print_table(Measured { laps, rounds }: &Measured) {
     print("\n");
 }
 
-/// A median, and between which bounds it would be, 95 times of 100, if all were measured again.
+/// A median with its 95 % confidence interval.
 struct Ratio {
     median: f64,
     low: f64,
@@ -218,7 +218,7 @@ struct Ratio {
 }
 
 impl Ratio {
-    /// The bounds are order statistics, so nothing is assumed of how the values are spread.
+    /// Takes order statistics as the bounds, so that no distribution of the values need be assumed.
     fn of(values: impl Iterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.collect();
         values.sort_by(f64::total_cmp);
@@ -240,14 +240,14 @@ fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// User and system time of these processes so far, from `/proc/{pid}/stat`.
+/// Returns the user and system time that these processes have used so far, from `/proc/{pid}/stat`.
 fn cpu_time(processes: impl IntoIterator<Item = u32>) -> Result<Duration> {
     const TICKS_PER_SECOND: u64 = 100;
 
     let mut ticks = 0;
     for process in processes {
         let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-        // The name in parentheses may have spaces; user and system time are fields 14 and 15.
+        // The name in parentheses may contain spaces. User and system time are fields 14 and 15.
         let (_, fields) = stat.rsplit_once(')').context("stat")?;
         let fields: Vec<&str> = fields.split_whitespace().collect();
         ticks += fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
@@ -255,7 +255,7 @@ fn cpu_time(processes: impl IntoIterator<Item = u32>) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
 }
 
-/// Megabytes of memory that a process has now, from `/proc/{pid}/status`.
+/// Returns the resident memory of a process in megabytes, from `/proc/{pid}/status`.
 fn resident(process: u32) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;

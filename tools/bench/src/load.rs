@@ -1,5 +1,5 @@
-//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are
-//! answered. It writes and reads HTTP by hand, so that it costs little beside what it measures.
+//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are answered.
+//! It writes and reads HTTP by hand, so that its own cost is small compared with the services'.
 
 use anyhow::Result;
 use harness::client::read_status;
@@ -13,30 +13,30 @@ use tokio::{
 
 const BODY: &str = r#"{"mobile":"13800138000"}"#;
 
-/// The beginning of a load, when connections open and what others have pushed out of the caches comes back:
-/// these logins count, but not how long they took.
+/// The beginning of a load, when connections open and the caches refill after another variant's turn. Its
+/// logins count, but their latencies do not.
 const LEAD_IN: Duration = Duration::from_millis(500);
 
 /// A load on the service.
 pub struct Load {
-    /// Logins a second over all connections; `None` for as many as are answered.
+    /// Logins a second over all connections; `None` for as many as the service answers.
     pub rate: Option<u32>,
-    /// Connections at the same time.
+    /// The number of simultaneous connections.
     pub connections: usize,
-    /// How long.
+    /// The duration of the load, in seconds.
     pub seconds: u64,
 }
 
-/// What was answered.
+/// The result of a load.
 #[derive(Default)]
 pub struct Report {
     /// Logins answered with 200.
     pub logins: u64,
-    /// Logins answered otherwise.
+    /// Logins answered with another status.
     pub failed: u64,
-    /// How long it took.
+    /// The time from the start of the load to the last answer.
     elapsed: Duration,
-    /// How long each took that was due after the lead-in; sorted.
+    /// The latency of each login that was due after the lead-in, sorted.
     latencies: Vec<Duration>,
 }
 
@@ -49,7 +49,7 @@ impl Load {
         let start = Instant::now() + Duration::from_millis(50);
         let mut connections = JoinSet::new();
         for i in 0..self.connections {
-            // Each connection has its own beat, shifted against the others.
+            // All connections have the same interval between logins, each with its own offset.
             let beat =
                 self.rate.map(|rate| Duration::from_secs_f64(self.connections as f64 / f64::from(rate)));
             let first = start + beat.unwrap_or_default().mul_f64(i as f64 / self.connections as f64);
@@ -69,12 +69,12 @@ impl Load {
 }
 
 impl Report {
-    /// Logins a second.
+    /// Returns the logins a second.
     pub fn throughput(&self) -> f64 {
         self.logins as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// What this part of the logins did not take longer than.
+    /// Returns a quantile of the latencies: this part of the logins took no longer.
     pub fn latency(&self, quantile: f64) -> Duration {
         let at = (self.latencies.len() as f64 * quantile) as usize;
         self.latencies.get(at).copied().unwrap_or_default()
@@ -100,7 +100,7 @@ async fn connection(
     let mut buffer = Vec::with_capacity(4096);
     let mut due = first;
     loop {
-        // A login that is late because the one before it took long has been waiting since it was due.
+        // The latency of a delayed login counts from when it was due, because it has been waiting since then.
         let mut start = Instant::now();
         if due.max(start) >= end {
             return Ok(report);

@@ -1,4 +1,4 @@
-//! One variant while it runs: its services, its collector, its names on the broker.
+//! One variant while it runs: its services, its collector, and its names on the broker.
 
 use super::{
     Variant, cpu_time,
@@ -17,50 +17,51 @@ use std::{net::TcpListener, time::Duration};
 use tempfile::TempDir;
 use tokio::try_join;
 
-/// Where all variants run.
+/// The directory and the broker that all variants use.
 pub struct Place {
-    /// For what the services write.
+    /// The directory for the files of the services.
     pub directory: TempDir,
-    /// The broker; `None` for the one that `AMQP_URL` names, or this machine has.
+    /// The URL of the broker; `None` for the broker that `AMQP_URL` names, or the RabbitMQ of this machine.
     pub amqp_url: Option<String>,
 }
 
-/// What a round of one variant cost.
+/// The costs of one variant in one round.
 #[derive(Clone, Copy, Default)]
 pub struct Costs {
-    /// Of the three services, from the end of the warm-up on: what comes after a login is answered belongs
-    /// to it, too.
+    /// The CPU time of the three services for each login after the warm-up. It includes the work that follows
+    /// the answer to a login.
     pub cpu_per_login: Duration,
-    /// Megabytes, of the largest service, at the end.
+    /// The memory of the largest service at the end of the round, in megabytes.
     pub resident: f64,
-    /// Spans.
+    /// Spans that the services dropped.
     pub dropped: u64,
-    /// Log records that were to be exported and did not arrive. The SDK drops them when its queue is full.
+    /// Log records that should have been exported but did not arrive. The SDK drops log records when its
+    /// queue is full.
     pub lost_records: u64,
 }
 
-/// The services, after their warm-up.
+/// The services after their warm-up.
 pub struct Running {
-    /// api, rpc, mq.
+    /// api, rpc and mq, in this order.
     services: [Process; 3],
     variant: &'static Variant,
     sink: Sink,
-    /// Takes connections and never answers.
+    /// A listener that accepts connections and never answers.
     _black_hole: TcpListener,
     broker: TestBroker,
-    /// What the services write.
+    /// The directory of the services' files.
     _data: TempDir,
     logins: u64,
-    /// Before the turns.
+    /// The logins of the warm-up.
     warm_up: u64,
     cpu_of_warm_up: Duration,
 }
 
 impl Running {
-    /// Starts a variant, and has one turn of the load as its warm-up.
+    /// Starts a variant, and runs one turn of the load as its warm-up.
     ///
     /// # Errors
-    /// If something doesn't start, or a login fails.
+    /// If a process doesn't start, or a login fails.
     pub async fn start(variant: &'static Variant, load: &Load, place: &Place) -> Result<Self> {
         let sink = Sink::start().await?;
         let broker = match &place.amqp_url {
@@ -80,10 +81,10 @@ impl Running {
             ("API_DATA_DIR", data_dir),
             ("MQ_DATABASE_URL", &database),
         ];
-        // A disk that stalls makes a login slow, which is measured, and not a failure.
+        // A stalling disk makes a login slow, but it must not make a login fail.
         variables.extend(PATIENT);
         if !variant.has_collector {
-            // A service would wait for it at its end.
+            // A service that stops would wait longer for this collector.
             variables.push(("SHUTDOWN_TIMEOUT", "2s"));
         }
         variables.extend(variant.variables);
@@ -110,7 +111,8 @@ impl Running {
         Ok(running)
     }
 
-    /// Puts the load on it, and waits until mq has consumed what came of it: the next turn is another's.
+    /// Runs one turn of the load, and waits until mq has consumed its messages, because the next turn belongs
+    /// to another variant.
     ///
     /// # Errors
     /// If a login fails, or mq doesn't keep up.
@@ -129,10 +131,11 @@ impl Running {
         Ok(report)
     }
 
-    /// Stops the services, and accounts for every span.
+    /// Stops the services, and checks that every span arrived or was reported as dropped.
     ///
     /// # Errors
-    /// If one doesn't end well, a span is missing that was not reported as dropped, or there were no metrics.
+    /// If a service doesn't stop cleanly, the missing spans are not those reported as dropped, or metrics are
+    /// missing or unexpected.
     pub async fn stop(mut self) -> Result<Costs> {
         let cpu = self.cpu_time()? - self.cpu_of_warm_up;
         let resident =

@@ -1,5 +1,5 @@
-//! A collector that counts spans, metrics and log records, and forgets them. It looks no deeper into a
-//! request than it must, so that it takes little of the machine that it shares with the services.
+//! A collector that counts spans, metrics and log records, and discards them. It decodes as little of a
+//! request as possible, because it shares the machine with the services.
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -31,9 +31,9 @@ const SERVICES: [&str; 3] = [
     logs_service_server::SERVICE_NAME,
 ];
 
-/// Stops with its owner.
+/// The collector, which stops when it is dropped.
 pub struct Sink {
-    /// Where it listens for OTLP/gRPC.
+    /// The address of the OTLP/gRPC listener.
     pub address: SocketAddr,
     counts: [Arc<AtomicU64>; SERVICES.len()],
     task: JoinHandle<()>,
@@ -43,7 +43,7 @@ impl Sink {
     /// Listens on a free port.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub async fn start() -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
@@ -58,8 +58,8 @@ impl Sink {
         Ok(Self { address, counts, task })
     }
 
-    /// Spans, metrics and log records received so far. A metric counts once in each request, whatever the number
-    /// of its data points.
+    /// Returns the numbers of spans, metrics and log records received so far. A metric counts once in each
+    /// request, whatever the number of its data points.
     pub fn received(&self) -> [u64; SERVICES.len()] {
         self.counts.each_ref().map(|count| count.load(Relaxed))
     }
@@ -71,8 +71,8 @@ impl Drop for Sink {
     }
 }
 
-/// A request of any signal, down to the spans, metrics or log records and no further: they stay bytes. The
-/// three signals have the same tags down to there.
+/// A request of any signal. Its spans, metrics or log records are left undecoded; above them, the messages of
+/// the three signals have the same tags.
 #[derive(Clone, PartialEq, Message)]
 struct Export {
     #[prost(message, repeated, tag = "1")]
@@ -91,7 +91,7 @@ struct Scope {
     items: Vec<Bytes>,
 }
 
-/// The service of the signal with this index in [`SERVICES`].
+/// The OTLP/gRPC service of one signal, whose index in [`SERVICES`] is `SIGNAL`.
 #[derive(Clone)]
 struct Counter<const SIGNAL: usize>(Arc<AtomicU64>);
 

@@ -4,46 +4,46 @@ use super::exception::{Exception, Outcome};
 use amq_protocol::types::{AMQPValue, FieldTable, ShortString};
 use std::time::Duration;
 
-/// What is done when a queue is full.
+/// What the broker does when a queue is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overflow {
-    /// The oldest message goes.
+    /// The oldest message is removed.
     DropHead,
-    /// The new message is not taken: a publisher that wants confirms gets a nack.
+    /// The new message is refused, and a publisher in confirm mode gets a nack.
     RejectPublish,
-    /// The same, and the new message is dead-lettered.
+    /// The new message is refused as with `RejectPublish`, and also dead-lettered.
     RejectPublishDlx,
 }
 
-/// The arguments that mean something here. A second declaration must have the same; of others neither
-/// RabbitMQ nor this broker takes notice.
+/// The arguments that this broker supports. A second declaration must have the same. Like RabbitMQ, the
+/// broker ignores all other arguments.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Arguments {
-    /// `x-message-ttl`: the longest that a message may wait.
+    /// `x-message-ttl`: how long a message may wait.
     pub message_ttl: Option<Duration>,
-    /// `x-expires`: the longest that the queue may be unused.
+    /// `x-expires`: how long the queue may be unused.
     pub expires: Option<Duration>,
-    /// `x-dead-letter-exchange`.
+    /// `x-dead-letter-exchange`: the exchange that dead letters are published to.
     pub dead_letter_exchange: Option<ShortString>,
-    /// `x-dead-letter-routing-key`; without it, the message's own.
+    /// `x-dead-letter-routing-key`: the routing key of dead letters; without it, they keep their own.
     pub dead_letter_routing_key: Option<ShortString>,
-    /// `x-max-length`: messages that wait.
+    /// `x-max-length`: how many messages may wait.
     pub max_length: Option<usize>,
-    /// `x-max-length-bytes`: bytes of bodies that wait.
+    /// `x-max-length-bytes`: how many bytes the bodies of the waiting messages may have.
     pub max_length_bytes: Option<usize>,
-    /// `x-overflow`.
+    /// `x-overflow`: what the broker does when the queue is full.
     pub overflow: Option<Overflow>,
 }
 
 impl Arguments {
-    /// Reads the arguments of a declaration of `queue`.
+    /// Parses the arguments of a declaration of `queue`.
     pub fn parse(queue: &str, table: &FieldTable) -> Outcome<Self> {
         let invalid = |name: &str| {
             Exception::precondition_failed(format!("invalid arg '{name}' for queue '{queue}' in vhost '/'"))
         };
         let number = |name: &str| match table.inner().get(name) {
             None => Ok(None),
-            // The timers of RabbitMQ take no more than 32 bits.
+            // The timers of RabbitMQ accept no more than 32 bits.
             Some(value) => {
                 integer(value).and_then(|n| u32::try_from(n).ok()).map(Some).ok_or_else(|| invalid(name))
             }
@@ -91,7 +91,7 @@ impl Arguments {
         Ok(arguments)
     }
 
-    /// The name of the first argument that is not the same in both.
+    /// Returns the name of the first argument that differs.
     pub fn difference(&self, other: &Self) -> Option<&'static str> {
         [
             ("x-message-ttl", self.message_ttl == other.message_ttl),

@@ -1,4 +1,4 @@
-//! A channel: what a client has going on it.
+//! A channel: its consumers, its unacknowledged deliveries, and its confirms.
 
 use super::{
     content::Content,
@@ -16,37 +16,37 @@ use std::collections::{BTreeMap, HashMap};
 /// The highest channel number.
 pub const CHANNEL_MAX: u16 = 2047;
 
-/// A channel that is open, or of which the client has not yet said that it knows it to be closed.
+/// A channel that is open, or that the broker has closed while the client has not sent `close-ok` yet.
 #[derive(Debug, Default)]
 pub struct Channel {
-    /// Deliveries that were not acknowledged, by their tag.
+    /// Deliveries that the client has not acknowledged, by their delivery tag.
     pub unacked: BTreeMap<u64, Unacked>,
-    /// How many of them went to consumers.
+    /// How many of these deliveries went to consumers.
     pub unacked_of_consumers: usize,
-    /// For consumers to come; 0 is no limit.
+    /// The prefetch count of each future consumer; 0 means no limit.
     pub prefetch: u16,
-    /// For all consumers together; 0 is no limit.
+    /// The prefetch count of all consumers together; 0 means no limit.
     pub global_prefetch: u16,
-    /// What an empty queue name stands for.
+    /// The queue that was declared last on this channel. An empty queue name stands for this queue.
     pub last_queue: ShortString,
-    /// Which queue each consumer is at, by its tag.
+    /// The queue of each consumer, by consumer tag.
     pub consumers: HashMap<ShortString, QueueId>,
-    /// Whether it was closed for an error, and the client does not know yet.
+    /// Whether the broker closed the channel because of an error, and `close-ok` is still due.
     pub is_closing: bool,
     delivery_tag: u64,
-    /// What is being published.
+    /// The message that the client is publishing.
     pub content: Option<Content>,
     confirms: Option<Confirms>,
 }
 
-/// A delivery that was not acknowledged.
+/// A delivery that the client has not acknowledged.
 #[derive(Debug)]
 pub struct Unacked {
-    /// Where it came from.
+    /// The queue of the message.
     pub queue: QueueId,
-    /// Who got it, unless it was asked for by `basic.get`.
+    /// The consumer that got the delivery, or `None` after `basic.get`.
     pub consumer: Option<ShortString>,
-    /// What it was.
+    /// The message as its queue held it.
     pub entry: Entry,
 }
 
@@ -56,7 +56,7 @@ struct Confirms {
     pending: Vec<Confirm>,
 }
 
-/// So many messages up to this one, with the same outcome.
+/// The last `count` messages up to `last`, all with the same outcome.
 #[derive(Debug)]
 struct Confirm {
     last: u64,
@@ -65,7 +65,7 @@ struct Confirm {
 }
 
 impl Channel {
-    /// One that was closed for an error.
+    /// Creates a channel that was closed because of an error.
     pub(super) fn closing() -> Self {
         Self { is_closing: true, ..Self::default() }
     }
@@ -98,12 +98,13 @@ impl Channel {
         self.consumers.remove(tag)
     }
 
-    /// Bytes of a message of which parts have come.
+    /// Returns the bytes received of a message that is incomplete.
     pub(super) fn assembling(&self) -> usize {
         self.content.as_ref().map_or(0, Content::len)
     }
 
-    /// Takes deliveries that are settled now: one, or all up to it, or (tag 0) all.
+    /// Takes the deliveries that a tag settles: one delivery, all deliveries up to it, or (tag 0) all
+    /// deliveries.
     pub(super) fn take_unacked(&mut self, tag: u64, multiple: bool) -> Outcome<Vec<Unacked>> {
         if multiple && tag == 0 {
             return Ok(std::mem::take(&mut self.unacked).into_values().collect());
@@ -118,12 +119,13 @@ impl Channel {
         Ok(self.unacked.remove(&tag).into_iter().collect())
     }
 
-    /// Wants confirms from now on.
+    /// Puts the channel into confirm mode.
     pub(super) fn select_confirms(&mut self) {
         self.confirms.get_or_insert_default();
     }
 
-    /// Notes what became of a message; whether anyone wants to know.
+    /// Records whether a published message was taken, to confirm it later. Returns false if the channel is
+    /// not in confirm mode.
     pub(super) fn confirm(&mut self, is_taken: bool) -> bool {
         let Some(confirms) = &mut self.confirms else {
             return false;
@@ -140,7 +142,7 @@ impl Channel {
         true
     }
 
-    /// Tells what became of messages, of several at once if it was the same: `multiple`.
+    /// Sends the pending confirms. Consecutive messages with the same outcome share a confirm (`multiple`).
     pub(super) fn flush_confirms(&mut self, number: u16, output: &mut Output) {
         for Confirm { last, count, is_taken } in self.confirms.iter_mut().flat_map(|c| c.pending.drain(..)) {
             let multiple = count > 1;

@@ -1,5 +1,5 @@
-//! A connection: bytes in and out, signs of life, and how it ends. What the frames mean is in `handshake`
-//! and then in `methods`.
+//! A connection: reading, writing, heartbeats, and the ways in which it ends. Its frames are handled by
+//! `handshake` first, and then by `methods`.
 
 use super::{
     exception::Exception,
@@ -28,33 +28,33 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The longest that a client may take to introduce itself, or to take note of the end.
+/// How long a client may take for the handshake, to answer `close`, or to hang up after `close-ok`.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What is read at once, and an empty buffer that is kept for writing.
+/// Bytes to reserve for a read, and the largest capacity of an output buffer that is used again.
 const CHUNK: usize = 64 * 1024;
 
-/// The state that all connections share. It is never locked while something is awaited.
+/// The state that all connections share. No task awaits anything while it holds the lock.
 #[derive(Clone)]
 pub struct Shared {
     state: Arc<Mutex<VirtualHost>>,
-    /// What the state holds.
+    /// The account of the memory that the state takes.
     pub memory: Arc<Memory>,
 }
 
 impl Shared {
-    /// A virtual host with nothing in it.
+    /// Creates an empty virtual host.
     pub fn new(memory: Arc<Memory>) -> Self {
         Self { state: Arc::new(Mutex::new(VirtualHost::new(Arc::clone(&memory)))), memory }
     }
 
-    /// The state.
+    /// Locks the state.
     pub fn lock(&self) -> MutexGuard<'_, VirtualHost> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Serves a client until it goes, or has to.
+/// Serves a client until the connection ends.
 pub async fn serve(stream: TcpStream, shared: Shared) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let (read, mut write) = stream.into_split();
@@ -66,7 +66,7 @@ pub async fn serve(stream: TcpStream, shared: Shared) -> io::Result<()> {
     }
 }
 
-/// How the introduction went.
+/// The outcome of the handshake.
 enum Begun {
     Open(Agreement),
     Refused(Exception),
@@ -103,8 +103,8 @@ async fn begin(input: &mut Input, write: &mut OwnedWriteHalf) -> io::Result<Begu
     }
 }
 
-/// Writes what is left, says why it ends, and waits until the client has understood: to close a socket
-/// with unread bytes would take the reason from it.
+/// Writes the remaining output and `close`, then reads until `close-ok`, because closing a socket with unread
+/// bytes could discard the `close` before the client reads it.
 async fn close(
     input: &mut Input,
     write: &mut OwnedWriteHalf,
@@ -124,7 +124,7 @@ async fn close(
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => input.read().await?,
-                // Whatever that is, it is no answer.
+                // Bytes that are not a frame are not `close-ok` either.
                 Err(_) => {
                     input.bytes.clear();
                     input.read().await?;
@@ -135,7 +135,7 @@ async fn close(
     .await?
 }
 
-/// What a client has sent and nobody has looked at.
+/// The bytes received from a client, as far as they are not parsed.
 struct Input {
     half: OwnedReadHalf,
     bytes: BytesMut,
@@ -150,7 +150,7 @@ impl Input {
         }
     }
 
-    /// Ends when the client has hung up, while nothing is read.
+    /// Waits until the client has hung up, without reading.
     async fn hung_up(&self) -> io::Result<()> {
         while !self.half.ready(Interest::READABLE).await?.is_read_closed() {
             sleep(Duration::from_secs(1)).await;
@@ -177,23 +177,23 @@ struct Writer {
     wake: Arc<Notify>,
 }
 
-/// Why reading stops for now.
+/// Why the broker stops reading for now.
 enum Pause {
-    /// There is no complete frame.
+    /// The next frame is incomplete.
     Input,
-    /// The client does not read what it gets.
+    /// The client does not read its output.
     Output,
-    /// The client publishes, and queues hold too much.
+    /// The client publishes, and the memory is full.
     Memory,
 }
 
-/// How it ends.
+/// Why a connection ends.
 enum End {
-    /// The client is away, or seems to be.
+    /// The client has disconnected, or seems to have done so.
     Gone,
-    /// The client said so.
+    /// The client has sent `close`.
     Closed,
-    /// The client did something wrong.
+    /// The client has made an error, of which it is told.
     Exception(Exception),
 }
 
@@ -222,7 +222,7 @@ impl Connection {
     async fn run(mut self) -> io::Result<()> {
         let _forget = Forget { id: self.id, shared: self.shared.clone() };
         let Self { id, input, writer, shared, frame_max, heartbeat, drained } = &mut self;
-        // The reader first: what it answers is then written at once.
+        // The reader is polled first, so that its answers are written at once.
         let end = select! {
             biased;
             end = read(input, shared, *id, *frame_max, *heartbeat, drained) => end,
@@ -238,7 +238,7 @@ impl Connection {
                 put_method(&mut rest, 0, AMQPClass::Connection(close_ok));
                 timeout(PATIENCE, async {
                     writer.half.write_all(&rest).await?;
-                    // The client is the one to hang up: some take it for a failure if the broker does.
+                    // The client must hang up first, because some clients report an error if the broker does.
                     while input.read().await.is_ok() {
                         input.bytes.clear();
                     }
@@ -251,7 +251,7 @@ impl Connection {
     }
 }
 
-/// Forgets the connection even if its task is dropped.
+/// Removes the connection from the state even if its task is dropped.
 struct Forget {
     id: ConnectionId,
     shared: Shared,
@@ -274,7 +274,7 @@ async fn read(
     loop {
         let paused = match process(&mut input.bytes, shared, id, frame_max) {
             Ok(Pause::Input) => match heartbeat {
-                // Two intervals without a sign of life (specification, section 4.2.7).
+                // A client is gone after two intervals without a frame (specification, section 4.2.7).
                 Some(interval) => {
                     timeout(2 * interval, input.read()).await.unwrap_or_else(|late| Err(late.into()))
                 }
@@ -303,7 +303,7 @@ async fn read(
     }
 }
 
-/// Tells a client that it is not read, or read again, if it wants to know.
+/// Sends `connection.blocked` or `connection.unblocked`, if the client accepts it.
 fn tell(shared: &Shared, id: ConnectionId, method: connection::AMQPMethod) {
     if let Some(peer) = shared.lock().peers.get_mut(&id)
         && peer.capabilities.takes_blocked
@@ -312,7 +312,7 @@ fn tell(shared: &Shared, id: ConnectionId, method: connection::AMQPMethod) {
     }
 }
 
-/// Takes all frames that are there, or as many as may be taken for now.
+/// Handles all complete frames, or as many of them as output and memory allow.
 fn process(bytes: &mut BytesMut, shared: &Shared, id: ConnectionId, frame_max: usize) -> Result<Pause, End> {
     let mut state = shared.lock();
     let paused = loop {
@@ -355,8 +355,8 @@ fn take(state: &mut VirtualHost, connection: ConnectionId, frame: Frame) -> Resu
 }
 
 impl Writer {
-    /// Writes whatever there is, as it comes, all at once. It can be dropped at any time: what was written
-    /// is known.
+    /// Writes the output as it arrives, as much as possible at once. The future can be dropped at any time,
+    /// because `written` counts the bytes that were written.
     async fn write(
         &mut self,
         shared: &Shared,
@@ -368,7 +368,7 @@ impl Writer {
             if self.written == self.frames.len() && !self.refill(shared, id, drained) {
                 let woken = self.wake.notified();
                 let is_late = match heartbeat {
-                    // Twice as often as promised, so that one may be late.
+                    // Heartbeats are sent twice as often as agreed, so that one may be late.
                     Some(interval) => timeout(interval / 2, woken).await.is_err(),
                     None => {
                         woken.await;
@@ -378,20 +378,20 @@ impl Writer {
                 if is_late && let Some(peer) = shared.lock().peers.get_mut(&id) {
                     peer.output.heartbeat();
                 }
-                // What can be read first is: one write, and one confirm, then answer more of it.
+                // The reader runs first, so that one write and one confirm can answer more of its frames.
                 yield_now().await;
                 continue;
             }
             let written = self.half.write(&self.frames[self.written..]);
             self.written += match heartbeat {
-                // Whoever reads nothing for so long is gone as well.
+                // A client that accepts no bytes for two intervals is gone, too.
                 Some(interval) => timeout(2 * interval, written).await??,
                 None => written.await?,
             };
         }
     }
 
-    /// Takes what has come since the last was written; whether there was anything.
+    /// Takes the output that was appended since the last call, and returns whether there was any.
     fn refill(&mut self, shared: &Shared, id: ConnectionId, drained: &Notify) -> bool {
         let mut empty = std::mem::take(&mut self.frames);
         if empty.capacity() > CHUNK {

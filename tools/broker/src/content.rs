@@ -1,4 +1,4 @@
-//! A message that comes in parts: a method, a header, and bodies (specification, section 4.2.6).
+//! A message while it arrives in parts: a method, a header, and bodies (specification, section 4.2.6).
 
 use super::{
     exception::{Exception, Outcome},
@@ -6,29 +6,29 @@ use super::{
 };
 use amq_protocol::protocol::{BasicProperties, basic};
 
-/// The largest body of a message, in bytes: that of RabbitMQ 4.
+/// The largest body of a message, in bytes, as in RabbitMQ 4.
 const MAX_BODY: u64 = 16 * 1024 * 1024;
 
-/// Bytes of messages that a connection may have begun and not finished, on all its channels.
+/// The most bytes of incomplete messages that a connection may have on all its channels.
 const MAX_ASSEMBLING: usize = 2 * MAX_BODY as usize;
 
-/// A message of which parts have come.
+/// A message that is incomplete.
 #[derive(Debug)]
 pub struct Content {
-    /// How it is to be published.
+    /// The method, with the exchange, the routing key and the flags.
     pub publish: basic::Publish,
-    /// Its properties.
+    /// The parsed properties.
     pub properties: BasicProperties,
-    /// The same as they came.
+    /// The properties as bytes, as they were received.
     pub raw_properties: Vec<u8>,
-    /// What has come of its body.
+    /// The part of the body that has arrived.
     pub body: Vec<u8>,
-    /// How long that will be, once the header has come.
+    /// The size of the whole body in bytes, once the header has arrived.
     size: Option<u64>,
 }
 
 impl Content {
-    /// Bytes that have come.
+    /// Returns how many bytes have arrived.
     pub fn len(&self) -> usize {
         self.raw_properties.len() + self.body.len()
     }

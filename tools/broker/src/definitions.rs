@@ -1,4 +1,4 @@
-//! Exchanges, queues and bindings: declared, looked for, deleted.
+//! Declaring, finding and deleting exchanges, queues and bindings.
 
 use super::{
     arguments::Arguments,
@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// More would take long to go through.
+/// The bound on queues, because some operations go through all of them.
 const MAX_QUEUES: usize = 10_000;
 
 impl VirtualHost {
@@ -101,7 +101,7 @@ impl VirtualHost {
         Ok(queue::DeclareOk { queue: name, message_count: count(messages), consumer_count: count(consumers) })
     }
 
-    /// Whether an existing queue may be declared again so, or passively (`None`).
+    /// Checks that an existing queue may be declared again with `declare`, or passively (`None`).
     fn check_declared(
         &mut self,
         connection: ConnectionId,
@@ -154,7 +154,7 @@ impl VirtualHost {
 
     pub(super) fn bind(&mut self, at: ChannelId, bind: queue::Bind) -> Outcome {
         let queue = self.named_queue(at, bind.queue.as_str())?;
-        // Without either name, the key is the queue's, too.
+        // If the method names neither a queue nor a routing key, the routing key is the name of the queue.
         let key = if bind.queue.as_str().is_empty() && bind.routing_key.as_str().is_empty() {
             self.queues.get(&queue).map(|queue| queue.name.clone()).unwrap_or_default()
         } else {
@@ -198,7 +198,7 @@ impl VirtualHost {
     pub(super) fn delete_queue(&mut self, at: ChannelId, delete: &queue::Delete) -> Outcome<usize> {
         let id = match self.named_queue(at, delete.queue.as_str()) {
             Ok(id) => id,
-            // What is not there need not be deleted.
+            // A queue that does not exist need not be deleted.
             Err(exception) if exception.code() == 404 && !delete.queue.as_str().is_empty() => return Ok(0),
             Err(exception) => return Err(exception),
         };
@@ -217,7 +217,7 @@ impl VirtualHost {
         Ok(messages)
     }
 
-    /// Removes queues, with their bindings; their consumers are told.
+    /// Deletes queues and their bindings, and cancels their consumers.
     pub(super) fn delete_queues(&mut self, ids: &HashSet<QueueId>) {
         if ids.is_empty() {
             return;
@@ -244,8 +244,8 @@ impl VirtualHost {
         });
     }
 
-    /// The queue of this name, which the connection may use; without a name, the one that the channel
-    /// has declared last.
+    /// Returns the queue of this name, if the connection may use it. An empty name stands for the queue that
+    /// was declared last on the channel.
     pub(super) fn named_queue(&mut self, at: ChannelId, name: &str) -> Outcome<QueueId> {
         let name = if name.is_empty() {
             let last = self.channel(at).map(|channel| channel.last_queue.clone()).unwrap_or_default();
@@ -264,9 +264,9 @@ impl VirtualHost {
         Ok(id)
     }
 
-    /// Room for a queue, an exchange, a binding or a consumer.
+    /// Reserves memory for a queue, an exchange, a binding or a consumer.
     pub(super) fn hold_definition(&self) -> Outcome<Held> {
-        /// Names of up to 255 bytes, and what is around them.
+        /// Enough for names of up to 255 bytes and the structures around them.
         const SIZE: usize = 1024;
 
         if self.memory.is_exhausted() {
@@ -276,12 +276,13 @@ impl VirtualHost {
     }
 }
 
-/// A queue that goes with its connection is not durable, whatever it is called.
+/// Returns whether a queue is durable. An exclusive queue never is, because it is deleted with its
+/// connection.
 fn is_durable(declare: &queue::Declare) -> bool {
     declare.durable && !declare.exclusive
 }
 
-/// A number of messages or consumers, as methods have it.
+/// Converts a number of messages or consumers to the type that methods use.
 pub(super) fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }

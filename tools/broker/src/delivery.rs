@@ -1,4 +1,4 @@
-//! Messages on their way out: to consumers that have room for them, and back if they are not acknowledged.
+//! Outgoing messages: deliveries to consumers that have room, and what happens to deliveries afterwards.
 
 use super::{
     channel::Unacked,
@@ -16,14 +16,14 @@ use std::collections::BTreeSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// What becomes of a message that was delivered.
+/// The outcome of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// It was processed.
+    /// The consumer has processed the message.
     Acked,
-    /// It goes back to where it was in its queue.
+    /// The message goes back to its position in the queue.
     Requeued,
-    /// It goes to the dead-letter exchange, if there is one.
+    /// The message goes to the dead-letter exchange, if the queue has one.
     Rejected,
 }
 
@@ -130,7 +130,7 @@ impl VirtualHost {
         Ok(())
     }
 
-    /// Hands messages to consumers, one to each in turn, as long as they have room.
+    /// Delivers messages to the consumers in turn, one message at a time, while they have room.
     pub(super) fn deliver(&mut self, id: QueueId, now: Instant) {
         let mut without_room = 0;
         loop {
@@ -174,7 +174,7 @@ impl VirtualHost {
         }
     }
 
-    /// Settles deliveries: one, or all up to it, or (tag 0) all.
+    /// Settles one delivery, all deliveries up to a tag, or (tag 0) all deliveries.
     pub(super) fn settle(&mut self, at: ChannelId, tag: u64, multiple: bool, fate: Fate) -> Outcome {
         let Some(channel) = self.channel(at) else {
             return Ok(());
@@ -187,13 +187,13 @@ impl VirtualHost {
         Ok(())
     }
 
-    /// Settles these; which queues may have something to do now.
+    /// Settles these deliveries, and returns the queues that may be able to deliver now.
     fn settle_all(&mut self, at: ChannelId, settled: Vec<Unacked>, fate: Fate) -> BTreeSet<QueueId> {
         let mut queues = BTreeSet::new();
         let mut of_consumers = 0;
         for Unacked { queue: id, consumer, entry } in settled {
             of_consumers += usize::from(consumer.is_some());
-            // If the queue has been deleted, its messages are gone, too.
+            // A deleted queue has no messages, so the delivery is forgotten.
             let Some(queue) = self.queues.get_mut(&id) else { continue };
             if let Some(consumer) = consumer.and_then(|tag| queue.consumer(at, tag.as_str())) {
                 consumer.unacked = consumer.unacked.saturating_sub(1);
@@ -208,14 +208,14 @@ impl VirtualHost {
         if let Some(channel) = self.channel(at) {
             channel.unacked_of_consumers = channel.unacked_of_consumers.saturating_sub(of_consumers);
             if channel.global_prefetch > 0 {
-                // Its other consumers may go on as well.
+                // The channel's other consumers may have room again as well.
                 queues.extend(channel.consumed_queues());
             }
         }
         queues
     }
 
-    /// Requeues all that a channel has not acknowledged.
+    /// Requeues all unacknowledged deliveries of a channel, and returns their queues.
     pub(super) fn recover(&mut self, at: ChannelId) -> BTreeSet<QueueId> {
         let Some(channel) = self.channel(at) else {
             return BTreeSet::new();
@@ -224,14 +224,14 @@ impl VirtualHost {
         self.settle_all(at, unacked, Fate::Requeued)
     }
 
-    /// Forgets a channel: its consumers go, what it has not acknowledged is requeued.
+    /// Removes a channel: its unacknowledged deliveries are requeued, and its consumers are removed.
     pub(super) fn close_channel(&mut self, at: ChannelId) {
         let Some(peer) = self.peers.get_mut(&at.connection) else { return };
         let Some(channel) = peer.channels.remove(&at.number) else { return };
         peer.assembling -= channel.assembling();
         peer.confirming.remove(&at.number);
         let consumers = channel.consumers;
-        // First requeued, then removed: a queue that goes with its last consumer is not asked for them.
+        // Requeueing comes first, because an auto-delete queue is deleted with its last consumer.
         let unacked = channel.unacked.into_values().collect();
         let queues = self.settle_all(at, unacked, Fate::Requeued);
         for (tag, id) in consumers {

@@ -1,12 +1,12 @@
-//! What ends a channel or a connection: the reply codes of the specification (section 1.2), with texts
-//! that begin as RabbitMQ's do.
+//! The errors that close a channel or a connection: the reply codes of the specification (section 1.2), with
+//! texts that begin like those of RabbitMQ.
 
 use amq_protocol::{
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     types::ShortString,
 };
 
-/// An error that its peer is told. A soft one closes the channel, a hard one the connection.
+/// An error that the peer is told. A soft error closes the channel, a hard error closes the connection.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Exception {
     kind: AMQPErrorKind,
@@ -14,91 +14,92 @@ pub struct Exception {
     method: (u16, u16),
 }
 
-/// What an operation that the peer asked for comes to.
+/// The result of an operation. An error is what the peer is told.
 pub type Outcome<T = ()> = Result<T, Exception>;
 
 impl Exception {
-    /// 403: it must not be touched.
+    /// Creates error 403: the client may not do this.
     pub fn access_refused(text: impl Into<String>) -> Self {
         Self::soft(AMQPSoftError::ACCESSREFUSED, text)
     }
 
-    /// 404: there is no such queue or exchange.
+    /// Creates error 404: there is no such queue or exchange.
     pub fn not_found(text: impl Into<String>) -> Self {
         Self::soft(AMQPSoftError::NOTFOUND, text)
     }
 
-    /// 405: it belongs to another connection.
+    /// Creates error 405: the queue belongs to another connection.
     pub fn resource_locked(text: impl Into<String>) -> Self {
         Self::soft(AMQPSoftError::RESOURCELOCKED, text)
     }
 
-    /// 406: not as it is now.
+    /// Creates error 406: a precondition of the operation is not met, or one of its arguments is invalid.
     pub fn precondition_failed(text: impl Into<String>) -> Self {
         Self::soft(AMQPSoftError::PRECONDITIONFAILED, text)
     }
 
-    /// 501: the bytes are no frame.
+    /// Creates error 501: the bytes are not a valid frame.
     pub fn frame_error(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::FRAMEERROR, text)
     }
 
-    /// 502: the frame holds nothing legible.
+    /// Creates error 502: the payload of the frame cannot be parsed.
     pub fn syntax_error(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::SYNTAXERROR, text)
     }
 
-    /// 503: that can't be asked of a broker, or not in these words.
+    /// Creates error 503: the broker does not accept this method, or not with these arguments.
     pub fn command_invalid(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::COMMANDINVALID, text)
     }
 
-    /// 504: not on this channel.
+    /// Creates error 504: the frame is not allowed on this channel, or not in its current state.
     pub fn channel_error(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::CHANNELERROR, text)
     }
 
-    /// 505: another frame is due.
+    /// Creates error 505: another frame is due at this point.
     pub fn unexpected_frame(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::UNEXPECTEDFRAME, text)
     }
 
-    /// 506: it would take too much memory.
+    /// Creates error 506: the operation would take too much memory.
     pub fn resource_error(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::RESOURCEERROR, text)
     }
 
-    /// 530: a rule forbids it.
+    /// Creates error 530: a rule of the broker forbids the operation.
     pub fn not_allowed(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::NOTALLOWED, text)
     }
 
-    /// 540: RabbitMQ may do it, this broker does not.
+    /// Creates error 540: this broker does not implement the feature, even if RabbitMQ does.
     pub fn not_implemented(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::NOTIMPLEMENTED, text)
     }
 
-    /// The same, of this method.
+    /// Sets the class id and the method id of the method that caused the error.
     pub fn of(self, method: (u16, u16)) -> Self {
         Self { method, ..self }
     }
 
-    /// The class and the method that it came of, or zeros.
+    /// Returns the class id and the method id of the method that caused the error, or zeros.
     pub fn method(&self) -> (u16, u16) {
         self.method
     }
 
-    /// Whether it closes the connection and not just the channel.
+    /// Returns whether the error closes the connection rather than only the channel.
     pub fn is_hard(&self) -> bool {
         matches!(self.kind, AMQPErrorKind::Hard(_))
     }
 
-    /// The reply code.
+    /// Returns the reply code.
     pub fn code(&self) -> u16 {
         self.kind.get_id()
     }
 
-    /// The reply text, such as `NOT_FOUND - no queue 'q' in vhost '/'`; at most as long as one may be.
+    /// Returns the reply text, such as `NOT_FOUND - no queue 'q' in vhost '/'`, cut to the length of a short
+    /// string.
     pub fn text(&self) -> ShortString {
         const LONGEST: usize = 255;
 

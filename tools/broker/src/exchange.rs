@@ -1,4 +1,4 @@
-//! An exchange: its bindings, and which of them a routing key goes by.
+//! An exchange: its bindings, and which of them match a routing key.
 
 use super::{
     exception::{Exception, Outcome},
@@ -7,19 +7,19 @@ use super::{
 };
 use amq_protocol::types::ShortString;
 
-/// How an exchange routes (specification, section 3.1.3).
+/// The type of an exchange (specification, section 3.1.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// The binding's key is the routing key.
+    /// A binding matches if its key equals the routing key.
     Direct,
-    /// Every binding.
+    /// Every binding matches.
     Fanout,
-    /// The binding's key is a pattern of words.
+    /// A binding matches if its key is a pattern that the routing key fits.
     Topic,
 }
 
 impl Kind {
-    /// Reads the type of a declaration.
+    /// Parses the type of a declaration.
     pub fn parse(name: &str) -> Outcome<Self> {
         match name {
             "direct" => Ok(Self::Direct),
@@ -30,7 +30,7 @@ impl Kind {
         }
     }
 
-    /// Its name.
+    /// Returns the name of the type.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Direct => "direct",
@@ -40,36 +40,37 @@ impl Kind {
     }
 }
 
-/// An exchange. The default exchange is none of these: it has no bindings of its own.
+/// An exchange other than the default exchange, which has no bindings of its own.
 #[derive(Debug)]
 pub struct Exchange {
-    /// How it routes.
+    /// The type, which decides how the exchange routes.
     pub kind: Kind,
-    /// Survives [`Broker::crash`](super::Broker::crash), though not the process.
+    /// Whether the exchange survives [`Broker::crash`](super::Broker::crash). No exchange survives the
+    /// process.
     pub durable: bool,
-    /// Goes with its last binding.
+    /// Whether the exchange is deleted with its last binding.
     pub auto_delete: bool,
-    /// Not for clients to publish to.
+    /// Whether clients are forbidden to publish to the exchange.
     pub internal: bool,
-    /// In the order in which they were made.
+    /// The bindings, in the order of their creation.
     pub bindings: Vec<Binding>,
-    /// What it takes of the broker's memory.
+    /// The exchange's share of the broker's memory.
     pub _held: Held,
 }
 
-/// From an exchange to a queue. Its arguments are not kept: only headers exchanges look at them.
+/// A binding of a queue to an exchange. Its arguments are not kept, because only headers exchanges use them.
 #[derive(Debug)]
 pub struct Binding {
-    /// To where.
+    /// The bound queue.
     pub queue: QueueId,
-    /// The routing key, or the pattern.
+    /// The routing key, or the pattern for a topic exchange.
     pub key: ShortString,
-    /// What it takes of the broker's memory.
+    /// The binding's share of the broker's memory.
     pub _held: Held,
 }
 
 impl Exchange {
-    /// The queues that a message with this routing key goes to, each once.
+    /// Returns the queues that a message with this routing key goes to, each only once.
     pub fn route(&self, routing_key: &str) -> Vec<QueueId> {
         let mut queues: Vec<QueueId> = Vec::new();
         for binding in &self.bindings {
@@ -90,11 +91,12 @@ impl Exchange {
     }
 }
 
-/// Whether a topic's pattern takes a routing key, both words with dots between them: `*` is any word, `#`
-/// any number of words. Goes back to the last `#` only, which suffices, so no pattern takes long.
+/// Returns whether a routing key matches the pattern of a topic. Both are words separated by dots; `*` stands
+/// for any word, `#` for any number of words. Backtracking goes to the last `#` only, which suffices, so no
+/// pattern takes long.
 fn matches(pattern: &str, routing_key: &str) -> bool {
     let pattern: Vec<&str> = pattern.split('.').collect();
-    // The empty key has no word, not an empty one.
+    // The empty key has no words, rather than one empty word.
     let words: Vec<&str> = routing_key.split('.').filter(|_| !routing_key.is_empty()).collect();
     let (mut at, mut word) = (0, 0);
     let mut last_hash = None;
@@ -163,7 +165,7 @@ mod tests {
     fn a_pattern_of_many_hashes_takes_no_longer_than_others() {
         let start = Instant::now();
         assert!(!matches(&format!("{}z", "#.a.".repeat(60)), &format!("{}b", "a.".repeat(120))));
-        // All ways through it would take years.
+        // Backtracking to every `#` would take years.
         assert!(start.elapsed() < loopback::PATIENCE);
     }
 }

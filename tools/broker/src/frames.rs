@@ -1,7 +1,7 @@
-//! Frames as bytes: taken from what a peer has sent, and appended to what it will get.
+//! Frames as bytes: parsed from a peer's input, and appended to its output.
 //!
-//! Methods and tables are `amq-protocol`'s, lapin's own codec. Its parser calls itself for each table in a
-//! table, so what is nested too deep does not get there.
+//! Methods and tables use `amq-protocol`, which is lapin's codec. Its parser recurses for each nested table,
+//! so tables that are nested too deep are refused before they are parsed.
 
 use super::{exception::Exception, message::Message};
 use amq_protocol::{
@@ -11,13 +11,15 @@ use amq_protocol::{
 use amqp::content_header::{CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string};
 use bytes::BytesMut;
 
-/// The largest frame that is negotiated, in bytes. It is never 0, "no limit", which lapin does not take.
+/// The largest frame that the broker negotiates, in bytes. It is never 0 ("no limit"), because lapin does not
+/// accept that.
 pub const FRAME_MAX: usize = 131_072;
 
-/// What opens a connection, and what a peer that speaks something else is answered (section 4.2.2).
+/// The bytes that open a connection, and the answer to a peer that speaks another protocol (section 4.2.2).
 pub const PROTOCOL_HEADER: &[u8; 8] = b"AMQP\0\0\x09\x01";
 
-/// Type, channel and size before the payload; the end mark after it (section 4.2.3).
+/// The bytes of a frame around its payload: type, channel and size before it, and the end mark after it
+/// (section 4.2.3).
 const HEADER: usize = 7;
 const OVERHEAD: usize = HEADER + 1;
 
@@ -26,22 +28,23 @@ const OVERHEAD: usize = HEADER + 1;
 pub enum Frame {
     /// A method.
     Method(u16, AMQPClass),
-    /// A content header: the size of the body, the properties, and the same as they came.
+    /// A content header: the size of the body, the parsed properties, and the properties as received.
     Header(u16, u64, Box<BasicProperties>, Vec<u8>),
     /// A part of a body.
     Body(u16, Vec<u8>),
-    /// A sign of life.
+    /// A heartbeat.
     Heartbeat,
 }
 
-/// Takes the next frame, if all of it is there.
+/// Takes the next frame, or returns `None` if the frame is incomplete.
 pub fn take_frame(buffer: &mut BytesMut, frame_max: usize) -> Result<Option<Frame>, Exception> {
     let Some((&[kind, channel_high, channel_low, a, b, c, d], _)) = buffer.split_first_chunk() else {
         return Ok(None);
     };
     let channel = u16::from_be_bytes([channel_high, channel_low]);
     let size = u32::from_be_bytes([a, b, c, d]) as usize;
-    // Some clients forget to count what is around the payload; RabbitMQ doesn't mind either.
+    // Some clients forget that `frame_max` includes the header and the end mark, and RabbitMQ accepts their
+    // frames, too.
     if size > frame_max {
         return Err(Exception::frame_error(format!("a frame of type {kind} has {size} bytes")));
     }
@@ -68,7 +71,7 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
         return Err(malformed());
     };
     let id = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-    // What is before the table: bytes, short strings, bytes.
+    // The arguments before the table: a number of bytes, then of short strings, then of bytes again.
     let before_the_table = match id {
         (10, 11) => Some((0, 0, 0)),
         (40, 10) | (60, 20) => Some((2, 2, 1)),
@@ -94,8 +97,9 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
     }
 }
 
-/// Properties that are well formed but for strings which are not UTF-8, or tables nested too deep, pass as they
-/// came, as they do in RabbitMQ, which looks no closer. The broker itself does without them.
+/// Parses a content header. Well-formed properties pass unchanged even if their strings are not UTF-8 or
+/// their tables are nested too deep, as in RabbitMQ, which does not look closer. The broker itself then
+/// ignores them.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     let malformed = || Exception::syntax_error("malformed content header");
     let (head, properties) = payload.split_at_checked(CONTENT_HEAD).ok_or_else(malformed)?;
@@ -126,7 +130,7 @@ pub fn put_method(buffer: &mut Vec<u8>, channel: u16, method: AMQPClass) {
     put(buffer, &AMQPFrame::Method(channel, method));
 }
 
-/// Appends a sign of life.
+/// Appends a heartbeat.
 pub fn put_heartbeat(buffer: &mut Vec<u8>) {
     put(buffer, &AMQPFrame::Heartbeat);
 }
@@ -136,7 +140,7 @@ fn put(buffer: &mut Vec<u8>, frame: &AMQPFrame) {
     *buffer = appended.expect("a Vec takes all that is written").into_inner().0;
 }
 
-/// Appends the content of a message: its header, then its body in as many frames as it takes.
+/// Appends the content of a message: its header, then its body in as many frames as needed.
 pub fn put_content(buffer: &mut Vec<u8>, channel: u16, message: &Message, frame_max: usize) {
     let mut header = vec![0, 60, 0, 0];
     header.extend((message.body.len() as u64).to_be_bytes());
@@ -151,7 +155,7 @@ fn put_raw(buffer: &mut Vec<u8>, kind: u8, channel: u16, payload: &[&[u8]]) {
     buffer.reserve(size + OVERHEAD);
     buffer.push(kind);
     buffer.extend(channel.to_be_bytes());
-    // No part is longer than what was taken from a frame, or than a frame may be.
+    // The cast loses nothing, because no payload is longer than a received frame, or than a frame may be.
     buffer.extend((size as u32).to_be_bytes());
     for part in payload {
         buffer.extend_from_slice(part);
@@ -174,7 +178,7 @@ mod tests {
         AMQPClass::Queue(queue::AMQPMethod::Declare(declare))
     }
 
-    /// A table in a table, so many times, the innermost in an array.
+    /// Makes `depth` nested tables, with an array in the innermost.
     fn nested(depth: usize) -> FieldTable {
         let mut array = FieldArray::default();
         array.push(AMQPValue::LongInt(1));
@@ -203,7 +207,7 @@ mod tests {
         }
     }
 
-    /// Everything that a client may send in one go.
+    /// Encodes frames of every kind that a client may send.
     fn valid() -> Vec<u8> {
         let mut bytes = Vec::new();
         put_method(&mut bytes, 1, declare(nested(3)));
@@ -256,7 +260,7 @@ mod tests {
         put_method(&mut bytes, 1, declare(nested(MAX_DEPTH - 1)));
         assert_eq!(take_all(&bytes).unwrap_err().code(), 502);
 
-        // As many arrays as fit into a frame: the parser would overflow the stack.
+        // These are as many nested arrays as fit into a frame. In the parser, they would overflow the stack.
         let depth = (FRAME_MAX - 64) / 5;
         let mut table = vec![1, b'a'];
         for level in 0..depth {

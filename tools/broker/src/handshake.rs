@@ -1,4 +1,4 @@
-//! How a connection begins: who speaks what, who is there, and how large frames may be (specification,
+//! The handshake of a connection: protocol, login, and the limits that both sides agree on (specification,
 //! section 2.2.4).
 
 use super::{
@@ -13,47 +13,48 @@ use amq_protocol::{
 };
 use std::time::Duration;
 
-/// What is suggested to clients; they choose.
+/// The heartbeat interval in seconds that the broker suggests. Clients choose their own.
 const HEARTBEAT: u16 = 60;
 
-/// The least that a client may ask for (specification, section 4.2.3: every peer must take as much).
+/// The smallest `frame_max` that a client may choose, because every peer must accept frames of this size
+/// (specification, section 4.2.3).
 const FRAME_MIN: u32 = 4096;
 
-/// How far a client has got. Each step takes what the client says and says what comes next.
+/// The progress of a handshake. Each step takes a frame of the client and appends the answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Handshake {
-    /// `start` was sent.
+    /// The broker has sent `start`.
     Started,
-    /// `tune` was sent.
+    /// The broker has sent `tune`.
     Tuning(Capabilities),
-    /// `tune-ok` has come.
+    /// The client has sent `tune-ok`.
     Tuned(Agreement),
-    /// `open-ok` was sent.
+    /// The broker has sent `open-ok`.
     Open(Agreement),
 }
 
-/// What a client says that it can do.
+/// The capabilities that the client announces.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Capabilities {
-    /// To be told when a queue that it consumes is deleted.
+    /// Whether the client accepts `basic.cancel` after the queue of its consumer was deleted.
     pub takes_cancel: bool,
-    /// To be told that it is not read because it publishes.
+    /// Whether the client accepts `connection.blocked` while the broker does not read its messages.
     pub takes_blocked: bool,
 }
 
-/// What both sides keep to.
+/// The parameters that both sides have agreed on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Agreement {
-    /// What the client can do.
+    /// The capabilities of the client.
     pub capabilities: Capabilities,
-    /// The largest frame, in bytes.
+    /// The size of the largest frame, in bytes.
     pub frame_max: usize,
-    /// The interval in which each side gives a sign of life, unless they do without.
+    /// The heartbeat interval, or `None` for no heartbeats.
     pub heartbeat: Option<Duration>,
 }
 
 impl Handshake {
-    /// Begins.
+    /// Begins a handshake by appending `start`.
     pub fn start(output: &mut Vec<u8>) -> Self {
         let mut capabilities = FieldTable::default();
         for name in [
@@ -83,7 +84,7 @@ impl Handshake {
         Self::Started
     }
 
-    /// Takes a frame.
+    /// Handles a frame of the client.
     pub fn step(self, frame: &Frame, output: &mut Vec<u8>) -> Outcome<Self> {
         use connection::AMQPMethod as Method;
 
@@ -95,7 +96,7 @@ impl Handshake {
         match (self, method) {
             (Self::Started, Method::StartOk(start_ok)) => {
                 let capabilities = authenticate(start_ok)?;
-                // The compiler knows the largest frame to fit.
+                // `FRAME_MAX` is a constant that fits into 32 bits, so the cast loses nothing.
                 let frame_max = FRAME_MAX as u32;
                 let tune = connection::Tune { channel_max: CHANNEL_MAX, frame_max, heartbeat: HEARTBEAT };
                 put(output, Method::Tune(tune));
@@ -136,7 +137,8 @@ fn authenticate(start_ok: &connection::StartOk) -> Outcome<Capabilities> {
     })
 }
 
-/// 0 means "no limit": more than this side takes, and refused as RabbitMQ does.
+/// Checks the limits that the client chose. A `channel_max` or `frame_max` of 0 means "no limit", which is
+/// more than the broker offers, so it is refused, as in RabbitMQ.
 fn agree(capabilities: Capabilities, tune_ok: &connection::TuneOk) -> Outcome<Agreement> {
     let &connection::TuneOk { channel_max, frame_max, heartbeat } = tune_ok;
     if !(1..=CHANNEL_MAX).contains(&channel_max) {

@@ -1,24 +1,24 @@
-//! An AMQP 0-9-1 broker inside of this process: for a machine without RabbitMQ, and for tests that want a
-//! broker of their own. It is for development only: no message survives the process.
+//! An AMQP 0-9-1 broker inside this process, for machines without RabbitMQ, and for tests that need a broker
+//! of their own. It is for development only, because no message survives the process.
 //!
-//! It does what the services here, and ordinary clients, ask of RabbitMQ, in RabbitMQ's way; the same
-//! conformance checks run on both (`tests/broker_conformance/`). Whatever it does not do is answered
-//! with 540 NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate
-//! exchanges, the headers CC and BCC, priorities of messages and of consumers, single active consumers,
-//! direct reply-to, and queues that are not classic ones. There is one virtual host, `/`, and one user.
+//! It behaves like RabbitMQ for the services here and for ordinary clients; the same conformance checks run
+//! on both (`tests/broker_conformance/`). It refuses these features with 540 NOT_IMPLEMENTED: transactions,
+//! headers exchanges, bindings between exchanges, alternate exchanges, the headers CC and BCC, priorities of
+//! messages and of consumers, single active consumers, direct reply-to, and queues that are not classic.
+//! There is one virtual host, `/`, and one user.
 //!
-//! Its memory is bounded. A client that does not read gets no further deliveries; while queues hold more
-//! than 256 MiB, connections that publish are not read, acknowledgements on them included, and are told so
-//! (`connection.blocked`), as in RabbitMQ.
+//! Its memory is bounded. A client that does not read gets no further deliveries. While the broker holds more
+//! than 256 MiB, connections that publish are not read, not even their acknowledgements, and the clients are
+//! told so with `connection.blocked`, as in RabbitMQ.
 //!
-//! - `connection`: the socket; `handshake`: how it begins; `output`: what will be written
-//! - `frames`: bytes to frames and back; `exception`: what ends a channel or a connection
-//! - `virtual_host`: the state, behind one lock; `channel`: a client's part of it
-//! - `methods`: what clients ask for; `content`: messages, until they are complete
-//! - `definitions`, `exchange`, `queue`, `arguments`: what is declared
-//! - `publishing`, `delivery`, `message`: how messages go; `memory`: what they take
-//! - `outage`: how it is made to fail, for tests of its clients
-//! - [`raw`]: the frames of a client by hand
+//! - `connection`: the socket; `handshake`: how a connection begins; `output`: the frames to write
+//! - `frames`: bytes to frames and back; `exception`: the errors that close a channel or a connection
+//! - `virtual_host`: the state, behind one lock; `channel`: the state of a channel
+//! - `methods`: the methods of clients; `content`: messages, until they are complete
+//! - `definitions`, `exchange`, `queue`, `arguments`: declarations
+//! - `publishing`, `delivery`, `message`: messages on their way; `memory`: the memory that the state takes
+//! - `outage`: faults of the broker, for tests of its clients
+//! - [`raw`]: a client that sends frames by hand
 
 mod arguments;
 mod channel;
@@ -55,19 +55,19 @@ use tokio::{
 const USER: &str = "guest";
 const PASSWORD: &str = "guest";
 
-/// What queues may hold before publishers have to wait, in bytes.
+/// The bytes that the broker may hold before publishers have to wait.
 const MEMORY: usize = 256 * 1024 * 1024;
 
-/// Connections at the same time; others are closed at once.
+/// The highest number of simultaneous connections. Further connections are closed at once.
 const MAX_CONNECTIONS: usize = 1000;
 
-/// A broker. It stops when it is dropped, and its connections end.
+/// A broker. When it is dropped, it stops and its connections end.
 pub struct Broker {
     address: SocketAddr,
     shared: Shared,
-    /// Whether it serves; `outage` has it stop.
+    /// Whether the broker serves connections; `outage` changes this.
     is_up: watch::Sender<bool>,
-    /// Its own: it is nobody's business that the runtime of a test is busy, or at its end.
+    /// A runtime of the broker's own, so that the runtime of a test may be busy or at its end.
     runtime: Option<Runtime>,
 }
 
@@ -75,15 +75,15 @@ impl Broker {
     /// Listens on a free port of 127.0.0.1.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub async fn start() -> Result<Self> {
         Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0))).await
     }
 
-    /// Listens at this address.
+    /// Listens at `address`.
     ///
     /// # Errors
-    /// If it is in use.
+    /// If the address is in use.
     pub async fn start_at(address: SocketAddr) -> Result<Self> {
         Self::start_with(address, MEMORY)
     }
@@ -107,12 +107,12 @@ impl Broker {
         Ok(Self { address, shared, is_up, runtime: Some(runtime) })
     }
 
-    /// Where it listens.
+    /// Returns the address at which the broker listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where it listens, and as whom to log in, as `AMQP_URL` has it.
+    /// Returns the URL of the broker, with user and password, in the form of `AMQP_URL`.
     pub fn url(&self) -> String {
         format!("amqp://{USER}:{PASSWORD}@{}/%2f", self.address)
     }
@@ -130,18 +130,18 @@ async fn accept(listener: TcpListener, shared: Shared, is_up: watch::Receiver<bo
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok((stream, _)) = listener.accept().await else {
-            // Most likely there are too many open files.
+            // The most likely cause is that too many files are open.
             sleep(Duration::from_millis(100)).await;
             continue;
         };
-        // While it is down its address stays its own: nobody else can take it.
+        // A stopped broker still listens, so that no other process can take its address.
         if *is_up.borrow()
             && let Ok(place) = Arc::clone(&room).try_acquire_owned()
         {
             let (shared, mut is_up) = (shared.clone(), is_up.clone());
             tokio::spawn(async move {
                 select! {
-                    // How it ended is between the two of them: the peer was told, or is gone.
+                    // An error needs no report here, because the peer was told, or is gone.
                     _ = serve(stream, shared) => {}
                     _ = is_up.wait_for(|is_up| !is_up) => {}
                 }
@@ -151,7 +151,7 @@ async fn accept(listener: TcpListener, shared: Shared, is_up: watch::Receiver<bo
     }
 }
 
-/// Ends what has had its time: messages and queues.
+/// Expires messages and queues when they are due.
 async fn run_clock(shared: Shared) {
     let earlier = shared.lock().clock();
     loop {
@@ -213,14 +213,14 @@ mod tests {
             let passive = QueueDeclareOptions { passive: true, ..Default::default() };
             consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
         };
-        // Room for ten, and one that was under way.
+        // The memory has room for ten messages, and one more may have been under way.
         let full = loopback::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
         full.await.expect("ten messages");
         for _ in 0..20 {
             assert!(count().await <= 11);
             sleep(Duration::from_millis(10)).await;
         }
-        // Who does not publish is served.
+        // A connection that does not publish is served.
         for _ in 0..MESSAGES {
             let got = loopback::poll(Duration::from_secs(10), async || {
                 consumer.basic_get("q".into(), BasicGetOptions { no_ack: true }).await.unwrap()

@@ -1,4 +1,4 @@
-//! What the broker holds, in bytes, and its bound.
+//! The memory that the broker's state takes, in bytes, and its limit.
 
 use std::sync::{
     Arc,
@@ -6,8 +6,8 @@ use std::sync::{
 };
 use tokio::sync::Notify;
 
-/// All that queues, bindings and the like take together. Beyond `limit`, connections that publish are not
-/// read, as RabbitMQ does at its watermark; beyond twice as much nothing new can be declared.
+/// The total of what queues, bindings and the like take. At `limit`, connections that publish are no longer
+/// read, as at RabbitMQ's watermark; at twice the limit, nothing new can be declared.
 #[derive(Debug)]
 pub struct Memory {
     held: AtomicUsize,
@@ -16,7 +16,7 @@ pub struct Memory {
     relieved: Notify,
 }
 
-/// A part of the memory. It is given back with its owner.
+/// A share of the memory. It is released when it is dropped.
 #[derive(Debug)]
 pub struct Held {
     memory: Arc<Memory>,
@@ -24,39 +24,40 @@ pub struct Held {
 }
 
 impl Memory {
-    /// Empty, and full at `limit` bytes.
+    /// Creates an empty account with a limit of `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
         let (held, alarm) = (AtomicUsize::new(0), AtomicBool::new(false));
         Arc::new(Self { held, limit, alarm, relieved: Notify::new() })
     }
 
-    /// Takes so many bytes: beyond the limit, too. Whoever can wait asks [`Memory::is_full`] first.
+    /// Takes `bytes` bytes, even beyond the limit. Callers that can wait ask [`Memory::is_full`] first.
     pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
         self.held.fetch_add(bytes, Relaxed);
         Held { memory: Arc::clone(self), bytes }
     }
 
-    /// Whether twice the limit is reached: what can't wait, as publishers can, is refused or lost.
+    /// Returns whether twice the limit is reached. Publishers can wait, but everything else is then refused
+    /// or lost.
     pub fn is_exhausted(&self) -> bool {
         self.held.load(Relaxed) / 2 >= self.limit
     }
 
-    /// Whether the limit is reached, or it was said to be.
+    /// Returns whether the limit is reached, or an alarm is set.
     pub fn is_full(&self) -> bool {
         self.held.load(Relaxed) >= self.limit || self.alarm.load(Relaxed)
     }
 
-    /// Says that the limit is reached, or no longer, whatever is held.
+    /// Sets or clears an alarm, which counts as a full memory whatever is held.
     pub fn set_alarm(&self, on: bool) {
         self.alarm.store(on, Relaxed);
         self.relieved.notify_waiters();
     }
 
-    /// Ends when the limit is not reached, or no longer.
+    /// Waits until the memory is not full.
     pub async fn has_room(&self) {
         loop {
             let mut relieved = std::pin::pin!(self.relieved.notified());
-            // From here on no notification is missed.
+            // From here on, no notification is missed.
             relieved.as_mut().enable();
             if !self.is_full() {
                 return;

@@ -1,4 +1,4 @@
-//! A message, and what becomes of it when it is dead-lettered.
+//! A message, and how it changes when it is dead-lettered.
 
 use super::exception::{Exception, Outcome};
 use amq_protocol::{
@@ -14,31 +14,31 @@ const X_DEATH: &str = "x-death";
 /// A message as it was published.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {
-    /// The exchange that it was published to.
+    /// The exchange that the message was published to.
     pub exchange: ShortString,
-    /// The routing key that it was published with.
+    /// The routing key that the message was published with.
     pub routing_key: ShortString,
-    /// The properties as they came, flags first: what is not looked into is handed on unchanged.
+    /// The properties as received, flags first. The broker passes them on unchanged.
     pub properties: Vec<u8>,
     /// The body.
     pub body: Bytes,
-    /// How long it may wait in a queue, by its property `expiration`.
+    /// How long the message may wait in a queue, from its property `expiration`.
     pub expiration: Option<Duration>,
 }
 
 /// Why a message is dead-lettered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
-    /// A consumer refused it, and did not want it requeued.
+    /// A consumer rejected the message without requeueing it.
     Rejected,
-    /// It waited for too long.
+    /// The message waited too long.
     Expired,
-    /// The queue was too long.
+    /// The queue had reached its maximum length.
     MaxLen,
 }
 
 impl Reason {
-    /// As `x-death` has it.
+    /// Returns the reason as written in `x-death`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Rejected => "rejected",
@@ -49,21 +49,22 @@ impl Reason {
 }
 
 impl Message {
-    /// Bytes that it takes in a queue.
+    /// Returns the bytes that the message takes in a queue.
     pub fn size(&self) -> usize {
         const OF_ITSELF: usize = 256;
         OF_ITSELF + self.properties.len() + self.body.len()
     }
 
-    /// Whether it survives [`Broker::crash`](super::Broker::crash) in a durable queue: delivery mode 2.
+    /// Returns whether the message survives [`Broker::crash`](super::Broker::crash) in a durable queue, which
+    /// needs delivery mode 2.
     pub fn is_persistent(&self) -> bool {
         let properties = parse_properties(&self.properties[..]);
         properties.is_ok_and(|(_, properties)| *properties.delivery_mode() == Some(2))
     }
 
-    /// The message as its queue hands it to the dead-letter exchange: `x-death` tells of this death, and
-    /// `expiration` is gone, or it would die again in the next queue. `None` if its properties can't be
-    /// sent any more.
+    /// Returns the message as its queue passes it to the dead-letter exchange. `x-death` records this death,
+    /// and `expiration` is removed, because otherwise the message would expire again in the next queue.
+    /// Returns `None` if the new properties cannot be encoded, or are too long for a frame.
     pub fn after_death(
         &self,
         reason: Reason,
@@ -71,7 +72,7 @@ impl Message {
         to: &ShortString,
         key: Option<&ShortString>,
     ) -> Option<Self> {
-        /// Leaves room for the frame around.
+        /// The bound leaves room for the rest of the frame.
         const LONGEST: usize = super::frames::FRAME_MAX - 64;
 
         let (_, properties) = parse_properties(&self.properties[..]).ok()?;
@@ -87,8 +88,8 @@ impl Message {
         })
     }
 
-    /// The queues that this dead letter has gone through since somebody rejected it: sent to one of them
-    /// again, it would go round for ever.
+    /// Returns the queues that this dead letter has passed through since a consumer last rejected it. In one
+    /// of these queues again, the message would cycle for ever.
     pub fn queues_gone_through(&self) -> Vec<LongString> {
         let Ok((_, properties)) = parse_properties(&self.properties[..]) else {
             return Vec::new();
@@ -100,8 +101,8 @@ impl Message {
         by_itself.filter_map(|death| text(death, "queue").map(LongString::from)).collect()
     }
 
-    /// One entry for each queue and reason, the latest first; RabbitMQ 4 writes the same for AMQP 0-9-1,
-    /// and besides `x-last-death-*`.
+    /// Adds this death to the headers. `x-death` has one entry for each queue and reason, the latest first.
+    /// RabbitMQ 4 writes the same for AMQP 0-9-1, and `x-last-death-*` as well.
     fn headers_after_death(
         &self,
         reason: Reason,
@@ -155,12 +156,12 @@ impl Message {
     }
 }
 
-/// The property `expiration`: milliseconds in decimal digits.
+/// Parses the property `expiration`, which is milliseconds in decimal digits.
 pub fn expiration(properties: &BasicProperties) -> Outcome<Option<Duration>> {
     let Some(text) = properties.expiration() else {
         return Ok(None);
     };
-    // No sign, and no more than the timers of RabbitMQ take.
+    // A sign is refused, and so is more than the timers of RabbitMQ accept.
     let is_number = text.as_str().bytes().all(|byte| byte.is_ascii_digit());
     match text.as_str().parse::<u32>() {
         Ok(milliseconds) if is_number => Ok(Some(Duration::from_millis(milliseconds.into()))),
@@ -190,7 +191,7 @@ fn string(text: &str) -> AMQPValue {
     AMQPValue::LongString(text.into())
 }
 
-/// `BasicProperties` can't be rid of one that is set, so the others are set on new ones.
+/// Copies all properties except `expiration`, because `BasicProperties` cannot unset a property.
 fn without_expiration(properties: &BasicProperties) -> BasicProperties {
     let mut kept = BasicProperties::default();
     for (value, set) in [

@@ -1,4 +1,4 @@
-//! What a client asks for on a channel, method by method.
+//! The methods that a client sends on a channel.
 
 use super::{
     channel::{CHANNEL_MAX, Channel},
@@ -11,12 +11,12 @@ use super::{
 use amq_protocol::protocol::{AMQPClass, access, basic, channel, confirm, exchange, queue};
 
 impl VirtualHost {
-    /// Takes a frame that a client sent on a channel. An error is one of the connection: one of the channel
-    /// closes the channel.
+    /// Handles a frame that a client sent on a channel. Returns only errors that end the connection, because
+    /// an error of the channel closes the channel here.
     pub fn channel_frame(&mut self, at: ChannelId, frame: Frame) -> Outcome {
         let method = match &frame {
             Frame::Method(_, method) => (method.get_amqp_class_id(), method.get_amqp_method_id()),
-            // What else goes wrong goes wrong with a `basic.publish`.
+            // Headers and bodies belong to a `basic.publish`, so their errors do, too.
             _ => (60, 40),
         };
         let outcome = match frame {
@@ -48,7 +48,7 @@ impl VirtualHost {
         }
     }
 
-    /// Closes a channel for an error, and remembers its number until the client knows.
+    /// Closes a channel because of an error, and keeps its number reserved until the client sends `close-ok`.
     fn close_with(&mut self, at: ChannelId, exception: &Exception) {
         let (class_id, method_id) = exception.method();
         self.flush_confirms(at.connection);
@@ -84,7 +84,7 @@ impl VirtualHost {
             return self.open(at, &method);
         };
         if channel.is_closing {
-            // The client did not know yet, or does now.
+            // Until `close-ok` arrives, the client may still send methods on the closed channel.
             match method {
                 AMQPClass::Channel(channel::AMQPMethod::CloseOk(_)) => self.close_channel(at),
                 AMQPClass::Channel(channel::AMQPMethod::Close(_)) => {
@@ -100,7 +100,7 @@ impl VirtualHost {
         if let AMQPClass::Basic(basic::AMQPMethod::Publish(publish)) = method {
             return self.begin_publish(at, publish);
         }
-        // What was published before is confirmed before anything else is answered.
+        // Confirms of earlier messages precede the answer to this method.
         self.flush_confirms(at.connection);
         match method {
             AMQPClass::Basic(method) => self.basic(at, method),
@@ -116,7 +116,7 @@ impl VirtualHost {
                 }
                 Ok(())
             }
-            // Of AMQP 0-8; some clients still ask.
+            // `access.request` is a method of AMQP 0-8 that some clients still send.
             AMQPClass::Access(access::AMQPMethod::Request(_)) => {
                 self.reply(at, AMQPClass::Access(access::AMQPMethod::RequestOk(access::RequestOk {})));
                 Ok(())
@@ -175,7 +175,7 @@ impl VirtualHost {
                 self.recover(at).into_iter().for_each(|id| self.push(id));
                 Ok(())
             }
-            // In answer to one that was sent with `nowait`.
+            // The client answers a `basic.cancel`, although the broker sent it with `nowait`.
             Method::CancelOk(_) => Ok(()),
             _ => Err(not_for_a_server()),
         }

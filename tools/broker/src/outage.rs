@@ -1,16 +1,16 @@
-//! How the broker is made to fail, for tests of its clients: it goes down and comes back, and it raises the
-//! alarm that makes RabbitMQ take no more messages.
+//! Faults of the broker, for tests of its clients: the broker stops and starts again, and raises the alarm in
+//! which RabbitMQ accepts no messages.
 
 use super::{Broker, message::Message, virtual_host::VirtualHost};
 use loopback::poll;
 use std::time::Duration;
 
 impl Broker {
-    /// Goes down, as in a crash: connections end without a word, and whoever connects is hung up on. What
-    /// RabbitMQ would find again on its disk stays: durable exchanges and queues, with the persistent
-    /// messages in them. What was not acknowledged is back in its queue.
+    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. The
+    /// broker keeps what RabbitMQ would find on its disk: durable exchanges, durable queues, and the
+    /// persistent messages in them. Deliveries that were not acknowledged return to their queues.
     pub async fn crash(&self) {
-        /// Tasks of this process end at once, unless the machine is busy.
+        /// The tasks of the connections end at once, unless the machine is busy.
         const PATIENCE: Duration = Duration::from_secs(10);
 
         self.is_up.send_replace(false);
@@ -18,13 +18,13 @@ impl Broker {
         self.shared.lock().lose_what_is_transient();
     }
 
-    /// Comes back.
+    /// Accepts connections again after a crash.
     pub fn restart(&self) {
         self.is_up.send_replace(true);
     }
 
-    /// Raises or clears an alarm: as when its memory is short, clients that publish are told so
-    /// (`connection.blocked`) and not read.
+    /// Raises or clears an alarm, as if the memory were full or free again. During an alarm, connections that
+    /// publish are not read, and clients are told so with `connection.blocked`.
     pub fn set_alarm(&self, on: bool) {
         self.shared.memory.set_alarm(on);
     }

@@ -1,12 +1,13 @@
-//! What a connection will get: frames that wait to be written.
+//! The output of a connection: the frames that wait to be written.
 
 use super::{frames, message::Message};
 use amq_protocol::protocol::AMQPClass;
 use std::{mem, sync::Arc};
 use tokio::sync::Notify;
 
-/// Beyond so many bytes nothing is delivered to the connection, and nothing more is read from it, until
-/// they are written. What is under way then may still be added, so this is not exact.
+/// The size in bytes at which the output is full. Until it is written, the connection gets no further
+/// deliveries, and no further frames are read from it. The limit is not exact, because a reply or a delivery
+/// that has begun is still appended.
 const ENOUGH: usize = 256 * 1024;
 
 /// The output of one connection.
@@ -14,15 +15,15 @@ const ENOUGH: usize = 256 * 1024;
 pub struct Output {
     frame_max: usize,
     frames: Vec<u8>,
-    /// Bytes that were taken and perhaps not written yet.
+    /// Bytes that the writer took last and may not have written yet.
     in_flight: usize,
-    /// Whether a consumer went without a delivery because there was enough.
+    /// Whether a consumer missed a delivery because the output was full.
     starved: bool,
     wake: Arc<Notify>,
 }
 
 impl Output {
-    /// Nothing yet. Whoever writes is woken by `wake`.
+    /// Creates an empty output, which notifies `wake` when a method is appended.
     pub fn new(frame_max: usize, wake: Arc<Notify>) -> Self {
         Self { frame_max, frames: Vec::new(), in_flight: 0, starved: false, wake }
     }
@@ -33,37 +34,39 @@ impl Output {
         self.wake.notify_one();
     }
 
-    /// Appends a method with the content that belongs to it.
+    /// Appends a method and the content that belongs to it.
     pub fn content(&mut self, channel: u16, method: AMQPClass, message: &Message) {
         self.method(channel, method);
         frames::put_content(&mut self.frames, channel, message, self.frame_max);
     }
 
-    /// Appends a sign of life.
+    /// Appends a heartbeat.
     pub fn heartbeat(&mut self) {
         frames::put_heartbeat(&mut self.frames);
     }
 
-    /// Whether a delivery can be added.
+    /// Returns whether there is room for a delivery. If there is none, records that a consumer missed a
+    /// delivery.
     pub fn has_room(&mut self) -> bool {
         let has_room = !self.is_full();
         self.starved |= !has_room;
         has_room
     }
 
-    /// Whether there is enough.
+    /// Returns whether the output is full.
     pub fn is_full(&self) -> bool {
         self.frames.len() + self.in_flight >= ENOUGH
     }
 
-    /// Says that all that was taken is written, and takes the rest in exchange for an empty buffer.
+    /// Takes the waiting frames in exchange for an empty buffer. The caller must have written all frames that
+    /// it took before.
     pub fn take(&mut self, empty: Vec<u8>) -> Vec<u8> {
         let frames = mem::replace(&mut self.frames, empty);
         self.in_flight = frames.len();
         frames
     }
 
-    /// Whether a consumer went without since this was last asked.
+    /// Returns whether a consumer has missed a delivery since the last call.
     pub fn has_starved(&mut self) -> bool {
         mem::take(&mut self.starved)
     }

@@ -1,5 +1,4 @@
-//! Messages on their way in: from a publisher or from a queue that gave them up, by an exchange, into
-//! queues.
+//! Incoming messages: from a publisher, or dead-lettered by a queue, through an exchange into queues.
 
 use super::{
     arguments::Overflow,
@@ -17,7 +16,7 @@ use amq_protocol::{
 use std::sync::Arc;
 use tokio::time::Instant;
 
-/// A message that its queue gave up, on its way to the queue's dead-letter exchange.
+/// A message that its queue has removed or refused, on its way to the queue's dead-letter exchange.
 #[derive(Debug)]
 pub struct DeadLetter {
     entry: Entry,
@@ -28,7 +27,8 @@ pub struct DeadLetter {
 }
 
 impl VirtualHost {
-    /// Takes a message that is complete. It is confirmed, too: whatever can be done for it is done.
+    /// Routes a complete message to its queues, and records its confirm right away, because nothing else
+    /// remains to be done.
     pub(super) fn publish(&mut self, at: ChannelId, content: Content) -> Outcome {
         let Content { publish, properties, raw_properties, body, .. } = content;
         if properties
@@ -85,16 +85,16 @@ impl VirtualHost {
         }
     }
 
-    /// The queues that a message goes to; `None` without such an exchange.
+    /// Returns the queues that a message goes to, or `None` if there is no such exchange.
     fn route(&self, exchange: &str, routing_key: &str) -> Option<Vec<QueueId>> {
         if exchange.is_empty() {
-            // The default exchange: every queue is bound to it by its name.
+            // Every queue is bound to the default exchange by its name.
             return Some(self.queue_ids.get(routing_key).copied().into_iter().collect());
         }
         self.exchanges.get(exchange).map(|exchange| exchange.route(routing_key))
     }
 
-    /// Appends a message to a queue, or hands it to a consumer at once; whether the queue took it.
+    /// Appends a message to a queue, or delivers it at once. Returns whether the queue took the message.
     fn enqueue(&mut self, id: QueueId, message: &Arc<Message>) -> bool {
         let held = self.memory.hold(message.size());
         let now = Instant::now();
@@ -105,8 +105,8 @@ impl VirtualHost {
         let appended = queue.append(Arc::clone(message), held);
         let is_taken = appended.is_ok();
         match appended {
-            // Only after the delivery may the new message expire: with a time to live of 0 it still reaches
-            // a consumer that waits for it.
+            // A new message expires only after the attempt to deliver it, because even with a time to live of
+            // 0 it must reach a waiting consumer.
             Ok(()) => {
                 self.deliver(id, now);
                 self.expire(id, Instant::now());
@@ -121,7 +121,7 @@ impl VirtualHost {
         is_taken
     }
 
-    /// Gives a queue's consumers what they can take, and up what is too old or too much.
+    /// Delivers what a queue's consumers have room for, and removes expired and excess messages.
     pub(super) fn push(&mut self, id: QueueId) {
         let now = Instant::now();
         self.expire(id, now);
@@ -142,7 +142,7 @@ impl VirtualHost {
         }
     }
 
-    /// Hands a message that a queue gives up to the dead-letter exchange, if it has one.
+    /// Records a removed or refused message as a dead letter, if its queue has a dead-letter exchange.
     pub(super) fn dead_letter(&mut self, id: QueueId, entry: Entry, reason: Reason) {
         let Some(queue) = self.queues.get(&id) else { return };
         let Some(exchange) = queue.arguments.dead_letter_exchange.clone() else {
@@ -153,8 +153,8 @@ impl VirtualHost {
         self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key });
     }
 
-    /// Publishes a few dead letters: their queues may give them up at once, into more queues each time. The
-    /// clock goes on with the rest, and others get their turn between.
+    /// Publishes a few dead letters. Their new queues may dead-letter them at once, into ever more queues, so
+    /// the clock goes on with the rest and other connections get their turn in between.
     pub(super) fn settle_dead_letters(&mut self) {
         const AT_ONCE: usize = 16;
 
@@ -171,11 +171,12 @@ impl VirtualHost {
             if self.memory.is_exhausted() {
                 continue;
             }
-            // What somebody rejected may go round: somebody may stop doing so.
+            // A rejected message may cycle, because a consumer must reject it each time, and may stop doing
+            // so.
             let gone_through =
                 if reason == Reason::Rejected { Vec::new() } else { message.queues_gone_through() };
             let message = Arc::new(message);
-            // Without that exchange the message is lost, as in RabbitMQ.
+            // If the dead-letter exchange does not exist, the message is lost, as in RabbitMQ.
             let queues = self.route(exchange.as_str(), message.routing_key.as_str()).unwrap_or_default();
             for id in queues {
                 let name = self.queues.get(&id).map(|queue| queue.name.as_str().as_bytes());

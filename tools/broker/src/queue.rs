@@ -1,4 +1,4 @@
-//! A queue: the messages that wait in it, in order, and the consumers that wait for them.
+//! A queue: its waiting messages, in order, and its consumers.
 
 use super::{
     arguments::{Arguments, Overflow},
@@ -13,35 +13,35 @@ use tokio::time::Instant;
 /// A queue.
 #[derive(Debug)]
 pub struct Queue {
-    /// Its name.
+    /// The name of the queue.
     pub name: ShortString,
-    /// Survives [`Broker::crash`](super::Broker::crash), though not the process.
+    /// Whether the queue survives [`Broker::crash`](super::Broker::crash). No queue survives the process.
     pub durable: bool,
-    /// Goes with its last consumer.
+    /// Whether the queue is deleted with its last consumer.
     pub auto_delete: bool,
-    /// The only connection that may use it, and with which it goes.
+    /// The only connection that may use the queue, which is deleted with this connection.
     pub owner: Option<ConnectionId>,
-    /// How it was declared.
+    /// The arguments of the queue's declaration.
     pub arguments: Arguments,
-    /// The next to be delivered to comes first.
+    /// The consumers. The first consumer is the next to get a delivery.
     pub consumers: VecDeque<Consumer>,
-    /// When it was last declared, read or left by a consumer.
+    /// When the queue was last declared, read with `basic.get`, or left by a consumer.
     pub last_used: Instant,
-    /// When the clock looks at it next.
+    /// When the clock will look at the queue next.
     pub due: Option<Instant>,
-    /// What it takes of the broker's memory.
+    /// The queue's share of the broker's memory.
     pub _held: Held,
     ready: VecDeque<Entry>,
     ready_bytes: usize,
     next_position: u64,
 }
 
-/// A message in a queue, or on its way to a consumer.
+/// A message in a queue, or a delivery that is not acknowledged.
 #[derive(Debug)]
 pub struct Entry {
     /// The message.
     pub message: Arc<Message>,
-    /// Whether a consumer has had it before.
+    /// Whether the message has been delivered before.
     pub redelivered: bool,
     position: u64,
     expires: Option<Instant>,
@@ -51,24 +51,24 @@ pub struct Entry {
 /// A consumer of a queue.
 #[derive(Debug)]
 pub struct Consumer {
-    /// Where it was made, and where its deliveries go.
+    /// The channel of the consumer, which gets its deliveries.
     pub channel: ChannelId,
-    /// Its name on that channel.
+    /// The name of the consumer on that channel.
     pub tag: ShortString,
-    /// Whether deliveries count as acknowledged when they are sent.
+    /// Whether deliveries count as acknowledged as soon as they are sent.
     pub no_ack: bool,
-    /// Whether it is to be the only one.
+    /// Whether no other consumer is allowed at the queue.
     pub exclusive: bool,
-    /// The most deliveries without acknowledgement; 0 is no limit.
+    /// The highest number of unacknowledged deliveries; 0 means no limit.
     pub prefetch: u16,
-    /// Deliveries without acknowledgement.
+    /// The number of unacknowledged deliveries.
     pub unacked: usize,
-    /// What it takes of the broker's memory.
+    /// The consumer's share of the broker's memory.
     pub _held: Held,
 }
 
 impl Queue {
-    /// An empty queue.
+    /// Creates an empty queue.
     pub fn new(
         name: ShortString,
         durable: bool,
@@ -93,12 +93,12 @@ impl Queue {
         }
     }
 
-    /// Messages that wait.
+    /// Returns the number of waiting messages.
     pub fn len(&self) -> usize {
         self.ready.len()
     }
 
-    /// Appends a message; gives it back if the queue is full and refuses new ones.
+    /// Appends a message, or returns it if the queue is full and refuses new messages.
     pub fn append(&mut self, message: Arc<Message>, held: Held) -> Result<(), Entry> {
         let ttl = match (message.expiration, self.arguments.message_ttl) {
             (Some(message), Some(queue)) => Some(message.min(queue)),
@@ -116,7 +116,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Puts back, where it was, what a consumer has had.
+    /// Puts a delivered message back to its position in the queue.
     pub fn requeue(&mut self, mut entry: Entry) {
         entry.redelivered = true;
         self.ready_bytes += entry.message.body.len();
@@ -124,25 +124,25 @@ impl Queue {
         self.ready.insert(at, entry);
     }
 
-    /// Takes the message that has waited longest.
+    /// Takes the oldest waiting message.
     pub fn take(&mut self) -> Option<Entry> {
         let entry = self.ready.pop_front()?;
         self.ready_bytes -= entry.message.body.len();
-        // A queue that was long once doesn't hold the room for ever.
+        // The queue gives back the room that a long backlog took.
         if self.ready.capacity() > 1024 && self.ready.len() < self.ready.capacity() / 4 {
             self.ready.shrink_to(self.ready.capacity() / 2);
         }
         Some(entry)
     }
 
-    /// Takes the message that has waited longest, if its time is over. Only the head expires: a message
-    /// behind it that should have gone before goes when it gets there, as in RabbitMQ.
+    /// Takes the oldest waiting message if it has expired. Only the head of the queue expires: an expired
+    /// message behind it is removed when it becomes the head, as in RabbitMQ.
     pub fn take_expired(&mut self, now: Instant) -> Option<Entry> {
         self.ready.front()?.expires.filter(|expires| *expires <= now)?;
         self.take()
     }
 
-    /// Takes the message that has waited longest, if there are too many.
+    /// Takes the oldest waiting message if the queue is too long and drops its head (`x-overflow`).
     pub fn take_excess(&mut self) -> Option<Entry> {
         if matches!(self.arguments.overflow, None | Some(Overflow::DropHead))
             && (self.arguments.max_length.is_some_and(|most| self.ready.len() > most)
@@ -159,19 +159,19 @@ impl Queue {
                 || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes >= most))
     }
 
-    /// Removes the messages that wait and are not wanted.
+    /// Removes the waiting messages that are not wanted.
     pub fn retain(&mut self, wanted: impl Fn(&Message) -> bool) {
         self.ready.retain(|entry| wanted(&entry.message));
         self.ready_bytes = self.ready.iter().map(|entry| entry.message.body.len()).sum();
     }
 
-    /// Removes all messages that wait; how many there were.
+    /// Removes all waiting messages, and returns how many there were.
     pub fn purge(&mut self) -> usize {
         self.ready_bytes = 0;
         std::mem::take(&mut self.ready).len()
     }
 
-    /// The next moment at which something may be over: its first message's time, or its own.
+    /// Returns when the head of the queue or the queue itself may expire next.
     pub fn next_due(&self) -> Option<Instant> {
         let of_head = self.ready.front().and_then(|entry| entry.expires);
         let own = self
@@ -182,18 +182,18 @@ impl Queue {
         of_head.into_iter().chain(own).min()
     }
 
-    /// Whether it has been unused for as long as it may be.
+    /// Returns whether the queue has been unused for as long as `x-expires` allows.
     pub fn is_expired(&self, now: Instant) -> bool {
         let unused = |expires: Duration| self.consumers.is_empty() && self.last_used + expires <= now;
         self.arguments.expires.is_some_and(unused)
     }
 
-    /// A consumer of it.
+    /// Returns the consumer with this tag on this channel.
     pub fn consumer(&mut self, channel: ChannelId, tag: &str) -> Option<&mut Consumer> {
         self.consumers.iter_mut().find(|consumer| consumer.channel == channel && consumer.tag.as_str() == tag)
     }
 
-    /// Whether some consumer insists on being the only one.
+    /// Returns whether the queue has an exclusive consumer.
     pub fn has_exclusive_consumer(&self) -> bool {
         self.consumers.iter().any(|consumer| consumer.exclusive)
     }

@@ -1,4 +1,4 @@
-//! AMQP frames by hand, for what no client library would send.
+//! A client that sends AMQP frames by hand, including frames that no client library would send.
 
 use amq_protocol::{
     frame::{AMQPFrame, WriteContext, gen_frame, parse_frame},
@@ -25,14 +25,14 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Connects, and says nothing.
+    /// Connects, and sends nothing.
     pub async fn connect(url: &str) -> Result<Self> {
         let uri: AMQPUri = url.parse().map_err(anyhow::Error::msg)?;
         let stream = TcpStream::connect((uri.authority.host.as_str(), uri.authority.port)).await?;
         Ok(Self { stream, input: Vec::new() })
     }
 
-    /// Logs in, and opens channel 1. No heartbeats, unless these seconds are asked for.
+    /// Logs in, and opens channel 1. `heartbeat` is the interval in seconds; 0 means no heartbeats.
     pub async fn open_with_heartbeat(url: &str, heartbeat: u16) -> Result<Self> {
         let mut raw = Self::connect(url).await?;
         raw.log_in(connection::TuneOk { channel_max: 2047, frame_max: 131_072, heartbeat }).await?;
@@ -44,12 +44,12 @@ impl Raw {
         Ok(raw)
     }
 
-    /// The same, without heartbeats.
+    /// Logs in without heartbeats, and opens channel 1.
     pub async fn open(url: &str) -> Result<Self> {
         Self::open_with_heartbeat(url, 0).await
     }
 
-    /// Goes as far as to `tune-ok`.
+    /// Performs the handshake up to `tune-ok`.
     pub async fn log_in(&mut self, tune_ok: connection::TuneOk) -> Result<()> {
         self.server_capabilities().await?;
         let start_ok = connection::StartOk {
@@ -64,7 +64,7 @@ impl Raw {
         self.connection(connection::AMQPMethod::TuneOk(tune_ok)).await
     }
 
-    /// Introduces itself; what the broker says that it can do.
+    /// Sends the protocol header, and returns the capabilities in the broker's `start`.
     pub async fn server_capabilities(&mut self) -> Result<Vec<String>> {
         self.send(b"AMQP\0\0\x09\x01").await?;
         let start = self
@@ -97,22 +97,22 @@ impl Raw {
         self.method(0, AMQPClass::Connection(method)).await
     }
 
-    /// The next frame, or `None` when the broker has closed the socket.
+    /// Returns the next frame, or `None` if the broker has closed the socket.
     pub async fn next(&mut self) -> Result<Option<AMQPFrame>> {
         self.next_within(PATIENCE).await
     }
 
-    /// All that the broker says before it closes the socket.
+    /// Returns all bytes that the broker sends before it closes the socket.
     pub async fn until_the_end(mut self) -> Result<Vec<u8>> {
         let end = async {
-            // A reset is an end as well.
+            // A reset closes the socket as well.
             while self.stream.read_buf(&mut self.input).await.unwrap_or(0) > 0 {}
         };
         timeout(PATIENCE, end).await.context("the socket stays open")?;
         Ok(self.input)
     }
 
-    /// The next frame, within this time.
+    /// Returns the next frame if it arrives within `limit`, or `None` if the broker has closed the socket.
     pub async fn next_within(&mut self, limit: Duration) -> Result<Option<AMQPFrame>> {
         loop {
             if let Ok((rest, frame)) = parse_frame(&self.input[..]) {
@@ -120,14 +120,14 @@ impl Raw {
                 return Ok(Some(frame));
             }
             let read = timeout(limit, self.stream.read_buf(&mut self.input)).await.context("no answer")?;
-            // A reset is an end as well.
+            // A reset closes the socket as well.
             if read.unwrap_or(0) == 0 {
                 return Ok(None);
             }
         }
     }
 
-    /// Passes over frames up to this method.
+    /// Skips frames up to a method for which `is_it` holds, and returns the method.
     pub async fn expect(&mut self, is_it: impl Fn(&AMQPClass) -> bool) -> Result<AMQPClass> {
         loop {
             match self.next().await?.context("the socket was closed")? {
@@ -140,7 +140,7 @@ impl Raw {
         }
     }
 
-    /// The code with which the broker closes the connection.
+    /// Returns the code with which the broker closes the connection.
     pub async fn closed_with(&mut self) -> Result<u16> {
         loop {
             let frame = self.next().await?.context("the socket was closed without a word")?;
@@ -151,7 +151,7 @@ impl Raw {
         }
     }
 
-    /// Takes a message, and leaves it without acknowledgement.
+    /// Gets a message, and does not acknowledge it.
     pub async fn get(&mut self, queue: &str) -> Result<String> {
         let get = basic::Get { queue: queue.into(), no_ack: false };
         self.method(1, AMQPClass::Basic(basic::AMQPMethod::Get(get))).await?;
@@ -164,18 +164,19 @@ impl Raw {
         }
     }
 
-    /// Publishes to a queue.
+    /// Publishes a message to a queue.
     pub async fn publish(&mut self, queue: &str, body: &[u8]) -> Result<()> {
         self.send(&publish(queue, body)).await
     }
 }
 
-/// The frames of a small message to a queue.
+/// Encodes the frames of a small message to a queue.
 pub fn publish(queue: &str, body: &[u8]) -> Vec<u8> {
     publish_with(queue, &[0, 0], body)
 }
 
-/// The same, with properties as bytes: their flags, then those that the flags name.
+/// Encodes the frames of a small message with these properties: the flags, then the properties that they
+/// name.
 pub fn publish_with(queue: &str, properties: &[u8], body: &[u8]) -> Vec<u8> {
     let publish = basic::Publish { routing_key: queue.into(), mandatory: true, ..Default::default() };
     let mut header = vec![constants::FRAME_HEADER, 0, 1];
@@ -188,10 +189,10 @@ pub fn publish_with(queue: &str, properties: &[u8], body: &[u8]) -> Vec<u8> {
     [method, header, encoded(&AMQPFrame::Body(1, body.to_vec()))].concat()
 }
 
-/// A frame as bytes.
+/// Encodes a frame.
 ///
 /// # Panics
-/// If it is none.
+/// If the frame cannot be encoded.
 pub fn encoded(frame: &AMQPFrame) -> Vec<u8> {
     gen_frame(frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner().0
 }

@@ -1,8 +1,8 @@
-//! The state that all connections share: who is connected, what exchanges and queues there are, and when
-//! something in them is over. It knows no sockets: what a peer gets is appended to its output.
+//! The state that all connections share: the connections, the exchanges, the queues, and the times at which
+//! messages or queues expire. It knows no sockets: frames for a peer are appended to its output.
 //!
 //! Its other methods are in `methods` (what a client asks for), `definitions` (exchanges and queues),
-//! `content` and `publishing` (messages on their way in) and `delivery` (on their way out).
+//! `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
 
 use super::{
     channel::Channel,
@@ -20,24 +20,24 @@ use std::{
 };
 use tokio::{sync::Notify, time::Instant};
 
-/// A connection, by a number that is never used again.
+/// The number of a connection, which is never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ConnectionId(u64);
 
-/// A queue, by a number that is never used again: its name may be.
+/// The number of a queue, which is never used again, although the name of the queue may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QueueId(u64);
 
-/// A channel of a connection.
+/// The identity of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ChannelId {
-    /// The connection.
+    /// The connection of the channel.
     pub connection: ConnectionId,
-    /// Its number on that connection.
+    /// The number of the channel on that connection.
     pub number: u16,
 }
 
-/// The one virtual host, `/`.
+/// The only virtual host, `/`.
 #[derive(Debug)]
 pub struct VirtualHost {
     pub(super) peers: HashMap<ConnectionId, Peer>,
@@ -51,24 +51,24 @@ pub struct VirtualHost {
     next_id: u64,
 }
 
-/// What is known of a connection.
+/// The state of a connection.
 #[derive(Debug)]
 pub struct Peer {
-    /// What it will get.
+    /// The frames that wait to be written to the client.
     pub output: Output,
-    /// Whether it publishes: such a connection is not read while the memory is full.
+    /// Whether the client has published. Such a connection is not read while the memory is full.
     pub publishes: bool,
-    /// What it wants to know.
+    /// The notifications that the client understands.
     pub capabilities: Capabilities,
-    /// Bytes of messages of which parts have come.
+    /// Bytes received of messages that are incomplete.
     pub assembling: usize,
     pub(super) channels: BTreeMap<u16, Channel>,
-    /// Channels with confirms that were not sent yet.
+    /// Channels with confirms that have not been sent yet.
     pub(super) confirming: BTreeSet<u16>,
 }
 
 impl VirtualHost {
-    /// One with nothing in it but the predeclared exchanges.
+    /// Creates a virtual host with nothing but the predeclared exchanges.
     pub fn new(memory: Arc<Memory>) -> Self {
         let predeclared = |kind: Kind| {
             let exchange = Exchange {
@@ -94,7 +94,7 @@ impl VirtualHost {
         }
     }
 
-    /// Takes a connection in.
+    /// Adds a connection.
     pub fn connect(&mut self, output: Output, capabilities: Capabilities) -> ConnectionId {
         let id = ConnectionId(self.next_id());
         let peer = Peer {
@@ -109,8 +109,8 @@ impl VirtualHost {
         id
     }
 
-    /// Forgets a connection: what it has not acknowledged is requeued, its exclusive queues go. What is
-    /// left is its output.
+    /// Removes a connection: unacknowledged deliveries are requeued, and its exclusive queues are deleted.
+    /// Returns its remaining output.
     pub fn disconnect(&mut self, connection: ConnectionId) -> Option<Output> {
         let numbers: Vec<u16> =
             self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.keys().copied()).collect();
@@ -125,7 +125,7 @@ impl VirtualHost {
         peer.map(|peer| peer.output)
     }
 
-    /// Gives the consumers of a connection what waits for them: there is room in its output again.
+    /// Delivers waiting messages to the consumers of a connection, because its output has room again.
     pub fn resume(&mut self, connection: ConnectionId) {
         let channels = self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.values());
         let queues: BTreeSet<QueueId> = channels.flat_map(Channel::consumed_queues).collect();
@@ -135,7 +135,7 @@ impl VirtualHost {
         self.settle_dead_letters();
     }
 
-    /// What was published becomes so many confirms.
+    /// Sends the confirms of the messages that a connection has published.
     pub fn flush_confirms(&mut self, connection: ConnectionId) {
         if let Some(peer) = self.peers.get_mut(&connection) {
             for number in std::mem::take(&mut peer.confirming) {
@@ -146,7 +146,8 @@ impl VirtualHost {
         }
     }
 
-    /// Ends whatever is over by `now`; when to come again. Comes again at once if that was a lot.
+    /// Expires the messages and queues whose time is over at `now`, and returns when to call this again. If
+    /// dead letters are left, that time is `now`.
     pub fn tick(&mut self, now: Instant) -> Option<Instant> {
         while let Some(&(due, id)) = self.due.first().filter(|(due, _)| *due <= now) {
             self.due.remove(&(due, id));
@@ -165,16 +166,17 @@ impl VirtualHost {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// Notified when [`VirtualHost::tick`] is due earlier than it said.
+    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] is due earlier than it returned.
     pub fn clock(&self) -> Arc<Notify> {
         Arc::clone(&self.clock)
     }
 
-    /// Has the clock look at this queue when something in it may be over.
+    /// Schedules a look of the clock at this queue, at the time when the queue or its first message may
+    /// expire.
     pub(super) fn schedule(&mut self, id: QueueId) {
         let Some(queue) = self.queues.get_mut(&id) else { return };
         let Some(next) = queue.next_due() else { return };
-        // One that is due too early costs one look; most messages never get as far as to be due.
+        // A time that is too early costs only one look; most messages are consumed before they are due.
         if queue.due.is_some_and(|due| due <= next) {
             return;
         }

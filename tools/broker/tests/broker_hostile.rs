@@ -1,5 +1,5 @@
-//! The embedded broker and hostile or broken clients: it tells each client its error or cuts it off, and no
-//! other client is harmed.
+//! Hostile and broken clients of the embedded broker: it reports the error to each client or disconnects it,
+//! and no other client is harmed.
 
 use amq_protocol::{
     frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame, parse_frame},
@@ -38,7 +38,7 @@ impl Healthy {
         Ok(Self { _connection: connection, channel })
     }
 
-    /// Publishes and gets a message on the same connection as always.
+    /// Publishes and gets a message on the connection that has been open since before the attack.
     async fn works(&self, after: &str) -> Result<()> {
         let works = async {
             publish(&self.channel, "", "healthy", after.as_bytes()).await?;
@@ -313,7 +313,7 @@ async fn many_messages_that_are_begun_and_never_finished_end_the_connection() ->
         }
         anyhow::Ok(())
     };
-    // The broker refuses the message before it is complete, or afterwards.
+    // The broker may close the connection while this is still writing, so a write may fail.
     let _ = timeout(PATIENCE, begun).await?;
     assert_eq!(closed_with(&mut stream).await?, 506);
     healthy.works("messages without an end").await

@@ -1,4 +1,5 @@
-//! A runtime beside the caller's, with servers: they end when it is dropped, open connections included.
+//! A runtime for servers, separate from the caller's. Dropping it ends the servers and their open
+//! connections.
 
 use axum::{Router, serve::ListenerExt};
 use std::{io, net::SocketAddr, ops::Deref};
@@ -7,11 +8,11 @@ use tokio::{
     runtime::{Builder, Runtime},
 };
 
-/// May be dropped anywhere, which tokio's own runtime may not: in an async function, that panics.
+/// A runtime that may be dropped anywhere. Dropping tokio's own runtime in an async function panics.
 pub struct Background(Option<Runtime>);
 
 impl Background {
-    /// With so many threads for tasks, and for what blocks.
+    /// Starts a runtime with this many threads for tasks and for blocking calls.
     ///
     /// # Errors
     /// If the threads can't be started.
@@ -21,7 +22,7 @@ impl Background {
         Ok(Self(Some(builder.build()?)))
     }
 
-    /// Listens for a server of this runtime.
+    /// Opens a listener for a server on this runtime.
     ///
     /// # Errors
     /// If the address is in use.
@@ -32,9 +33,10 @@ impl Background {
         TcpListener::from_std(listener)
     }
 
-    /// Serves these routes.
+    /// Serves `routes` on this runtime.
     pub fn serve_http(&self, listener: TcpListener, routes: Router) {
-        // Otherwise the end of an answer waits for the client to acknowledge what came before: 40 ms.
+        // With Nagle's algorithm, the end of an answer waits 40 ms for the client to acknowledge its
+        // beginning.
         let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         self.spawn(axum::serve(listener, routes).into_future());
     }

@@ -17,11 +17,11 @@ use tokio::{
     time::timeout,
 };
 
-/// Keeps connections open between requests, for a while.
+/// A client that keeps idle connections open for a while.
 #[derive(Clone)]
 pub struct Client(Hyper<HttpConnector, Full<Bytes>>);
 
-/// What came back.
+/// The answer to a request.
 #[derive(Debug)]
 pub struct Answer {
     /// The status.
@@ -33,14 +33,15 @@ pub struct Answer {
 }
 
 impl Client {
-    /// A client without connections yet.
+    /// Creates a client without connections.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
-        // api cuts a connection that is silent for ten seconds: perhaps just as the next request is on its way.
+        // api closes a connection that is silent for ten seconds, perhaps just as the next request is on its
+        // way.
         Self(Hyper::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build_http())
     }
 
-    /// `GET url`
+    /// Sends `GET url`.
     ///
     /// # Errors
     /// If there is no answer within 30 seconds.
@@ -48,7 +49,7 @@ impl Client {
         self.send(Method::GET, url, &[], "").await
     }
 
-    /// A request with these headers and this body.
+    /// Sends a request with these headers and this body.
     ///
     /// # Errors
     /// If there is no answer within 30 seconds.
@@ -73,14 +74,14 @@ impl Client {
     }
 }
 
-/// Sends bytes on a connection of their own, and reads until the other side closes or, after what is `enough`,
-/// falls silent.
+/// Sends bytes on a new connection, and reads until the other side closes the connection. Once the bytes
+/// received are `enough`, reading also ends when the other side falls silent.
 ///
 /// # Errors
-/// If there is no connection, or it takes no bytes.
+/// If the connection cannot be opened, or accepts no bytes for a minute.
 pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> bool) -> Result<String> {
     let mut connection = TcpStream::connect(address).await?;
-    // The other side may have closed already.
+    // The write may fail, because the other side may have closed the connection already.
     let _ = timeout(PATIENCE, connection.write_all(bytes)).await?;
     let mut received = Vec::new();
     loop {
@@ -92,7 +93,7 @@ pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> boo
     }
 }
 
-/// So many answers in HTTP/1 are enough.
+/// Returns a condition for [`raw`]: at least this many HTTP/1 answers have arrived.
 pub fn answers(count: usize) -> impl Fn(&str) -> bool {
     move |received| received.matches("HTTP/1.").count() >= count
 }
@@ -119,21 +120,21 @@ pub async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Re
     }
 }
 
-/// How long somebody must be silent who has nothing to say.
+/// How long the other side must be silent after enough bytes.
 const A_WHILE: Duration = Duration::from_millis(200);
 
 impl Answer {
-    /// A header's value; empty if it is not there.
+    /// Returns the value of a header, or an empty string if the header is missing.
     pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
     }
 
-    /// The trace id in the header `traceparent`.
+    /// Returns the trace id in the header `traceparent`.
     pub fn trace_id(&self) -> String {
         self.header("traceparent").split('-').nth(1).unwrap_or_default().to_owned()
     }
 
-    /// The body as JSON; null if it is not.
+    /// Parses the body as JSON. Returns null if it is not JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }

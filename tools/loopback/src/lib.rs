@@ -1,6 +1,6 @@
-//! What the tools share about servers and clients on this machine.
+//! Servers and clients on this machine, for all tools.
 //!
-//! - [`poll`] asks until there is an answer; [`PATIENCE`] is how long a test may wait for one
+//! - [`poll`]: asks until there is an answer; [`PATIENCE`]: how long a test may wait for an answer
 //! - [`free_port`]: a port for a process that is about to start
 //! - [`background`]: servers on a runtime of their own
 //! - [`client`]: a small HTTP client
@@ -16,10 +16,10 @@ use std::{
 };
 use tokio::time::{Instant, sleep};
 
-/// The longest that anything which must come may take, on a busy machine with a slow disk.
+/// How long a test waits for an event that must happen, on a busy machine with a slow disk.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Asks until there is an answer, for at most `limit`.
+/// Calls `ask` until it returns an answer, for at most `limit`.
 pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -33,11 +33,12 @@ pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -
     }
 }
 
-/// A free port for a process that will take it in a moment. Below those that connections are given
-/// (`ip_local_port_range`), so that none takes it before; and another one in each process that asks.
+/// Finds a free port for a process that will soon bind it. The port is below the range from which connections
+/// get theirs (`ip_local_port_range`), so that no connection takes it first. Each process starts its search
+/// at another port.
 ///
 /// # Errors
-/// If all are taken.
+/// If no free port is found.
 pub fn free_port() -> Result<u16> {
     static ASKED: AtomicU32 = AtomicU32::new(0);
     for _ in 0..1000 {

@@ -1,4 +1,4 @@
-//! A connection with what the checks do most.
+//! A client connection with the operations that most checks need.
 
 use anyhow::{Context, Result};
 use broker::Broker;
@@ -18,7 +18,7 @@ use std::{env, sync::Arc};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-/// A connection and a channel on it, and names that nobody else uses.
+/// A connection with a channel, and a prefix for names that no other check uses.
 pub struct Client {
     pub connection: Connection,
     pub channel: Channel,
@@ -28,7 +28,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// On the broker at `AMQP_URL`, or on one that is embedded.
+    /// Connects to the broker at `AMQP_URL`, or to a new embedded broker.
     pub async fn connect() -> Result<Self> {
         let (url, broker) = match env::var("AMQP_URL") {
             Ok(url) => (url, None),
@@ -41,7 +41,7 @@ impl Client {
         Self::connect_to(url, prefix, broker).await
     }
 
-    /// Another connection to the same broker, with the same names.
+    /// Opens another connection to the same broker, with the same prefix for names.
     pub async fn another(&self) -> Result<Self> {
         Self::connect_to(self.url.clone(), self.prefix.clone(), self._broker.clone()).await
     }
@@ -52,19 +52,19 @@ impl Client {
         Ok(Self { connection, channel, url, prefix, _broker: broker })
     }
 
-    /// A name of this check's own.
+    /// Returns a name that no other check uses.
     pub fn name(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 
-    /// Declares a queue that goes with the connection.
+    /// Declares a queue that is deleted with the connection.
     pub async fn queue(&self, name: &str, arguments: &[(&str, AMQPValue)]) -> Result<String> {
         let name = self.name(name);
         declare(&self.channel, &name, exclusive(), arguments).await?;
         Ok(name)
     }
 
-    /// Declares a queue that outlives the connection, for a minute.
+    /// Declares a queue that outlives the connection, but expires after a minute without use.
     pub async fn shared_queue(&self, name: &str) -> Result<String> {
         let name = self.name(name);
         let arguments = [("x-expires", AMQPValue::LongInt(60_000))];
@@ -72,7 +72,7 @@ impl Client {
         Ok(name)
     }
 
-    /// Declares an exchange that goes with its last binding, and a queue bound to it by these keys.
+    /// Declares an exchange that is deleted with its last binding, and binds a queue to it with these keys.
     pub async fn exchange(
         &self,
         name: &str,
@@ -89,12 +89,12 @@ impl Client {
         Ok(name)
     }
 
-    /// Wants confirms from now on.
+    /// Puts the channel into confirm mode.
     pub async fn confirm(&self) -> Result<()> {
         Ok(self.channel.confirm_select(ConfirmSelectOptions::default()).await?)
     }
 
-    /// Publishes, and waits for the confirm if one was asked for.
+    /// Publishes a message, and waits for its confirm if the channel is in confirm mode.
     pub async fn publish(
         &self,
         exchange: &str,
@@ -107,7 +107,7 @@ impl Client {
         Ok(timeout(PATIENCE, sent).await??)
     }
 
-    /// Publishes these to a queue, and waits until they are in it.
+    /// Publishes these bodies to a queue, and waits until the broker has confirmed them.
     pub async fn fill(&self, queue: &str, bodies: &[&str]) -> Result<()> {
         let channel = self.connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -125,24 +125,24 @@ impl Client {
         Ok(channel.close(200, "done".into()).await?)
     }
 
-    /// Takes a message that is there.
+    /// Gets a message if one is waiting.
     pub async fn get(&self, queue: &str) -> Result<Option<Delivery>> {
         let got = self.channel.basic_get(queue.into(), BasicGetOptions { no_ack: false }).await?;
         Ok(got.map(|got| got.delivery))
     }
 
-    /// Takes a message that is there or will soon be.
+    /// Gets a message, and waits for it if necessary.
     pub async fn expect(&self, queue: &str) -> Result<Delivery> {
         poll(PATIENCE, async || self.get(queue).await.ok().flatten()).await.context("no message")
     }
 
-    /// Starts to consume.
+    /// Starts a consumer.
     pub async fn consume(&self, queue: &str, tag: &str) -> Result<Consumer> {
         let options = BasicConsumeOptions::default();
         Ok(self.channel.basic_consume(queue.into(), tag.into(), options, FieldTable::default()).await?)
     }
 
-    /// Messages that wait, and consumers.
+    /// Returns the numbers of waiting messages and of consumers.
     pub async fn counts(&self, queue: &str) -> Result<(u32, u32)> {
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         let channel = self.connection.create_channel().await?;
@@ -151,13 +151,13 @@ impl Client {
         Ok((queue.message_count(), queue.consumer_count()))
     }
 
-    /// Waits until a queue has so many messages and consumers.
+    /// Waits until a queue has these numbers of waiting messages and of consumers.
     pub async fn expect_counts(&self, queue: &str, expected: (u32, u32)) {
         let is_so = async || (self.counts(queue).await.ok() == Some(expected)).then_some(());
         assert!(poll(PATIENCE, is_so).await.is_some(), "{:?} and not {expected:?}", self.counts(queue).await);
     }
 
-    /// Whether there is such a queue.
+    /// Returns whether the queue exists.
     pub async fn has_queue(&self, queue: &str) -> Result<bool> {
         let channel = self.connection.create_channel().await?;
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
@@ -165,7 +165,7 @@ impl Client {
         Ok(declared.map(drop).map_err(|error| code(&error)) != Err(404))
     }
 
-    /// Asserts that this operation closes its channel with this code, and that the connection lives on.
+    /// Asserts that the operation closes its channel with this code, and leaves the connection open.
     pub async fn expect_channel_error<T: std::fmt::Debug>(
         &self,
         expected: u16,
@@ -178,7 +178,7 @@ impl Client {
         Ok(())
     }
 
-    /// Asserts that this operation closes its connection, which is made for it, with this code.
+    /// Asserts that the operation closes its connection, which is opened for it, with this code.
     pub async fn expect_connection_error<T: std::fmt::Debug>(
         &self,
         expected: u16,
@@ -193,7 +193,7 @@ impl Client {
     }
 }
 
-/// The options of a queue that goes with the connection.
+/// Returns the options of a queue that is deleted with the connection.
 pub fn exclusive() -> QueueDeclareOptions {
     QueueDeclareOptions { exclusive: true, ..Default::default() }
 }
@@ -220,18 +220,18 @@ pub async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> 
     channel.queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default()).await
 }
 
-/// The next delivery.
+/// Waits for the next delivery.
 pub async fn next(consumer: &mut Consumer) -> Result<Delivery> {
     let next = timeout(PATIENCE, consumer.next()).await.context("no delivery")?;
     Ok(next.context("the consumer was cancelled")??)
 }
 
-/// The body, as text.
+/// Returns the body as text.
 pub fn body(delivery: &Delivery) -> &str {
     std::str::from_utf8(&delivery.data).expect("text")
 }
 
-/// The reply code.
+/// Returns the reply code.
 pub fn code(error: &Error) -> u16 {
     match error.kind() {
         ErrorKind::ProtocolError(error) => error.get_id(),

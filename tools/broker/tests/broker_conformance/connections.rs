@@ -1,4 +1,4 @@
-//! Connections and channels: how they begin, what ends them.
+//! Connections and channels: how they open, and how they close.
 
 use crate::client::{Client, body, code, next};
 use amq_protocol::protocol::{AMQPClass, channel};
@@ -91,7 +91,7 @@ async fn a_lost_connection_requeues_what_was_not_acknowledged() -> Result<()> {
     client.fill(&queue, &["a", "b"]).await?;
     let mut raw = Raw::open(&client.url).await?;
     assert_eq!(raw.get(&queue).await?, "a");
-    // No close, no goodbye.
+    // The socket closes without `connection.close`.
     drop(raw);
     client.expect_counts(&queue, (2, 0)).await;
     let mut consumer = client.consume(&queue, "").await?;

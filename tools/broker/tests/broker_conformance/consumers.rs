@@ -1,4 +1,4 @@
-//! Consuming, getting, and what is acknowledged or not.
+//! Consuming, getting, and acknowledging.
 
 use crate::client::{Client, body, next};
 use amq_protocol::protocol::{AMQPClass, basic, channel};
@@ -103,14 +103,14 @@ async fn a_prefetch_count_limits_what_each_consumer_has_in_hand() -> Result<()> 
     a.ack(BasicAckOptions::default()).await?;
     assert_eq!(body(&next(&mut one).await?), "c");
     client.expect_counts(&queue, (2, 1)).await;
-    // Another consumer has a count of its own.
+    // Each consumer has its own prefetch count.
     let mut two = client.consume(&queue, "two").await?;
     assert_eq!(body(&next(&mut two).await?), "d");
     client.expect_counts(&queue, (0, 2)).await;
     Ok(())
 }
 
-/// RabbitMQ 4 calls the global prefetch count deprecated, and still has it.
+/// In RabbitMQ 4, the global prefetch count is deprecated but still works.
 #[tokio::test]
 async fn a_global_prefetch_count_limits_what_a_channel_has_in_hand() -> Result<()> {
     let client = Client::connect().await?;
@@ -277,7 +277,7 @@ async fn a_cancelled_consumer_gets_nothing_more_and_may_still_acknowledge() -> R
     client.expect_counts(&queue, (1, 0)).await;
     delivery.ack(BasicAckOptions::default()).await?;
     assert_eq!(body(&client.expect(&queue).await?), "b");
-    // A consumer that is not there can be cancelled as well.
+    // Cancelling a consumer that does not exist succeeds, too.
     Ok(client.channel.basic_cancel("c".into(), BasicCancelOptions::default()).await?)
 }
 
@@ -300,7 +300,7 @@ async fn an_exclusive_consumer_is_alone() -> Result<()> {
         })
         .await?;
     client.channel.basic_cancel(first.tag(), BasicCancelOptions::default()).await?;
-    // lapin cancels a consumer that is dropped.
+    // The consumer is kept in a variable, because lapin cancels it when it is dropped.
     let _second = client.consume(&queue, "second").await?;
     client
         .expect_channel_error(403, async |channel| {

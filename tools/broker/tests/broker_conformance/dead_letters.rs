@@ -1,7 +1,7 @@
-//! Times to live, and dead letters.
+//! Times to live and dead letters.
 //!
-//! RabbitMQ 4 writes `x-death` for clients as 3.10 does; it adds `x-last-death-*`, and takes no notice of an
-//! `x-death` that a publisher made up. Neither is looked at here.
+//! For AMQP 0-9-1 clients, RabbitMQ 4 writes `x-death` as 3.10 does. It also adds `x-last-death-*`, and
+//! ignores an `x-death` that a publisher has set; no check here looks at either.
 
 use crate::client::{Client, bind, body, long_string, next};
 use anyhow::{Context, Result};
@@ -102,7 +102,7 @@ async fn a_message_that_was_delivered_does_not_expire_until_it_is_requeued() -> 
         ("x-dead-letter-routing-key", long_string(&dead)),
     ];
     let queue = client.queue("q", &arguments).await?;
-    // Delivered as soon as it is there, and the other one not.
+    // With this prefetch count, the first message is delivered at once, and the second waits.
     client.channel.basic_qos(1, BasicQosOptions::default()).await?;
     let mut consumer = client.consume(&queue, "").await?;
     client.fill(&queue, &["held", "waits"]).await?;
@@ -119,7 +119,7 @@ async fn a_message_that_was_delivered_does_not_expire_until_it_is_requeued() -> 
 #[tokio::test]
 async fn a_queue_that_nobody_uses_is_gone_after_its_time() -> Result<()> {
     let client = Client::connect().await?;
-    // On a busy machine it may be gone before it is consumed from.
+    // On a busy machine, the queue may expire before the consumer starts.
     let consumed = poll(PATIENCE, async || {
         let client = client.another().await.ok()?;
         let queue = client.queue("q", &[("x-expires", milliseconds(300))]).await.ok()?;
@@ -130,7 +130,7 @@ async fn a_queue_that_nobody_uses_is_gone_after_its_time() -> Result<()> {
     tokio::time::sleep(std::time::Duration::from_millis(900)).await;
     assert!(client.has_queue(&queue).await?, "it has a consumer");
     client.channel.basic_cancel(consumer.tag(), Default::default()).await?;
-    // To ask for it is no use of it, but RabbitMQ counts a declaration; so it is not asked more often.
+    // RabbitMQ counts even a passive declaration as use, so the pauses between the checks exceed `x-expires`.
     let gone = poll(PATIENCE, async || {
         tokio::time::sleep(std::time::Duration::from_millis(900)).await;
         (client.has_queue(&queue).await.ok() == Some(false)).then_some(())
@@ -235,7 +235,7 @@ async fn without_its_exchange_a_dead_letter_is_lost_and_nobody_harmed() -> Resul
 #[tokio::test]
 async fn a_message_that_dies_again_is_counted() -> Result<()> {
     let client = Client::connect().await?;
-    // Rejected into a queue where it waits, expired from there back to the first: a retry.
+    // A rejected message waits in the second queue, and expires from there back to the first, as in a retry.
     let (queue, retry) = (client.name("q"), client.name("retry"));
     client
         .queue(
@@ -273,7 +273,8 @@ async fn a_message_that_dies_again_is_counted() -> Result<()> {
 async fn a_message_that_goes_round_with_nobody_rejecting_it_is_dropped() -> Result<()> {
     let client = Client::connect().await?;
     let (one, two, seen) = (client.name("one"), client.name("two"), client.queue("seen", &[]).await?);
-    // Both queues give up to the same exchange what the other will get, and `seen` as well.
+    // Each queue dead-letters to the exchange with the other queue's routing key, and `seen` gets every dead
+    // letter.
     let exchange = client.exchange("x", ExchangeKind::Topic, &seen, &["#"]).await?;
     for (name, next) in [("one", &two), ("two", &one)] {
         client
@@ -289,7 +290,7 @@ async fn a_message_that_goes_round_with_nobody_rejecting_it_is_dropped() -> Resu
         bind(&client.channel, &client.name(name), &exchange, &client.name(name)).await?;
     }
     client.fill(&one, &["round"]).await?;
-    // Once to the second queue, once back to the first, where it is dropped.
+    // The message goes to the second queue, then back to the first, where it is dropped.
     for key in [&two, &one] {
         assert_eq!(client.expect(&seen).await?.routing_key.as_str(), key);
     }

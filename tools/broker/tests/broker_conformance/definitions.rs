@@ -1,4 +1,4 @@
-//! Exchanges, queues and bindings.
+//! Declaring and deleting exchanges, queues and bindings.
 
 use crate::client::{Client, bind, body, code, declare, exclusive, long_string};
 use anyhow::Result;
@@ -162,7 +162,7 @@ async fn an_exclusive_queue_is_locked_for_other_connections() -> Result<()> {
             channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await
         })
         .await?;
-    // Its own connection may use it on any channel.
+    // The owner's connection may use the queue on any channel.
     declare(&client.connection.create_channel().await?, &queue, exclusive(), &[]).await?;
     Ok(())
 }
@@ -187,7 +187,7 @@ async fn an_auto_delete_queue_goes_with_its_last_consumer_and_not_before_it_had_
     let options = QueueDeclareOptions { durable: true, auto_delete: true, ..Default::default() };
     declare(&client.channel, &queue, options, &[]).await?;
     assert!(client.has_queue(&queue).await?);
-    // lapin cancels a consumer that is dropped.
+    // The consumers are kept in a variable, because lapin cancels a consumer when it is dropped.
     let _consumers = (client.consume(&queue, "one").await?, client.consume(&queue, "two").await?);
     client.channel.basic_cancel("one".into(), Default::default()).await?;
     assert!(client.has_queue(&queue).await?);
@@ -222,7 +222,7 @@ async fn declaring_again_changes_nothing_and_otherwise_is_a_406() -> Result<()> 
     assert_eq!((again.name().as_str(), again.message_count()), (queue.as_str(), 1));
 
     let other_ttl = [("x-message-ttl", AMQPValue::LongInt(1))];
-    // Durable or not, an exclusive queue is the same: it goes with its connection.
+    // `durable` makes no difference for an exclusive queue, because it is deleted with its connection anyway.
     declare(&client.channel, &queue, QueueDeclareOptions { durable: true, ..exclusive() }, &ttl).await?;
     let auto_delete = QueueDeclareOptions { auto_delete: true, ..exclusive() };
     for (options, arguments) in [(exclusive(), &other_ttl[..]), (exclusive(), &[]), (auto_delete, &ttl)] {
@@ -356,7 +356,7 @@ async fn an_unknown_exchange_type_is_refused() -> Result<()> {
     let declared =
         other.channel.exchange_declare(client.name("x").into(), kind, options, FieldTable::default());
     let error = declared.await.expect_err("an error");
-    // The end of the connection, says AMQP 0-9-1, and RabbitMQ 3; for RabbitMQ 4 it is the channel's.
+    // AMQP 0-9-1 and RabbitMQ 3 close the connection (503), but RabbitMQ 4 closes only the channel (406).
     assert!([503, 406].contains(&code(&error)), "{error}");
     Ok(())
 }
@@ -393,9 +393,9 @@ async fn a_queue_is_deleted_unless_it_is_used_or_not_empty_and_that_matters() ->
     let consumer = client.consume(&queue, "c").await?;
     assert_eq!(delete(if_unused).await?, Err(406));
     client.channel.basic_cancel(consumer.tag(), Default::default()).await?;
-    // What the consumer has had is not counted.
+    // The count of deleted messages excludes those that the consumer got.
     assert_eq!(delete(if_unused).await?, Ok(0));
-    // What is not there need not be deleted.
+    // Deleting a queue that does not exist succeeds.
     assert_eq!(delete(QueueDeleteOptions::default()).await?, Ok(0));
     Ok(())
 }
@@ -422,14 +422,14 @@ async fn a_queue_that_is_declared_once_more_after_its_deletion_is_empty() -> Res
     let client = Client::connect().await?;
     let queue = client.queue("q", &[]).await?;
     let exchange = client.exchange("x", ExchangeKind::Direct, &queue, &["k"]).await?;
-    // Keeps the exchange.
+    // The binding of another queue keeps the auto-delete exchange.
     let other = client.queue("other", &[]).await?;
     bind(&client.channel, &other, &exchange, "other").await?;
     client.fill(&queue, &["a", "b"]).await?;
     let delivered = client.expect(&queue).await?;
     client.channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
     client.queue("q", &[]).await?;
-    // A delivery of the old one does not come to the new one.
+    // A requeued delivery from the deleted queue must not appear in the new queue.
     delivered.nack(lapin::options::BasicNackOptions { requeue: true, multiple: false }).await?;
     client.expect_counts(&queue, (0, 0)).await;
     client.confirm().await?;

@@ -23,7 +23,7 @@ fn header(class_id: u16, body_size: u64) -> AMQPFrame {
 async fn another_protocol_is_answered_with_the_right_one_and_the_end() -> Result<()> {
     let client = Client::connect().await?;
     const AMQP_0_9_1: &[u8] = b"AMQP\0\0\x09\x01";
-    // What RabbitMQ 4 likes best, where nothing says which AMQP was meant.
+    // RabbitMQ 4 prefers this protocol if the client's bytes do not name a version of AMQP.
     const AMQP_1_0_SASL: &[u8] = b"AMQP\x03\x01\0\0";
 
     for (hello, answers) in [
@@ -109,7 +109,7 @@ async fn a_negotiation_beyond_what_was_offered_is_refused() -> Result<()> {
     ] {
         let mut raw = Raw::connect(&client.url).await?;
         raw.log_in(tune_ok.clone()).await?;
-        // RabbitMQ may close the socket without a word; it says more in its log.
+        // RabbitMQ may close the socket without sending `close`; then only its log has the reason.
         let code = raw.closed_with().await.unwrap_or(530);
         assert_eq!((code, raw.next().await?), (530, None), "{tune_ok:?}");
     }

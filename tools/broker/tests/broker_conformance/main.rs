@@ -1,10 +1,10 @@
-//! What a client may rely on, of RabbitMQ and of the embedded broker alike: the same checks run on either.
+//! The behaviour that a client may rely on, checked in the same way on RabbitMQ and on the embedded broker.
 //!
-//! With `AMQP_URL` set they run on the broker there, else each on an embedded one of its own. They hold for
-//! RabbitMQ 3.10 and 4.0, and where these differ a check allows both. Queues that are neither durable nor
-//! exclusive are refused by 4.3, so none is made here.
+//! With `AMQP_URL` set, the checks run on the broker there; otherwise, each check starts an embedded broker.
+//! They hold for RabbitMQ 3.10 and 4.0, and where these versions differ a check allows both. No check
+//! declares a queue that is neither durable nor exclusive, because RabbitMQ 4.3 refuses such queues.
 //!
-//! - [`client`]: a connection with what the checks do most
+//! - [`client`]: a client connection with the operations that most checks need
 
 mod client;
 mod connections;

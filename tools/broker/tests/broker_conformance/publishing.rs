@@ -64,7 +64,7 @@ async fn bodies_of_any_size_arrive_whole() -> Result<()> {
     let client = Client::connect().await?;
     client.confirm().await?;
     let queue = client.queue("q", &[]).await?;
-    // Around the largest frame, and many of them.
+    // The sizes lie around the largest frame and around two of them, and the last needs many frames.
     for size in [0, 1, 131_063, 131_064, 131_065, 262_128, 5_000_000] {
         let sent: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
         client.publish("", &queue, &sent, BasicProperties::default()).await?;
@@ -148,7 +148,7 @@ async fn confirms_cover_each_message_once_and_in_order() -> Result<()> {
     let missing = client.name("nowhere");
     let mut many = Vec::new();
     for _ in 0..MESSAGES {
-        // Not mandatory: nothing comes back but confirms.
+        // The flag `mandatory` is cleared, so that the broker sends only confirms.
         let mut frames = publish(&missing, b"m");
         let flags = frames.iter().position(|byte| *byte == 0xce).context("an end mark")? - 1;
         frames[flags] = 0;
