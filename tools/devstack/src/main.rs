@@ -4,7 +4,7 @@
 //! - [`verify`]: checks a running system against the contract, with [`jaeger`]
 //! - the other commands are in the crates `broker`, `backend`, `chaos` and `bench`
 //!
-//! The end-to-end tests of the services are in `tests/`; they stand on the crate `harness`.
+//! The end-to-end tests of the services are in `tests/`, and use the crate `harness`.
 
 mod dev;
 mod jaeger;
@@ -95,7 +95,7 @@ async fn backend(addresses: Addresses) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// SIGINT and SIGTERM, caught from the moment this is made.
+/// Streams of SIGINT and SIGTERM, which are caught from the moment this is made.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
