@@ -37,17 +37,17 @@ const TRACE_BYTES: usize = size_of::<TraceLogs>() + 160;
 /// How many log records are stored, and what happened to the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogStatistics {
-    /// Records stored.
+    /// How many records are stored.
     pub records: usize,
-    /// Bytes that they take.
+    /// The memory of the stored records, in bytes.
     pub bytes: usize,
     /// Records received so far.
     pub received: u64,
-    /// Of these: written outside of a trace, so not stored.
+    /// Received records that were written outside of a trace, so not stored.
     pub untraced: u64,
-    /// Of these: refused, because their trace has too many.
+    /// Received records that were refused, because their trace has too many.
     pub rejected: u64,
-    /// Of these: gone again with their trace, to make room.
+    /// Received records that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
 }
 

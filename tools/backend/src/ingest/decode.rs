@@ -22,8 +22,8 @@ use opentelemetry_proto::tonic::{
 use std::mem::size_of;
 use tonic::Status;
 
-/// What the messages of a request may take in memory, the texts in them aside: those are no larger than
-/// the request. A hundred times of what a batch of an SDK takes.
+/// The most memory of a request's decoded messages, without their texts, which are no larger than the
+/// request. This is a hundred times the memory of a usual batch from an SDK.
 const MAX_DECODED_BYTES: usize = 128 * 1024 * 1024;
 
 /// How deep messages may be nested, which is also prost's limit.

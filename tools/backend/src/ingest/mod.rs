@@ -60,7 +60,7 @@ trait Export: Message + Default + DeserializeOwned + 'static {
     const SERVICE: &'static str;
     /// The name in JSON of the field with the number of rejected items.
     const REJECTED: &'static str;
-    /// The messages that the request contains.
+    /// The messages that the request may contain.
     const KIND: &'static decode::Kind;
 
     fn give(self, sink: &impl Sink, headers: HeaderMap) -> Result<Rejected, Status>;
