@@ -78,7 +78,7 @@ impl Broker {
     /// Makes the broker stop accepting messages, or accept them again.
     ///
     /// # Errors
-    /// If the broker can't be told to.
+    /// If the alarm can't be changed.
     pub async fn set_alarm(&self, alarm: bool) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.set_alarm(alarm),

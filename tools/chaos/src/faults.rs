@@ -31,7 +31,7 @@ pub enum Fault {
     Poison,
     /// api can't write to its disk while the broker is away.
     DiskFull,
-    /// The queue is deleted while it has a consumer. It must be empty, because its messages would be lost.
+    /// The queue is deleted while it has a consumer. It is empty then, because its messages would be lost.
     QueueDeleted,
     /// The collector goes silent.
     CollectorSilent,

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use sqlx::{ConnectOptions, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{collections::HashMap, path::Path, time::Duration};
 
-/// A copy of the history: the number of effects of each trace. It is brought up to date on request.
+/// A copy of the history: the number of effects of each trace. Only its methods bring the copy up to date.
 pub struct History {
     connection: SqliteConnection,
     last_row: i64,

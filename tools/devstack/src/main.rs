@@ -46,7 +46,8 @@ enum Tool {
     /// What `chaos --control` starts in place of api and mq.
     #[command(hide = true, subcommand)]
     Control(chaos::control::Service),
-    /// Measure what traces cost, and traces with metrics and logs: the three services on a real broker, under load.
+    /// Measure what traces cost, and traces with metrics and logs: the three services on a real broker,
+    /// under load.
     Bench(bench::Options),
     /// Measure whether the embedded broker is as fast as RabbitMQ.
     BenchBroker(bench::broker::Options),
