@@ -28,7 +28,7 @@ const LIMIT_OF_ALL: usize = 64 * 1024 * 1024;
 pub struct BodyMemory(Arc<Semaphore>);
 
 impl BodyMemory {
-    /// Returns all of this memory, for one router.
+    /// Makes a budget of `LIMIT_OF_ALL` bytes, which the requests of one router share.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
         Self(Arc::new(Semaphore::new(LIMIT_OF_ALL)))

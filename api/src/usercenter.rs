@@ -107,7 +107,7 @@ impl Service<Request<Body>> for Reported {
     }
 }
 
-/// Joins an error and its causes to one text. The cause of a TLS failure is at its end.
+/// Joins an error and its causes to one text. Of a TLS failure, only the last cause tells the reason.
 fn chain(error: &dyn Error) -> String {
     let causes = std::iter::successors(error.source(), |&cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))

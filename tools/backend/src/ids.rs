@@ -1,20 +1,21 @@
-//! Trace ids and span ids, as OTLP has them (bytes) and as Jaeger writes them (hexadecimal digits).
+//! Trace ids and span ids, which are bytes in OTLP and hexadecimal digits in Jaeger's JSON.
 
 use std::{
     fmt::{self, Display, Formatter},
     str::FromStr,
 };
 
-/// 16 bytes, not all zero.
+/// A trace id: 16 bytes, not all zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct TraceId(u128);
 
-/// 8 bytes, not all zero.
+/// A span id: 8 bytes, not all zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct SpanId(u64);
 
 impl TraceId {
-    /// `None` if these are not 16 bytes, or zero: invalid by the W3C's and by OpenTelemetry's rules.
+    /// Returns `None` unless there are 16 bytes, not all zero. Others are invalid in W3C Trace Context and
+    /// OpenTelemetry.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let id = u128::from_be_bytes(bytes.try_into().ok()?);
         (id != 0).then_some(Self(id))
@@ -22,7 +23,7 @@ impl TraceId {
 }
 
 impl SpanId {
-    /// `None` if these are not 8 bytes, or zero.
+    /// Returns `None` unless there are 8 bytes, not all zero.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let id = u64::from_be_bytes(bytes.try_into().ok()?);
         (id != 0).then_some(Self(id))
@@ -41,12 +42,12 @@ impl Display for SpanId {
     }
 }
 
-/// Like Jaeger, takes ids without their leading zeros.
+/// Parses hexadecimal digits. Leading zeros may be missing, as in Jaeger.
 impl FromStr for TraceId {
     type Err = String;
 
     fn from_str(digits: &str) -> Result<Self, String> {
-        // `from_str_radix` alone would take a sign.
+        // `from_str_radix` alone would also accept a sign.
         if digits.is_empty() || digits.len() > 32 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
             return Err("a trace id has 1 to 32 hexadecimal digits".to_owned());
         }

@@ -1,4 +1,4 @@
-//! Jaeger's first query API, `/api/…`: what its page and Grafana call.
+//! Jaeger's first query API, `/api/…`, which Jaeger's page and Grafana call.
 
 use super::{
     ids::{SpanId, TraceId},
@@ -23,10 +23,10 @@ use std::{
     sync::Arc,
 };
 
-/// As many as Jaeger answers with if nobody says how many.
+/// The most traces that a search returns by default, as in Jaeger.
 const DEFAULT_LIMIT: usize = 100;
 
-/// As far back as Jaeger looks for dependencies: a day, in nanoseconds.
+/// How far back dependencies are counted by default, as in Jaeger: a day, in nanoseconds.
 const DEFAULT_DEPENDENCIES_LOOKBACK: u64 = 24 * 3600 * 1_000_000_000;
 
 pub(super) fn routes() -> Router<Arc<Store>> {
@@ -37,7 +37,7 @@ pub(super) fn routes() -> Router<Arc<Store>> {
         .route("/api/traces", get(search))
         .route("/api/traces/{id}", get(trace))
         .route("/api/dependencies", get(dependencies))
-        // What Jaeger refuses, too, when it has no storage for metrics and no archive.
+        // Jaeger also refuses these requests when it has no storage for metrics and no archive.
         .route("/api/metrics/{name}", get(async || not_implemented("metrics querying is currently disabled")))
         .route("/api/archive/{id}", post(async || not_implemented("archive span storage was not configured")))
         .route(
@@ -46,7 +46,7 @@ pub(super) fn routes() -> Router<Arc<Store>> {
         )
 }
 
-/// What every answer is wrapped in.
+/// The JSON object around every response.
 #[derive(Serialize)]
 pub(super) struct Envelope<T> {
     data: T,
@@ -167,7 +167,7 @@ async fn trace(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respo
     .await
 }
 
-/// `/api/traces`: those named by `traceID`, or those that the other parameters describe.
+/// `/api/traces`: returns the traces named by `traceID`, or those that the other parameters describe.
 async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -201,8 +201,8 @@ async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Which service calls which, counted in the traces of the time that is asked for: a call is a span
-/// whose parent is another service's.
+/// Returns which service calls which, and how often, in the traces of the requested time. A call is a span
+/// whose parent belongs to another service.
 async fn dependencies(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let end = parameters.parsed("endTs", parameters::milliseconds)?.unwrap_or_else(parameters::now);
@@ -230,7 +230,7 @@ fn not_implemented(why: &str) -> Refusal {
     Refusal(StatusCode::NOT_IMPLEMENTED, why.to_owned())
 }
 
-/// The services that spans came from, in alphabetical order.
+/// Returns the services that have spans, in alphabetical order.
 pub(super) fn service_names(store: &Store) -> Vec<String> {
     let traces = store.traces();
     let names: BTreeSet<&str> =
@@ -238,7 +238,7 @@ pub(super) fn service_names(store: &Store) -> Vec<String> {
     names.into_iter().map(str::to_owned).collect()
 }
 
-/// The operations of a service, of one kind or of all.
+/// Returns the operations of a service, of one span kind or of all.
 pub(super) fn operations_of(store: &Store, service: &str, kind: Option<&str>) -> Vec<Operation> {
     let traces = store.traces();
     let spans = traces.iter().flat_map(|trace| trace.spans()).filter(|span| span.service() == service);
@@ -294,14 +294,14 @@ impl<'a> JaegerSpan<'a> {
     }
 }
 
-/// The parent, then the links.
+/// Returns a reference to the parent, then references to the links.
 fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>) -> Vec<Reference> {
     let parent = stored.parent.map(|parent| Reference {
         ref_type: "CHILD_OF",
         trace_id: trace_id.to_string(),
         span_id: parent.to_string(),
     });
-    // OTLP allows a link to nowhere, with attributes only. A reference needs a target.
+    // OTLP allows a link with attributes only, but a reference needs a trace id and a span id.
     let links = span.links.iter().filter_map(|link| {
         Some(Reference {
             ref_type: "FOLLOWS_FROM",
@@ -312,13 +312,13 @@ fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>)
     parent.into_iter().chain(links).collect()
 }
 
-/// The processes of a trace, each once, though its resource comes with every batch of spans.
+/// The processes of a trace. Each is listed once, although its resource comes with every batch of spans.
 #[derive(Default)]
 struct Processes<'a> {
     processes: BTreeMap<String, Process<'a>>,
-    /// By the encoded resource.
+    /// The process ids by the encoded resource.
     ids: HashMap<Vec<u8>, String>,
-    /// By the address of the resource, which saves encoding it for every span.
+    /// The process ids by the address of the resource, which saves encoding the resource for every span.
     known: HashMap<usize, String>,
 }
 

@@ -3,9 +3,9 @@
 use axum::Router;
 use otlp_embedded::{Config, State};
 
-/// Everything that the queries leave free.
+/// Returns a router that serves Jaeger's page on every path that the query APIs don't use.
 pub(super) fn page() -> Router {
-    // The crate has a store of its own, which stays empty: the page asks `/api`, and that is ours.
+    // The crate's own store stays empty, because the page asks `/api`, which this backend answers.
     let unused = State::new(Config { max_length: 1, max_memory_usage: 1 });
     Router::new().fallback_service(otlp_embedded::ui_app(unused, "/"))
 }

@@ -1,4 +1,4 @@
-//! Jaeger's present query API, `/api/v3/…`: traces as OTLP's JSON.
+//! Jaeger's current query API, `/api/v3/…`, which returns traces as OTLP/JSON.
 
 use super::{
     jaeger,
@@ -20,7 +20,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::{collections::HashMap, sync::Arc};
 
-/// As many as Jaeger answers with if nobody says how many.
+/// The most traces that a search returns by default, as in Jaeger.
 const DEFAULT_SEARCH_DEPTH: usize = 100;
 
 pub(super) fn routes() -> Router<Arc<Store>> {
@@ -32,13 +32,13 @@ pub(super) fn routes() -> Router<Arc<Store>> {
         .route("/api/v3/{*rest}", any(async || refusal(not_found("there is no such API"))))
 }
 
-/// What traces are wrapped in, as gRPC's gateway does.
+/// The JSON object around traces, as the gRPC gateway writes it.
 #[derive(Serialize)]
 struct Wrapper<'a> {
     result: TracesData<'a>,
 }
 
-/// OTLP's message of this name, borrowed from the store; so are the two below.
+/// The OTLP message of this name, borrowed from the store. The two types below are the same.
 #[derive(Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct TracesData<'a> {
@@ -93,7 +93,7 @@ async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Each parameter has a name in camel case, since Jaeger 2.18 or so, and an older one in snake case.
+/// Each parameter has a camel-case name, since about Jaeger 2.18, and an older snake-case name.
 fn query(parameters: &Parameters) -> Result<(Filter, usize), Refusal> {
     let either = |new: &'static str, old: &'static str| {
         if parameters.first(new).is_some() { new } else { old }
@@ -138,14 +138,14 @@ fn not_found(what: &str) -> Refusal {
     Refusal(StatusCode::NOT_FOUND, what.to_owned())
 }
 
-/// An error as gRPC's gateway writes it.
+/// Returns an error as the gRPC gateway writes it.
 fn refusal(Refusal(status, message): Refusal) -> Response {
     let error = json!({ "error": { "httpCode": status.as_u16(), "message": message } });
     (status, json(&error)).into_response()
 }
 
 impl<'a> TracesData<'a> {
-    /// The spans by their start, grouped again by the resource and the scope that they came with.
+    /// Adds the spans, ordered by their start, and groups them again by their resource and scope.
     fn add(&mut self, spans: &'a [DecodedSpan<'a>]) {
         let mut resources = HashMap::new();
         let mut scopes = HashMap::new();
@@ -157,7 +157,8 @@ impl<'a> TracesData<'a> {
                 self.resource_spans.len() - 1
             });
             let scope_spans = &mut self.resource_spans[i].scope_spans;
-            // A scope is of one resource: what came together is together.
+            // A scope belongs to one resource, because spans that share a scope came in one request with one
+            // resource.
             let j = *scopes.entry(Arc::as_ptr(scope)).or_insert_with(|| {
                 let (scope, schema_url) = (&scope.scope, scope.schema_url.as_str());
                 scope_spans.push(ScopeSpans { scope, spans: Vec::new(), schema_url });

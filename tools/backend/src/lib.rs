@@ -1,18 +1,18 @@
-//! The embedded trace backend: takes OTLP, keeps the latest traces in memory with their logs, answers as
-//! Jaeger does. Metrics are taken, counted and forgotten.
+//! The embedded trace backend. It receives OTLP, keeps the latest traces and their log records in memory, and
+//! answers Jaeger's queries. It counts metrics and drops them.
 //!
-//! - [`ingest`]: OTLP over gRPC and HTTP; serves the receiver as well
-//! - `store`: the bounded store of `spans`; `size` says what they take
-//! - `query`: the router of all below
+//! - [`ingest`]: OTLP over gRPC and HTTP, for the receiver too
+//! - `store`: the bounded store of `spans`; `size` says how much memory they take
+//! - `query`: the router of all modules below
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
 //! - `logs`: the log records of traces, for the page
-//! - `recent`: what the page needs beside them: the latest traces, and word when one changes
-//! - `search`, `parameters`, `ids`: what a query asks for
-//! - `page`: what a browser sees; `jaeger_ui`: what it sees with the feature of that name
+//! - `recent`: the latest traces, and events when one changes, for the page
+//! - `search`, `parameters`, `ids`: the parts of a query
+//! - `page`: this project's page; `jaeger_ui`: Jaeger's page, with the feature of that name
 //!
-//! Beside it stands what tests look at:
+//! Beside the backend are the modules for tests:
 //!
-//! - [`receiver`]: an OTLP receiver that keeps everything it gets
+//! - [`receiver`]: an OTLP receiver that keeps everything it receives
 //! - [`trace`], [`metric`], [`log`]: spans, data points and log records as they were received
 
 mod ids;
@@ -56,7 +56,7 @@ use tokio::sync::broadcast;
 use tonic::Status;
 use trace::Span;
 
-/// Stops when dropped, and its connections end.
+/// A running backend. When it is dropped, it stops and its connections end.
 pub struct Backend {
     addresses: Addresses,
     store: Arc<Store>,
@@ -78,7 +78,7 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Free ports on 127.0.0.1, chosen when the backend starts.
+    /// A free port of 127.0.0.1 for each purpose, chosen when the backend starts.
     pub const FREE: Self = {
         let free = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
         Self { otlp_grpc: free, otlp_http: free, query: free }
@@ -89,7 +89,7 @@ impl Backend {
     /// Listens on free ports of 127.0.0.1.
     ///
     /// # Errors
-    /// If there are none.
+    /// If no port is free.
     pub async fn start() -> Result<Self> {
         Self::start_at(Addresses::FREE).await
     }
@@ -97,15 +97,15 @@ impl Backend {
     /// Listens at these addresses.
     ///
     /// # Errors
-    /// If one of them is in use: then it says which.
+    /// If an address is in use; the error says which.
     pub async fn start_at(addresses: Addresses) -> Result<Self> {
         Self::start_with(addresses, Limits::default()).await
     }
 
-    /// Listens at these addresses, and keeps as much as these limits allow.
+    /// Listens at these addresses, and stores as much as these limits allow.
     ///
     /// # Errors
-    /// If one of the addresses is in use: then it says which.
+    /// If an address is in use; the error says which.
     pub async fn start_with(addresses: Addresses, limits: Limits) -> Result<Self> {
         Self::serve(addresses, limits, page::page())
     }
@@ -113,7 +113,7 @@ impl Backend {
     /// Listens at these addresses, with Jaeger's own page instead of this project's.
     ///
     /// # Errors
-    /// If one of the addresses is in use: then it says which.
+    /// If an address is in use; the error says which.
     #[cfg(feature = "jaeger-ui")]
     pub async fn start_with_jaeger_ui(addresses: Addresses) -> Result<Self> {
         Self::serve(addresses, Limits::default(), jaeger_ui::page())
@@ -121,7 +121,8 @@ impl Backend {
 
     fn serve(addresses: Addresses, limits: Limits, page: Router) -> Result<Self> {
         let store = Arc::new(Store::new(limits));
-        // Queries block. More than two at a time would take longer each, and more memory.
+        // Queries run on blocking threads. More than two at a time would take longer each, and use more
+        // memory.
         let runtime = Background::start(2, 2)?;
         let listen = |purpose: &str, address: SocketAddr| {
             runtime.listen(address).with_context(|| format!("{address}, for {purpose}"))
@@ -140,12 +141,12 @@ impl Backend {
         Ok(Self { addresses, store, _runtime: runtime })
     }
 
-    /// Where it listens.
+    /// Returns the addresses that the backend listens on.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
     }
 
-    /// The spans of a trace, by their start; none if the id is not one.
+    /// Returns the spans of a trace, ordered by their start. There are none if the id is invalid or unknown.
     pub fn trace(&self, trace_id: &str) -> Vec<Span> {
         let trace = trace_id.parse().ok().and_then(|id| self.store.trace(id));
         let Some(trace) = trace else {
@@ -159,12 +160,12 @@ impl Backend {
         spans.collect()
     }
 
-    /// Ids of traces that get spans from now on. A receiver that does not keep up misses some.
+    /// Returns a receiver of the ids of traces that get spans from now on. A slow receiver misses some ids.
     pub fn changes(&self) -> broadcast::Receiver<String> {
         self.store.changes()
     }
 
-    /// What is stored, and what became of the rest.
+    /// Returns how much is stored, and what happened to everything else that was received.
     pub fn statistics(&self) -> Statistics {
         self.store.statistics()
     }

@@ -4,38 +4,38 @@ use crate::trace::{attributes, hex, text};
 use opentelemetry_proto::tonic::logs::v1::ResourceLogs;
 use std::collections::BTreeMap;
 
-/// A log record, with what its resource and scope say.
+/// A log record, with fields from its resource and scope.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LogRecord {
-    /// Its `service.name`.
+    /// The `service.name` of its resource.
     pub service: String,
-    /// The instrumentation scope.
+    /// The name of its instrumentation scope.
     pub scope: String,
-    /// `INFO` and the like.
+    /// The severity's name, such as `INFO`.
     pub severity: String,
-    /// 1 (TRACE) to 24 (FATAL4), or 0 if it has none.
+    /// The severity's number, from 1 (TRACE) to 24 (FATAL4), or 0 if the record has none.
     pub severity_number: i32,
     /// The message, as text.
     pub body: String,
     /// Its attributes, as text.
     pub attributes: BTreeMap<String, String>,
-    /// Attributes of the process that made it.
+    /// The attributes of its resource (the process that wrote it), as text.
     pub resource: BTreeMap<String, String>,
-    /// Its name, if it is an event.
+    /// The event's name, if the record is an event.
     pub event_name: String,
-    /// 32 hex digits; empty outside of a trace.
+    /// The trace id as 32 hex digits, or empty if the record was written outside of a trace.
     pub trace_id: String,
-    /// 16 hex digits; empty outside of a span.
+    /// The span id as 16 hex digits, or empty if the record was written outside of a span.
     pub span_id: String,
-    /// W3C flags.
+    /// The W3C trace flags.
     pub flags: u32,
-    /// When it happened, in nanoseconds since 1970; 0 if that is not known.
+    /// When the event happened, in nanoseconds since 1970, or 0 if that is unknown.
     pub time: u64,
-    /// When it was collected, in nanoseconds since 1970.
+    /// When the record was collected, in nanoseconds since 1970.
     pub observed: u64,
 }
 
-/// The log records of one part of an OTLP request.
+/// Returns the log records of one `ResourceLogs` of an OTLP request.
 pub fn records(resource_logs: &ResourceLogs) -> Vec<LogRecord> {
     let resource = resource_logs.resource.as_ref().map(|r| attributes(&r.attributes)).unwrap_or_default();
     let mut records = Vec::new();

@@ -1,5 +1,5 @@
-//! The log records of traces, bounded like the spans, and where the page asks for them. Jaeger has nothing of
-//! the kind: the `logs` in its JSON are the events of a span.
+//! The log records of traces, bounded like the spans, and the page's endpoint for them. Jaeger has no log
+//! records: the `logs` in its JSON are the events of a span.
 
 use super::{
     ids::{SpanId, TraceId},
@@ -28,34 +28,34 @@ use std::{
     sync::Arc,
 };
 
-/// What a record takes beside its text: itself and its place in the trace's list, with room to grow.
+/// The memory of a record without its text: the record and its place in the trace's list, with room to grow.
 const RECORD_BYTES: usize = size_of::<StoredRecord>() + 16 + 2 * size_of::<Arc<StoredRecord>>();
 
-/// What the records of a trace take together: their entries in the tables, roughly.
+/// The approximate memory of a trace's entries in the tables, in bytes.
 const TRACE_BYTES: usize = size_of::<TraceLogs>() + 160;
 
-/// Log records stored, and what became of the rest.
+/// How many log records are stored, and what happened to the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogStatistics {
-    /// Records stored.
+    /// How many records are stored.
     pub records: usize,
-    /// Bytes that they take.
+    /// The memory of the stored records, in bytes.
     pub bytes: usize,
     /// Records received so far.
     pub received: u64,
-    /// Of these: written outside of a trace, so not stored.
+    /// Received records that were written outside of a trace, so not stored.
     pub untraced: u64,
-    /// Of these: refused, because their trace has too many.
+    /// Received records that were refused, because their trace has too many.
     pub rejected: u64,
-    /// Of these: gone again with their trace, to make room.
+    /// Received records that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
 }
 
-/// The records by trace. They may come before the trace's spans or after them, and go by themselves.
+/// The records by trace. They may arrive before the trace's spans or after them, and are evicted separately.
 #[derive(Default)]
 pub(super) struct Logs {
     traces: HashMap<TraceId, TraceLogs>,
-    /// The oldest first.
+    /// The traces in the order in which records first came, oldest first.
     order: VecDeque<TraceId>,
     statistics: LogStatistics,
 }
@@ -66,13 +66,13 @@ struct TraceLogs {
     bytes: usize,
 }
 
-/// A record, encoded: decoded it takes some four times as much.
+/// An encoded record. Decoded, it would take about four times as much memory.
 pub(super) struct StoredRecord {
     encoded: Box<[u8]>,
 }
 
-/// The records of a request with the ids of their traces; `None` outside of a trace, and for an id that is
-/// invalid, which means the same.
+/// Returns the records of a request with their trace ids. The id is `None` if a record was written outside of
+/// a trace, or if its id is invalid, which OpenTelemetry treats alike.
 pub(super) fn stored_records(request: ExportLogsServiceRequest) -> Vec<(Option<TraceId>, StoredRecord)> {
     let scopes = request.resource_logs.into_iter().flat_map(|resource| resource.scope_logs);
     let records = scopes.flat_map(|scope| scope.log_records).map(|record| {
@@ -87,12 +87,12 @@ impl Logs {
         self.statistics
     }
 
-    /// The records of a trace in the order of their arrival.
+    /// Returns the records of a trace in the order of their arrival.
     pub fn of_trace(&self, id: TraceId) -> Vec<Arc<StoredRecord>> {
         self.traces.get(&id).map(|logs| logs.records.clone()).unwrap_or_default()
     }
 
-    /// Stores what fits; returns the traces that have more records now.
+    /// Stores the records that fit; returns the traces that got records.
     pub fn insert(
         &mut self,
         records: Vec<(Option<TraceId>, StoredRecord)>,
@@ -141,20 +141,20 @@ pub(super) fn routes() -> Router<Arc<Store>> {
     Router::new().route("/api/logs/{id}", get(logs))
 }
 
-/// A record as the page is told of it.
+/// A record in the form that the page reads.
 #[derive(Serialize)]
 struct Record<'a> {
-    /// Empty outside of a span.
+    /// The span id, or empty outside of a span.
     #[serde(rename = "spanID")]
     span_id: String,
-    /// Microseconds since 1970.
+    /// When the event happened, in microseconds since 1970.
     timestamp: u64,
     severity: &'a str,
     body: Tag<'a>,
     attributes: Vec<Tag<'a>>,
 }
 
-/// The records of a trace by their time; none if there is no such trace.
+/// Returns the records of a trace, ordered by their time. There are none if the trace has none.
 async fn logs(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Response {
     blocking(move || {
         let id = parameters::trace_id(&id).map_err(|error| Refusal::malformed(&error))?;
@@ -179,12 +179,12 @@ async fn logs(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respon
     .await
 }
 
-/// When it happened; if nobody knows, when it was seen.
+/// Returns when the event happened or, if that is unknown, when the record was collected.
 fn time(record: &LogRecord) -> u64 {
     if record.time_unix_nano == 0 { record.observed_time_unix_nano } else { record.time_unix_nano }
 }
 
-/// As its source calls it, or by its number: four for each name.
+/// Returns the severity as its source calls it, or by its number. Each name stands for four numbers.
 fn severity(record: &LogRecord) -> &str {
     const NAMES: [&str; 6] = ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"];
 

@@ -1,4 +1,4 @@
-//! Metrics as they were received: one value for each data point.
+//! Metrics as they were received, flattened to one value for each data point.
 
 use crate::trace::attributes;
 use opentelemetry_proto::tonic::{
@@ -10,41 +10,41 @@ use opentelemetry_proto::tonic::{
 };
 use std::collections::BTreeMap;
 
-/// A data point, with what its metric, scope and resource say.
+/// A data point, with fields from its metric, scope and resource.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metric {
-    /// Its `service.name`.
+    /// The `service.name` of its resource.
     pub service: String,
-    /// Attributes of the process that made it.
+    /// The attributes of its resource (the process that made it), as text.
     pub resource: BTreeMap<String, String>,
-    /// The instrumentation scope.
+    /// The name of its instrumentation scope.
     pub scope: String,
     /// The metric's name.
     pub name: String,
     /// The metric's unit, `s` for example.
     pub unit: String,
-    /// `COUNTER` (a sum that only grows), `UP_DOWN_COUNTER` (another sum), `GAUGE`, `HISTOGRAM`,
+    /// `COUNTER` (a sum that only grows), `UP_DOWN_COUNTER` (any other sum), `GAUGE`, `HISTOGRAM`,
     /// `EXPONENTIAL_HISTOGRAM` or `SUMMARY`.
     pub kind: &'static str,
-    /// `DELTA` or `CUMULATIVE`; `UNSPECIFIED` where there is none, as for a gauge.
+    /// `DELTA` or `CUMULATIVE`, or `UNSPECIFIED` for kinds without a temporality, such as a gauge.
     pub temporality: &'static str,
     /// The point's own attributes, as text.
     pub attributes: BTreeMap<String, String>,
-    /// The value of a sum or of a gauge; for the others, the sum of what was recorded.
+    /// The value of a sum or of a gauge. For other kinds, the sum of the recorded values.
     pub value: f64,
-    /// How many values were recorded; 0 for a sum or a gauge.
+    /// How many values were recorded, or 0 for a sum or a gauge.
     pub count: u64,
-    /// The upper bounds of a histogram's buckets but the last.
+    /// The upper bounds of a histogram's buckets, except for the last bucket, which has none.
     pub bounds: Vec<f64>,
     /// How many values were recorded in each of a histogram's buckets.
     pub buckets: Vec<u64>,
-    /// From when on it counts, in nanoseconds since 1970.
+    /// When the counted period began, in nanoseconds since 1970.
     pub start: u64,
-    /// Nanoseconds since 1970.
+    /// When the value was read, in nanoseconds since 1970.
     pub time: u64,
 }
 
-/// The data points of one part of an OTLP request.
+/// Returns the data points of one `ResourceMetrics` of an OTLP request.
 pub fn metrics(resource_metrics: &ResourceMetrics) -> Vec<Metric> {
     let resource = resource_metrics.resource.as_ref().map(|r| attributes(&r.attributes)).unwrap_or_default();
     let mut points = Vec::new();
@@ -64,7 +64,7 @@ pub fn metrics(resource_metrics: &ResourceMetrics) -> Vec<Metric> {
     points
 }
 
-/// How many data points one part of an OTLP request has.
+/// Returns how many data points one `ResourceMetrics` of an OTLP request has.
 pub(crate) fn count(resource_metrics: &ResourceMetrics) -> usize {
     let metrics = resource_metrics.scope_metrics.iter().flat_map(|scope| &scope.metrics);
     let points = metrics.map(|metric| match &metric.data {

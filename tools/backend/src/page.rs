@@ -1,5 +1,5 @@
-//! What a browser sees: the files of `page/`, embedded, and served as they are. They ask `recent` and `jaeger`
-//! for their data.
+//! Serves the page to a browser: the files of `page/`, which are embedded unchanged. Their scripts ask
+//! `recent`, `jaeger` and `logs` for data.
 
 use axum::{
     Router,
@@ -15,12 +15,12 @@ const CSS: &str = "text/css; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// The browser's part in that nothing a span says runs: scripts come from files only, and text can't be
-/// made into markup (Trusted Types).
+/// The Content-Security-Policy, with which the browser helps that no text of a span can run as code. Scripts
+/// come from files only, and text can't be made into markup (Trusted Types).
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; \
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
-/// Where, what, and the file.
+/// The path, the content type and the content of each file.
 const FILES: [(&str, &str, &str); 28] = [
     ("/", HTML, include_str!("page/list.html")),
     ("/search", HTML, include_str!("page/list.html")),
@@ -64,7 +64,7 @@ fn file(content_type: &'static str, content: &'static str) -> Response {
         (CONTENT_SECURITY_POLICY, POLICY),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (REFERRER_POLICY, "no-referrer"),
-        // The next build's files have the same names.
+        // The files of the next build have the same names, so a browser must ask again.
         (CACHE_CONTROL, "no-cache"),
     ];
     (headers, content).into_response()
@@ -74,7 +74,7 @@ fn file(content_type: &'static str, content: &'static str) -> Response {
 mod tests {
     use super::*;
 
-    /// What stands in quotes after each `mark`.
+    /// Returns the quoted text after each `mark`.
     fn quoted<'a>(content: &'a str, mark: &str) -> Vec<&'a str> {
         content.split(mark).skip(1).filter_map(|rest| rest.split('"').next()).collect()
     }

@@ -1,4 +1,4 @@
-//! The parameters of a query, in the forms that Jaeger's clients write them in.
+//! The parameters of a query, in the forms in which Jaeger's clients write them.
 
 use super::ids::TraceId;
 use axum::{
@@ -10,13 +10,13 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// The most traces that one answer has: as many as Jaeger's page asks for at most.
+/// The most traces in one response. Jaeger's page asks for no more.
 const MAX_TRACES: usize = 1500;
 
-/// What stands behind the `?` of the URL.
+/// The parameters in the URL, after the `?`.
 pub(super) struct Parameters(Vec<(String, String)>);
 
-/// A query that is not answered: a status, and why.
+/// The status and the message of a query that is refused.
 #[derive(Debug, PartialEq)]
 pub(super) struct Refusal(pub StatusCode, pub String);
 
@@ -33,17 +33,17 @@ impl Parameters {
         Self(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
     }
 
-    /// The parameter's first value; an empty one counts as none.
+    /// Returns the parameter's first value that is not empty.
     pub fn first(&self, name: &str) -> Option<&str> {
         self.all(name).find(|value| !value.is_empty())
     }
 
-    /// All its values.
+    /// Returns all values of the parameter.
     pub fn all(&self, name: &str) -> impl Iterator<Item = &str> {
         self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
-    /// The parameter's first value, in the form that `parse` reads.
+    /// Parses the parameter's first value with `parse`.
     pub fn parsed<T>(
         &self,
         name: &str,
@@ -53,7 +53,7 @@ impl Parameters {
         value.map_err(|error| Refusal::malformed(&format!("unable to parse param '{name}': {error}")))
     }
 
-    /// How many traces are asked for.
+    /// Returns how many traces are asked for.
     pub fn limit(&self, name: &str, default: usize) -> Result<usize, Refusal> {
         let limit = self.parsed(name, |value| match value.parse::<u32>() {
             Ok(1..) => value.parse::<usize>().map_err(|error| error.to_string()),
@@ -69,29 +69,29 @@ impl Refusal {
     }
 }
 
-/// 1 to 32 hexadecimal digits.
+/// Parses a trace id of 1 to 32 hexadecimal digits.
 pub(super) fn trace_id(digits: &str) -> Result<TraceId, String> {
     digits.parse()
 }
 
-/// Nanoseconds since 1970, from microseconds.
+/// Parses microseconds since 1970; returns nanoseconds.
 pub(super) fn microseconds(value: &str) -> Result<u64, String> {
     whole(value, 1000)
 }
 
-/// Nanoseconds, from milliseconds.
+/// Parses milliseconds; returns nanoseconds.
 pub(super) fn milliseconds(value: &str) -> Result<u64, String> {
     whole(value, 1_000_000)
 }
 
 fn whole(value: &str, unit: u64) -> Result<u64, String> {
     let number: u64 = value.parse().map_err(|_| format!("'{value}' is not a number"))?;
-    // What lies beyond the year 2554 is as good as the end of time.
+    // Times beyond the year 2554 don't fit, and are as good as the end of time.
     Ok(number.saturating_mul(unit))
 }
 
-/// Nanoseconds, from a duration as Go writes it: `1.5s`, `1h30m`, `250us`; also with days, as Jaeger's
-/// page has them in `lookback`.
+/// Parses a duration as Go writes it, such as `1.5s`, `1h30m` or `250us`; returns nanoseconds. Also accepts
+/// days, which Jaeger's page writes in `lookback`.
 pub(super) fn duration(value: &str) -> Result<u64, String> {
     let malformed = || format!("'{value}' is not a duration such as 1.5s or 100ms");
     let mut rest = value;
@@ -106,7 +106,7 @@ pub(super) fn duration(value: &str) -> Result<u64, String> {
         let (unit, after) = unit_and_rest.split_at(letters.unwrap_or(unit_and_rest.len()));
         let unit = match unit {
             "ns" => 1.0,
-            // The second has U+00B5, the micro sign, the third U+03BC, the Greek letter.
+            // The second unit has U+00B5, the micro sign; the third has U+03BC, the Greek letter.
             "us" | "µs" | "μs" => 1e3,
             "ms" => 1e6,
             "s" => 1e9,
@@ -118,14 +118,14 @@ pub(super) fn duration(value: &str) -> Result<u64, String> {
         sum += number.parse::<f64>().map_err(|_| malformed())? * unit;
         rest = after;
     }
-    // Saturates: an endless duration is longer than all.
+    // The conversion saturates, so an endless duration is longer than all others.
     Ok(sum.round() as u64)
 }
 
-/// Nanoseconds since 1970, from a date and time as RFC 3339 has them, of years from 1970 on.
+/// Parses a date and time of RFC 3339, from 1970 on; returns nanoseconds since 1970.
 pub(super) fn rfc3339(value: &str) -> Result<u64, String> {
     let malformed = || format!("'{value}' is not a time such as 2026-01-31T12:00:00.5Z");
-    // `humantime` reads times in UTC only: the offset is ours to subtract.
+    // `humantime` parses times in UTC only, so the offset is subtracted here.
     let (local, offset) = match value.as_bytes() {
         [.., b'+' | b'-', _, _, b':', _, _] if value.is_char_boundary(value.len() - 6) => {
             let (local, offset) = value.split_at(value.len() - 6);
@@ -148,7 +148,7 @@ pub(super) fn rfc3339(value: &str) -> Result<u64, String> {
     })
 }
 
-/// Nanoseconds since 1970, at this moment.
+/// Returns the current time in nanoseconds since 1970.
 pub(super) fn now() -> u64 {
     nanoseconds(SystemTime::now())
 }

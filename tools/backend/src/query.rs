@@ -1,4 +1,4 @@
-//! The router of the query side: Jaeger's two APIs, what the page needs beside them, and the page.
+//! The router of the query side: Jaeger's two APIs, the page's own endpoints, and the page.
 
 use super::{jaeger, jaeger_v3, logs, parameters::Refusal, recent, store::Store};
 use axum::{
@@ -20,12 +20,12 @@ pub(super) fn router(store: Arc<Store>, page: Router) -> Router {
         .merge(page)
 }
 
-/// Answers a query on a thread of its own: a search takes long enough to hold up what comes in.
+/// Answers a query on a blocking thread, because a search takes long enough to delay incoming spans.
 pub(super) async fn blocking(work: impl FnOnce() -> Result<Response, Refusal> + Send + 'static) -> Response {
     blocking_or(work, Refusal::into_response).await
 }
 
-/// [`blocking`], with another form of refusals.
+/// Does the same as [`blocking`], with another form of refusals.
 pub(super) async fn blocking_or(
     work: impl FnOnce() -> Result<Response, Refusal> + Send + 'static,
     refusal: fn(Refusal) -> Response,
@@ -34,7 +34,7 @@ pub(super) async fn blocking_or(
     spawn_blocking(work).await.unwrap_or_else(|_| Err(failed())).unwrap_or_else(refusal)
 }
 
-/// The document as a response.
+/// Returns the document as a JSON response.
 pub(super) fn json(document: &impl Serialize) -> Response {
     Json(document).into_response()
 }

@@ -1,5 +1,5 @@
-//! An OTLP receiver of traces, metrics and logs, as gRPC and as HTTP, that keeps what it gets: a test sees
-//! what was exported, not what was meant. It takes Zipkin's JSON as well.
+//! An OTLP receiver of traces, metrics and logs, over gRPC and HTTP, for tests. It keeps everything it
+//! receives, so a test sees what a service really exported. It also accepts Zipkin's JSON.
 
 use crate::{
     Rejected, ingest,
@@ -28,11 +28,11 @@ use std::{
 };
 use tonic::Status;
 
-/// Stops with its last owner.
+/// A running receiver. It stops with its last owner.
 pub struct Receiver {
-    /// Where it listens for OTLP/gRPC.
+    /// The address for OTLP/gRPC.
     pub grpc: SocketAddr,
-    /// Where it listens for OTLP/HTTP (`/v1/traces`, `/v1/metrics`, `/v1/logs`) and Zipkin (`/api/v2/spans`).
+    /// The address for OTLP/HTTP (`/v1/traces`, `/v1/metrics`, `/v1/logs`) and Zipkin (`/api/v2/spans`).
     pub http: SocketAddr,
     store: Store,
     _runtime: Background,
@@ -47,22 +47,22 @@ struct Received {
     metrics: Vec<Metric>,
     logs: Vec<LogRecord>,
     zipkin: Vec<Value>,
-    /// The headers of each request with spans, gRPC's metadata among them.
+    /// The headers of each request with spans, including gRPC metadata.
     requests: Vec<HeaderMap>,
     metrics_requests: Vec<HeaderMap>,
     logs_requests: Vec<HeaderMap>,
-    /// Answers to come before requests with spans are taken again.
+    /// The responses to the next requests with spans, before such requests succeed again.
     refusals: Vec<Refusal>,
 }
 
-/// An answer to a request with spans that is not a success, or not wholly.
+/// A response to a request with spans that is an error or a partial success.
 #[derive(Debug, Clone, Copy)]
 pub enum Refusal {
-    /// UNAVAILABLE, or 503: come back later.
+    /// UNAVAILABLE or 503, so the client should retry.
     Unavailable,
-    /// INVALID_ARGUMENT, or 400: don't.
+    /// INVALID_ARGUMENT or 400, so the client should not retry.
     Invalid,
-    /// A success, but for one span, which is never wanted.
+    /// A partial success: one span is rejected, and should not be sent again.
     OneSpan,
 }
 
@@ -70,7 +70,7 @@ impl Receiver {
     /// Listens on free ports.
     ///
     /// # Errors
-    /// If there are none.
+    /// If no port is free.
     pub async fn start() -> Result<Self> {
         Self::start_at("127.0.0.1:0".parse()?).await
     }
@@ -93,57 +93,58 @@ impl Receiver {
         Ok(Self { grpc: addresses.0, http: addresses.1, store, _runtime: runtime })
     }
 
-    /// All spans received so far.
+    /// Returns all spans received so far.
     pub fn spans(&self) -> Vec<Span> {
         self.store.lock().spans.clone()
     }
 
-    /// The spans of a trace received so far.
+    /// Returns the spans of a trace received so far.
     pub fn trace(&self, trace_id: &str) -> Vec<Span> {
         self.store.lock().spans.iter().filter(|span| span.trace_id == trace_id).cloned().collect()
     }
 
-    /// Spans received as Zipkin JSON.
+    /// Returns the spans received as Zipkin's JSON.
     pub fn zipkin(&self) -> Vec<Value> {
         self.store.lock().zipkin.clone()
     }
 
-    /// All data points received so far, in the order of their arrival: of a series that was exported several
-    /// times, the last is the latest.
+    /// Returns all data points received so far, in the order of their arrival. The last point of a series is
+    /// its latest.
     pub fn metrics(&self) -> Vec<Metric> {
         self.store.lock().metrics.clone()
     }
 
-    /// All log records received so far.
+    /// Returns all log records received so far.
     pub fn logs(&self) -> Vec<LogRecord> {
         self.store.lock().logs.clone()
     }
 
-    /// The headers of each request with spans.
+    /// Returns the headers of each request with spans.
     pub fn requests(&self) -> Vec<HeaderMap> {
         self.store.lock().requests.clone()
     }
 
-    /// The headers of each request with metrics.
+    /// Returns the headers of each request with metrics.
     pub fn metrics_requests(&self) -> Vec<HeaderMap> {
         self.store.lock().metrics_requests.clone()
     }
 
-    /// The headers of each request with logs.
+    /// Returns the headers of each request with logs.
     pub fn logs_requests(&self) -> Vec<HeaderMap> {
         self.store.lock().logs_requests.clone()
     }
 
-    /// Refuses the next requests with spans, one for each. Metrics and logs are taken all the same.
+    /// Responds to the next requests with spans by these refusals, one for each request. Metrics and logs
+    /// still succeed.
     pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
         self.store.lock().refusals.extend(refusals);
     }
 
-    /// Waits until a trace looks like `expected` (see [`trace::tree`]); indentation by the source code is
-    /// ignored. `remote_parent` is the span id that the caller sent, if it did.
+    /// Waits until a trace looks like `expected` (see [`trace::tree`]); returns its spans. The indentation of
+    /// the source code is ignored. `remote_parent` is the span id that the caller sent, or empty.
     ///
     /// # Panics
-    /// If it doesn't come to look like that; then it shows what it looks like.
+    /// If the trace doesn't become as expected in time; the message shows the trace.
     pub async fn expect_tree_below(&self, remote_parent: &str, trace_id: &str, expected: &str) -> Vec<Span> {
         let expected = trace::dedent(expected);
         let seen = poll(PATIENCE, async || {
@@ -159,15 +160,15 @@ impl Receiver {
         }
     }
 
-    /// [`Receiver::expect_tree_below`] for a trace that starts here.
+    /// Does the same as [`Receiver::expect_tree_below`] for a trace that starts in the service.
     pub async fn expect_tree(&self, trace_id: &str, expected: &str) -> Vec<Span> {
         self.expect_tree_below("", trace_id, expected).await
     }
 
-    /// Waits for a data point that `wanted` accepts: the first to have come.
+    /// Waits for a data point that `wanted` accepts; returns the first one that arrived.
     ///
     /// # Panics
-    /// If none comes.
+    /// If none comes in time.
     pub async fn expect_metric(&self, wanted: impl Fn(&Metric) -> bool) -> Metric {
         let seen = poll(PATIENCE, async || self.metrics().into_iter().find(|metric| wanted(metric)));
         match seen.await {
@@ -176,10 +177,10 @@ impl Receiver {
         }
     }
 
-    /// Waits for a log record that `wanted` accepts: the first to have come.
+    /// Waits for a log record that `wanted` accepts; returns the first one that arrived.
     ///
     /// # Panics
-    /// If none comes.
+    /// If none comes in time.
     pub async fn expect_log(&self, wanted: impl Fn(&LogRecord) -> bool) -> LogRecord {
         let seen = poll(PATIENCE, async || self.logs().into_iter().find(|record| wanted(record)));
         match seen.await {
@@ -191,7 +192,7 @@ impl Receiver {
     /// Waits for a span that `wanted` accepts.
     ///
     /// # Panics
-    /// If none comes.
+    /// If none comes in time.
     pub async fn expect_span(&self, wanted: impl Fn(&Span) -> bool) -> Span {
         let seen = poll(PATIENCE, async || self.spans().into_iter().find(|span| wanted(span)));
         match seen.await {

@@ -1,4 +1,5 @@
-//! What the page needs beside Jaeger's API: the latest traces of all services, and word when one changes.
+//! The page's endpoints beside Jaeger's API: the latest traces of all services, and events when a trace
+//! changes.
 
 use super::{
     jaeger::Envelope,
@@ -37,13 +38,13 @@ use tokio::{
 
 const DEFAULT_LIMIT: usize = 20;
 
-/// How long changes are collected before they are told: a trace is told four times a second at most.
+/// How long changes are collected before they are sent, so that a trace is sent four times a second at most.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The most changed traces that are told after one pause; of more, some go untold.
+/// The most changed traces that are sent after one pause. If more have changed, the others are not sent.
 const MAX_CHANGED: usize = 100;
 
-/// How often a comment is sent when there is nothing else, so that a dead connection is noticed.
+/// How often a comment is sent on an idle stream, so that a dead connection is noticed.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 pub(super) fn routes() -> Router<Arc<Store>> {
@@ -53,7 +54,7 @@ pub(super) fn routes() -> Router<Arc<Store>> {
         .route("/api/statistics", get(statistics))
 }
 
-/// A trace in a line.
+/// A summary of a trace, for one line of the list.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Summary<'a> {
@@ -61,12 +62,12 @@ struct Summary<'a> {
     trace_id: String,
     root_service: &'a str,
     root_operation: &'a str,
-    /// Microseconds since 1970.
+    /// The trace's start, in microseconds since 1970.
     start_time: u64,
-    /// Microseconds.
+    /// The trace's duration in microseconds.
     duration: u64,
     spans: usize,
-    /// Spans whose status is an error.
+    /// How many spans have the status error.
     errors: usize,
     services: Vec<Service<'a>>,
 }
@@ -77,8 +78,8 @@ struct Service<'a> {
     spans: usize,
 }
 
-/// The latest traces. Unlike in Jaeger's search, the service may be left out, and durations are of the
-/// trace: they select what the list shows.
+/// Returns the latest traces. Unlike in Jaeger's search, the service may be left out, and the durations are
+/// those of the trace, because the list shows those.
 async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -98,7 +99,7 @@ async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Server-sent events: the summary of each trace that gets spans or log records.
+/// Sends server-sent events: the summary of each trace that gets spans or log records.
 async fn events(State(store): State<Arc<Store>>) -> Response {
     let (changes, log_changes) = (store.changes(), store.log_changes());
     let feed = Feed { store, changes, log_changes, changed: HashSet::new() };
@@ -109,13 +110,13 @@ async fn events(State(store): State<Arc<Store>>) -> Response {
     Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)).into_response()
 }
 
-/// How full the store is, and its limits.
+/// Returns how full the store is, and its limits.
 async fn statistics(State(store): State<Arc<Store>>) -> Response {
     json(&json!({ "statistics": store.statistics(), "limits": store.limits() }))
 }
 
-/// What one client is told. It is asked for the next event when the one before is written, so a client
-/// that reads slowly has traces wait in `changed`, each once, and misses what is more.
+/// The events of one client. The next event is made when the previous one is written. If the client reads
+/// slowly, changed traces wait in `changed`, each of them once, and those beyond `MAX_CHANGED` are dropped.
 struct Feed {
     store: Arc<Store>,
     changes: Receiver<String>,
@@ -124,12 +125,12 @@ struct Feed {
 }
 
 impl Feed {
-    /// `None` when the store is gone.
+    /// Returns the next event, or `None` when the store is gone.
     async fn next(&mut self) -> Option<Event> {
         loop {
             while let Some(id) = self.changed.iter().next().cloned() {
                 self.changed.remove(&id);
-                // It may be evicted by now.
+                // The trace may have been evicted by now.
                 if let Some(trace) = id.parse().ok().and_then(|id| self.store.trace(id)) {
                     return Event::default().json_data(Summary::new(&trace)).ok();
                 }
@@ -179,7 +180,7 @@ impl<'a> Summary<'a> {
     }
 }
 
-/// The span without a parent; as long as it is missing, the earliest whose parent is not there.
+/// Returns the span without a parent or, while that is missing, the earliest span whose parent is missing.
 fn root(trace: &Trace) -> Option<&StoredSpan> {
     trace.spans().min_by_key(|stored| {
         let is_child = stored.parent.is_some_and(|parent| trace.span(parent).is_some());

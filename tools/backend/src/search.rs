@@ -1,4 +1,5 @@
-//! Which traces a query means. As in Jaeger, a trace is found if one of its spans fulfils everything.
+//! Finds the traces that a query describes. As in Jaeger, a trace is found if one of its spans meets all
+//! criteria.
 
 use super::{
     parameters::{self, Parameters, Refusal},
@@ -8,25 +9,25 @@ use super::{
 };
 use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
 
-/// What is looked for. What is not set is not asked.
+/// The criteria of a search. A criterion that is not set is met by every span.
 #[derive(Debug, Default)]
 pub(super) struct Filter {
     pub service: Option<String>,
     pub operation: Option<String>,
-    /// Tags of the span, of its process or of its logs, their values written as text.
+    /// The tags that the span, its process or its logs must have, with values written as text.
     pub tags: BTreeMap<String, String>,
-    /// Of the span, in nanoseconds.
+    /// The shortest duration of the span, in nanoseconds.
     pub min_duration: Option<u64>,
-    /// Of the span, in nanoseconds.
+    /// The longest duration of the span, in nanoseconds.
     pub max_duration: Option<u64>,
     /// The earliest start of the span, in nanoseconds since 1970.
     pub from: Option<u64>,
-    /// The latest start of the span.
+    /// The latest start of the span, in nanoseconds since 1970.
     pub to: Option<u64>,
 }
 
 impl Filter {
-    /// From the parameters of Jaeger's first API.
+    /// Reads the criteria from the parameters of Jaeger's first API.
     pub fn from_parameters(parameters: &Parameters) -> Result<Self, Refusal> {
         let mut tags = BTreeMap::new();
         for tag in parameters.all("tag") {
@@ -42,7 +43,8 @@ impl Filter {
         }
         let to = parameters.parsed("end", parameters::microseconds)?;
         let lookback = parameters.parsed("lookback", |value| match value {
-            // Jaeger's page says so beside the times of a range of one's own.
+            // Jaeger's page sends this value when the user has chosen a range of times, which the page sends
+            // too.
             "custom" => Ok(u64::MAX),
             _ => parameters::duration(value),
         })?;
@@ -60,7 +62,7 @@ impl Filter {
         filter.checked()
     }
 
-    /// Refuses what nothing can fulfil by mistake.
+    /// Refuses a range of durations that no span can meet.
     pub fn checked(self) -> Result<Self, Refusal> {
         match (self.min_duration, self.max_duration) {
             (Some(min), Some(max)) if max < min => {
@@ -70,8 +72,8 @@ impl Filter {
         }
     }
 
-    /// The latest traces that fulfil it: at most `limit`, and no more once they have as many spans as one
-    /// trace may have.
+    /// Returns the latest traces that meet the criteria, at most `limit`. The search also ends when the
+    /// traces found have more spans together than one trace may have.
     pub fn find(&self, store: &Store, limit: usize) -> Vec<Arc<Trace>> {
         let mut found = Vec::new();
         let mut spans = 0;
@@ -87,7 +89,7 @@ impl Filter {
         found
     }
 
-    /// Whether one of its spans fulfils everything.
+    /// Returns whether one of the trace's spans meets all criteria.
     pub fn matches_trace(&self, trace: &Trace) -> bool {
         trace.spans().any(|span| self.matches(span))
     }
@@ -114,14 +116,14 @@ impl Filter {
     }
 }
 
-/// All traces, the latest start first.
+/// Returns all traces, the latest start first.
 pub(super) fn latest_first(store: &Store) -> Vec<Arc<Trace>> {
     let mut traces = store.traces();
     traces.sort_unstable_by_key(|trace| Reverse((trace.start, trace.id)));
     traces
 }
 
-/// A JSON object of strings.
+/// Parses tags from a JSON object of strings.
 pub(super) fn tags_from_json(name: &str, json: &str) -> Result<BTreeMap<String, String>, Refusal> {
     serde_json::from_str(json).map_err(|error| {
         Refusal::malformed(&format!("malformed '{name}' parameter, cannot unmarshal JSON: {error}"))

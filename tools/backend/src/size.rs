@@ -1,4 +1,4 @@
-//! How much memory the parts of a request take, as the store accounts for them.
+//! Calculates how much memory the parts of a request take, for the store's limits.
 
 use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
@@ -6,7 +6,7 @@ use opentelemetry_proto::tonic::{
 };
 use std::mem::size_of;
 
-/// What a resource owns.
+/// Returns how many bytes a resource owns on the heap.
 pub(super) fn of_resource(resource: &Resource) -> usize {
     let text = |text: &String| block(text.capacity()) + size_of::<String>();
     let entities = resource.entity_refs.iter().map(|entity| {
@@ -16,12 +16,13 @@ pub(super) fn of_resource(resource: &Resource) -> usize {
     of_attributes(&resource.attributes) + array(&resource.entity_refs) + entities.sum::<usize>()
 }
 
-/// What an instrumentation scope owns.
+/// Returns how many bytes an instrumentation scope owns on the heap.
 pub(super) fn of_scope(scope: &InstrumentationScope) -> usize {
     block(scope.name.capacity()) + block(scope.version.capacity()) + of_attributes(&scope.attributes)
 }
 
-/// What an allocation of so many bytes takes, with the allocator's own words and rounding.
+/// Returns the memory that an allocation of this many bytes takes. The allocator adds a header of 8 bytes,
+/// rounds up to a multiple of 16, and takes at least 32. For 0 bytes there is no allocation.
 pub(super) fn block(bytes: usize) -> usize {
     if bytes == 0 { 0 } else { (bytes + 8).next_multiple_of(16).max(32) }
 }
@@ -33,7 +34,8 @@ fn of_attributes(attributes: &Vec<KeyValue>) -> usize {
     array(attributes) + each.sum::<usize>()
 }
 
-/// Its depth is bounded by the decoders': prost's 100 messages, serde_json's 128 levels.
+/// Returns how many bytes a value owns on the heap. The recursion is bounded, because the decoders limit the
+/// depth: prost to 100 messages, serde_json to 128 levels.
 fn of_value(value: &AnyValue) -> usize {
     match &value.value {
         Some(Value::StringValue(text)) => block(text.capacity()),

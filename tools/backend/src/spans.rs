@@ -1,4 +1,4 @@
-//! Spans as they are stored, from a request as it was decoded.
+//! Spans as they are stored, made from a decoded request.
 
 use super::{
     ids::{SpanId, TraceId},
@@ -20,29 +20,31 @@ use std::{
     },
 };
 
-/// The service of spans whose resource names none, as Jaeger calls it.
+/// The service of spans whose resource names none. Jaeger uses the same name.
 const NO_SERVICE_NAME: &str = "OTLPResourceNoServiceName";
 
-/// What a span takes beside what it owns: itself and its entry in the trace's table, with room to grow.
+/// The memory of a span without the data that it owns: the span and its entry in the trace's table, with room
+/// to grow.
 const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
-/// The largest resource, and the largest scope: an answer repeats them for every trace.
+/// The largest resource and the largest scope, because a response repeats them for every trace.
 const MAX_ORIGIN_BYTES: usize = 64 * 1024;
 
-/// The longest name and version of a scope: Jaeger's JSON repeats them for every span.
+/// The longest name and version of a scope, because Jaeger's JSON repeats them for every span.
 const MAX_SCOPE_NAME_BYTES: usize = 1024;
 
-/// A span, and where it comes from: what searches and summaries look at, and all of it encoded. Decoded
-/// it takes some four times as much, in dozens of small allocations, which leave the heap in shreds.
+/// A stored span and its origin. The fields that searches and summaries need are decoded, and the whole span
+/// is encoded. Decoded, it would take about four times as much memory, in dozens of small allocations, which
+/// fragment the heap.
 pub(super) struct StoredSpan {
     pub id: SpanId,
     pub parent: Option<SpanId>,
     pub name: Box<str>,
     pub kind: SpanKind,
     pub is_error: bool,
-    /// Nanoseconds since 1970.
+    /// The start in nanoseconds since 1970.
     pub start: u64,
-    /// Nanoseconds since 1970.
+    /// The end in nanoseconds since 1970.
     pub end: u64,
     pub resource: Arc<Shared<Resource>>,
     pub scope: Arc<Shared<Scope>>,
@@ -50,44 +52,44 @@ pub(super) struct StoredSpan {
     pub bytes: usize,
 }
 
-/// A span with everything that was sent.
+/// A stored span with all fields that were sent.
 pub(super) struct DecodedSpan<'a> {
     pub stored: &'a StoredSpan,
     pub span: Span,
 }
 
-/// What made spans: a process.
+/// The source of spans: a process.
 pub(super) struct Resource {
     pub service: String,
     pub resource: v1::Resource,
     pub schema_url: String,
 }
 
-/// What made spans in a process: a library.
+/// The source of spans within a process: a library.
 pub(super) struct Scope {
     pub scope: InstrumentationScope,
     pub schema_url: String,
 }
 
-/// What the spans of a request share. Its memory is counted once, for as long as one of them is stored.
+/// Data that the spans of a request share. Its memory is counted once, as long as any of them is stored.
 pub(super) struct Shared<T> {
     value: T,
     bytes: usize,
-    /// How many stored spans have it. An `Arc`'s own count has the readers, too.
+    /// How many stored spans have this data. An `Arc`'s own count would include the readers.
     spans: AtomicUsize,
 }
 
 /// Items of a request (spans, data points or log records) that were not stored.
 #[derive(Debug, Default)]
 pub struct Rejected {
-    /// How many.
+    /// How many items were not stored.
     pub count: u64,
-    /// Why the first was not.
+    /// Why the first of them was not stored.
     pub reason: &'static str,
 }
 
 impl StoredSpan {
-    /// Nanoseconds; none if the clock went backwards.
+    /// Returns the duration in nanoseconds, or 0 if the clock went backwards.
     pub fn duration(&self) -> u64 {
         self.end.saturating_sub(self.start)
     }
@@ -97,7 +99,8 @@ impl StoredSpan {
     }
 
     pub fn decoded(&self) -> DecodedSpan<'_> {
-        // It was encoded here, from what was decoded: it is well-formed, and no deeper than allowed.
+        // This backend encoded the span from a decoded request, so it is well-formed and within the depth
+        // limit.
         DecodedSpan { stored: self, span: Span::decode(&self.encoded[..]).unwrap_or_default() }
     }
 }
@@ -117,12 +120,13 @@ impl<T> Shared<T> {
         Arc::new(Self { value, bytes, spans: AtomicUsize::new(0) })
     }
 
-    /// One more stored span has it: the bytes to add. Called under the store's lock, as its opposite.
+    /// Counts one more stored span with this data; returns the bytes to add. The store's lock must be held,
+    /// as for [`Shared::release`].
     pub fn acquire(&self) -> usize {
         if self.spans.fetch_add(1, Relaxed) == 0 { self.bytes } else { 0 }
     }
 
-    /// One stored span less has it: the bytes to subtract.
+    /// Counts one stored span less with this data; returns the bytes to subtract.
     pub fn release(&self) -> usize {
         if self.spans.fetch_sub(1, Relaxed) == 1 { self.bytes } else { 0 }
     }
@@ -136,7 +140,7 @@ impl<T> Deref for Shared<T> {
     }
 }
 
-/// The valid spans of a request, each with the id of its trace.
+/// Returns the valid spans of a request, each with its trace id.
 pub(super) fn stored_spans(
     request: ExportTraceServiceRequest,
     rejected: &mut Rejected,
@@ -168,7 +172,7 @@ pub(super) fn stored_spans(
                     continue;
                 }
                 let parent = SpanId::from_bytes(&span.parent_span_id);
-                // Zeros say "none" as emptiness does; anything else that is no id is a mistake.
+                // Zeros mean "no parent", as an empty id does. Any other invalid id is a mistake.
                 if parent.is_none() && span.parent_span_id.iter().any(|byte| *byte != 0) {
                     rejected.add("its parent span id is invalid");
                     continue;

@@ -1,6 +1,6 @@
-//! The bounded store: spans by trace, and log records beside them. When it is full, the oldest trace goes.
+//! The bounded store of spans by trace, and of log records. When it is full, it evicts the oldest trace.
 //!
-//! Readers get a snapshot (`Arc`s), so that a long search never holds up what comes in.
+//! Readers get a snapshot (`Arc`s), so that a long search never delays incoming spans.
 
 use super::{
     ids::{SpanId, TraceId},
@@ -21,20 +21,20 @@ use std::{
 };
 use tokio::sync::broadcast;
 
-/// What a trace takes beside its spans: its entries in the store's tables, roughly.
+/// The approximate memory of a trace's entries in the store's tables, in bytes.
 const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 
-/// How much is kept. When there is more, the oldest traces go; no trace may take more than a quarter. Log
-/// records have the same limits, by themselves.
+/// How much is stored. Beyond these limits, the oldest traces are evicted. No trace may take more than a
+/// quarter. Log records have the same limits, counted separately.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
-    /// Spans.
+    /// The most spans.
     pub spans: usize,
-    /// Bytes of memory that they take.
+    /// The most memory of the spans, in bytes.
     pub bytes: usize,
 }
 
-/// 200,000 spans, 256 MiB.
+/// Allows 200,000 spans and 256 MiB.
 impl Default for Limits {
     fn default() -> Self {
         Self { spans: 200_000, bytes: 256 * 1024 * 1024 }
@@ -42,7 +42,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// The most spans that one trace may have, and one answer.
+    /// Returns the most spans that one trace may have, and one response.
     pub(super) fn spans_of_a_trace(&self) -> usize {
         (self.spans / 4).max(1)
     }
@@ -52,30 +52,30 @@ impl Limits {
     }
 }
 
-/// What the store holds, and what became of the rest.
+/// How much is stored, and what happened to everything else that was received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// Traces stored.
     pub traces: usize,
     /// Spans stored.
     pub spans: usize,
-    /// Bytes that they take.
+    /// The memory of the stored spans, in bytes.
     pub bytes: usize,
     /// Spans received so far.
     pub received: u64,
-    /// Of these: sent before, so not stored again.
+    /// Received spans that were already stored, so not stored again.
     pub duplicates: u64,
-    /// Of these: refused, because their ids are invalid or their trace is too large.
+    /// Received spans that were refused, because their ids are invalid or their trace is too large.
     pub rejected: u64,
-    /// Of these: gone again with their trace, to make room.
+    /// Received spans that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
-    /// The log records.
+    /// The same for log records.
     pub logs: LogStatistics,
-    /// Data points of metrics received so far. None is stored.
+    /// Data points of metrics received so far, none of which is stored.
     pub data_points: u64,
 }
 
-/// All traces.
+/// The store of all traces.
 pub(super) struct Store {
     contents: Mutex<Contents>,
     logs: Mutex<Logs>,
@@ -88,18 +88,18 @@ pub(super) struct Store {
 #[derive(Default)]
 struct Contents {
     traces: HashMap<TraceId, Arc<Trace>>,
-    /// The oldest first.
+    /// The traces in the order in which spans first came, oldest first.
     order: VecDeque<TraceId>,
     statistics: Statistics,
 }
 
-/// A trace, as far as it has come.
+/// The spans of a trace that have arrived so far.
 #[derive(Clone)]
 pub(super) struct Trace {
     pub id: TraceId,
     /// The earliest start, in nanoseconds since 1970.
     pub start: u64,
-    /// The latest end.
+    /// The latest end, in nanoseconds since 1970.
     pub end: u64,
     spans: HashMap<SpanId, Arc<StoredSpan>>,
     bytes: usize,
@@ -113,12 +113,12 @@ impl Store {
         Self { contents, logs, data_points: AtomicU64::new(0), limits, changes, log_changes }
     }
 
-    /// The trace, as it is now.
+    /// Returns the trace as it is now.
     pub fn trace(&self, id: TraceId) -> Option<Arc<Trace>> {
         self.lock().traces.get(&id).cloned()
     }
 
-    /// All traces as they are now, in no order.
+    /// Returns all traces as they are now, in no order.
     pub fn traces(&self) -> Vec<Arc<Trace>> {
         self.lock().traces.values().cloned().collect()
     }
@@ -134,22 +134,22 @@ impl Store {
         Statistics { traces: contents.traces.len(), logs, data_points, ..contents.statistics }
     }
 
-    /// The log records of a trace, as they came.
+    /// Returns the log records of a trace, in the order of their arrival.
     pub fn logs(&self, id: TraceId) -> Vec<Arc<StoredRecord>> {
         self.lock_logs().of_trace(id)
     }
 
-    /// Ids of traces that get spans from now on.
+    /// Returns a receiver of the ids of traces that get spans from now on.
     pub fn changes(&self) -> broadcast::Receiver<String> {
         self.changes.subscribe()
     }
 
-    /// Ids of traces that get log records from now on.
+    /// Returns a receiver of the ids of traces that get log records from now on.
     pub fn log_changes(&self) -> broadcast::Receiver<String> {
         self.log_changes.subscribe()
     }
 
-    /// Stores what is valid and new.
+    /// Stores the spans that are valid and new.
     pub fn insert(&self, request: ExportTraceServiceRequest) -> Rejected {
         let mut rejected = Rejected::default();
         let spans = stored_spans(request, &mut rejected);
@@ -165,7 +165,7 @@ impl Store {
             contents.statistics.rejected += rejected.count;
             contents.evict(self.limits)
         };
-        // Thousands of allocations are freed here: outside of the lock.
+        // This frees thousands of allocations, so it happens outside of the lock.
         drop(evicted);
         tell(&self.changes, changed);
         rejected
@@ -180,7 +180,7 @@ impl Store {
         rejected
     }
 
-    /// Counts data points: metrics are not for showing traces.
+    /// Counts data points that were received. They are not stored, because the backend doesn't show metrics.
     pub fn count_data_points(&self, count: usize) {
         self.data_points.fetch_add(count as u64, Relaxed);
     }
@@ -203,7 +203,7 @@ fn tell(changes: &broadcast::Sender<String>, changed: HashSet<TraceId>) {
 }
 
 impl Contents {
-    /// Whether the span is stored now and was not before.
+    /// Stores the span; returns whether it is stored now and was not before.
     fn insert(&mut self, id: TraceId, span: StoredSpan, limits: Limits, rejected: &mut Rejected) -> bool {
         let trace = self.traces.get(&id);
         if trace.is_some_and(|trace| trace.spans.contains_key(&span.id)) {
@@ -224,7 +224,7 @@ impl Contents {
         self.statistics.received += 1;
         self.statistics.spans += 1;
         self.statistics.bytes += span.bytes + span.resource.acquire() + span.scope.acquire();
-        // Copies the trace's table if a reader has it at this moment.
+        // This copies the trace's table if a reader has the trace at the moment.
         let trace = Arc::make_mut(trace);
         trace.start = trace.start.min(span.start);
         trace.end = trace.end.max(span.end);
@@ -252,12 +252,12 @@ impl Contents {
 }
 
 impl Trace {
-    /// Its spans, in no order.
+    /// Returns the trace's spans, in no order.
     pub fn spans(&self) -> impl ExactSizeIterator<Item = &StoredSpan> {
         self.spans.values().map(|span| &**span)
     }
 
-    /// All of its spans, by their start.
+    /// Returns the trace's spans, ordered by their start.
     pub fn decoded(&self) -> Vec<DecodedSpan<'_>> {
         let mut spans: Vec<_> = self.spans().collect();
         spans.sort_unstable_by_key(|span| (span.start, span.id));
@@ -268,7 +268,7 @@ impl Trace {
         self.spans.get(&id).map(|span| &**span)
     }
 
-    /// Nanoseconds from the first start to the last end.
+    /// Returns the nanoseconds from the first start to the last end.
     pub fn duration(&self) -> u64 {
         self.end.saturating_sub(self.start)
     }
@@ -305,7 +305,7 @@ mod tests {
         ) {
             let store = Store::new(Limits { spans, bytes: 20_000 });
             for spans in &requests {
-                // A reader in between makes the next insertion copy.
+                // The snapshot makes the next insertion copy the trace's table.
                 let _snapshot = store.traces();
                 store.insert(request(spans));
             }

@@ -1,4 +1,4 @@
-//! OTLP's attributes as Jaeger's tags: typed, and with what OTLP has as fields of the span among them.
+//! Converts OTLP's attributes to Jaeger's typed tags. Some fields of OTLP's spans are tags in Jaeger too.
 
 use super::spans::{DecodedSpan, StoredSpan};
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -12,7 +12,7 @@ use std::borrow::Cow;
 /// The largest integer that JavaScript holds exactly.
 const MAX_SAFE_INTEGER: u64 = (1 << 53) - 1;
 
-/// A tag, as Jaeger's JSON has it.
+/// A tag in the form of Jaeger's JSON.
 #[derive(Debug, PartialEq, Serialize)]
 pub(super) struct Tag<'a> {
     pub key: &'a str,
@@ -30,7 +30,7 @@ enum Value<'a> {
     Float(f64),
 }
 
-/// The span's attributes, then what Jaeger has as tags and OTLP has elsewhere.
+/// Returns the span's attributes, then the tags that are fields in OTLP.
 pub(super) fn of_span<'a>(DecodedSpan { stored, span }: &'a DecodedSpan<'_>) -> Vec<Tag<'a>> {
     let scope = &stored.scope.scope;
     let status = span.status.as_ref();
@@ -58,14 +58,14 @@ pub(super) fn of_span<'a>(DecodedSpan { stored, span }: &'a DecodedSpan<'_>) -> 
     tags
 }
 
-/// The resource's attributes, without the service's name.
+/// Returns the resource's attributes without the service's name.
 pub(super) fn of_process(stored: &StoredSpan) -> Vec<Tag<'_>> {
     let mut tags = of_attributes(&stored.resource.resource.attributes);
     tags.retain(|tag| tag.key != "service.name");
     tags
 }
 
-/// The fields of a log: the event's name and its attributes.
+/// Returns the fields of a Jaeger log: the event's name and its attributes.
 pub(super) fn of_event(event: &span::Event) -> Vec<Tag<'_>> {
     let mut fields = Vec::with_capacity(1 + event.attributes.len());
     if !event.name.is_empty() {
@@ -75,7 +75,7 @@ pub(super) fn of_event(event: &span::Event) -> Vec<Tag<'_>> {
     fields
 }
 
-/// The kind in lower case; `None` if it is not known.
+/// Returns the span kind in lower case, or `None` if it is unspecified.
 pub(super) fn kind(kind: SpanKind) -> Option<&'static str> {
     match kind {
         SpanKind::Unspecified => None,
@@ -97,7 +97,7 @@ impl<'a> Tag<'a> {
         let (kind, value) = match value {
             Some(any_value::Value::StringValue(text)) => ("string", Value::Text(text.into())),
             Some(any_value::Value::BoolValue(truth)) => ("bool", Value::Bool(*truth)),
-            // As a number it would arrive as another one.
+            // JavaScript would round such a number, so it is sent as a string.
             Some(any_value::Value::IntValue(number)) if number.unsigned_abs() > MAX_SAFE_INTEGER => {
                 ("int64", Value::Text(number.to_string().into()))
             }
@@ -105,14 +105,14 @@ impl<'a> Tag<'a> {
             Some(any_value::Value::DoubleValue(number)) if number.is_finite() => {
                 ("float64", Value::Float(*number))
             }
-            // JSON has no such numbers.
+            // JSON has no NaN and no infinities.
             Some(any_value::Value::DoubleValue(number)) => {
                 ("float64", Value::Text(number.to_string().into()))
             }
             Some(any_value::Value::BytesValue(bytes)) => {
                 ("binary", Value::Text(BASE64_STANDARD.encode(bytes).into()))
             }
-            // Jaeger has no lists and no maps: they are JSON in a string.
+            // Jaeger has no lists and no maps, so they are sent as JSON in a string.
             Some(any_value::Value::ArrayValue(_) | any_value::Value::KvlistValue(_)) => {
                 ("string", Value::Text(json(attribute.value.as_ref()).to_string().into()))
             }
@@ -125,7 +125,7 @@ impl<'a> Tag<'a> {
         Self { key, kind: "string", value: Value::Text(text.into()) }
     }
 
-    /// Whether its value, written as text, is this one.
+    /// Returns whether the tag's value, written as text, equals `text`.
     pub fn is(&self, text: &str) -> bool {
         match &self.value {
             Value::Text(value) => value == text,

@@ -1,4 +1,4 @@
-//! Spans as they were received, and a trace drawn as a small indented text.
+//! Spans as they were received, and a function that draws a trace as indented text.
 
 use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
@@ -7,16 +7,16 @@ use opentelemetry_proto::tonic::{
 };
 use std::{collections::BTreeMap, fmt::Write};
 
-/// A span, with what its resource and scope say.
+/// A span, with fields from its resource and scope.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Span {
-    /// 32 hex digits.
+    /// The trace id as 32 hex digits.
     pub trace_id: String,
-    /// 16 hex digits.
+    /// The span id as 16 hex digits.
     pub span_id: String,
-    /// Empty for a root span.
+    /// The parent's span id, or empty for a root span.
     pub parent_span_id: String,
-    /// Its `service.name`.
+    /// The `service.name` of its resource.
     pub service: String,
     /// Its name.
     pub name: String,
@@ -24,30 +24,30 @@ pub struct Span {
     pub kind: &'static str,
     /// `UNSET`, `OK` or `ERROR`.
     pub status: &'static str,
-    /// Why the status is an error, if that was said.
+    /// The description of an error status, or empty.
     pub status_message: String,
-    /// Nanoseconds since 1970.
+    /// The start in nanoseconds since 1970.
     pub start: u64,
-    /// Nanoseconds since 1970.
+    /// The end in nanoseconds since 1970.
     pub end: u64,
     /// The span's own attributes, as text.
     pub attributes: BTreeMap<String, String>,
-    /// Attributes of the process that made it.
+    /// The attributes of its resource (the process that made it), as text.
     pub resource: BTreeMap<String, String>,
-    /// Name and attributes of each event.
+    /// The name and the attributes of each event.
     pub events: Vec<(String, BTreeMap<String, String>)>,
-    /// Trace id and span id of each link.
+    /// The trace id and the span id of each link.
     pub links: Vec<(String, String)>,
-    /// W3C flags, and whether the parent is remote.
+    /// The W3C trace flags, and the bits that say whether the parent is remote.
     pub flags: u32,
     /// The W3C tracestate.
     pub trace_state: String,
-    /// The instrumentation scope.
+    /// The name of its instrumentation scope.
     pub scope: String,
 }
 
 impl Span {
-    /// From OTLP, with the resource and the scope that it came with.
+    /// Converts a span from OTLP, with the resource and the scope that it came with.
     pub fn new(span: &otlp::Span, resource: &Resource, scope: &InstrumentationScope) -> Self {
         let resource = attributes(&resource.attributes);
         let status = span.status.clone().unwrap_or_default();
@@ -84,7 +84,7 @@ impl Span {
     }
 }
 
-/// The spans of one part of an OTLP request.
+/// Returns the spans of one `ResourceSpans` of an OTLP request.
 pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
     let resource = resource_spans.resource.clone().unwrap_or_default();
     let mut spans = Vec::new();
@@ -95,10 +95,10 @@ pub fn spans(resource_spans: &ResourceSpans) -> Vec<Span> {
     spans
 }
 
-/// Spans as a tree, one a line: indentation, service, name, kind, and the error if there is one.
+/// Draws spans as a tree, one per line: indentation, service, name, kind, and the error if there is one.
 ///
-/// Siblings are in the order of their start. A span whose parent is not among them is drawn as a root,
-/// marked `(parent missing)` unless its parent is in another process's hands by `known_parent`.
+/// Siblings are ordered by their start. A span whose parent is not among the spans is drawn as a root. Such a
+/// span is marked `(parent missing)`, unless its parent is the span `known_parent` of another process.
 pub fn tree(spans: &[Span], known_parent: &str) -> String {
     fn draw(out: &mut String, spans: &[Span], span: &Span, depth: usize, orphan: bool) {
         let Span { service, name, kind, .. } = span;
@@ -131,7 +131,8 @@ pub fn tree(spans: &[Span], known_parent: &str) -> String {
     out
 }
 
-/// A tree as a test's source code has it: without the indentation that all lines share, and blank lines.
+/// Removes the indentation that all lines share, and blank lines, so that a tree can be indented in a test's
+/// source code.
 pub fn dedent(text: &str) -> String {
     let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
     let indent = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);

@@ -1,4 +1,4 @@
-//! The broker of a run: one that can be taken down, brought back and blocked.
+//! The broker of a run, which can be killed, started again and blocked.
 
 use ::broker::Broker as Embedded;
 use anyhow::Result;
@@ -7,35 +7,35 @@ use harness::rabbitmq::{self, Node};
 use lapin::{Channel, Connection};
 use std::{env, net::SocketAddr};
 
-/// Which broker.
+/// Which broker a run uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
-    /// The one in this process.
+    /// The embedded broker, in this process.
     Embedded,
-    /// A RabbitMQ node of this program's own.
+    /// A RabbitMQ node that belongs to this program.
     Rabbitmq,
 }
 
-/// A broker, running.
+/// A running broker.
 pub enum Broker {
-    /// In this process.
+    /// The embedded broker, in this process.
     Embedded(Embedded),
-    /// As a process.
+    /// A RabbitMQ node, as a process.
     Rabbitmq(Node),
 }
 
 impl Kind {
-    /// Whether it can run on this machine.
+    /// Returns whether this broker can run on this machine.
     pub fn is_installed(self) -> bool {
         self == Self::Embedded || rabbitmq::is_installed()
     }
 }
 
 impl Broker {
-    /// Starts one with nothing in it.
+    /// Starts an empty broker.
     ///
     /// # Errors
-    /// If it doesn't start.
+    /// If the broker doesn't start.
     pub async fn start(kind: Kind) -> Result<Self> {
         Ok(match kind {
             Kind::Embedded => Self::Embedded(Embedded::start().await?),
@@ -43,7 +43,7 @@ impl Broker {
         })
     }
 
-    /// Where it listens.
+    /// Returns the address that the broker listens on.
     pub fn address(&self) -> SocketAddr {
         match self {
             Self::Embedded(broker) => broker.address(),
@@ -51,10 +51,10 @@ impl Broker {
         }
     }
 
-    /// Kills it.
+    /// Kills the broker.
     ///
     /// # Errors
-    /// If it can't be killed.
+    /// If the broker can't be killed.
     pub async fn down(&mut self) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.crash().await,
@@ -63,10 +63,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Brings it back, with what is durable.
+    /// Starts the broker again, with its durable queues and messages.
     ///
     /// # Errors
-    /// If it doesn't come back.
+    /// If the broker doesn't come up.
     pub async fn up(&mut self) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.restart(),
@@ -75,10 +75,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Has it take no more messages, or take them again.
+    /// Makes the broker stop accepting messages, or accept them again.
     ///
     /// # Errors
-    /// If it can't be told.
+    /// If the alarm can't be changed.
     pub async fn set_alarm(&self, alarm: bool) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.set_alarm(alarm),
@@ -87,10 +87,10 @@ impl Broker {
         Ok(())
     }
 
-    /// A connection of the test's own, around all faults of the network.
+    /// Opens a connection for the test, which bypasses the proxies and so their faults.
     ///
     /// # Errors
-    /// If there is none.
+    /// If the broker can't be reached.
     pub async fn connect(&self) -> Result<(Connection, Channel)> {
         let url = format!("amqp://guest:guest@{}/%2f", self.address());
         let server = amqp::connection::parse_url(&url).map_err(anyhow::Error::msg)?;

@@ -1,8 +1,9 @@
-//! The control: api and mq done as the Go original does them. A connection to the broker for each login, no
-//! confirms, 200 whatever comes of it; acknowledged on receipt, processed afterwards; failures are only
-//! logged. It must be seen to lose logins, or the test that the services pass means nothing.
+//! The control, which does the work of api and mq as the Go original does it. Its api opens a connection to
+//! the broker for each login, uses no confirms, and answers 200 whatever happens. Its mq acknowledges a
+//! message on receipt, processes it afterwards, and only logs failures. The control must be seen to lose
+//! logins, or it means nothing that the services pass the test.
 //!
-//! It leaves usercenter out: that has no part in what is lost.
+//! The control doesn't replace usercenter, because usercenter plays no part in the loss of logins.
 
 use amqp::{Server, Topology, connection};
 use anyhow::{Context, Result};
@@ -27,19 +28,19 @@ use std::{env, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{net::TcpListener, time::sleep};
 use uuid::Uuid;
 
-/// Which service to stand in for.
+/// Which service the control replaces.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum Service {
-    /// Answers logins.
+    /// api, which answers logins.
     Api,
-    /// Processes them.
+    /// mq, which processes logins.
     Mq,
 }
 
-/// Runs until it is killed.
+/// Runs the control of a service until it is killed.
 ///
 /// # Errors
-/// If it can't start.
+/// If the control can't start.
 pub async fn run(service: Service) -> Result<()> {
     let url = env::var("AMQP_URL")?;
     let server = connection::parse_url(&url).map_err(anyhow::Error::msg)?;
@@ -152,7 +153,7 @@ async fn process(delivery: &lapin::message::Delivery, database: &mut SqliteConne
     Ok(transaction.commit().await?)
 }
 
-/// The database that mq would have made.
+/// Creates the database that mq would have created.
 async fn open_database() -> Result<SqliteConnection> {
     let options: SqliteConnectOptions = env::var("MQ_DATABASE_URL")?.parse()?;
     let options = options.create_if_missing(true).journal_mode(SqliteJournalMode::Wal);

@@ -1,5 +1,4 @@
-//! The kinds of fault, and in which order they come: that is the seed's business alone, so that a run can
-//! be repeated.
+//! The kinds of fault, and their order. Only the seed decides the order, so that a run can be repeated.
 
 use clap::ValueEnum;
 use fastrand::Rng;
@@ -18,21 +17,21 @@ pub enum Fault {
     BrokerRestart,
     /// The connections of a link are reset.
     Reset,
-    /// A link goes silent; later what was sent arrives, or the connections are reset.
+    /// A link goes silent. Later, the bytes that were sent arrive, or the connections are reset.
     HalfOpen,
-    /// The broker raises its memory alarm: it takes no messages (connection.blocked).
+    /// The broker raises its memory alarm and accepts no messages (connection.blocked).
     BrokerBlocked,
-    /// All to and from the broker comes late.
+    /// Everything to and from the broker arrives late.
     BrokerSlow,
-    /// api is killed when the broker has confirmed and the login is not answered.
+    /// api is killed after the broker has confirmed a login, but before api has answered it.
     CrashAfterConfirm,
-    /// mq is killed when it has processed and the broker has not got the acknowledgement.
+    /// mq is killed after it has processed a login, but before the broker has the acknowledgement.
     CrashBeforeAck,
     /// A message that can't be read, and one that the database refuses.
     Poison,
     /// api can't write to its disk while the broker is away.
     DiskFull,
-    /// The queue is deleted, with its consumer attached. It is empty then: what is in it would be gone.
+    /// The queue is deleted while it has a consumer. It is empty then, because its messages would be lost.
     QueueDeleted,
     /// The collector goes silent.
     CollectorSilent,
@@ -40,7 +39,7 @@ pub enum Fault {
     KillApiWithoutBroker,
 }
 
-/// A link that can fail by itself.
+/// A link that can fail on its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Link {
     /// From api to the broker.
@@ -51,23 +50,23 @@ pub enum Link {
     ApiUsercenter,
 }
 
-/// A fault to come.
+/// A fault that is still to be injected.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
-    /// Which.
+    /// The kind of fault.
     pub fault: Fault,
-    /// How long all goes well before.
+    /// How long nothing is disturbed before the fault.
     pub pause: Duration,
-    /// How long it lasts, if it lasts.
+    /// How long the fault lasts, for kinds of fault that last.
     pub hold: Duration,
-    /// Where, if it is a link's.
+    /// The link that fails, for kinds of fault that concern a link.
     pub link: Link,
-    /// Whether a link that went silent is reset in the end.
+    /// Whether a silent link is reset in the end.
     pub resets: bool,
 }
 
-/// The faults of a run: all that were chosen, in an order, then all of them again in another one. It has
-/// no end.
+/// The faults of a run: all of the chosen kinds in a random order, then all of them again in another order.
+/// The plan has no end.
 pub struct Plan {
     rng: Rng,
     faults: Vec<Fault>,
@@ -75,16 +74,16 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan that belongs to this seed and these faults.
+    /// Makes the plan that belongs to this seed and these kinds of fault.
     pub fn new(seed: u64, faults: &[Fault]) -> Self {
         let mut faults = faults.to_vec();
-        // The order in which they were named makes no difference.
+        // The order of `faults` must make no difference.
         faults.sort_unstable();
         faults.dedup();
         Self { rng: Rng::with_seed(seed), faults, round: Vec::new() }
     }
 
-    /// Steps of a round.
+    /// Returns the number of faults in a round.
     pub fn round(&self) -> usize {
         self.faults.len()
     }
@@ -102,7 +101,7 @@ impl Iterator for Plan {
         let mut between = |from: u64, to: u64| Duration::from_millis(self.rng.u64(from..to));
         let pause = between(200, 1500);
         let hold = match fault {
-            // A silent link is noticed after 4 seconds: sometimes it is, sometimes not.
+            // A silent link is detected after 4 seconds, so this is sometimes long enough and sometimes not.
             Fault::HalfOpen => between(2000, 7000),
             _ => between(1000, 3000),
         };
@@ -112,7 +111,7 @@ impl Iterator for Plan {
 }
 
 impl Step {
-    /// Whether logins may be refused during it: the promise is about the broker only.
+    /// Returns whether logins may be refused during the fault, because it affects usercenter or api's disk.
     pub fn excuses_refusals(&self) -> bool {
         match self.fault {
             Fault::KillUsercenter | Fault::DiskFull => true,
@@ -132,7 +131,7 @@ impl Step {
     }
 }
 
-/// As it is named on the command line, with its link if it has one.
+/// Writes the fault as it is named on the command line, and its link if it has one.
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let link = match self.link {

@@ -1,11 +1,11 @@
-//! What mq has applied, read from its database as anybody could.
+//! The logins that mq has applied, read from its database.
 
 use super::ledger::TraceId;
 use anyhow::{Context, Result};
 use sqlx::{ConnectOptions, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{collections::HashMap, path::Path, time::Duration};
 
-/// A copy of the history, by trace; it follows the database when it is told to.
+/// A copy of the history: the number of effects of each trace. Only its methods bring the copy up to date.
 pub struct History {
     connection: SqliteConnection,
     last_row: i64,
@@ -16,10 +16,10 @@ pub struct History {
 }
 
 impl History {
-    /// Opens a database that mq has made.
+    /// Opens a database that mq has created.
     ///
     /// # Errors
-    /// If it is not there.
+    /// If there is no such database.
     pub async fn open(file: &Path) -> Result<Self> {
         let options = SqliteConnectOptions::new().filename(file).busy_timeout(Duration::from_secs(10));
         let connection = options.disable_statement_logging().connect().await;
@@ -27,10 +27,10 @@ impl History {
         Ok(Self { connection, last_row: 0, effects: HashMap::new(), untraced: 0, rows: 0, counted: 0 })
     }
 
-    /// Reads what was applied since the last time.
+    /// Reads the rows that were added since the last call.
     ///
     /// # Errors
-    /// If it can't be read.
+    /// If the database can't be read.
     pub async fn catch_up(&mut self) -> Result<()> {
         let new = "SELECT rowid, trace_id FROM login_history WHERE rowid > $1 ORDER BY rowid";
         let rows: Vec<(i64, Option<String>)> =
@@ -46,10 +46,10 @@ impl History {
         Ok(())
     }
 
-    /// Reads everything again, and the counts: for the verdict.
+    /// Reads all rows again, and the counts, for the verdict.
     ///
     /// # Errors
-    /// If it can't be read.
+    /// If the database can't be read.
     pub async fn read_all(&mut self) -> Result<()> {
         (self.last_row, self.rows, self.untraced) = (0, 0, 0);
         self.effects.clear();
@@ -60,10 +60,10 @@ impl History {
         Ok(())
     }
 
-    /// From now on the database refuses logins of the traces that [`History::refuse`] names.
+    /// Makes the database refuse logins of the traces that are passed to [`History::refuse`].
     ///
     /// # Errors
-    /// If it can't be written.
+    /// If the database can't be written.
     pub async fn prepare_refusals(&mut self) -> Result<()> {
         let table = "CREATE TABLE IF NOT EXISTS chaos_refused (trace_id TEXT PRIMARY KEY)";
         sqlx::query(table).execute(&mut self.connection).await?;
@@ -74,42 +74,42 @@ impl History {
         Ok(())
     }
 
-    /// Has the database refuse the login of this trace, whenever it is tried.
+    /// Makes the database refuse the login of this trace, however often it is tried.
     ///
     /// # Errors
-    /// If it can't be written.
+    /// If the database can't be written.
     pub async fn refuse(&mut self, trace: TraceId) -> Result<()> {
         let refuse = "INSERT INTO chaos_refused (trace_id) VALUES ($1)";
         sqlx::query(refuse).bind(format!("{trace:032x}")).execute(&mut self.connection).await?;
         Ok(())
     }
 
-    /// Whether a login took effect.
+    /// Returns whether a login took effect.
     pub fn has(&self, trace: TraceId) -> bool {
         self.effects.contains_key(&trace)
     }
 
-    /// How often a login took effect.
+    /// Returns how often a login took effect.
     pub fn effects(&self, trace: TraceId) -> u64 {
         self.effects.get(&trace).copied().unwrap_or_default()
     }
 
-    /// All traces with an effect.
+    /// Returns all traces with an effect.
     pub fn traces(&self) -> impl Iterator<Item = TraceId> {
         self.effects.keys().copied()
     }
 
-    /// Effects without a trace.
+    /// Returns the number of effects without a trace.
     pub fn untraced(&self) -> usize {
         self.untraced
     }
 
-    /// Effects in all.
+    /// Returns the number of all effects.
     pub fn rows(&self) -> u64 {
         self.rows
     }
 
-    /// What the counts add up to, when everything was last read.
+    /// Returns the sum of the login counts, as it was when [`History::read_all`] last read them.
     pub fn counted(&self) -> u64 {
         self.counted
     }

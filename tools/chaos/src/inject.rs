@@ -1,4 +1,4 @@
-//! How each fault is brought about and taken back.
+//! How each fault is injected and ended.
 
 use super::{
     faults::{Fault, Link, Step},
@@ -24,10 +24,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// How long a trap waits for its frame, and a queue to get empty.
+/// How long to wait for the frame at which a service is killed, or until a queue is empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What faults are brought upon.
+/// The parts of the system that faults are injected into.
 pub struct Target<'a> {
     pub system: &'a mut System,
     pub load: &'a Load,
@@ -37,7 +37,7 @@ pub struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Brings a fault about and takes it back. Returns what was different from what was meant.
+    /// Injects a fault and ends it. Returns how the fault differed from the one planned, if it did.
     pub async fn inject(&mut self, step: &Step) -> Result<Option<&'static str>> {
         match step.fault {
             Fault::KillApi => self.restart(Service::Api).await?,
@@ -78,7 +78,7 @@ impl Target<'_> {
             }
             Fault::Poison => self.poison.publish(self.system, self.history).await?,
             Fault::DiskFull => {
-                // Room for some logins, and then none.
+                // api's disk has room for a few logins, and then for no more.
                 let limit = self.system.spool_size() + 16;
                 self.system.kill(Service::Api).await?;
                 self.system.api_broker.refuse();
@@ -118,7 +118,7 @@ impl Target<'_> {
         self.system.start_service(service, None).await
     }
 
-    /// Kills a service when a frame to or from it has been withheld.
+    /// Kills a service when a frame to or from it has been withheld, at the latest after `PATIENCE`.
     async fn crash_at(
         &mut self,
         sprung: oneshot::Receiver<()>,
@@ -127,15 +127,16 @@ impl Target<'_> {
         let sprung = matches!(timeout(PATIENCE, sprung).await, Ok(Ok(())));
         self.system.kill(service).await?;
         for link in [&self.system.api_broker, &self.system.mq_broker] {
-            // A trap that was not sprung is taken away.
+            // Also removes a trap whose frame didn't come.
             link.restore();
         }
         self.system.start_service(service, None).await?;
         Ok((!sprung).then_some("killed without the frame that it was to be killed at"))
     }
 
-    /// Deletes the queue once nothing is in it, nor on its way there: not in a retry queue either. The
-    /// control owes more than ever comes, and has no dead letters.
+    /// Deletes the queue once it is empty and no message can still come into it, not even from a retry queue.
+    /// With the control, only the queue itself is checked, because the control loses logins and has no dead
+    /// letters.
     async fn delete_queue(&mut self) -> Result<Option<&'static str>> {
         self.load.pause().await;
         let (connection, channel) = self.system.broker.connect().await?;
@@ -158,23 +159,23 @@ impl Target<'_> {
     }
 }
 
-/// How many messages wait in a queue.
+/// Returns how many messages are ready in a queue.
 pub async fn messages(channel: &Channel, queue: &ShortString) -> Result<u32> {
     let passive = QueueDeclareOptions { passive: true, ..Default::default() };
     let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
     Ok(declared.with_context(|| format!("asking for {queue}"))?.message_count())
 }
 
-/// Since when all is well again, and how long it took until it was seen.
+/// How long after the end of a fault the system worked again.
 pub struct Recovery {
-    /// Until a login that was sent after the fault was answered with 200.
+    /// From the end of the fault until a login that was sent after it was answered with 200.
     pub answered: Duration,
-    /// Until such a login had taken effect.
+    /// From the end of the fault until such a login was seen to have taken effect.
     pub applied: Duration,
 }
 
 impl Target<'_> {
-    /// Waits until logins are answered and applied again.
+    /// Waits until logins are answered and applied again; returns `None` if they aren't within `limit`.
     pub async fn recover(
         &mut self,
         since: Instant,

@@ -1,5 +1,5 @@
-//! What was asked and what was answered, login by login, and the verdict: both sides of the account
-//! against each other, as Jepsen does it.
+//! The ledger: each login that was sent, with its outcome. The verdict compares the outcomes with the effects
+//! in mq's database, as Jepsen compares a history of operations with the final state.
 
 use super::history::History;
 use std::{
@@ -8,93 +8,93 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// The trace that a login sends along: by it, its effect is found.
+/// The trace id that a login sends, by which its effect is found.
 pub type TraceId = u128;
 
 /// A login that was sent.
 #[derive(Debug, Clone, Copy)]
 pub struct Login {
-    /// Its trace.
+    /// The trace id of the login.
     pub trace: TraceId,
     /// When it was sent.
     pub begun: Instant,
-    /// When it was over.
+    /// When its outcome was known.
     pub ended: Instant,
-    /// How it ended.
+    /// Its outcome.
     pub outcome: Outcome,
 }
 
-/// How a login ended, as far as the caller knows.
+/// The outcome of a login, as far as the caller knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// 200: its effect is owed.
+    /// Status 200, so the login must take effect.
     Answered,
-    /// Another status: no effect is owed, and one does no harm.
+    /// Another status. The login need not take effect, but may.
     Refused(u16),
-    /// The connection broke, or nothing came in time. There may be an effect, or none.
+    /// The connection broke, or no response came in time. The login may have taken effect or not.
     Unknown,
 }
 
-/// All logins.
+/// All logins that were sent.
 #[derive(Default)]
 pub struct Ledger(Mutex<Vec<Login>>);
 
-/// A time in which logins may be refused, for another reason than the broker.
+/// A period in which logins may be refused (see `Step::excuses_refusals`).
 pub type Excuse = (Instant, Instant);
 
-/// The account.
+/// The result of comparing the outcomes with the effects.
 #[derive(Debug, Default)]
 pub struct Verdict {
-    /// Logins that were sent.
+    /// The number of logins that were sent.
     pub attempted: usize,
-    /// Logins answered with 200.
+    /// The number of logins answered with 200.
     pub answered: usize,
-    /// Logins answered otherwise, by status.
+    /// The number of logins answered with another status, by status.
     pub refused: BTreeMap<u16, usize>,
-    /// Logins that were not answered.
+    /// The number of logins without a response.
     pub unknown: usize,
-    /// Of those that were not answered with 200, how many took effect nevertheless.
+    /// The number of logins that took effect without being answered with 200.
     pub applied_unasked: usize,
-    /// Answered with 200, and without effect.
+    /// The logins that were answered with 200 and took no effect.
     pub lost: Vec<TraceId>,
-    /// Effects beyond the first one of a login.
+    /// The number of effects beyond the first one of each login.
     pub duplicated: u64,
-    /// Whatever must not be, in words.
+    /// Everything else that must not happen, in words.
     pub unexpected: Vec<String>,
 }
 
 impl Ledger {
-    /// Notes a login that is over.
+    /// Records a login that has an outcome.
     pub fn note(&self, login: Login) {
         self.lock().push(login);
     }
 
-    /// All that were noted.
+    /// Returns the traces of all recorded logins.
     pub fn traces(&self) -> impl Iterator<Item = TraceId> + use<> {
         let traces: Vec<TraceId> = self.lock().iter().map(|login| login.trace).collect();
         traces.into_iter()
     }
 
-    /// How many were noted.
+    /// Returns the number of recorded logins.
     pub fn len(&self) -> usize {
         self.lock().len()
     }
 
-    /// The logins from the `mark`th on that were sent after `begun` and answered with 200.
+    /// Returns the logins from index `mark` on that were sent after `begun` and answered with 200.
     pub fn answered_since(&self, mark: usize, begun: Instant) -> Vec<Login> {
         let logins = self.lock();
         let since = logins[mark.min(logins.len())..].iter();
         since.filter(|login| login.begun >= begun && login.outcome == Outcome::Answered).copied().collect()
     }
 
-    /// Logins answered with 200 and without effect so far.
+    /// Returns the logins that were answered with 200 and have not taken effect so far.
     pub fn owed(&self, history: &History) -> Vec<TraceId> {
         let logins = self.lock();
         let answered = logins.iter().filter(|login| login.outcome == Outcome::Answered);
         answered.map(|login| login.trace).filter(|trace| !history.has(*trace)).collect()
     }
 
-    /// Judges. `others` are traces of messages that were no logins.
+    /// Compares the outcomes with the history. `others` are the traces of messages that are not logins.
     pub fn verdict(&self, history: &History, others: &HashSet<TraceId>, excuses: &[Excuse]) -> Verdict {
         let logins = self.lock();
         let mut verdict = Verdict { attempted: logins.len(), ..Verdict::default() };
@@ -123,7 +123,7 @@ impl Ledger {
                 .unexpected
                 .push(format!("{count} logins answered {status} with nothing amiss but the broker"));
         }
-        // A count that is higher than its rows was raised twice for one of them.
+        // If the counts exceed the rows, a login was counted twice for one row.
         verdict.duplicated += history.counted().saturating_sub(history.rows());
         if history.counted() < history.rows() {
             let missing = history.rows() - history.counted();
@@ -145,7 +145,7 @@ impl Ledger {
 }
 
 impl Verdict {
-    /// Whether the promise was kept.
+    /// Returns whether every answered login took effect once, and nothing unexpected happened.
     pub fn is_clean(&self) -> bool {
         self.lost.is_empty() && self.duplicated == 0 && self.unexpected.is_empty()
     }
@@ -159,7 +159,7 @@ mod tests {
 
     const KNOWN: u64 = 100;
 
-    /// A history with these traces, one row each, and a count of logins.
+    /// Makes a history with one row for each of these traces, and with this count of logins.
     async fn history(traces: &[TraceId], counted: u64) -> History {
         let directory = tempfile::TempDir::new().unwrap();
         let file = directory.path().join("mq.db");
@@ -183,7 +183,8 @@ mod tests {
         history
     }
 
-    /// Logins 1, 2, 3, … with these outcomes, a second each, one after the other from `start` on.
+    /// Makes a ledger of logins 1, 2, 3, … with these outcomes. Each takes a second, one after the other,
+    /// from `start` on.
     fn ledger(start: Instant, outcomes: &[Outcome]) -> Ledger {
         let ledger = Ledger::default();
         for (i, outcome) in outcomes.iter().enumerate() {

@@ -1,11 +1,11 @@
-//! `cargo dev chaos`: is nothing lost? Logins in plenty, faults by a seed, and an account of both sides at
-//! the end: what was answered, and what took effect.
+//! `cargo dev chaos` tests that no login is lost. It sends many logins while it injects faults in an order
+//! that a seed determines. In the end it compares the answers with the effects.
 //!
-//! - [`faults`]: what can fail, and the order in which it does; `inject`: how
+//! - [`faults`]: the kinds of fault and their order; `inject`: how each is injected
 //! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
-//! - `load`: the logins; `poison`: messages that are none
-//! - `ledger`: what was answered; `history`: what took effect; `spans`: the trees
-//! - [`control`]: api and mq as the original does them, which must be seen to lose
+//! - `load`: the logins; `poison`: messages that can't be processed
+//! - `ledger`: how logins were answered; `history`: which took effect; `spans`: the trees of spans
+//! - [`control`]: api and mq as the original does them, which must be seen to lose logins
 
 pub mod broker;
 pub mod control;
@@ -38,10 +38,10 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-/// How long logins may go unanswered, or without effect, after a fault is over.
+/// How long after the end of a fault logins may stay unanswered, or without effect.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(45);
 
-/// How long nothing may have changed before what is missing at the end counts as lost.
+/// How long nothing must have changed at the end before logins without effect count as lost.
 const QUIET: Duration = Duration::from_secs(15);
 
 /// How to test.
@@ -76,21 +76,21 @@ pub struct Options {
     pub keep: bool,
 }
 
-/// What a run came to.
+/// The results of a run.
 pub struct Outcome {
-    /// The account.
+    /// The verdict on the logins.
     pub verdict: Verdict,
-    /// The trees of what was answered.
+    /// How many of the trees of spans are whole.
     judged: Judged,
     events: Vec<Event>,
     elapsed: Duration,
 }
 
-/// Runs, prints what happens and what came of it. The exit code is 0 if nothing was lost, duplicated or
-/// unexpected; for the control, if something was lost; 2 if the broker is not installed.
+/// Runs the test, and prints its progress and its results. The exit code is 0 if nothing was lost, duplicated
+/// or unexpected. With the control, it is 0 if something was lost. It is 2 if the broker is not installed.
 ///
 /// # Errors
-/// If it can't be carried out.
+/// If the test can't be carried out.
 pub async fn run(mut options: Options) -> Result<ExitCode> {
     if !options.broker.is_installed() {
         say(
@@ -102,7 +102,7 @@ pub async fn run(mut options: Options) -> Result<ExitCode> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let outcome = select! {
         outcome = test(&options) => outcome,
-        // With the future go the processes that it started.
+        // Dropping the future also ends the processes that it started.
         _ = interrupt.recv() => return Ok(ExitCode::from(130)),
         _ = terminate.recv() => return Ok(ExitCode::from(143)),
     };
@@ -113,11 +113,11 @@ pub async fn run(mut options: Options) -> Result<ExitCode> {
     Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// One run, from the start of the system to the verdict. If that is not clean, the logs of the services
-/// are kept, and it is said where.
+/// Carries out one run, from the start of the system to the verdict. If the verdict is not clean, the
+/// services' logs are kept, and their directory is printed.
 ///
 /// # Errors
-/// If it can't be carried out.
+/// If the run can't be carried out.
 pub async fn test(options: &Options) -> Result<Outcome> {
     let faults = if options.faults.is_empty() { Fault::value_variants() } else { &options.faults };
     let plan = Plan::new(options.seed.unwrap_or_default(), faults);
@@ -174,9 +174,9 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
     load.stop().await;
 
     settle(system, &ledger, &mut history).await?;
-    // The control drops poison, with a line in its log.
+    // The control only logs poison and drops it.
     if !options.control {
-        // Retries of what the database refuses take their time.
+        // mq retries the logins that the database refuses, which takes time.
         unexpected.extend(poison.judge(system, RECOVERY_LIMIT).await?);
     }
     unexpected.extend(system.stop().await?);
@@ -191,10 +191,10 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
     Ok(Outcome { verdict, judged, events, elapsed: start.elapsed() })
 }
 
-/// Waits until all that was answered has taken effect, and a little longer for what nobody waits for; or
-/// until nothing has changed for long.
+/// Waits until all answered logins have taken effect and nothing has changed for a moment, or until nothing
+/// has changed for long.
 async fn settle(system: &System, ledger: &Ledger, history: &mut History) -> Result<()> {
-    /// What was not answered may still come.
+    /// How long to wait for logins that were not answered, because they may still take effect.
     const GRACE: Duration = Duration::from_secs(2);
 
     let (connection, channel) = system.broker.connect().await?;

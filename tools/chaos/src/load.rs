@@ -1,5 +1,6 @@
-//! Logins, each in a trace of its own, from many connections at a steady rate. What can't even be sent is
-//! no attempt; what was sent is noted, whatever becomes of it.
+//! The load: logins at a steady rate over many connections, each login in its own trace. A login that can't
+//! be sent, because api can't be reached, is not an attempt. Every login that was sent is recorded, whatever
+//! its outcome.
 
 use super::ledger::{Ledger, Login, Outcome, TraceId};
 use anyhow::Result;
@@ -21,17 +22,17 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// The longest that a caller waits for an answer.
+/// How long a caller waits for a response.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A load that runs until it is stopped.
+/// A load, which runs until it is stopped.
 pub struct Load {
     shared: Arc<Shared>,
     callers: JoinSet<()>,
 }
 
 struct Shared {
-    /// api's, of the moment.
+    /// api's current address.
     address: watch::Receiver<SocketAddr>,
     ledger: Arc<Ledger>,
     is_paused: watch::Sender<bool>,
@@ -40,7 +41,7 @@ struct Shared {
 }
 
 impl Load {
-    /// Starts so many callers that make so many logins a second together.
+    /// Starts this many callers, which together send `rate` logins a second.
     pub fn start(address: watch::Receiver<SocketAddr>, ledger: Arc<Ledger>, callers: u32, rate: u32) -> Self {
         let shared = Arc::new(Shared {
             address,
@@ -58,7 +59,7 @@ impl Load {
         Self { shared, callers: tasks }
     }
 
-    /// Sends nothing more, and waits until all that was sent is over.
+    /// Sends no more logins, and waits until all that were sent have an outcome.
     pub async fn pause(&self) {
         self.shared.is_paused.send_replace(true);
         while self.shared.in_flight.load(SeqCst) > 0 {
@@ -66,12 +67,12 @@ impl Load {
         }
     }
 
-    /// Goes on.
+    /// Sends logins again.
     pub fn resume(&self) {
         self.shared.is_paused.send_replace(false);
     }
 
-    /// Ends, when all that was sent is over.
+    /// Stops the load, and waits until all logins that were sent have an outcome.
     pub async fn stop(mut self) {
         self.shared.is_over.store(true, SeqCst);
         self.resume();
@@ -85,9 +86,10 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
     let mut paused = shared.is_paused.subscribe();
     while !shared.is_over.load(SeqCst) {
         sleep_until(due).await;
-        // What was missed is not made up for: that would be a burst.
+        // Missed logins are not made up for, because that would cause a burst.
         due = Instant::now().max(due + beat);
-        // Before the question, so that whoever pauses waits for this login, or this login for them.
+        // The count is raised before `paused` is read. So either whoever pauses waits for this login, or this
+        // login waits until the load is resumed.
         shared.in_flight.fetch_add(1, SeqCst);
         if *paused.borrow() {
             shared.in_flight.fetch_sub(1, SeqCst);
@@ -102,7 +104,7 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
     }
 }
 
-/// One login, and the connection if it can be used again.
+/// Sends one login; returns the connection if it can be used again.
 async fn log_in(
     connection: Option<TcpStream>,
     address: SocketAddr,
@@ -112,7 +114,7 @@ async fn log_in(
     let mut connection = match connection {
         Some(connection) => connection,
         None => {
-            // Nothing was sent yet: api is away for the moment.
+            // If api can't be reached at the moment, nothing was sent.
             let connection = timeout(PATIENCE, TcpStream::connect(address)).await.ok()?.ok()?;
             connection.set_nodelay(true).ok()?;
             connection
@@ -136,7 +138,7 @@ async fn send(
     trace: TraceId,
     buffer: &mut Vec<u8>,
 ) -> Result<u16> {
-    // Any but zero; it has no span of its own.
+    // The caller has no span, so its span id is arbitrary, but must not be zero.
     const CALLER: u64 = 1;
 
     let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);

@@ -1,5 +1,4 @@
-//! Messages that can't be processed, and whether they come to be dead letters: all of them, and nothing
-//! else.
+//! Messages that can't be processed. Each of them must become a dead letter, and nothing else may.
 
 use super::{history::History, ledger::TraceId, system::System};
 use anyhow::{Result, ensure};
@@ -15,7 +14,7 @@ use std::{
 };
 use uuid::Uuid;
 
-/// What was published, and what was found in the dead-letter queue, by message id.
+/// The messages that were published and those that were found in the dead-letter queue, by message id.
 #[derive(Default)]
 pub struct Poison {
     published: BTreeMap<String, TraceId>,
@@ -23,10 +22,10 @@ pub struct Poison {
 }
 
 impl Poison {
-    /// Publishes two messages as api would: one that can't be read, and one that the database refuses.
+    /// Publishes two messages as api would: an unreadable one, and one that the database refuses.
     ///
     /// # Errors
-    /// If the broker doesn't take them.
+    /// If the broker refuses the messages.
     pub async fn publish(&mut self, system: &System, history: &mut History) -> Result<()> {
         let refused: TraceId = Uuid::new_v4().as_u128();
         history.refuse(refused).await?;
@@ -55,7 +54,7 @@ impl Poison {
         Ok(())
     }
 
-    /// Takes what is in the dead-letter queue; whether all poison was found there by now.
+    /// Empties the dead-letter queue; returns whether all poison has been found there by now.
     ///
     /// # Errors
     /// If the queue can't be read.
@@ -68,8 +67,9 @@ impl Poison {
         Ok(self.published.keys().all(|message_id| self.dead.contains(message_id)))
     }
 
-    /// Waits for what is still to come, and says what is wrong. A dead letter may be there twice: mq may die
-    /// between putting it there and acknowledging it.
+    /// Waits for the dead letters that are still missing; returns what is wrong. A message may become two
+    /// dead letters, because mq may be killed between publishing the dead letter and acknowledging the
+    /// message.
     ///
     /// # Errors
     /// If the broker can't be reached.
@@ -90,7 +90,7 @@ impl Poison {
         Ok(wrong)
     }
 
-    /// Their traces.
+    /// Returns the traces of the published messages.
     pub fn traces(&self) -> impl Iterator<Item = TraceId> {
         self.published.values().copied()
     }

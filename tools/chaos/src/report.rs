@@ -1,25 +1,25 @@
-//! What a run prints: a line for each fault as it goes, then a table of the kinds, then the verdict.
+//! The output of a run: a line for each fault as it happens, then a table by kind of fault, then the verdict.
 
 use super::{Options, Outcome, broker::Kind, faults::Step, inject::Recovery};
 use std::{collections::BTreeMap, time::Duration};
 
-/// A fault that was there.
+/// A fault that was injected.
 pub struct Event {
-    /// Which.
+    /// The planned fault.
     pub step: Step,
-    /// When, from the start.
+    /// When the fault began, from the start of the run.
     pub at: Duration,
-    /// How long.
+    /// How long the fault lasted.
     pub lasted: Duration,
-    /// `None` if logins were not answered and applied again in time.
+    /// How soon the system worked again, or `None` if it didn't in time.
     pub recovery: Option<Recovery>,
-    /// What was different from what was meant.
+    /// How the fault differed from the one planned.
     pub note: Option<&'static str>,
 }
 
-/// Says what is about to happen.
+/// Prints what the run is about to do.
 pub fn begin(options: &Options, round: usize) {
-    // A fault with its pause and its recovery takes 4 seconds in the mean.
+    // A fault takes 4 seconds on average, including its pause and the recovery.
     let faults = 4 * round as u64;
     let load = options.logins as u64 / u64::from(options.rate.max(1));
     say(&format!(
@@ -33,7 +33,7 @@ pub fn begin(options: &Options, round: usize) {
     ));
 }
 
-/// Says what has happened.
+/// Prints a fault that has ended.
 pub fn event(event: &Event, attempted: usize) {
     let recovery = match &event.recovery {
         Some(Recovery { answered, applied }) => {
@@ -51,7 +51,7 @@ pub fn event(event: &Event, attempted: usize) {
     ));
 }
 
-/// Says what came of it.
+/// Prints the results of the run.
 pub fn print(options: &Options, outcome: &Outcome) {
     let Outcome { verdict, judged, events, elapsed } = outcome;
     let mut kinds: BTreeMap<String, Vec<&Event>> = BTreeMap::new();
@@ -117,7 +117,7 @@ pub fn print(options: &Options, outcome: &Outcome) {
     say(&format!("{conclusion}, in {} on {}", seconds(*elapsed), broker(options.broker)));
 }
 
-/// What to type to repeat a run.
+/// Returns the command that repeats a run.
 fn command(options: &Options) -> String {
     let mut command = format!(
         "cargo dev chaos --broker {} --seed {} --logins {} --rate {} --callers {} --seconds {}",
@@ -161,7 +161,7 @@ fn thousands(count: usize) -> String {
     text
 }
 
-/// Prints a line.
+/// Prints a line of text.
 #[expect(clippy::print_stdout, reason = "this is what the tool is for")]
 pub fn say(text: &str) {
     println!("{text}");

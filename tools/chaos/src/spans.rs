@@ -1,5 +1,5 @@
-//! A collector that keeps of each trace what its tree is judged by: who produced, and whose child the
-//! consumer is.
+//! A collector that keeps only what decides whether a trace's tree is right: the ids of the producer spans,
+//! and the parents of the consumer spans.
 
 use super::ledger::TraceId;
 use anyhow::Result;
@@ -20,9 +20,9 @@ use std::{
 };
 use tonic::Status;
 
-/// Stops with its owner.
+/// A running collector. It stops when it is dropped.
 pub struct Collector {
-    /// Where it listens for OTLP/gRPC.
+    /// The address that the collector listens on for OTLP/gRPC.
     pub address: SocketAddr,
     trees: Trees,
     _runtime: Background,
@@ -31,22 +31,24 @@ pub struct Collector {
 #[derive(Clone, Default)]
 struct Trees(Arc<Mutex<HashMap<TraceId, Tree>>>);
 
-/// Span ids.
+/// The span ids of a trace that decide whether its tree is right.
 #[derive(Default)]
 struct Tree {
     producers: Vec<u64>,
-    /// Of the consumers.
+    /// The parents of the consumer spans.
     parents: Vec<u64>,
 }
 
-/// How the trees are.
+/// How many trees are right.
 #[derive(Debug, Default)]
 pub struct Judged {
-    /// Traces with a producer, and a consumer that is its child.
+    /// Traces with a producer span, in which every consumer span is a child of one.
     pub whole: usize,
-    /// Traces of which a span is not there: it went with a process that was killed before it was sent.
+    /// Traces without a producer span or a consumer span, because a process was killed before it sent the
+    /// span.
     pub partial: usize,
-    /// Consumers in a trace that nobody started, or that are nobody's child in it.
+    /// Traces with a consumer span that belong to no login, or in which a consumer span is not a child of a
+    /// producer span.
     pub wrong: usize,
 }
 
@@ -54,7 +56,7 @@ impl Collector {
     /// Listens on a free port.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub fn start() -> Result<Self> {
         let runtime = Background::start(1, 1)?;
         let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
@@ -64,7 +66,7 @@ impl Collector {
         Ok(Self { address, trees, _runtime: runtime })
     }
 
-    /// Judges the trees of these traces, and that there are no others.
+    /// Judges the trees of these traces, and counts trees of other traces as wrong.
     pub fn judge(&self, traces: &HashSet<TraceId>) -> Judged {
         let trees = self.trees.lock();
         let mut judged = Judged::default();
@@ -98,7 +100,7 @@ impl Trees {
                 self.lock().entry(trace).or_default().producers.push(producer);
             }
             SpanKind::Consumer => {
-                // 0 is nobody's: such a consumer is the root of a trace.
+                // Parent id 0 means that the consumer span is the root of a trace.
                 let parent = id(&span.parent_span_id).unwrap_or_default();
                 self.lock().entry(trace).or_default().parents.push(parent);
             }

@@ -1,5 +1,5 @@
-//! What is tested: three services, a broker, a collector, and a proxy on each link between them. Services
-//! can be killed and started again, with the data that they had.
+//! The system under test: three services, a broker, a collector, and a proxy on each link between them.
+//! Services can be killed, and started again with their data.
 
 use super::{
     broker::{Broker, Kind},
@@ -29,35 +29,35 @@ pub enum Service {
     Mq,
 }
 
-/// All of it, running.
+/// The running system.
 pub struct System {
     /// The broker.
     pub broker: Broker,
-    /// The names on it.
+    /// The names of the exchange and the queues.
     pub topology: Topology,
-    /// From api to the broker.
+    /// The proxy from api to the broker.
     pub api_broker: Proxy,
-    /// From mq to the broker.
+    /// The proxy from mq to the broker.
     pub mq_broker: Proxy,
-    /// From api to usercenter.
+    /// The proxy from api to usercenter.
     pub api_usercenter: Proxy,
-    /// From all services to the collector.
+    /// The proxy from all services to the collector.
     pub collector_link: Proxy,
     /// The collector.
     pub collector: Collector,
-    /// Where api listens now.
+    /// api's current address.
     pub api_address: watch::Sender<SocketAddr>,
     services: [Option<Process>; 3],
     directory: TempDir,
-    /// Whether api and mq are stood in for by the control.
+    /// Whether the control replaces api and mq.
     pub is_control: bool,
 }
 
 impl Service {
-    /// All of them.
+    /// All services, in the order in which they start.
     pub const ALL: [Self; 3] = [Self::Usercenter, Self::Mq, Self::Api];
 
-    /// The name of its binary.
+    /// Returns the name of the service's binary.
     pub fn name(self) -> &'static str {
         match self {
             Self::Api => "api",
@@ -68,17 +68,17 @@ impl Service {
 }
 
 impl System {
-    /// Starts all, and waits until a login would succeed.
+    /// Starts everything, and waits until a login would succeed.
     ///
     /// # Errors
-    /// If something doesn't start.
+    /// If a part doesn't start.
     pub async fn start(kind: Kind, is_control: bool) -> Result<Self> {
         let directory = TempDir::new()?;
         fs::create_dir(directory.path().join("logs"))?;
         fs::create_dir(directory.path().join("data"))?;
         let broker = Broker::start(kind).await?;
         let collector = Collector::start()?;
-        // Leads somewhere once the service runs.
+        // Stands for the address of a service that doesn't run yet.
         let nowhere = collector.address;
         let mut system = Self {
             api_broker: Proxy::start_amqp(broker.address())?,
@@ -104,13 +104,13 @@ impl System {
         Ok(system)
     }
 
-    /// Starts a service; `limit` is the size that its files may have, in kilobytes.
+    /// Starts a service. `limit` is the largest size of its files in kilobytes.
     ///
     /// # Errors
-    /// If it doesn't start.
+    /// If the service doesn't start.
     pub async fn start_service(&mut self, service: Service, limit: Option<u64>) -> Result<()> {
         let amqp_url = |link: &Proxy| {
-            // A frozen link is noticed within two of these, so within 4 seconds.
+            // A frozen link is detected within two heartbeats, so within 4 seconds.
             format!("amqp://guest:guest@{}/%2f?heartbeat=2", link.address)
         };
         let link = if service == Service::Api { &self.api_broker } else { &self.mq_broker };
@@ -120,15 +120,16 @@ impl System {
             ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
             ("API_DATA_DIR", data.display().to_string()),
             ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
-            // Half of it is the disk's: a stall of a busy machine's is no refusal for the broker's sake.
+            // Half of the time-out is for the disk, so that a stalled disk doesn't look like a refusal
+            // because of the broker.
             ("PUBLISH_TIMEOUT", "2s".to_owned()),
             ("API_DEADLINE", "9s".to_owned()),
-            // What fails for good shall be a dead letter soon.
+            // A message that always fails must soon become a dead letter.
             ("MQ_RETRY_DELAYS", "200ms,1s".to_owned()),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", self.collector_link.address)),
-            // What a killed process has not sent yet is lost: that should be little.
+            // The spans that a killed process has not sent yet are lost, so there should be few of them.
             ("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned()),
-            // A line for each login would say nothing.
+            // A line for each login would tell nothing.
             ("RUST_LOG", "info,api::login=warn,mq::processing=warn".to_owned()),
             ("API_LISTEN", "127.0.0.1:0".to_owned()),
             ("USERCENTER_LISTEN", "127.0.0.1:0".to_owned()),
@@ -139,7 +140,7 @@ impl System {
         let name = service.name();
         let binary = if self.is_control && service != Service::Usercenter { "devstack" } else { name };
         let mut command = match limit {
-            // In blocks of 512 bytes. Without the trap the signal would end the service.
+            // `ulimit -f` counts blocks of 512 bytes. Without the trap, SIGXFSZ would end the service.
             Some(limit) => {
                 let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", limit * 2);
                 Process::by_shell(&script, binary, &variables)?
@@ -159,13 +160,13 @@ impl System {
         Ok(())
     }
 
-    /// Kills a service (SIGKILL), if it still runs.
+    /// Kills a service with SIGKILL, if it still runs.
     ///
     /// # Errors
-    /// If its log can't be kept.
+    /// If the service's log can't be kept.
     pub async fn kill(&mut self, service: Service) -> Result<()> {
         if let Some(mut process) = self.services[service as usize].take() {
-            // It may have ended by itself; whoever looks for that has looked.
+            // The service may have ended by itself. Only `revive` checks for that.
             let _ = process.kill().await;
             let _ = process.exit().await;
             self.keep_log(&process, "killed")?;
@@ -173,20 +174,20 @@ impl System {
         Ok(())
     }
 
-    /// Waits until a service says `text`.
+    /// Waits until a line of a service's output contains `text`.
     ///
     /// # Errors
-    /// If it doesn't.
+    /// If no line does in time.
     pub async fn said(&self, service: Service, text: &str) -> Result<()> {
         let process = self.services[service as usize].as_ref();
         process.with_context(|| format!("{} does not run", service.name()))?.said(text).await?;
         Ok(())
     }
 
-    /// The services that ended though nobody killed them, and how. They are started again.
+    /// Starts the services again that ended although they were not killed; returns which ended and how.
     ///
     /// # Errors
-    /// If one can't be started again.
+    /// If a service can't be started again.
     pub async fn revive(&mut self) -> Result<Vec<String>> {
         let mut ended = Vec::new();
         for service in Service::ALL {
@@ -200,14 +201,14 @@ impl System {
         Ok(ended)
     }
 
-    /// Stops all services in an orderly way; says which did not end well.
+    /// Stops all services with SIGTERM; returns those that did not end with success.
     ///
     /// # Errors
     /// If a log can't be kept.
     pub async fn stop(&mut self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         if self.is_control {
-            // It knows no orderly end.
+            // The control doesn't handle SIGTERM.
             for service in Service::ALL {
                 self.kill(service).await?;
             }
@@ -224,19 +225,19 @@ impl System {
         Ok(wrong)
     }
 
-    /// The database of mq.
+    /// Returns the path of mq's database.
     pub fn database(&self) -> PathBuf {
         self.directory.path().join("data/mq.db")
     }
 
-    /// The largest file that api keeps, in kilobytes.
+    /// Returns the size of api's largest file, in kilobytes.
     pub fn spool_size(&self) -> u64 {
         let files = fs::read_dir(self.directory.path().join("data")).into_iter().flatten().flatten();
         let of_api = files.filter(|file| !file.file_name().to_string_lossy().starts_with("mq.db"));
         of_api.filter_map(|file| Some(file.metadata().ok()?.len() / 1024)).max().unwrap_or_default()
     }
 
-    /// Keeps the directory with logs and data, and tells where.
+    /// Keeps the directory of logs and data; returns its path.
     pub fn keep(self) -> PathBuf {
         self.directory.keep()
     }

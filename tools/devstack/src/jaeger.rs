@@ -1,14 +1,16 @@
-//! Reads a trace from Jaeger's query API: from a real Jaeger, or from what `cargo dev` has in its place.
+//! Reads a trace from Jaeger's query API, of a real Jaeger or of the backend that `cargo dev` runs in its
+//! place.
 
 use anyhow::{Result, ensure};
 use harness::{client::Client, trace::Span};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The spans that `jaeger` (a URL) has of a trace so far; none if it doesn't know it.
+/// Returns the spans that Jaeger at the URL `jaeger` has of a trace so far, or no spans if it doesn't know
+/// the trace.
 ///
 /// # Errors
-/// If there is no answer, or another one than Jaeger gives.
+/// If there is no response, or if it is not one that Jaeger gives.
 pub async fn trace(client: &Client, jaeger: &str, trace_id: &str) -> Result<Vec<Span>> {
     let answer = client.get(&format!("{jaeger}/api/traces/{trace_id}")).await?;
     if answer.status == 404 {
@@ -26,12 +28,13 @@ fn spans(trace: &Value) -> Vec<Span> {
     spans.into_iter().flatten().map(|span| to_span(span, &trace["processes"])).collect()
 }
 
-/// Jaeger keeps kind and status as tags: here they are what they were in OTLP.
+/// Converts a span from Jaeger's JSON. Jaeger keeps kind and status as tags; here they are fields again, as
+/// in OTLP.
 fn to_span(span: &Value, processes: &Value) -> Span {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let process = &processes[span["processID"].as_str().unwrap_or_default()];
     let references: Vec<_> = span["references"].as_array().into_iter().flatten().collect();
-    // Links are references, too, FOLLOWS_FROM.
+    // A link is a reference too, of the type FOLLOWS_FROM.
     let is_parent =
         |reference: &&Value| reference["traceID"] == span["traceID"] && reference["refType"] == "CHILD_OF";
     let parent = references.iter().position(is_parent);
@@ -67,7 +70,7 @@ fn to_span(span: &Value, processes: &Value) -> Span {
         resource: tags(&process["tags"]),
         events: span["logs"].as_array().into_iter().flatten().map(event).collect(),
         links: links.map(|(_, link)| (text(&link["traceID"]), text(&link["spanID"]))).collect(),
-        // Jaeger doesn't give them.
+        // Jaeger's JSON has no flags.
         flags: 0,
     }
 }

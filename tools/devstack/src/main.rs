@@ -4,7 +4,7 @@
 //! - [`verify`]: checks a running system against the contract, with [`jaeger`]
 //! - the other commands are in the crates `broker`, `backend`, `chaos` and `bench`
 //!
-//! The end-to-end tests of the services are in `tests/`; they stand on the crate `harness`.
+//! The end-to-end tests of the services are in `tests/`, and use the crate `harness`.
 
 mod dev;
 mod jaeger;
@@ -46,7 +46,8 @@ enum Tool {
     /// What `chaos --control` starts in place of api and mq.
     #[command(hide = true, subcommand)]
     Control(chaos::control::Service),
-    /// Measure what traces cost, and traces with metrics and logs: the three services on a real broker, under load.
+    /// Measure what traces cost, and traces with metrics and logs: the three services on a real broker,
+    /// under load.
     Bench(bench::Options),
     /// Measure whether the embedded broker is as fast as RabbitMQ.
     BenchBroker(bench::broker::Options),
@@ -95,7 +96,7 @@ async fn backend(addresses: Addresses) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// SIGINT and SIGTERM, caught from the moment this is made.
+/// Streams of SIGINT and SIGTERM, which are caught from the moment this is made.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,

@@ -1,5 +1,5 @@
-//! `cargo dev verify`: logs in to a running system, wherever it runs, and checks what Jaeger has of it
-//! against the contract: names, kinds, parents, services, attributes, error paths.
+//! `cargo dev verify`: logs in to a running system, wherever it runs, and checks the spans that Jaeger has of
+//! the login against the contract: names, kinds, parents, services, attributes and error paths.
 
 use crate::jaeger;
 use anyhow::{Context, Result, ensure};
@@ -42,14 +42,14 @@ fn base_url(url: &str) -> Result<String, &'static str> {
     }
 }
 
-/// What a request to api must leave.
+/// A request to api, and the response and the spans that it must produce.
 struct Case {
     name: &'static str,
     body: String,
     status: u16,
-    /// As [`trace::tree`] draws it; indentation by the source code is ignored.
+    /// The expected tree, as [`trace::tree`] draws it. The indentation of the source code is ignored.
     tree: &'static str,
-    /// Span name, attribute, value; any value if it is empty.
+    /// Span name, attribute and value of each expected attribute. An empty value stands for any value.
     attributes: &'static [(&'static str, &'static str, &'static str)],
 }
 
@@ -110,10 +110,10 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Checks every case; success if all are as they should be.
+/// Checks every case; returns success if all responses and traces are as expected.
 ///
 /// # Errors
-/// If nothing answers.
+/// If api or Jaeger doesn't respond.
 pub async fn run(options: Options) -> Result<ExitCode> {
     let client = Client::new();
     let mut out = io::stdout();
@@ -143,7 +143,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Makes the request, and waits for its trace: until it is as expected, or for as long as it may take.
+/// Sends the request, then waits until its trace is as expected, for at most `options.patience` seconds.
 async fn attempt(client: &Client, options: &Options, case: &Case) -> Result<(Answer, Vec<Span>)> {
     let url = format!("{}/usercenter/v1/user/login", options.api);
     let headers = [("content-type", "application/json"), ("user-agent", "throughline-verify")];
@@ -151,18 +151,18 @@ async fn attempt(client: &Client, options: &Options, case: &Case) -> Result<(Ans
     let trace_id = answer.trace_id();
     ensure!(!trace_id.is_empty(), "{url} answered {} without a traceparent: is that api?", answer.status);
 
-    // Fails at once if there is no Jaeger.
+    // This first query fails at once if there is no Jaeger.
     let mut spans = jaeger::trace(client, &options.jaeger, &trace_id).await.context("asking Jaeger")?;
     let complete = poll(Duration::from_secs(options.patience), async || {
         spans = jaeger::trace(client, &options.jaeger, &trace_id).await.unwrap_or_default();
         (trace::tree(&spans, "") == trace::dedent(case.tree)).then_some(())
     });
-    // If it doesn't come, the difference is what is told.
+    // If the trace doesn't become as expected, the caller reports the differences.
     let _ = complete.await;
     Ok((answer, spans))
 }
 
-/// What is not as it should be, line by line; empty if all is.
+/// Returns how the response and the spans differ from the case, a line for each difference.
 fn differences(case: &Case, answer: &Answer, spans: &[Span]) -> String {
     let mut out = String::new();
     if answer.status != case.status {

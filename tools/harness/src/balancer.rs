@@ -1,8 +1,8 @@
-//! A small balancer for tests of what a real one does to a service; for development only.
+//! A small load balancer, with which tests see how a real one treats a service; for development only.
 //!
-//! It works by connection, so HTTP/1.1 and gRPC are the same to it: each new connection goes to the next
-//! instance in turn that is ready, or to the one after if that takes no connection. If none is ready it
-//! tries them all, since one that is not quite ready is better than none.
+//! The balancer distributes connections, so it treats HTTP/1.1 and gRPC alike. Each new connection goes to
+//! the next ready instance in turn, or to the one after that if the instance refuses it. If no instance is
+//! ready, the balancer tries all of them, because an instance that is not quite ready is better than none.
 
 use anyhow::Result;
 use loopback::{background::Background, client::Client};
@@ -20,13 +20,13 @@ use tokio::{
     time::{interval, timeout},
 };
 
-/// How often each instance is asked.
+/// The interval between two health checks of an instance.
 pub const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How long it may take to answer.
+/// How long an instance may take to answer a health check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How an instance tells whether it is ready.
+/// The health check that tells whether an instance is ready.
 #[derive(Debug, Clone, Copy)]
 pub enum Check {
     /// `GET /readyz`
@@ -35,9 +35,9 @@ pub enum Check {
     Grpc,
 }
 
-/// Stops with its owner, its connections included.
+/// A running balancer. When it is dropped, it stops and closes its connections.
 pub struct Balancer {
-    /// Where it listens.
+    /// The address that the balancer listens on.
     pub address: SocketAddr,
     instances: Arc<Instances>,
     _runtime: Background,
@@ -55,10 +55,10 @@ struct Instance {
 }
 
 impl Balancer {
-    /// Listens on a free port, for these instances.
+    /// Listens on a free port and balances between these instances.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub fn start(check: Check, addresses: &[SocketAddr]) -> Result<Self> {
         let instance = |address: &SocketAddr| Instance {
             address: *address,
@@ -83,12 +83,12 @@ impl Balancer {
         Ok(Self { address, instances, _runtime: runtime })
     }
 
-    /// Whether each instance is ready, in the order in which they were given.
+    /// Returns whether each instance is ready, in the order in which the instances were given.
     pub fn ready(&self) -> Vec<bool> {
         self.instances.all.iter().map(|instance| instance.is_ready.load(Relaxed)).collect()
     }
 
-    /// How many connections each instance has been given.
+    /// Returns how many connections each instance has been given.
     pub fn connections(&self) -> Vec<usize> {
         self.instances.all.iter().map(|instance| instance.connections.load(Relaxed)).collect()
     }
@@ -102,8 +102,8 @@ impl Instances {
             interval.tick().await;
             let is_ready = timeout(CHECK_TIMEOUT, async {
                 match check {
-                    // A connection of its own for every check: a kept one would speak for an instance that
-                    // takes no new ones.
+                    // Each check opens its own connection, because a kept-alive connection would still
+                    // succeed on an instance that accepts no new connections.
                     Check::Http => Client::new()
                         .get(&format!("http://{}/readyz", instance.address))
                         .await

@@ -1,5 +1,5 @@
-//! Certificates for tests of TLS: two authorities, of which one is trusted, and what goes wrong with
-//! certificates.
+//! Certificates for tests of TLS: two authorities, of which only one is trusted, and certificates with the
+//! usual faults.
 
 use anyhow::Result;
 use rcgen::{
@@ -9,32 +9,32 @@ use rcgen::{
 use std::fs;
 use tempfile::TempDir;
 
-/// PEM files, for as long as this lives.
+/// A directory of PEM files, which is deleted when this is dropped.
 pub struct Certificates {
     directory: TempDir,
     authority: CertifiedIssuer<'static, KeyPair>,
     unknown: CertifiedIssuer<'static, KeyPair>,
 }
 
-/// How a certificate is.
+/// What is right or wrong with a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// For `localhost`, 127.0.0.1 and ::1; for servers and for clients.
+    /// Valid for `localhost`, 127.0.0.1 and ::1, for servers and for clients.
     Good,
-    /// For another host.
+    /// Valid for another host.
     WrongName,
-    /// Valid until long ago.
+    /// Expired long ago.
     Expired,
     /// Issued by an authority that nobody trusts.
     UnknownIssuer,
 }
 
-/// A certificate's file, and that of its key.
+/// The file of a certificate and the file of its key.
 #[derive(Debug, Clone)]
 pub struct Files {
-    /// The certificate.
+    /// The path of the certificate.
     pub certificate: String,
-    /// Its key.
+    /// The path of its key.
     pub key: String,
 }
 
@@ -42,7 +42,7 @@ impl Certificates {
     /// Makes both authorities.
     ///
     /// # Errors
-    /// If there is no room for files.
+    /// If the files can't be written.
     pub fn new() -> Result<Self> {
         let certificates = Self {
             directory: TempDir::new()?,
@@ -53,20 +53,20 @@ impl Certificates {
         Ok(certificates)
     }
 
-    /// The file of the authority that is trusted.
+    /// Returns the path of the trusted authority's certificate.
     pub fn ca(&self) -> String {
         self.path("ca.pem")
     }
 
-    /// A path for a file beside the others.
+    /// Returns the path of a file with this name in the same directory.
     pub fn path(&self, name: &str) -> String {
         self.directory.path().join(name).display().to_string()
     }
 
-    /// Makes a certificate.
+    /// Issues a certificate and writes its files.
     ///
     /// # Errors
-    /// If there is no room for files.
+    /// If the files can't be written.
     pub fn issue(&self, kind: Kind) -> Result<Files> {
         let names: &[&str] = match kind {
             Kind::WrongName => &["elsewhere.example"],

@@ -1,4 +1,4 @@
-//! mq's database, as a test looks into it and spoils it: there is no hook for that in mq itself.
+//! mq's database, which a test reads and makes fail from outside, because mq itself has no hook for that.
 
 use anyhow::Result;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, sqlite::SqliteConnectOptions};
@@ -6,33 +6,33 @@ use tempfile::TempDir;
 
 /// A database that outlives the mq that uses it.
 pub struct Database {
-    /// For `MQ_DATABASE_URL`.
+    /// The value for `MQ_DATABASE_URL`.
     pub url: String,
     directory: TempDir,
 }
 
 impl Database {
-    /// A place for one. mq makes it.
+    /// Makes a place for a database. mq creates the database itself.
     ///
     /// # Errors
-    /// If there is no room.
+    /// If the directory can't be created.
     pub fn new() -> Result<Self> {
         let directory = TempDir::new()?;
-        // Its folder is not there either.
+        // The folder `data` doesn't exist yet either, so mq has to create it.
         let url = format!("sqlite://{}", directory.path().join("data/mq.db").display());
         Ok(Self { url, directory })
     }
 
-    /// A connection of the test's own.
+    /// Opens a connection for the test.
     ///
     /// # Errors
-    /// If mq has not made the database yet.
+    /// If mq has not created the database yet.
     pub async fn connect(&self) -> Result<SqliteConnection> {
         let file = self.directory.path().join("data/mq.db");
         Ok(SqliteConnectOptions::new().filename(file).connect().await?)
     }
 
-    /// Makes every login of `mobile` fail, with an error text that names it.
+    /// Makes every login of `mobile` fail, with an error text that contains the number.
     ///
     /// # Errors
     /// If the database can't be used.
@@ -54,17 +54,17 @@ impl Database {
         Ok(())
     }
 
-    /// Holds the database for this process alone until the connection is dropped.
+    /// Locks the database until the returned connection is dropped, so that no other process can use it.
     ///
     /// # Errors
-    /// If it can't be had.
+    /// If the lock can't be taken.
     pub async fn lock(&self) -> Result<SqliteConnection> {
         let mut connection = self.connect().await?;
         sqlx::query("BEGIN EXCLUSIVE").execute(&mut connection).await?;
         Ok(connection)
     }
 
-    /// How often `mobile` has logged in, by the count and by the history, which must be the same.
+    /// Returns the number of logins of `mobile`, by the count and by the history. The two must be equal.
     ///
     /// # Errors
     /// If the database can't be used.

@@ -1,8 +1,8 @@
-//! Ends services whose parent was killed, and so could not end them itself.
+//! Ends the services of a process that was killed and so could not end them itself.
 //!
-//! A shell waits beside this process, at the other end of a pipe. It is told of each service that starts and
-//! of each that is not ours any more. When the pipe ends, however this process did, it ends those that are
-//! left.
+//! A shell waits beside this process, at the other end of a pipe. Through the pipe, this process reports each
+//! service that it starts, and each that has ended. The pipe closes when this process ends, in whatever way.
+//! Then the shell ends the services that are left.
 
 use std::{
     io::Write,
@@ -22,13 +22,13 @@ done
 [ "$ours" = ' ' ] || kill $ours
 "#;
 
-/// Says that a process was started, and when this is dropped, that it has ended.
+/// Reports that a process was started and, when the returned value is dropped, that it has ended.
 pub(crate) fn watch(pid: u32) -> Watched {
     tell("born", pid);
     Watched(pid)
 }
 
-/// A process that ends with this one.
+/// A process that ends at the latest when this process does.
 pub(crate) struct Watched(u32);
 
 impl Drop for Watched {
@@ -37,7 +37,8 @@ impl Drop for Watched {
     }
 }
 
-/// Without a shell there is nobody to tell, and services outlive a parent that is killed.
+/// Sends the shell a line. If the shell could not be started, nothing is sent, and services outlive a killed
+/// parent.
 fn tell(what: &str, pid: u32) {
     static SHELL: OnceLock<Option<Mutex<ChildStdin>>> = OnceLock::new();
 
@@ -50,6 +51,6 @@ fn tell(what: &str, pid: u32) {
 fn start() -> std::io::Result<Child> {
     let mut shell = Command::new("sh");
     shell.args(["-c", SCRIPT]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    // What a terminal sends to this process must not end the shell before it.
+    // A signal from the terminal to this process must not end the shell first.
     shell.process_group(0).spawn()
 }

@@ -23,7 +23,7 @@ use tokio::{
     time::timeout,
 };
 
-/// The beginnings of the variables that services read.
+/// The prefixes of the variables that services read.
 const THEIRS: [&str; 11] = [
     "ACCESS_",
     "AMQP_",
@@ -40,46 +40,47 @@ const THEIRS: [&str; 11] = [
 
 /// A running service. It is killed with its last owner.
 pub struct Process {
-    /// Its name: that of its binary.
+    /// The service's name, which is also the name of its binary.
     pub name: &'static str,
-    /// Where it listens.
+    /// The address that the service listens on.
     pub address: SocketAddr,
     child: Child,
     output: Output,
-    /// Lines that [`Process::new_lines`] has given so far.
+    /// How many lines [`Process::new_lines`] has returned so far.
     told: usize,
     readers: JoinSet<()>,
-    /// Should this process be killed, that one ends all the same.
+    /// Ends the service even if this process is killed.
     _watched: Watched,
-    /// Where it keeps what must survive it, unless the variables say otherwise.
+    /// The directory of the service's data, unless the variables name another.
     _data: Option<TempDir>,
 }
 
-/// Lines kept of what a service says; older ones are forgotten.
+/// How many lines of a service's output are kept. Older lines are dropped.
 const MAX_LINES: usize = 20_000;
 
-/// Lines of standard output and standard error, as they come.
+/// The lines of standard output and standard error, in the order of their arrival.
 #[derive(Clone, Default)]
 struct Output(Arc<Mutex<Lines>>);
 
 #[derive(Default)]
 struct Lines {
     kept: VecDeque<String>,
-    /// How many there were in all.
+    /// How many lines there were in all, with those that were dropped.
     count: usize,
 }
 
 impl Process {
-    /// Starts a service on a free port, with these variables and nothing else from `OTEL_*` and the
-    /// like; returns once it listens.
+    /// Starts a service on a free port, with these variables and no others that services read (such as
+    /// `OTEL_*`). Returns once the service listens.
     ///
     /// # Errors
-    /// If it doesn't: then with what it said.
+    /// If the service doesn't listen; the error contains its output.
     pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Self> {
         Self::start_with_data(name, Self::command(name, variables)?, variables).await
     }
 
-    /// The same, by a shell that runs this script with the service's binary as `$0`.
+    /// Does the same as [`Process::start`], by a shell that runs this script with the service's binary as
+    /// `$0`.
     ///
     /// # Errors
     /// As for [`Process::start`].
@@ -95,16 +96,16 @@ impl Process {
         command.env("API_LISTEN", "127.0.0.1:0").env("USERCENTER_LISTEN", "127.0.0.1:0");
         command.env("MQ_LISTEN", "127.0.0.1:0");
         let data = data_of(&mut command)?;
-        // What the caller gave wins.
+        // The caller's variables take precedence.
         command.envs(variables.iter().copied());
         Ok(Self { _data: Some(data), ..Self::start_command(name, command).await? })
     }
 
-    /// Starts a command from [`Process::command`] or [`Process::by_shell`], with whatever its owner added to
-    /// it; returns once it listens.
+    /// Starts a command from [`Process::command`] or [`Process::by_shell`], to which the caller may have
+    /// added. Returns once the service listens.
     ///
     /// # Errors
-    /// If it doesn't: then with what it said.
+    /// If the service doesn't listen; the error contains its output.
     pub async fn start_command(name: &'static str, command: Command) -> Result<Self> {
         let mut process = Self::spawn(name, ([127, 0, 0, 1], 0).into(), command)?;
         let output = process.output.clone();
@@ -120,11 +121,11 @@ impl Process {
         }
     }
 
-    /// Starts a service that will listen on `address`, with this process's environment and these
-    /// variables. Signals that a terminal sends to this process don't reach it.
+    /// Starts a service that will listen on `address`, with this process's environment and these variables. A
+    /// signal from the terminal to this process doesn't reach the service.
     ///
     /// # Errors
-    /// If it can't be started.
+    /// If the service can't be started.
     pub fn start_beside(name: &'static str, address: SocketAddr, variables: &[(&str, &str)]) -> Result<Self> {
         let mut command = Command::new(binary(name)?);
         let data = data_of(&mut command)?;
@@ -143,7 +144,7 @@ impl Process {
         Ok(Self { name, address, child, output, told: 0, readers, _watched: watched, _data: None })
     }
 
-    /// The command of a service, its output piped.
+    /// Returns the command of a service, with its output piped.
     ///
     /// # Errors
     /// If the services can't be built.
@@ -151,7 +152,7 @@ impl Process {
         Ok(Self::isolated(binary(name)?, variables))
     }
 
-    /// The command of a shell that runs this script with the service's binary as `$0`.
+    /// Returns the command of a shell that runs this script with the service's binary as `$0`.
     ///
     /// # Errors
     /// If the services can't be built.
@@ -178,17 +179,17 @@ impl Process {
         command
     }
 
-    /// Its process id.
+    /// Returns the service's process id.
     pub fn id(&self) -> u32 {
         self.child.id().unwrap_or_default()
     }
 
-    /// Everything it said so far.
+    /// Returns all output that is kept.
     pub fn output(&self) -> String {
         self.output.text()
     }
 
-    /// What it said since the last call.
+    /// Returns the lines of output since the last call.
     pub fn new_lines(&mut self) -> Vec<String> {
         let lines = self.output.lock();
         let new = lines.kept.iter().skip(lines.kept.len() - (lines.count - self.told).min(lines.kept.len()));
@@ -197,50 +198,50 @@ impl Process {
         new
     }
 
-    /// The last so many lines that it said.
+    /// Returns the last `count` lines of output.
     pub fn last_lines(&self, count: usize) -> String {
         let lines = self.output.lock();
         let last: Vec<_> = lines.kept.iter().skip(lines.kept.len().saturating_sub(count)).cloned().collect();
         last.join("\n")
     }
 
-    /// How it ended, if it has.
+    /// Returns the exit status, if the process has ended.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Waits until it says `text`; returns the line.
+    /// Waits until a line of output contains `text`; returns the line.
     ///
     /// # Errors
-    /// If it doesn't.
+    /// If no line does in time.
     pub async fn said(&self, text: &str) -> Result<String> {
         let line = poll(PATIENCE, async || self.output.find(text)).await;
         line.with_context(|| format!("{} did not say {text:?}:\n{}", self.name, self.output()))
     }
 
-    /// Sends a signal, as `kill` names it.
+    /// Sends a signal, named as for `kill`.
     ///
     /// # Errors
-    /// If the process is gone.
+    /// If the process has ended.
     pub async fn signal(&self, signal: &str) -> Result<()> {
         let kill = Command::new("kill").arg(format!("-{signal}")).arg(self.id().to_string()).status().await?;
         ensure!(kill.success(), "kill -{signal} {}", self.name);
         Ok(())
     }
 
-    /// Sends SIGTERM and waits for the end.
+    /// Sends SIGTERM and waits until the process has ended.
     ///
     /// # Errors
-    /// If it does not end.
+    /// If the process doesn't end in time.
     pub async fn stop(&mut self) -> Result<ExitStatus> {
         self.signal("TERM").await?;
         self.exit().await
     }
 
-    /// Waits for the end, and until everything it said is read.
+    /// Waits until the process has ended and all of its output is read.
     ///
     /// # Errors
-    /// If it does not end.
+    /// If the process doesn't end in time.
     pub async fn exit(&mut self) -> Result<ExitStatus> {
         let exit = timeout(PATIENCE, self.child.wait()).await;
         let exit = exit.with_context(|| format!("{} does not end:\n{}", self.name, self.output.text()))?;
@@ -248,10 +249,10 @@ impl Process {
         Ok(exit?)
     }
 
-    /// Ends it at once, as a crash would.
+    /// Kills the process, as a crash would end it.
     ///
     /// # Errors
-    /// If it is gone already.
+    /// If the process has ended already.
     pub async fn kill(&mut self) -> Result<()> {
         Ok(self.child.kill().await?)
     }
@@ -286,7 +287,7 @@ impl Output {
     }
 }
 
-/// A place for what the service keeps: it goes with the process.
+/// Makes a directory for the service's data, which is deleted with the process.
 fn data_of(command: &mut Command) -> Result<TempDir> {
     let data = TempDir::new()?;
     command.env("API_DATA_DIR", data.path());
@@ -294,23 +295,23 @@ fn data_of(command: &mut Command) -> Result<TempDir> {
     Ok(data)
 }
 
-/// The address in a line like `listening address=127.0.0.1:1234`, or the same as JSON.
+/// Reads the address from a line such as `listening address=127.0.0.1:1234`, or from the same line as JSON.
 fn address(line: &str) -> Option<SocketAddr> {
     let (_, rest) = line.split_once("\"address\":\"").or_else(|| line.split_once("address="))?;
     rest.split([' ', '"', '\x1b']).next()?.parse().ok()
 }
 
-/// The command of an example of the crate `telemetry`, its output piped.
+/// Returns the command of an example of the crate `telemetry`, with its output piped.
 ///
 /// # Errors
-/// If it can't be built.
+/// If the example can't be built.
 pub fn example(name: &str, variables: &[(&str, &str)]) -> Result<Command> {
     let built = build(&["--example", name])?;
     let binary = built.get(name).cloned().with_context(|| format!("there is no example {name}"))?;
     Ok(Process::isolated(binary, variables))
 }
 
-/// The path of a service's binary. The first call builds all three.
+/// Returns the path of a service's binary. The first call builds all three services.
 ///
 /// # Errors
 /// If the services can't be built.
@@ -322,16 +323,18 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     binaries.get(name).cloned().with_context(|| format!("there is no binary {name}"))
 }
 
-/// Builds, with the profile of this program; the binaries by name.
+/// Builds with the profile of this program; returns the paths of the binaries by name.
 fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = std::process::Command::new(cargo);
-    // All of the workspace: the same features as those of `cargo build` there, so that little is built twice.
+    // Builds the whole workspace, so that cargo enables the same features as `cargo build` there and builds
+    // little twice.
     build.args(["build", "--workspace", "--message-format=json-render-diagnostics"]).args(what);
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }
-    // What cargo tells a test about its package would make ring, and all that needs it, be built anew.
+    // The variables that cargo sets for a test's package would make cargo rebuild ring and all that depends
+    // on it.
     for (variable, _) in env::vars_os() {
         if variable.to_string_lossy().starts_with("CARGO_PKG_") {
             build.env_remove(variable);

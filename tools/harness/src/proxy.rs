@@ -1,6 +1,6 @@
-//! A TCP proxy that a test puts between two programs, and that fails as networks do: connections are
-//! reset, refused, slowed down, or stay open and go silent. On a link that speaks AMQP it can also stop at
-//! a certain method, so that a crash happens at a moment that is known exactly.
+//! A TCP proxy that a test puts between two programs, and that fails in the ways in which networks fail: it
+//! resets connections, refuses them, slows them down, or keeps them open and passes nothing. On a link that
+//! speaks AMQP, it can also withhold a certain method, so that a crash happens at an exactly known moment.
 
 use anyhow::Result;
 use bytes::{Bytes, BytesMut};
@@ -22,33 +22,33 @@ use tokio::{
     time::sleep,
 };
 
-/// A proxy. It ends with its owner, and its connections with it.
+/// A running proxy. When it is dropped, it stops and its connections end.
 pub struct Proxy {
-    /// Where it listens.
+    /// The address that the proxy listens on.
     pub address: SocketAddr,
     link: Arc<Link>,
     _runtime: Background,
 }
 
-/// A side of a connection.
+/// One side of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The one that connected.
+    /// The side that connected.
     Client,
-    /// The other one.
+    /// The side that accepted the connection.
     Server,
 }
 
-/// What an AMQP method is called in a frame: the ids of its class and of itself.
+/// An AMQP method as a frame names it: the class id and the method id.
 pub type MethodId = (u16, u16);
 
-/// `basic.ack`: from a client it settles deliveries, from the broker it confirms messages.
+/// `basic.ack`, with which a client settles deliveries and the broker confirms messages.
 pub const BASIC_ACK: MethodId = (60, 80);
 
 struct Link {
     target: Mutex<SocketAddr>,
     mode: watch::Sender<Mode>,
-    /// Counts resets; a connection of an earlier count is over.
+    /// Counts resets. A connection ends when the count changes.
     resets: watch::Sender<u64>,
     trap: Mutex<Option<Trap>>,
     follows_amqp: bool,
@@ -62,7 +62,7 @@ enum Mode {
     Slow(Duration),
 }
 
-/// A frame that is waited for.
+/// The frame to withhold.
 struct Trap {
     from: Side,
     method: MethodId,
@@ -73,12 +73,12 @@ impl Proxy {
     /// Listens on a free port of 127.0.0.1, for connections to `target`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub fn start(target: SocketAddr) -> Result<Self> {
         Self::start_link(target, false)
     }
 
-    /// The same for AMQP: passes whole frames only, and can [withhold](Proxy::withhold) one.
+    /// Does the same for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) one of them.
     ///
     /// # Errors
     /// If there is no free port.
@@ -101,42 +101,42 @@ impl Proxy {
         Ok(Self { address, link, _runtime: runtime })
     }
 
-    /// Where connections go from now on.
+    /// Sends new connections to `target` from now on.
     pub fn lead_to(&self, target: SocketAddr) {
         *lock(&self.link.target) = target;
     }
 
-    /// Resets every connection (RST); new ones are taken.
+    /// Resets every connection (RST). New connections are accepted.
     pub fn cut(&self) {
         self.link.resets.send_modify(|resets| *resets += 1);
     }
 
-    /// Resets every connection, and new ones as soon as they are made.
+    /// Resets every connection, and each new one as soon as it is accepted.
     pub fn refuse(&self) {
         self.link.mode.send_replace(Mode::Refusing);
         self.cut();
     }
 
-    /// Goes silent: connections stay open, new ones are taken, and nothing passes in either direction.
+    /// Goes silent: connections stay open and new ones are accepted, but nothing passes in either direction.
     pub fn freeze(&self) {
         self.link.mode.send_replace(Mode::Frozen);
     }
 
-    /// Passes everything, but each piece this much later.
+    /// Passes everything, but delays each piece by `latency`.
     pub fn slow_down(&self, latency: Duration) {
         self.link.mode.send_replace(Mode::Slow(latency));
     }
 
-    /// Behaves from now on. What was sent into a frozen connection arrives, as it does when packets get
-    /// through again.
+    /// Passes everything again. The bytes that were sent into a frozen connection arrive, as they do when
+    /// packets get through again.
     pub fn restore(&self) {
         self.link.mode.send_replace(Mode::Open);
         lock(&self.link.trap).take();
     }
 
-    /// Waits for a method from one side. It is not passed on, and nothing else on that connection in that
-    /// direction: who waits for it waits until the connection is cut. The answer comes when it is there,
-    /// and never if the proxy is [restored](Proxy::restore) before.
+    /// Waits for a method from one side and withholds it, together with everything after it on that
+    /// connection in that direction, until the connection is cut. The returned receiver gets a value when the
+    /// proxy has the method, and never does if the proxy is [restored](Proxy::restore) first.
     pub fn withhold(&self, from: Side, method: MethodId) -> oneshot::Receiver<()> {
         let (sprung, answer) = oneshot::channel();
         *lock(&self.link.trap) = Some(Trap { from, method, sprung });
@@ -159,24 +159,25 @@ async fn serve(mut client: TcpStream, link: Arc<Link>) -> io::Result<()> {
     let mut resets = link.resets.subscribe();
     client.set_nodelay(true)?;
     let carried = select! {
-        // The reset first: it may come together with the end of a freeze, and then nothing may pass.
+        // Checks for a reset first, because a reset may come together with the end of a freeze, and then
+        // nothing may pass.
         biased;
         _ = resets.changed() => Err(io::ErrorKind::ConnectionReset.into()),
         carried = carry(&mut client, &link) => carried,
     };
     if carried.is_err() {
-        // Closed now, it sends RST.
+        // With a linger time of zero, closing the connection sends RST.
         client.set_zero_linger()?;
     }
     carried
 }
 
-/// Until one side closes the connection.
+/// Carries bytes both ways until one side closes the connection.
 async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
     link.pass().await?;
     let target = *lock(&link.target);
     let server = if target.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // If this is dropped midway, by a reset, the other side gets RST as well: from the first moment on.
+    // A reset drops this future, at any moment. Then the other side must get RST too.
     server.set_zero_linger()?;
     let mut server = server.connect(target).await?;
     server.set_nodelay(true)?;
@@ -187,13 +188,13 @@ async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
         ended = pump(Side::Server, server_read, client_write, link) => ended,
     };
     if carried.is_ok() {
-        // An orderly end is passed on as one.
+        // An orderly end of one side is passed on to the other.
         server.shutdown().await?;
     }
     carried
 }
 
-/// Carries what one side sends, until it has nothing more to send.
+/// Carries the bytes from one side until that side has no more to send.
 async fn pump(from: Side, mut read: ReadHalf<'_>, mut write: WriteHalf<'_>, link: &Link) -> io::Result<()> {
     let mut frames = Frames { buffer: BytesMut::new(), is_begun: from == Side::Server };
     loop {
@@ -216,7 +217,7 @@ async fn pump(from: Side, mut read: ReadHalf<'_>, mut write: WriteHalf<'_>, link
 }
 
 impl Link {
-    /// Waits until something may pass; an error if nothing will.
+    /// Waits until bytes may pass; returns an error if the connection is to be refused.
     async fn pass(&self) -> io::Result<()> {
         let mode =
             *self.mode.subscribe().wait_for(|mode| *mode != Mode::Frozen).await.map_err(io::Error::other)?;
@@ -230,26 +231,26 @@ impl Link {
         }
     }
 
-    /// Whether this is the frame that is waited for.
+    /// Returns whether this is the frame to withhold.
     fn springs(&self, from: Side, method: MethodId) -> bool {
         let mut trap = lock(&self.trap);
         match trap.take_if(|trap| trap.from == from && trap.method == method) {
-            // If nobody waits any longer, it passes.
+            // If the receiver was dropped, the frame passes.
             Some(trap) => trap.sprung.send(()).is_ok(),
             None => false,
         }
     }
 }
 
-/// Bytes of AMQP, taken frame by frame (specification, section 4.2.3).
+/// Received bytes of AMQP, from which whole frames are taken (specification, section 4.2.3).
 struct Frames {
     buffer: BytesMut,
-    /// Whether what comes are frames: a client sends the protocol's header first.
+    /// Whether the next bytes are a frame. A client first sends the protocol header.
     is_begun: bool,
 }
 
 impl Frames {
-    /// The next piece that is complete, and its method if it has one.
+    /// Takes the next complete frame (or protocol header), and its method if it has one.
     fn next(&mut self) -> Option<(Option<MethodId>, Bytes)> {
         const PROTOCOL_HEADER: usize = 8;
         const METHOD: u8 = 1;
@@ -266,7 +267,7 @@ impl Frames {
             }
             _ => None,
         };
-        // The head, the payload, the end mark.
+        // The frame's header, its payload and its end mark.
         let length = 7 + size + 1;
         (self.buffer.len() >= length).then(|| (method, self.buffer.split_to(length).freeze()))
     }
@@ -290,7 +291,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
     const A_WHILE: Duration = Duration::from_millis(200);
 
-    /// A connection through a proxy: its client's side and its server's.
+    /// Opens a connection through a proxy; returns the client's side and the server's side of it.
     async fn connection() -> (Proxy, TcpStream, TcpStream) {
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = Proxy::start(server.local_addr().unwrap()).unwrap();
@@ -341,7 +342,7 @@ mod tests {
         let (proxy, mut client, _server) = connection().await;
         proxy.refuse();
         assert_eq!(read(&mut client).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-        // The reset may come before `connect` returns, or after.
+        // The reset may come before `connect` returns, or after it.
         let refused = match TcpStream::connect(proxy.address).await {
             Ok(mut other) => read(&mut other).await.unwrap_err(),
             Err(error) => error,

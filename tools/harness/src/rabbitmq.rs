@@ -1,5 +1,5 @@
-//! A RabbitMQ node of this program's own: with its own name, ports and directory, so that it can be killed
-//! without harm to any other on this machine.
+//! A RabbitMQ node that belongs to this program. It has its own name, ports and directory, so that killing it
+//! does no harm to another node on this machine.
 
 use crate::{free_port, poll};
 use anyhow::{Context, Result, bail, ensure};
@@ -14,33 +14,33 @@ use std::{
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
-/// Where the Debian package has its scripts: those in the path change to another user.
+/// The Debian package's script directory. The scripts in `PATH` are wrappers that switch to another user.
 const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 
-/// Erlang and RabbitMQ take seconds to start.
+/// How long a start may take. Erlang and RabbitMQ need seconds.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// A node. It is killed with its owner, and its data is removed.
+/// A RabbitMQ node. When it is dropped, the node is killed and its data deleted.
 pub struct Node {
-    /// Where it listens for AMQP, whenever it is up.
+    /// The address that the node listens on for AMQP while it is up.
     pub address: SocketAddr,
     name: String,
     directory: TempDir,
     distribution_port: u16,
-    /// Leads a process group of its own: the script and what it starts.
+    /// The leader of a process group, to which the script and the processes that it starts belong.
     process: Option<Child>,
 }
 
-/// Whether a node can be started on this machine.
+/// Returns whether a node can be started on this machine.
 pub fn is_installed() -> bool {
     PathBuf::from(SCRIPTS).join("rabbitmq-server").exists()
 }
 
 impl Node {
-    /// Starts a node with nothing in it, in a new directory in `parent`.
+    /// Starts an empty node, in a new directory in `parent`.
     ///
     /// # Errors
-    /// If it doesn't come up; with what it said.
+    /// If the node doesn't come up; the error contains its output.
     pub async fn start_in(parent: &Path) -> Result<Self> {
         let directory = TempDir::new_in(parent)?;
         fs::write(directory.path().join("rabbitmq.conf"), "log.console = false\n")?;
@@ -53,20 +53,20 @@ impl Node {
         Ok(node)
     }
 
-    /// Its URL.
+    /// Returns the node's URL.
     pub fn url(&self) -> String {
         format!("amqp://guest:guest@{}/%2f", self.address)
     }
 
-    /// Starts it again, with what it had on its disk.
+    /// Starts the node again, with the data on its disk.
     ///
     /// # Errors
-    /// If it doesn't come up; with what it said.
+    /// If the node doesn't come up; the error contains its output.
     pub async fn up(&mut self) -> Result<()> {
         let output =
             fs::File::options().create(true).append(true).open(self.directory.path().join("output"))?;
         let mut command = self.command("rabbitmq-server");
-        // What Ctrl-C ends is this program, which then ends the node.
+        // Ctrl-C in the terminal must end only this program, which then ends the node.
         command.stdout(output.try_clone()?).stderr(output).process_group(0);
         self.process = Some(command.spawn().context("starting rabbitmq-server")?);
         let up = poll(PATIENCE, async || {
@@ -82,10 +82,10 @@ impl Node {
         }
     }
 
-    /// Kills it, as a power cut would.
+    /// Kills the node, as a power cut would end it.
     ///
     /// # Errors
-    /// If it can't be.
+    /// If the node can't be killed.
     pub fn kill(&mut self) -> Result<()> {
         let Some(mut process) = self.process.take() else {
             return Ok(());
@@ -97,10 +97,10 @@ impl Node {
         Ok(())
     }
 
-    /// Raises the memory alarm, by a threshold that is always exceeded, or ends it.
+    /// Raises the memory alarm, by a threshold that is always exceeded, or clears it.
     ///
     /// # Errors
-    /// If the node doesn't take it.
+    /// If the node refuses the threshold.
     pub async fn set_alarm(&self, alarm: bool) -> Result<()> {
         let watermark = if alarm { "0.000001" } else { "0.8" };
         let mut command = self.command("rabbitmqctl");
@@ -114,7 +114,7 @@ impl Node {
         let at = |name: &str| self.directory.path().join(name);
         let mut command = Command::new(PathBuf::from(SCRIPTS).join(script));
         command
-            // Its own cookie is there.
+            // This directory has the node's Erlang cookie.
             .env("HOME", self.directory.path())
             .env("RABBITMQ_NODENAME", &self.name)
             .env("RABBITMQ_NODE_IP_ADDRESS", self.address.ip().to_string())

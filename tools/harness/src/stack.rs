@@ -28,7 +28,7 @@ use std::{
 use tokio::{runtime::Runtime, try_join};
 use uuid::Uuid;
 
-/// The tree of a login, as the contract has it.
+/// The trace of a login, as the contract specifies it.
 pub const LOGIN_TREE: &str = "
     api POST /usercenter/v1/user/login SERVER
       api usercenter.v1.Usercenter/GetUserByMobile CLIENT
@@ -41,7 +41,7 @@ pub const LOGIN_TREE: &str = "
 /// A mobile number of the demo directory.
 pub const KNOWN_MOBILE: &str = "13800138000";
 
-/// All of it, running.
+/// The running services, their broker and their receiver.
 pub struct Stack {
     /// The HTTP service.
     pub api: Process,
@@ -49,30 +49,30 @@ pub struct Stack {
     pub rpc: Process,
     /// The consumer.
     pub mq: Process,
-    /// Where the spans go.
+    /// The receiver of the spans.
     pub receiver: Receiver,
-    /// The broker, as a client of its own.
+    /// The broker, with a connection of the test's own.
     pub broker: TestBroker,
-    /// For requests.
+    /// The client for HTTP requests.
     pub client: Client,
 }
 
-/// What tests change: variables of one service, or of all (`*`).
+/// The variables that a test sets: the service (or `*` for all), the name and the value.
 pub type Variables<'a> = &'a [(&'a str, &'a str, &'a str)];
 
 impl Stack {
-    /// Starts all, each on free ports and with names of its own on the broker.
+    /// Starts everything, each service on a free port, with exclusive names on the broker.
     ///
     /// # Errors
-    /// If something doesn't start.
+    /// If a part doesn't start.
     pub async fn start(variables: Variables<'_>) -> Result<Self> {
         Self::start_on(TestBroker::connect().await?, variables).await
     }
 
-    /// Starts all on this broker.
+    /// Starts the services and the receiver, with this broker.
     ///
     /// # Errors
-    /// If something doesn't start.
+    /// If a part doesn't start.
     pub async fn start_on(mut broker: TestBroker, variables: Variables<'_>) -> Result<Self> {
         let receiver = Receiver::start().await?;
         if let Some((.., list)) = variables.iter().find(|(_, name, _)| *name == "MQ_RETRY_DELAYS") {
@@ -93,10 +93,10 @@ impl Stack {
         Ok(Self { api, rpc, mq, receiver, broker, client: Client::new() })
     }
 
-    /// Starts all, with a network between api and the broker that can break.
+    /// Starts everything, with a proxy between api and the broker.
     ///
     /// # Errors
-    /// If something doesn't start.
+    /// If a part doesn't start.
     pub async fn start_with_proxy(variables: Variables<'_>) -> Result<(Self, Proxy)> {
         let broker = TestBroker::connect().await?;
         let (proxy, url) = broker.proxy()?;
@@ -104,18 +104,19 @@ impl Stack {
         Ok((Self::start_on(broker, &variables).await?, proxy))
     }
 
-    /// Starts one more instance of a service beside these.
+    /// Starts another instance of a service.
     ///
     /// # Errors
-    /// If it doesn't start.
+    /// If the instance doesn't start.
     pub async fn another(&self, name: &'static str, variables: &[(&str, &str)]) -> Result<Process> {
         self.another_by("exec \"$0\"", name, variables).await
     }
 
-    /// The same, by a shell that runs this script with the service's binary as `$0`.
+    /// Does the same as [`Stack::another`], by a shell that runs this script with the service's binary as
+    /// `$0`.
     ///
     /// # Errors
-    /// If it doesn't start.
+    /// If the instance doesn't start.
     pub async fn another_by(
         &self,
         script: &str,
@@ -127,7 +128,7 @@ impl Stack {
         Process::start_by(script, name, &[settings.of(name).as_slice(), variables].concat()).await
     }
 
-    /// The URL of the login.
+    /// Returns the URL of the login.
     pub fn login_url(&self) -> String {
         format!("http://{}/usercenter/v1/user/login", self.api.address)
     }
@@ -135,7 +136,7 @@ impl Stack {
     /// Logs in.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// If there is no response.
     pub async fn login(&self, mobile: &str, headers: &[(&str, &str)]) -> Result<Answer> {
         let body = serde_json::json!({ "mobile": mobile }).to_string();
         self.post(&body, headers).await
@@ -144,16 +145,16 @@ impl Stack {
     /// Posts this body, as JSON, to the login.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// If there is no response.
     pub async fn post(&self, body: &str, headers: &[(&str, &str)]) -> Result<Answer> {
         let headers = [&[("content-type", "application/json")], headers].concat();
         self.client.send(Method::POST, &self.login_url(), &headers, body.to_owned()).await
     }
 
-    /// Publishes to where `api` does, but what a test likes.
+    /// Publishes any message, with the exchange and routing key that `api` uses.
     ///
     /// # Errors
-    /// If the broker doesn't take it.
+    /// If the broker refuses the message.
     pub async fn publish(&self, properties: BasicProperties, body: &[u8]) -> Result<()> {
         let Topology { exchange, routing_key, .. } = &self.broker.topology;
         let options = BasicPublishOptions::default();
@@ -162,10 +163,10 @@ impl Stack {
         Ok(())
     }
 
-    /// The next dead letter, taken out of its queue; waits for it.
+    /// Waits for the next dead letter and takes it out of its queue.
     ///
     /// # Errors
-    /// If none comes.
+    /// If none comes in time.
     pub async fn dead_letter(&self) -> Result<BasicGetMessage> {
         let queue = self.broker.topology.dead_letter_queue.as_str();
         let get = async || {
@@ -175,10 +176,10 @@ impl Stack {
         poll(PATIENCE, get).await.context("no dead letter")
     }
 
-    /// Stops the services, in the order in which a request passes them, so that all spans are sent.
+    /// Stops the services in the order in which a request passes them, so that all spans are sent.
     ///
     /// # Errors
-    /// If one doesn't end, or not with success.
+    /// If a service doesn't end, or fails.
     pub async fn stop(&mut self) -> Result<()> {
         for service in [&mut self.api, &mut self.rpc, &mut self.mq] {
             let exit = service.stop().await?;
@@ -192,7 +193,8 @@ fn delays(list: &str) -> Vec<Duration> {
     list.split(',').filter_map(|delay| humantime::parse_duration(delay).ok()).collect()
 }
 
-/// No time is up because a machine is busy or its disk stalls; tests of deadlines set their own.
+/// Long deadlines, so that none expires because the machine is busy or its disk stalls. Tests of deadlines
+/// set their own.
 pub const PATIENT: [(&str, &str); 4] = [
     ("API_DEADLINE", "50s"),
     ("USERCENTER_TIMEOUT", "30s"),
@@ -235,26 +237,26 @@ impl<'a> Settings<'a> {
     }
 }
 
-/// The broker that a test runs on: the one at `AMQP_URL` if that is set, which tests share, so each has a
-/// prefix for its names, and removes them at its end; else an embedded one of the test's own, which ends
-/// with it.
+/// The broker of a test. If `AMQP_URL` is set, it is the broker there, which tests share. Then each test puts
+/// its own prefix before its names and deletes its queues and exchanges at the end. Otherwise it is an
+/// embedded broker, which only this test uses and which ends with the test.
 pub struct TestBroker {
-    /// Where it is.
+    /// The broker's URL.
     pub url: String,
-    /// The prefix of this test.
+    /// The prefix of this test's names.
     pub prefix: String,
     /// The names with that prefix.
     pub topology: Topology,
-    /// The delays that mq is configured with: each has a queue to be removed.
+    /// The retry delays that mq is configured with. Each has a queue, which must be deleted.
     pub retry_delays: Vec<Duration>,
-    /// A channel of the test's own.
+    /// A channel for the test.
     pub channel: Channel,
     connection: Connection,
     embedded: Option<Broker>,
 }
 
 impl TestBroker {
-    /// Connects, and makes up a prefix.
+    /// Connects to the broker and makes up a prefix.
     ///
     /// # Errors
     /// If there is no broker at `AMQP_URL`.
@@ -265,28 +267,28 @@ impl TestBroker {
         }
     }
 
-    /// Starts an embedded one, whatever `AMQP_URL` says.
+    /// Starts an embedded broker, whatever `AMQP_URL` says.
     ///
     /// # Errors
-    /// If that fails.
+    /// If the broker can't be started.
     pub async fn embedded() -> Result<Self> {
         let broker = Broker::start().await?;
         Self::connect_to(broker.url(), Some(broker)).await
     }
 
-    /// Connects to RabbitMQ: the one at `AMQP_URL`, or on this machine.
+    /// Connects to RabbitMQ, at `AMQP_URL` or on this machine.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no broker at that URL.
     pub async fn rabbitmq() -> Result<Self> {
         let url = env::var("AMQP_URL").unwrap_or_else(|_| amqp::connection::DEFAULT_URL.to_owned());
         Self::at(url).await.context("start RabbitMQ here, or name one by AMQP_URL")
     }
 
-    /// Connects to the one at `url`.
+    /// Connects to the broker at `url`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no broker at that URL.
     pub async fn at(url: String) -> Result<Self> {
         Self::connect_to(url, None).await
     }
@@ -302,15 +304,15 @@ impl TestBroker {
         Ok(Self { url, prefix, topology, retry_delays, channel, connection: connection, embedded })
     }
 
-    /// A network to it that can break, and the URL that leads through it.
+    /// Starts a proxy in front of the broker; returns it with the URL that leads through it.
     ///
     /// # Errors
-    /// If there is no free port, or no address for the broker's name.
+    /// If no port is free, or if the broker's name has no address.
     pub fn proxy(&self) -> Result<(Proxy, String)> {
         self.proxy_by(Proxy::start)
     }
 
-    /// The same, which knows AMQP and can withhold a frame.
+    /// Does the same as [`TestBroker::proxy`], with a proxy that knows AMQP and can withhold a frame.
     ///
     /// # Errors
     /// As for [`TestBroker::proxy`].
@@ -324,8 +326,8 @@ impl TestBroker {
         Ok((proxy, url))
     }
 
-    /// TLS in front of it, and the URL that leads through it; with the file of an authority, for clients with a
-    /// certificate of that only.
+    /// Starts TLS in front of the broker; returns it with the URL that leads through it. With the file of an
+    /// authority, only clients with a certificate of that authority can connect.
     ///
     /// # Errors
     /// As for [`TestBroker::proxy`], or if a file can't be read.
@@ -341,7 +343,7 @@ impl TestBroker {
         address.context("the broker has no address")
     }
 
-    /// Its URL, with another address.
+    /// Returns the broker's URL with another address.
     fn url_by(&self, address: SocketAddr) -> Result<String> {
         let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
         let from = format!("@{}:{}", authority.host, authority.port);
@@ -351,12 +353,12 @@ impl TestBroker {
     /// Raises or clears the memory alarm of an embedded broker.
     ///
     /// # Panics
-    /// If it is another, which other tests use as well.
+    /// If the broker is not embedded, because other tests use it too.
     pub fn set_alarm(&self, on: bool) {
         self.embedded.as_ref().expect("an embedded broker").set_alarm(on);
     }
 
-    /// Whether the broker has told the test's own connection that it takes no messages.
+    /// Returns whether the broker has told the test's connection that it accepts no messages.
     pub fn is_blocked(&self) -> bool {
         self.connection.status().blocked()
     }
@@ -369,7 +371,7 @@ impl Drop for TestBroker {
         }
         let clean_up = async {
             let server = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?;
-            // A connection of its own: the test may have broken the other one.
+            // Opens a new connection, because the test may have broken the other one.
             let connection = amqp::connection::connect(&server, "test clean-up").await?;
             let channel = connection.create_channel().await?;
             let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;
@@ -381,7 +383,7 @@ impl Drop for TestBroker {
             connection.close(200, "done".into()).await?;
             anyhow::Ok(())
         };
-        // The runtime of the test may be ending; this needs one that does not.
+        // The test's runtime may be ending, so the clean-up runs on another runtime.
         std::thread::scope(|scope| {
             scope.spawn(|| Runtime::new().map(|runtime| runtime.block_on(clean_up)));
         });

@@ -13,30 +13,30 @@ use std::{
 use tokio::{net::TcpListener, sync::Semaphore};
 use tonic::{Code, Request, Response, Status, service::Routes};
 
-/// How it answers a call.
+/// The response of the stand-in to a call.
 #[derive(Clone)]
 pub enum Reply {
-    /// With a user.
+    /// A user.
     User,
-    /// With success, but no user.
+    /// Success, but without a user.
     Nobody,
-    /// With this error, and a message that no caller of `api` may see.
+    /// This error, with a message that no caller of `api` may see.
     Error(Code),
-    /// With a user, once there is a permit.
+    /// A user, as soon as there is a permit.
     After(Arc<Semaphore>),
-    /// With this error, once there is a permit.
+    /// This error, as soon as there is a permit.
     ErrorAfter(Code, Arc<Semaphore>),
-    /// Not at all.
+    /// No response at all.
     Never,
 }
 
-/// Its answers by the number of the call, from 1.
+/// Returns the response to each call. Calls are numbered from 1.
 type Script = Box<dyn FnMut(usize) -> Reply + Send>;
 
-/// One that listens, until the test ends.
+/// A stand-in that listens until the test ends.
 #[derive(Clone)]
 pub struct StandIn {
-    /// Where.
+    /// The URL of the stand-in.
     pub url: String,
     script: Arc<Mutex<Script>>,
     calls: Arc<Mutex<Vec<Duration>>>,
@@ -46,31 +46,31 @@ impl StandIn {
     /// Listens on a free port.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub async fn start(script: impl FnMut(usize) -> Reply + Send + 'static) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
         let stand_in = Self { url, script: Arc::new(Mutex::new(Box::new(script))), calls: Arc::default() };
         let routes = Routes::new(UsercenterServer::new(stand_in.clone())).into_axum_router();
-        // Not tonic's server: at the caller's deadline that would answer, too.
+        // This is not tonic's server, because that would respond at the caller's deadline too.
         tokio::spawn(axum::serve(listener, routes).into_future());
         Ok(stand_in)
     }
 
-    /// Answers by this from now on.
+    /// Responds by this script from now on.
     pub fn follow(&self, script: impl FnMut(usize) -> Reply + Send + 'static) {
         *lock(&self.script) = Box::new(script);
     }
 
-    /// The `grpc-timeout` of each call so far.
+    /// Returns the `grpc-timeout` of each call so far.
     pub fn calls(&self) -> Vec<Duration> {
         lock(&self.calls).clone()
     }
 
-    /// Waits until it has been called so often.
+    /// Waits until it has been called this many times.
     ///
     /// # Errors
-    /// If it isn't.
+    /// If the calls don't come in time.
     pub async fn called(&self, times: usize) -> Result<()> {
         let called = poll(PATIENCE, async || (lock(&self.calls).len() >= times).then_some(())).await;
         called.with_context(|| format!("not called {times} times"))
@@ -106,7 +106,7 @@ impl Usercenter for StandIn {
     }
 }
 
-/// A `grpc-timeout` in the units that api uses.
+/// Parses a `grpc-timeout` in the units that api uses.
 fn parse(timeout: &str) -> Option<Duration> {
     let micros = timeout.strip_suffix('u').and_then(|micros| micros.parse().ok()).map(Duration::from_micros);
     micros.or_else(|| Some(Duration::from_millis(timeout.strip_suffix('m')?.parse().ok()?)))

@@ -1,5 +1,5 @@
-//! TLS in front of a server that has none, as a test's broker: it is the server's side of the handshake, and
-//! hands on what is inside.
+//! TLS in front of a server that has none, such as a test's broker. It does the server's part of the
+//! handshake and passes the decrypted bytes on.
 
 use crate::certificates::Files;
 use anyhow::Result;
@@ -19,16 +19,16 @@ use tokio_rustls::{
     },
 };
 
-/// It stops when it is dropped.
+/// A running TLS server. It stops when it is dropped.
 pub struct TlsFront {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
     _runtime: Background,
 }
 
 impl TlsFront {
-    /// Listens on a free port, for connections to `target`; with the file of an authority, from clients with a
-    /// certificate of that only.
+    /// Listens on a free port, for connections to `target`. With the file of an authority, only clients with
+    /// a certificate of that authority can connect.
     ///
     /// # Errors
     /// If a file can't be read.
@@ -48,7 +48,7 @@ impl TlsFront {
         let certificate = CertificateDer::from_pem_file(&files.certificate)?;
         let mut config =
             builder.with_single_cert(vec![certificate], PrivateKeyDer::from_pem_file(&files.key)?)?;
-        // gRPC insists on it; a client that offers neither has none.
+        // gRPC insists on ALPN. A client that offers neither protocol gets none.
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let runtime = Background::start(1, 1)?;
         let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
@@ -65,7 +65,8 @@ async fn accept(listener: TcpListener, tls: TlsAcceptor, target: SocketAddr) {
             let mut client = match tls.accept(client).into_fallible().await {
                 Ok(client) => client,
                 Err((error, mut client)) => {
-                    // The client reads the alert before the connection is reset.
+                    // The connection stays open until the client closes it, so that the client reads the
+                    // alert before a reset.
                     client.shutdown().await?;
                     copy(&mut client, &mut sink()).await?;
                     return Err(error);

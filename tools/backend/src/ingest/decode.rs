@@ -1,5 +1,5 @@
-//! Decoding, bounded by what comes out of it: an empty span takes two bytes in protobuf and three hundred
-//! decoded, so that a request of the size that is allowed could otherwise become gigabytes.
+//! Decodes requests, and limits the memory that they take once decoded. An empty span takes two bytes in
+//! protobuf and three hundred once decoded, so a request of the allowed size could otherwise take gigabytes.
 
 use super::{Export, lenient};
 use opentelemetry_proto::tonic::{
@@ -22,11 +22,11 @@ use opentelemetry_proto::tonic::{
 use std::mem::size_of;
 use tonic::Status;
 
-/// What the messages of a request may take in memory, the texts in them aside: those are no larger than
-/// the request. A hundred times of what a batch of an SDK takes.
+/// The most memory of a request's decoded messages, without their texts, which are no larger than the
+/// request. This is a hundred times the memory of a usual batch from an SDK.
 const MAX_DECODED_BYTES: usize = 128 * 1024 * 1024;
 
-/// As deep as prost decodes.
+/// How deep messages may be nested, which is also prost's limit.
 const MAX_DEPTH: usize = 100;
 
 pub(super) fn protobuf<E: Export>(message: &[u8]) -> Result<E, Status> {
@@ -38,8 +38,8 @@ pub(super) fn protobuf<E: Export>(message: &[u8]) -> Result<E, Status> {
 }
 
 pub(super) fn json<E: Export>(text: &[u8]) -> Result<E, Status> {
-    // Each bracket may be a message's, and any message one of the largest; each comma ends a value. The tree
-    // that is read first takes about twice as much, for a moment.
+    // Each bracket may begin a message, and any message may be of the largest type. Each comma ends a value.
+    // The tree of values that is parsed first takes about twice as much for a moment.
     let count = |of: fn(&u8) -> bool| text.iter().filter(|byte| of(byte)).count();
     let largest = size_of::<Span>().max(size_of::<ExponentialHistogramDataPoint>());
     let messages = count(|byte| matches!(byte, b'{' | b'[')) * largest;
@@ -53,11 +53,11 @@ fn too_much() -> Status {
     Status::resource_exhausted("the request has too many items, attributes, events, links or values")
 }
 
-/// A message that may be there many times, or has such in it.
+/// A type of message that may be repeated, or that contains such messages.
 pub(super) struct Kind {
-    /// What it takes once decoded.
+    /// The memory of such a message once decoded, in bytes.
     bytes: usize,
-    /// The numbers of its fields that are such messages.
+    /// The numbers of the fields that hold such messages, and their types.
     fields: &'static [(usize, &'static Kind)],
 }
 
@@ -88,7 +88,7 @@ static METRIC: Kind = kind::<Metric>(&[
     (11, &SUMMARY),
     (12, &KEY_VALUE),
 ]);
-// What holds the points of a metric has its place in the metric.
+// The memory of the messages that hold a metric's points is included in the metric's.
 static NUMBERS: Kind = kind::<()>(&[(1, &NUMBER)]);
 static HISTOGRAM: Kind = kind::<()>(&[(1, &HISTOGRAM_POINT)]);
 static EXPONENTIAL_HISTOGRAM: Kind = kind::<()>(&[(1, &EXPONENTIAL_HISTOGRAM_POINT)]);
@@ -110,8 +110,8 @@ static ARRAY_VALUE: Kind = kind::<ArrayValue>(&[(1, &ANY_VALUE)]);
 static KEY_VALUE_LIST: Kind = kind::<KeyValueList>(&[(1, &KEY_VALUE)]);
 static TEXT: Kind = kind::<String>(&[]);
 
-/// Whether the messages in this one take no more than the budget, which they use up. What is malformed
-/// ends the count: it is for the decoder to say so.
+/// Returns whether the messages in this one fit into the budget, and subtracts their memory from it. A
+/// malformed field ends the count, because the decoder will report it.
 fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bool {
     while let Some((number, bytes)) = next_field(&mut message) {
         let Some((_, inner)) = kind.fields.iter().find(|(field, _)| *field == number) else {
@@ -121,7 +121,7 @@ fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bo
             return false;
         };
         *budget = left;
-        // What is nested deeper, the decoder refuses.
+        // The decoder refuses messages that are nested deeper.
         if depth > 0 && !inner.fields.is_empty() && !fits(bytes, inner, budget, depth - 1) {
             return false;
         }
@@ -129,9 +129,9 @@ fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bo
     true
 }
 
-/// The next field that has a length: its number and its bytes.
+/// Returns the number and the bytes of the next length-delimited field.
 fn next_field<'a>(message: &mut &'a [u8]) -> Option<(usize, &'a [u8])> {
-    // prost's name for it is narrow: it decodes any varint.
+    // prost's function decodes any varint, although its name mentions only length delimiters.
     let varint = |message: &mut &[u8]| prost::decode_length_delimiter(message).ok();
     loop {
         let key = varint(message)?;
@@ -139,7 +139,7 @@ fn next_field<'a>(message: &mut &'a [u8]) -> Option<(usize, &'a [u8])> {
             0 => varint(message).map(|_| 0)?,
             1 => 8,
             5 => 4,
-            // The beginning and the end of a group: what is between is skipped field by field.
+            // These are the start and the end of a group. The fields between them are read like all others.
             3 | 4 => 0,
             2 => {
                 let length = varint(message)?;
@@ -159,7 +159,7 @@ mod tests {
     use proptest::prelude::*;
     use prost::Message;
 
-    /// A field of this number with these bytes.
+    /// Encodes a field of this number with these bytes.
     fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
         let mut field = vec![number << 3 | 2];
         prost::encode_length_delimiter(bytes.len(), &mut field).unwrap();

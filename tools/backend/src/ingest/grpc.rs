@@ -1,5 +1,5 @@
-//! OTLP/gRPC. The services are written by hand: the generated ones would decode a message before anything
-//! can look at it, and answer INTERNAL if they can't.
+//! OTLP over gRPC. The services are written by hand, because the generated services would decode a message
+//! before its size can be checked, and respond INTERNAL if they can't decode it.
 
 use super::{Export, MAX_BYTES, Sink, decode, response};
 use bytes::Buf;
@@ -25,19 +25,19 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstEncoder};
 
-/// Serves OTLP/gRPC until the runtime ends.
+/// Serves OTLP/gRPC until the runtime stops.
 pub async fn serve(listener: TcpListener, sink: impl Sink) {
     let server = tonic::transport::Server::builder()
         .add_service(Service(sink.clone(), PhantomData::<ExportTraceServiceRequest>))
         .add_service(Service(sink.clone(), PhantomData::<ExportMetricsServiceRequest>))
         .add_service(Service(sink, PhantomData::<ExportLogsServiceRequest>))
-        // Otherwise the end of an answer waits for the client to acknowledge its beginning: 40 ms.
+        // Otherwise the end of a response waits until the client acknowledges its beginning, for 40 ms.
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-    // It ends with its runtime, and has nobody to tell.
+    // The server stops with its runtime, and an error has nobody to be reported to.
     drop(server.await);
 }
 
-/// The service of one signal.
+/// The gRPC service of one signal.
 #[derive(Clone)]
 struct Service<S, E>(S, PhantomData<E>);
 
@@ -80,8 +80,8 @@ impl<S: Sink, E: Export + Clone> tower::Service<http::Request<Body>> for Service
     }
 }
 
-/// tonic answers INTERNAL to a message that it can't unzip, or that ends early. The mistake is the
-/// client's, and OTLP says so: INVALID_ARGUMENT. Nothing else here answers INTERNAL.
+/// Turns INTERNAL into INVALID_ARGUMENT. tonic responds INTERNAL to a message that it can't decompress or
+/// that is cut off, but OTLP calls that the client's mistake. Nothing else here responds INTERNAL.
 fn undecodable_is_invalid(mut response: http::Response<Body>) -> http::Response<Body> {
     if let Some(status) = response.headers_mut().get_mut(Status::GRPC_STATUS)
         && Code::from_bytes(status.as_bytes()) == Code::Internal
@@ -91,7 +91,7 @@ fn undecodable_is_invalid(mut response: http::Response<Body>) -> http::Response<
     response
 }
 
-/// Protobuf, of a bounded size once decoded.
+/// A protobuf codec that limits the memory of a decoded message.
 struct BoundedCodec<E>(PhantomData<E>);
 
 impl<E: Export> Codec for BoundedCodec<E> {

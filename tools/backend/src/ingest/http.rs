@@ -1,4 +1,4 @@
-//! OTLP/HTTP, in protobuf and in JSON.
+//! OTLP over HTTP, in protobuf and in JSON.
 
 use super::{Export, MAX_BYTES, Sink, decode, response};
 use crate::Rejected;
@@ -23,11 +23,11 @@ use std::{
 };
 use tonic::{Code, Status};
 
-/// The largest window of a zstd frame, as a power of two: 8 MiB, which RFC 9659 allows in HTTP. zstd's own
-/// default has a frame of a few bytes allocate 128.
+/// The largest window of a zstd frame, as a power of two: 8 MiB, which RFC 9659 allows in HTTP. By zstd's own
+/// default, a frame of a few bytes can allocate 128 MiB.
 const MAX_WINDOW_LOG: u32 = 23;
 
-/// `/v1/traces`, `/v1/metrics` and `/v1/logs`
+/// Returns the routes `/v1/traces`, `/v1/metrics` and `/v1/logs`.
 pub(crate) fn routes<S: Sink>(sink: S) -> Router {
     Router::new()
         .route(ExportTraceServiceRequest::PATH, post(export::<S, ExportTraceServiceRequest>))
@@ -95,7 +95,7 @@ fn unzstd(body: &[u8]) -> io::Result<Vec<u8>> {
     read(decoder)
 }
 
-/// A few kilobytes can become gigabytes: they are read up to the limit, and a byte further.
+/// Reads the decompressed body, up to one byte beyond the limit. A few kilobytes can decompress to gigabytes.
 fn read(decoder: impl Read) -> io::Result<Vec<u8>> {
     let mut decompressed = Vec::new();
     decoder.take(MAX_BYTES as u64 + 1).read_to_end(&mut decompressed)?;
@@ -106,14 +106,14 @@ fn too_large() -> Status {
     Status::resource_exhausted(format!("a request may have {MAX_BYTES} bytes"))
 }
 
-/// How a request is written, and so its answer.
+/// The encoding of a request, which its response shares.
 #[derive(Clone, Copy)]
 enum Encoding {
     Protobuf,
     Json,
 }
 
-/// `google.rpc.Status`, as far as it is used: the body of errors in OTLP/HTTP.
+/// The used fields of `google.rpc.Status`, which is the body of an error in OTLP/HTTP.
 #[derive(Clone, PartialEq, Message)]
 struct RpcStatus {
     #[prost(int32, tag = "1")]
@@ -125,7 +125,8 @@ struct RpcStatus {
 impl Encoding {
     fn of(headers: &HeaderMap) -> Option<Self> {
         let content_type = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
-        // What follows the `;` (a charset, say) changes nothing: both formats say how text is written.
+        // Parameters after the `;`, such as a charset, are ignored, because both formats define how text is
+        // encoded.
         match content_type.split(';').next()?.trim().to_ascii_lowercase().as_str() {
             "application/x-protobuf" => Some(Self::Protobuf),
             "application/json" => Some(Self::Json),
@@ -137,7 +138,7 @@ impl Encoding {
         let response = response(rejected);
         let json = match &response.partial_success {
             None => json!({}),
-            // Protobuf's JSON has 64-bit integers as strings.
+            // Protobuf's JSON writes 64-bit integers as strings.
             Some(partial) => json!({ "partialSuccess": {
                 E::REJECTED: partial.rejected_spans.to_string(),
                 "errorMessage": partial.error_message,
@@ -149,7 +150,7 @@ impl Encoding {
     fn failure(self, status: &Status) -> Response {
         let http_status = match status.code() {
             Code::InvalidArgument => StatusCode::BAD_REQUEST,
-            // 429, its usual counterpart, would have the client send the same again.
+            // 429, the usual equivalent, would make the client send the same request again.
             Code::ResourceExhausted => StatusCode::PAYLOAD_TOO_LARGE,
             Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::INTERNAL_SERVER_ERROR,

@@ -1,8 +1,8 @@
-//! OTLP's JSON in all the forms that proto3's JSON mapping allows. serde's derivation for the generated messages
-//! takes one of each: here, what a message may also look like is handed to it in that form.
+//! Reads OTLP's JSON in all forms that proto3's JSON mapping allows. The serde derivation of the generated
+//! messages accepts only one form of each value, so other forms are converted to that one first.
 //!
-//! A member's name and its JSON type decide: there is no other field of that name whose value looks like that.
-//! What is malformed stays as it is, for the derivation to refuse.
+//! The form is found from a member's name and its JSON type. That is enough, because no other field of the
+//! same name has values of that type. A malformed value is left unchanged, so that the derivation refuses it.
 
 use base64::{
     Engine,
@@ -20,11 +20,12 @@ use serde::{
 };
 use serde_json::{Error, Value};
 
-/// Floating-point numbers, which may be strings: `"1.5"`, `"NaN"`, `"-Infinity"`.
+/// Members with floating-point numbers, which may be strings: `"1.5"`, `"NaN"`, `"-Infinity"`.
 const DOUBLES: [&str; 8] =
     ["doubleValue", "asDouble", "sum", "min", "max", "explicitBounds", "zeroThreshold", "quantile"];
 
-/// Integers, which may be strings, and have an exponent or a fraction of zeros: `"7"`, `7e0`, `7.0`.
+/// Members with integers, which may be strings, or have an exponent or a fraction of zeros: `"7"`, `7e0`,
+/// `7.0`.
 const INTEGERS: [&str; 20] = [
     "intValue",
     "asInt",
@@ -48,26 +49,26 @@ const INTEGERS: [&str; 20] = [
     "keyStrindex",
 ];
 
-/// Members whose message must have these members, for the derivation; in JSON, what is empty may be left out.
+/// Members whose message must have these members for the derivation. In JSON, empty members may be left out.
 const REQUIRED: [(&str, &[&str]); 7] = [
     ("arrayValue", &["values"]),
     ("kvlistValue", &["values"]),
     ("attributes", &["key"]),
     ("filteredAttributes", &["key"]),
     ("metadata", &["key"]),
-    // Of a list, these are values: they have no such member, and pass over it.
+    // In a list, `values` holds values instead, which have no such member and ignore it.
     ("values", &["key"]),
     ("entityRefs", &["schemaUrl", "type", "idKeys", "descriptionKeys"]),
 ];
 
-/// Reads a message; an error says which member of it is malformed.
+/// Reads a message; an error names the malformed member.
 pub(super) fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
     let value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     let message = Member { name: "", value: &value };
     serde_path_to_error::deserialize(message).map_err(|error| error.to_string())
 }
 
-/// A value, and the name of the member that it is in: an element of a list has the list's.
+/// A value, and the name of the member that holds it. An element of a list has the name of the list.
 #[derive(Clone, Copy)]
 struct Member<'a> {
     name: &'a str,
@@ -100,7 +101,7 @@ impl<'de> Deserializer<'de> for Member<'de> {
                 let required = REQUIRED.iter().find(|(of, _)| *of == name).map_or(&[][..], |(_, all)| all);
                 let missing = required.iter().filter(|name| members.get(**name).is_none_or(Value::is_null));
                 let missing = missing.map(|name| (*name, empty(name)));
-                // `null` is the same as nothing.
+                // In JSON, a member that is `null` is the same as a missing member.
                 let present = members.iter().filter(|(_, value)| !value.is_null());
                 let present = present.map(|(name, value)| (name.as_str(), value));
                 let members = present.chain(missing).map(|(name, value)| (name, Member { name, value }));
@@ -128,7 +129,7 @@ impl<'a> IntoDeserializer<'a, Error> for Member<'a> {
     }
 }
 
-/// What a member that is left out stands for.
+/// Returns the value that a missing member stands for.
 fn empty(name: &str) -> &'static Value {
     static TEXT: Value = Value::String(String::new());
     static LIST: Value = Value::Array(Vec::new());
@@ -136,7 +137,7 @@ fn empty(name: &str) -> &'static Value {
     if matches!(name, "values" | "idKeys" | "descriptionKeys") { &LIST } else { &TEXT }
 }
 
-/// As an integer, if it has no fraction, however it is written.
+/// Converts a number without a fraction to an integer, in whatever form it is written.
 fn integer(number: &serde_json::Number) -> serde_json::Number {
     match number.as_f64() {
         Some(double) if number.is_f64() && double.fract() == 0.0 && double.abs() < i64::MAX as f64 => {
@@ -146,7 +147,7 @@ fn integer(number: &serde_json::Number) -> serde_json::Number {
     }
 }
 
-/// With the standard alphabet or that of URLs, with padding or without.
+/// Decodes base64, with the standard or the URL-safe alphabet, with or without padding.
 fn base64(text: &str) -> Option<Vec<u8>> {
     let lenient = GeneralPurposeConfig::new()
         .with_decode_padding_mode(DecodePaddingMode::Indifferent)
@@ -167,7 +168,7 @@ mod tests {
     use serde_json::json;
     use std::fmt::Debug;
 
-    /// Both documents must be legal, and mean the same.
+    /// Asserts that both documents are valid and mean the same.
     fn assert_same<T: DeserializeOwned + PartialEq + Debug>(this: Value, that: Value) {
         let read = |value: &Value| from_slice::<T>(value.to_string().as_bytes());
         let meant = read(&that).expect("legal");

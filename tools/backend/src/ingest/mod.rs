@@ -1,5 +1,5 @@
-//! OTLP's receiving side, over gRPC and over HTTP, with gzip, zstd or neither. What is done
-//! with the signals is the [`Sink`]'s business: the backend's store, or the tests' receiver.
+//! Receives OTLP over gRPC and HTTP, with gzip, zstd or no compression. A [`Sink`] takes the signals: the
+//! backend's store, or the receiver of tests.
 
 mod decode;
 mod grpc;
@@ -23,11 +23,11 @@ use prost::Message;
 use serde::de::DeserializeOwned;
 use tonic::Status;
 
-/// The largest request, compressed or not: a batch of 512 spans has some hundred kilobytes.
+/// The largest request, compressed or not. A batch of 512 spans has some hundred kilobytes.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// Where the signals go. A method takes a request with its headers; it says how many items it does not
-/// want, or refuses all.
+/// Takes the received signals. Each method takes a request with its headers, and returns how many items it
+/// rejects, or an error if it refuses the request as a whole.
 pub trait Sink: Clone + Send + Sync + 'static {
     /// Takes spans.
     ///
@@ -52,15 +52,15 @@ pub trait Sink: Clone + Send + Sync + 'static {
     }
 }
 
-/// A request of one of the signals.
+/// An export request of one of the signals.
 trait Export: Message + Default + DeserializeOwned + 'static {
-    /// Its path in OTLP/HTTP.
+    /// The signal's path in OTLP/HTTP.
     const PATH: &'static str;
-    /// Its service in OTLP/gRPC.
+    /// The signal's service name in OTLP/gRPC.
     const SERVICE: &'static str;
-    /// The JSON name of the number of items that were rejected.
+    /// The name in JSON of the field with the number of rejected items.
     const REJECTED: &'static str;
-    /// What is in its message.
+    /// The messages that the request may contain.
     const KIND: &'static decode::Kind;
 
     fn give(self, sink: &impl Sink, headers: HeaderMap) -> Result<Rejected, Status>;
@@ -99,9 +99,9 @@ impl Export for ExportLogsServiceRequest {
     }
 }
 
-/// The answer to any signal: in protobuf, the answers differ in nothing but their names.
+/// Returns the response for any signal. In protobuf, the signals' responses differ only in their names.
 fn response(rejected: &Rejected) -> ExportTraceServiceResponse {
-    // A field that is there says that something is wrong, even with zero rejected items.
+    // If the field is present, even with zero rejected items, it says that something is wrong.
     let partial_success = (rejected.count > 0).then(|| ExportTracePartialSuccess {
         rejected_spans: i64::try_from(rejected.count).unwrap_or(i64::MAX),
         error_message: format!("the first of them: {}", rejected.reason),

@@ -1,11 +1,11 @@
-// Asks the backend. Its answers are Jaeger's JSON; `jaeger.js` reads them.
+// Queries the backend. The responses are Jaeger's JSON, which `jaeger.js` reads.
 
 import { list, readSummary, readTrace, text } from "./jaeger.js";
 
-/** The backend answered, but not with what was asked for. */
+/** The error when the backend responds, but not with the requested data. */
 export class Refused extends Error {}
 
-/** Summaries of the traces that fit the criteria, newest first. */
+/** Returns summaries of the traces that meet the criteria, newest first. */
 export async function recentTraces(criteria) {
   const answer = await ask(`/api/recent?${new URLSearchParams(criteria)}`);
   return list(answer?.data)
@@ -13,19 +13,19 @@ export async function recentTraces(criteria) {
     .filter((summary) => summary.traceID);
 }
 
-/** A trace with its logs, or null if the backend has none with this id. */
+/** Returns a trace with its log records, or null if the backend has no trace with this id. */
 export async function trace(traceID) {
   const id = encodeURIComponent(traceID);
   return readTrace(...(await Promise.all([ask(`/api/traces/${id}`, [404]), ask(`/api/logs/${id}`)])));
 }
 
-/** The names of all services. */
+/** Returns the names of all services. */
 export async function services() {
   const answer = await ask("/api/services");
   return list(answer?.data).map(text);
 }
 
-/** The names of a service's operations. */
+/** Returns the names of a service's operations. */
 export async function operations(service) {
   const answer = await ask(`/api/services/${encodeURIComponent(service)}/operations`);
   return list(answer?.data).map(text);

@@ -1,11 +1,11 @@
-// What one span says, all of it and as it is.
+// Shows the details of one span: everything that it contains, unchanged.
 
 import { breakable, element, tracePath } from "./dom.js";
 import { clock, count, duration, percent } from "./format.js";
 import { colour } from "./services.js";
 import { criticalTime } from "./timing.js";
 
-/** Fills `side`; `go(span)` leads to another span of the trace, `close()` back to the overview. */
+/** Fills `side`. `go(span)` moves to another span of the trace; `close()` goes back to the overview. */
 export function showDetails(side, trace, span, { go, close }) {
   side.className = "details";
   side.replaceChildren(
@@ -101,7 +101,7 @@ function logs(trace, span) {
   ]);
 }
 
-/** What happened in the order of its time; `said(item)` is what stands beside the time. */
+/** Lists items in the order of their time. `said(item)` returns the text beside the time. */
 function timeline(name, trace, items, said) {
   const lines = [...items]
     .sort((a, b) => a.time - b.time)
@@ -135,7 +135,7 @@ function lines(texts) {
   return element("ul", {}, ...texts.map((text) => element("li", {}, text)));
 }
 
-/** A link to a span; plain text if these are not ids. */
+/** Returns a link to a span, or plain text if the ids are invalid. */
 function link(traceID, spanID) {
   const path = tracePath(traceID, spanID);
   const label = path?.startsWith(location.pathname) ? spanID : `${traceID} ${spanID}`;

@@ -1,12 +1,14 @@
-// Makes elements. What a span says only ever becomes text or a plain attribute: nothing here parses markup,
+// Makes elements. The text of a span only ever becomes text or a plain attribute, because nothing here parses markup,
 // and the page's Content-Security-Policy (require-trusted-types-for) refuses code that would.
 
-/** `element("a", { href }, "text", child)`. An attribute that is false, null or undefined is left out. */
+/**
+ * `element("a", { href }, "text", child)` makes an element. An attribute that is false, null or undefined is left out.
+ */
 export function element(name, attributes = {}, ...children) {
   return fill(document.createElement(name), attributes, children);
 }
 
-/** The same for SVG, which has a namespace of its own. */
+/** Does the same for SVG, which has its own namespace. */
 export function svg(name, attributes = {}, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 }
@@ -23,20 +25,20 @@ export function setAttribute(node, name, value) {
   else node.setAttribute(name, value === true ? "" : value);
 }
 
-/** Sets an element's text, and leaves the document alone if it already says that. */
+/** Sets an element's text. If the text is the same, the document isn't touched. */
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** The element with this id: they are in the HTML file, so it exists. */
+/** Returns the element with this id. The ids are in the HTML files, so the element exists. */
 export const byId = (id) => document.getElementById(id);
 
-/** Text that goes over to the next line after a dot, a slash or an underscore rather than anywhere. */
+/** Returns text that breaks after a dot, a slash or an underscore, if it can, rather than anywhere. */
 export function breakable(text) {
   return text.split(/(?<=[./_])/).flatMap((part) => [part, element("wbr")]);
 }
 
-/** Where a trace, and a span of it, is shown; null unless the ids are hex digits. */
+/** Returns the path of a trace's page, and of a span on it, or null unless the ids are hex digits. */
 export function tracePath(traceID, spanID = "") {
   if (!/^[0-9a-f]{1,32}$/i.test(traceID) || !/^[0-9a-f]{0,16}$/i.test(spanID)) return null;
   return `/trace/${traceID}${spanID && `#${spanID}`}`;

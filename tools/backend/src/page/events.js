@@ -1,4 +1,4 @@
-// Follows the backend's server-sent events, and says whether it is there.
+// Follows the backend's server-sent events, and shows whether the backend can be reached.
 
 import { text } from "./jaeger.js";
 import { byId, setText } from "./dom.js";
@@ -6,11 +6,11 @@ import { byId, setText } from "./dom.js";
 const RETRY = 1000;
 
 /**
- * Calls `changed(traceID)` for each trace that changed, and `connected()` whenever events start to flow: what came
- * before has to be asked for.
+ * Calls `changed(traceID)` for each trace that changed, and `connected()` whenever the connection opens, because
+ * earlier changes must then be queried.
  *
- * A browser opens six HTTP/1.1 connections to one server, and an event stream holds one for good: the seventh tab
- * would wait forever. So a tab that nobody sees has none.
+ * A browser opens six HTTP/1.1 connections to one server, and an event stream holds one of them for good, so the
+ * seventh tab would wait forever. Therefore a hidden tab has no event stream.
  */
 export function follow({ changed, connected }) {
   let source = null;
@@ -26,7 +26,7 @@ export function follow({ changed, connected }) {
     source.onmessage = ({ data }) => changed(traceIDOf(data));
     source.onerror = () => {
       show("reconnecting");
-      // The browser's own retry waits for seconds, and never comes after an answer such as 502.
+      // The browser's own retry waits for seconds, and never comes after a response such as 502.
       close();
       retry = setTimeout(open, RETRY);
     };
@@ -60,7 +60,10 @@ function show(state) {
   byId("gone").hidden = state === "live";
 }
 
-/** `work`, but never twice at a time, and with a pause after each: calls in between lead to one more. */
+/**
+ * Returns a function that runs `work`, but never twice at a time, and with a pause after each run. Calls during a run
+ * or a pause lead to one more run.
+ */
 export function coalesced(work, pause) {
   let running = false;
   let again = false;

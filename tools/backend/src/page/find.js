@@ -1,8 +1,11 @@
-// Finds spans by any text they hold. What is looked for is in the URL, as `uiFind`, Jaeger's name for it.
+// Finds spans by any text that they contain. The text is in the URL as `uiFind`, as on Jaeger's page.
 
 import { byId, setText } from "./dom.js";
 
-/** Its `search` marks spans as `found`; so does typing, and calls `marked()`; Enter calls `go(span)` with the next. */
+/**
+ * Returns a finder, whose `search` marks matching spans as `found`. Typing does that too, and calls `marked()`. Enter
+ * calls `go(span)` with the next match.
+ */
 export function finder({ marked, go }) {
   const input = byId("find-text");
   let trace = null;

@@ -1,6 +1,6 @@
-// Times as people read them. All times come as microseconds.
+// Formats times for people. All times are in microseconds.
 
-/** Three digits and a unit: `870 µs`, `4.21 ms`, `1.50 s`, `2 min 5 s`. */
+/** Returns a duration with three digits and a unit: `870 µs`, `4.21 ms`, `1.50 s`, `2 min 5 s`. */
 export function duration(micros) {
   if (micros < 1) return "<1 µs";
   if (micros < 1e3) return `${Math.round(micros)} µs`;
@@ -15,7 +15,10 @@ function digits(value) {
   return value.toFixed(value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
 }
 
-/** How long ago: `now`, `12 s ago`, `3 min ago`. A clock that is ahead of ours says `now`. */
+/**
+ * Returns how long ago a time was: `now`, `12 s ago`, `3 min ago`. A time in the future is `now`, because clocks
+ * differ.
+ */
 export function age(micros, now = Date.now()) {
   const seconds = Math.floor((now - micros / 1e3) / 1e3);
   if (seconds < 1) return "now";
@@ -25,7 +28,7 @@ export function age(micros, now = Date.now()) {
   return `${Math.floor(seconds / 86_400)} d ago`;
 }
 
-/** Local date and time with milliseconds. */
+/** Returns the local date and time with milliseconds. */
 export function clock(micros) {
   const date = new Date(micros / 1e3);
   const two = (number) => String(number).padStart(2, "0");
@@ -34,18 +37,18 @@ export function clock(micros) {
   return `${day} ${time}.${String(date.getMilliseconds()).padStart(3, "0")}`;
 }
 
-/** `1 span`, `6 spans`. */
+/** Returns a number with its noun: `1 span`, `6 spans`. */
 export function count(number, noun) {
   const grouped = String(number).replace(/\B(?=(\d{3})+$)/g, ",");
   return `${grouped} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-/** A share of a whole, as whole percent. */
+/** Returns a share of a whole, in whole percent. */
 export function percent(part, whole) {
   return `${whole > 0 ? Math.round((part / whole) * 100) : 0} %`;
 }
 
-/** The beginning of a text, for one line: a name can be a megabyte long. */
+/** Returns the beginning of a text, for one line, because a name can be a megabyte long. */
 export function short(text, length = 200) {
   return text.length > length ? `${text.slice(0, length)}…` : text;
 }

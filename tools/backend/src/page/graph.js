@@ -1,4 +1,4 @@
-// Who called whom, as SVG: callers on the left, one column for each step away from the first.
+// Draws which service called which, as SVG. Callers are on the left, and each further step of calls has its own column.
 
 import { element, svg } from "./dom.js";
 import { count, short } from "./format.js";
@@ -46,7 +46,7 @@ export function serviceGraph(services, calls) {
   return element("div", { class: "graph" }, drawing);
 }
 
-/** A column is one right of the rightmost caller's; calls back to a caller's caller do not count. */
+/** Places each service one column to the right of its rightmost caller. Calls back to a caller's caller don't count. */
 function place(services, calls) {
   const columns = new Map();
   const onTheWay = new Set();
@@ -95,7 +95,7 @@ function edge({ from, to, count: times, errors, message }, places) {
   const end = places.get(to);
   const y = [start.y + BOX.height / 2, end.y + BOX.height / 2];
   const back = end.x <= start.x;
-  // A call back leaves and arrives on the left, in an arc around what is between.
+  // A call back leaves and arrives on the left sides, in an arc around the services in between.
   const x = back ? [start.x, end.x] : [start.x + BOX.width, end.x];
   const bend = back ? [x[0] - GAP.x / 2, x[1] - GAP.x / 2] : [x[0] + GAP.x / 2, x[1] - GAP.x / 2];
   return svg(

@@ -1,9 +1,10 @@
-// Reads Jaeger's JSON, and that of the logs, into plain spans. Whoever can reach the receiver writes what is in it, so anything can be
-// missing or of another type; past this file every field is there and is what it says.
+// Reads Jaeger's JSON, and that of the log records, into plain spans. Anybody who can reach the receiver can send
+// anything, so a field can be missing or of another type. Everywhere outside of this file, every field exists and has
+// its type.
 
 const KINDS = ["server", "client", "producer", "consumer", "internal"];
 
-/** A summary of `/api/recent` and `/api/events`. */
+/** Reads a summary from `/api/recent` or `/api/events`. */
 export function readSummary(summary) {
   return {
     traceID: text(summary?.traceID),
@@ -20,7 +21,10 @@ export function readSummary(summary) {
   };
 }
 
-/** The first trace of an answer as `{ traceID, spans, warnings }`, or null if there is none; `logs` is of another. */
+/**
+ * Returns the first trace of a response as `{ traceID, spans, warnings }`, or null if there is none. `logs` is another
+ * response.
+ */
 export function readTrace(answer, logs) {
   const trace = list(answer?.data)[0];
   if (!list(trace?.spans).length) return null;
@@ -36,7 +40,10 @@ export function readTrace(answer, logs) {
   };
 }
 
-/** What only its details show is read when it is asked for: of a large trace, most spans never are. */
+/**
+ * A span. The fields that only the details show are read when they are needed, because most spans of a large trace are
+ * never opened.
+ */
 class Span {
   #json;
   #logs;
@@ -94,7 +101,9 @@ function readReference(reference) {
   };
 }
 
-/** The child-of reference into the same trace; failing that, the first of another type into it. */
+/**
+ * Returns the CHILD_OF reference into the same trace or, if there is none, the first reference of another type into it.
+ */
 function parentAmong(references, traceID) {
   const same = references.filter((reference) => reference.traceID === traceID);
   return same.find((reference) => reference.type === "CHILD_OF") ?? same[0];
@@ -123,18 +132,18 @@ function tags(value) {
   return list(value).map((tag) => ({ key: text(tag?.key), value: text(tag?.value) }));
 }
 
-/** The value if it is an array, else none. */
+/** Returns the value if it is an array, otherwise an empty array. */
 export function list(value) {
   return Array.isArray(value) ? value : [];
 }
 
-/** Any JSON value as text. */
+/** Returns any JSON value as text. */
 export function text(value) {
   if (value === undefined || value === null) return "";
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-/** Any JSON value as a number that can be calculated with. */
+/** Returns any JSON value as a number that can be used in calculations. */
 function number(value) {
   const number = typeof value === "string" || typeof value === "number" ? Number(value) : 0;
   return Number.isFinite(number) ? Math.min(Math.max(number, 0), Number.MAX_SAFE_INTEGER) : 0;

@@ -1,8 +1,11 @@
-// Keys that work anywhere on a page, and the help that lists them.
+// Handles keys that work anywhere on a page, and the help that lists them.
 
 import { byId } from "./dom.js";
 
-/** `{ "/": action, Escape: action, … }`: called unless someone types, except for Escape. */
+/**
+ * `{ "/": action, Escape: action, … }`: calls an action when its key is pressed. While somebody types in a field, only
+ * Escape counts.
+ */
 export function onKeys(actions) {
   const help = byId("help");
   const all = { "?": () => help.showModal(), ...actions };

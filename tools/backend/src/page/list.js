@@ -8,15 +8,15 @@ import { onKeys } from "./keys.js";
 import { traceRow } from "./list_row.js";
 import { criteria, isSearching, searchForm } from "./search.js";
 
-/** The most traces that are listed, unless the URL says otherwise. */
+/** The most traces in the list, unless the URL has another limit. */
 const LIMIT = 100;
 
 const table = byId("traces");
 const body = byId("rows");
 const pending = byId("pending");
-/** The rows that are shown, by trace id. */
+/** The rows in the list, by trace id. */
 const rows = new Map();
-/** What the backend says; what is shown may be behind, see `held`. */
+/** The latest summaries from the backend. The list may be older (see `held`). */
 let latest = [];
 let hovered = false;
 
@@ -25,17 +25,17 @@ const refresh = coalesced(async () => {
     latest = await recentTraces({ limit: LIMIT, ...criteria() });
     show(held());
   } catch (error) {
-    // That nothing answers is shown by `follow`.
+    // `follow` shows that the backend doesn't respond.
     if (error instanceof Refused) setText(byId("count"), error.message);
   }
 }, 250);
 
-/** A reader who points at the list, or walks through it, or has scrolled down: nothing may move under them. */
+/** Returns whether the reader points at the list, walks through it, or has scrolled down. Then no row may move. */
 function held() {
   return rows.size > 0 && (hovered || body.contains(document.activeElement) || scrollY > 0);
 }
 
-/** Shows the latest; if the list is held, only what fits into the rows that are there. */
+/** Shows the latest summaries. If the list is held, only the existing rows are updated. */
 function show(isHeld) {
   for (const summary of latest) {
     const row = rows.get(summary.traceID);
@@ -84,7 +84,7 @@ function showPending() {
   show(false);
 }
 
-/** The arrow keys move the focus; one link of the list is in the Tab order at a time. */
+/** Moves the focus for the arrow keys. Only one link of the list is in the Tab order at a time. */
 function focusTrace(choose) {
   const links = [...body.querySelectorAll("a")];
   const current = links.indexOf(document.activeElement);
@@ -106,7 +106,7 @@ byId("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText(byId("curl").textContent);
   setText(byId("copy"), "Copied");
 });
-// Only pages of this machine, or over TLS, may write to the clipboard.
+// A browser lets a page write to the clipboard only if the page is local or uses TLS.
 byId("copy").hidden = !navigator.clipboard;
 
 onKeys({

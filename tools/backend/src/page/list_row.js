@@ -1,10 +1,10 @@
-// One row of the list.
+// Makes one row of the list.
 
 import { element, setAttribute, setText, tracePath } from "./dom.js";
 import { age, clock, count, duration, short } from "./format.js";
 import { colour } from "./services.js";
 
-/** `{ element, update(summary), tick() }`; `tick` brings the age up to date. */
+/** Returns `{ element, update(summary), tick() }`. `tick` updates the age. */
 export function traceRow(summary) {
   const service = element("span", { class: "service" });
   const operation = element("span", { class: "operation" });

@@ -1,11 +1,11 @@
-// What there is to see beside the waterfall while no span is chosen: the services of the trace.
+// Shows the services of the trace beside the waterfall, while no span is selected.
 
 import { element } from "./dom.js";
 import { count, duration, percent, short } from "./format.js";
 import { serviceGraph } from "./graph.js";
 import { calls, colour, totals } from "./services.js";
 
-/** More than these make no picture; the table has them all. */
+/** The most services in the graph. More would be unreadable, and the table lists all of them. */
 const MOST_IN_GRAPH = 40;
 
 /** Fills `side`. */

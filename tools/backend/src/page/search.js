@@ -1,12 +1,12 @@
-// The search form and the URL, which say the same: a search can be kept as a link. The parameters are those of
-// Jaeger's own search page and API.
+// Keeps the search form and the URL equal, so that a search can be kept as a link. The parameters are those of Jaeger's
+// own search page and API.
 
 import { byId, element } from "./dom.js";
 import { operations, services } from "./api.js";
 
 const CRITERIA = ["service", "operation", "tags", "minDuration", "maxDuration", "traceID"];
 
-/** The criteria that the URL holds, for the API. */
+/** Returns the criteria from the URL, for the API. */
 export function criteria() {
   const parameters = new URLSearchParams(location.search);
   const given = {};
@@ -17,10 +17,10 @@ export function criteria() {
   return given;
 }
 
-/** Whether the URL asks for anything in particular. */
+/** Returns whether the URL has any criteria besides the limit. */
 export const isSearching = () => CRITERIA.some((name) => name in criteria());
 
-/** Keeps form and URL the same, and calls `changed()` when they come to say something else. */
+/** Keeps the form and the URL equal, and calls `changed()` when the criteria change. */
 export function searchForm(changed) {
   const form = byId("search");
   form.addEventListener("submit", (event) => {
@@ -74,13 +74,13 @@ export function searchForm(changed) {
 
 const option = (value, label) => element("option", { value }, label);
 
-/** Selects a value, which the backend may not know (yet). */
+/** Selects a value, even if the backend doesn't know it (yet). */
 function choose(select, value) {
   if (![...select.options].some((known) => known.value === value)) select.append(option(value, value));
   select.value = value;
 }
 
-/** `a=b c="d e"` as an object; a word without `=` stands for `word=true`. */
+/** Parses `a=b c="d e"` into an object. A word without `=` stands for `word=true`. */
 export function parseTags(input) {
   const tags = {};
   for (const [, key, , quoted, plain] of input.matchAll(/([^\s=]+)(=(?:"((?:[^"\\]|\\.)*)"|(\S*)))?/g)) {
@@ -90,7 +90,7 @@ export function parseTags(input) {
   return tags;
 }
 
-/** The reverse: from the URL's JSON to what a person types. */
+/** Does the reverse of `parseTags`: formats the JSON from the URL as a person types it. */
 function formatTags(json = "{}") {
   let tags;
   try {

@@ -1,11 +1,11 @@
-// What a trace says about its services, and the colour each is shown in.
+// Calculates the totals and the calls of a trace's services, and chooses their colours.
 
 const COLOURS = 10;
 const slots = new Map();
 
 /**
- * A service's colour, as the class that `base.css` gives it. It is drawn from the name, so that a service looks the
- * same in every trace; if that colour is taken on this page, it is the next one that is free.
+ * Returns a service's colour, as the class that `base.css` gives it. The name determines the colour, so that a service
+ * looks the same in every trace. If that colour is taken on this page, the next free one is used.
  */
 export function colour(service) {
   if (!slots.has(service)) {
@@ -19,7 +19,7 @@ export function colour(service) {
   return `service-${slots.get(service)}`;
 }
 
-/** `{ name, spans, errors, selfTime }` of each service, in the order of the tree. */
+/** Returns `{ name, spans, errors, selfTime }` of each service, in the order of the tree. */
 export function totals(trace) {
   const services = new Map();
   for (const span of trace.spans) {
@@ -32,7 +32,7 @@ export function totals(trace) {
   return [...services.values()];
 }
 
-/** `{ from, to, count, errors, message }` for each pair of services of which one called the other. */
+/** Returns `{ from, to, count, errors, message }` for each pair of services of which one called the other. */
 export function calls(trace) {
   const found = new Map();
   for (const span of trace.spans) {

@@ -1,14 +1,17 @@
-// Where the time went: self time, and the critical path.
+// Calculates where the time went: self time and the critical path.
 
 /**
- * A parent does not wait for who consumes its message: such a child takes none of the parent's time, and ending
- * it sooner would not end the parent sooner.
+ * Returns whether a parent waits for a child. A producer doesn't wait for the consumer of its message, so such a child
+ * takes none of the parent's time, and a shorter child would not make the parent shorter.
  */
 function waitsFor(parent, child) {
   return !(parent.kind === "PRODUCER" && child.kind === "CONSUMER");
 }
 
-/** The part of a span's time in which none of the children it waits for was running. Children are by start. */
+/**
+ * Returns how much of a span's time passed while none of the children that it waits for ran. Children are ordered by
+ * start.
+ */
 export function selfTime(span) {
   let covered = 0;
   let until = span.start;
@@ -25,10 +28,10 @@ export function selfTime(span) {
 }
 
 /**
- * Adds to the spans below `root` the parts of the critical path that were spent in them, as `[from, to]` in
- * `critical`: the chain of work that the end of `root` waited for, so that making any part of it shorter makes
- * `root` shorter. Found from the end: before it the parent worked, back to the end of the child that ended last;
- * then that child, likewise; then from its start on back in the parent.
+ * Adds to `critical` of the spans below `root`, as `[from, to]`, the parts of the critical path that were spent in
+ * them. The critical path is the chain of work that the end of `root` waited for, so that making any part of it shorter
+ * makes `root` shorter. The path is followed backwards: from the end of a parent to the end of the child that ended
+ * last, then through this child in the same way, and from the child's start on in the parent again.
  */
 export function markCriticalPath(root) {
   const todo = [{ span: root, from: root.start, until: root.end }];
@@ -38,7 +41,7 @@ export function markCriticalPath(root) {
     children.sort((a, b) => b.end - a.end || b.start - a.start);
     let cursor = until;
     for (const child of children) {
-      // Clocks differ between machines: a child counts only inside its parent.
+      // Clocks differ between machines, so only the part of a child within its parent counts.
       const start = Math.max(child.start, from);
       const end = Math.min(child.end, until);
       if (end > cursor || start >= end) continue;
@@ -51,7 +54,7 @@ export function markCriticalPath(root) {
   }
 }
 
-/** How much of the critical path was spent in a span itself. */
+/** Returns how much of the critical path was spent in a span itself. */
 export function criticalTime(span) {
   return span.critical.reduce((sum, [from, to]) => sum + to - from, 0);
 }

@@ -15,7 +15,7 @@ import { Waterfall } from "./waterfall.js";
 const traceID = decodeURIComponent(location.pathname.split("/").pop()).toLowerCase();
 const side = byId("side");
 let trace = null;
-/** The key of the span whose details are shown. */
+/** The key of the span whose details are shown, or empty. */
 let selected = "";
 
 const waterfall = new Waterfall(byId("waterfall"), { activated: moveTo, chosen: (span) => select(span) });
@@ -29,7 +29,7 @@ const refresh = coalesced(async () => {
     byId("missing").hidden = trace !== null;
     byId("failure").hidden = true;
   } catch (error) {
-    // That nothing answers is shown by `follow`.
+    // `follow` shows that the backend doesn't respond.
     if (!(error instanceof api.Refused)) return;
     setText(byId("failure"), error.message);
     byId("failure").hidden = false;
@@ -72,7 +72,7 @@ function showSummary() {
   );
 }
 
-/** The details follow the reader once they are open. */
+/** Shows the details of the span that the reader moved to, if details are open. */
 function moveTo(span) {
   if (selected) select(span);
 }
@@ -93,7 +93,7 @@ function go(span) {
   select(span);
 }
 
-/** The button that was pressed is gone, and with it the focus. */
+/** Moves the focus to the waterfall, because the pressed button is gone, and the focus with it. */
 function goFromSide(span) {
   if (span) go(span);
   else select(null);
@@ -115,7 +115,7 @@ function spanInURL() {
   return /^#([0-9a-f]{1,16})$/i.exec(location.hash)?.[1].toLowerCase() ?? "";
 }
 
-/** One thing at a time. */
+/** Undoes one step: leaves the find field, closes the details, or goes back to the list. */
 function escape() {
   if (document.activeElement === byId("find-text")) waterfall.focus();
   else if (selected) select(null);

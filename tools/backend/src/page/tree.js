@@ -1,4 +1,4 @@
-// Arranges a trace's spans as a tree. Nothing recurses: a trace can be ten thousand spans deep.
+// Arranges a trace's spans as a tree. No function is recursive, because a trace can be ten thousand spans deep.
 
 import { markCriticalPath, selfTime } from "./timing.js";
 
@@ -28,7 +28,7 @@ function connect(spans) {
   const seen = new Map();
   for (const span of spans) {
     if (!byID.has(span.id)) byID.set(span.id, span);
-    // A span id ought to be unique; a key is, and stays the same when the trace is read again.
+    // Span ids should be unique, but may not be. A key is unique, and stays the same when the trace is read again.
     const copies = seen.get(span.id) ?? 0;
     seen.set(span.id, copies + 1);
     span.key = copies ? `${span.id}.${copies}` : span.id;
@@ -48,7 +48,7 @@ function connect(spans) {
   }
 }
 
-/** Each span before its children, siblings by start. */
+/** Returns the spans in an order with each span before its children, and siblings by start. */
 function inOrder(spans) {
   const byStart = (a, b) => a.start - b.start;
   const ordered = [];
@@ -70,7 +70,7 @@ function inOrder(spans) {
   };
   const roots = spans.filter((span) => !span.parent).sort(byStart);
   visit(roots);
-  // What no root leads to hangs on a circle of parents.
+  // A span that can't be reached from a root is on a circle of parents, or below one.
   for (const span of spans) {
     if (!visited.has(span)) visit([cutCircle(span)]);
   }
@@ -81,7 +81,7 @@ function inOrder(spans) {
   return ordered;
 }
 
-/** Makes a root of the first span on the circle that a span's ancestors run into. */
+/** Follows a span's ancestors to the circle that they form, and makes a root of the first span on it. */
 function cutCircle(span) {
   const passed = new Set();
   let root = span;
@@ -102,7 +102,7 @@ function place(siblings) {
   });
 }
 
-/** The spans that are not below a collapsed one, in order. */
+/** Returns the spans that are not below a collapsed span, in order. */
 export function visible(spans, collapsed) {
   const rows = [];
   for (let i = 0; i < spans.length; i++) {

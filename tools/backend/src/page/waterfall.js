@@ -1,13 +1,13 @@
-// The spans as a tree with bars: a treegrid (WAI-ARIA Authoring Practices) of which only the rows in sight are in
-// the document. The focus stays on the grid, and `aria-activedescendant` names the active row, so that no focus is
-// lost with a row that scrolls out of sight.
+// Shows the spans as a tree with bars: a treegrid (WAI-ARIA Authoring Practices) of which only the visible rows are in
+// the document. The focus stays on the grid, and `aria-activedescendant` names the active row, so that the focus is not
+// lost when a row scrolls out of sight.
 
 import { byId, element, setAttribute } from "./dom.js";
 import { duration } from "./format.js";
 import { row } from "./waterfall_row.js";
 import { visible } from "./tree.js";
 
-/** Rows beyond the edges, so that none is missing while scrolling. */
+/** How many rows beyond each edge are in the document, so that no row is missing during scrolling. */
 const MARGIN = 12;
 
 export class Waterfall {
@@ -25,7 +25,7 @@ export class Waterfall {
   #chosen;
   #scheduled = false;
 
-  /** Calls `activated(span)` for the span that the reader moves to, `chosen(span or null)` on a click or Enter. */
+  /** Calls `activated(span)` when the reader moves to a span, and `chosen(span or null)` on a click or Enter. */
   constructor(grid, { activated, chosen }) {
     this.#grid = grid;
     this.#activated = activated;
@@ -38,7 +38,7 @@ export class Waterfall {
     new ResizeObserver(() => this.redraw()).observe(grid);
   }
 
-  /** Shows a trace, or the same one again with more spans: then what is in sight stays where it is. */
+  /** Shows a trace. If it is the same trace with more spans, the visible rows stay in place. */
   show(trace) {
     const top = this.#spans[Math.floor(this.#grid.scrollTop / this.#rowHeight())];
     const offset = top ? this.#spans.indexOf(top) * this.#rowHeight() - this.#grid.scrollTop : 0;
@@ -59,7 +59,7 @@ export class Waterfall {
     this.#draw();
   }
 
-  /** Makes a span active and brings it into sight, whatever is collapsed above it. */
+  /** Makes a span active and scrolls to it, and expands any collapsed ancestor. */
   reveal(span) {
     let hidden = false;
     for (let above = span.parent; above; above = above.parent) {
@@ -92,7 +92,7 @@ export class Waterfall {
     });
   }
 
-  /** Draws all rows again, because their spans changed. */
+  /** Draws all rows again after their spans have changed. */
   redraw() {
     for (const shown of this.#rows.values()) shown.span = null;
     this.#draw();
@@ -226,7 +226,7 @@ export class Waterfall {
     if (moved) this.#activated(span);
   }
 
-  /** Scrolls as little as needed. */
+  /** Scrolls to a row, and no further than needed. */
   #scrollTo(index) {
     const height = this.#rowHeight();
     const head = this.#body.offsetTop;

@@ -1,13 +1,13 @@
-// One row of the waterfall: a span's place in the tree, and its bar.
+// Makes one row of the waterfall: a span's place in the tree, and its bar.
 
 import { element, setAttribute, setText } from "./dom.js";
 import { count, duration, short } from "./format.js";
 import { colour } from "./services.js";
 
-/** Marks on a bar that are closer than this part of the whole trace are drawn as one. */
+/** Marks on a bar that are closer than this share of the whole trace are drawn as one mark. */
 const RESOLUTION = 1 / 500;
 
-/** `{ element, show(span, trace, isCollapsed) }`: rows are used again for other spans. */
+/** Returns `{ element, show(span, trace, isCollapsed) }`. Rows are reused for other spans. */
 export function row() {
   const indent = element("span", { class: "indent", "aria-hidden": "true" });
   const twist = element("span", { class: "twist", "aria-hidden": "true" });

@@ -1,4 +1,4 @@
-//! Queries that nobody in his right mind asks: each gets an answer, and harms nobody.
+//! Queries that no sane client sends. Each must get a response, and harm nobody.
 
 use crate::{Fixture, attribute, span, text};
 use opentelemetry_proto::tonic::{common::v1::any_value::Value, trace::v1::Span};
@@ -70,7 +70,7 @@ fn every_query_is_answered_or_refused() {
     let outcome = runner.run(&queries, |(path, with_service, parameters)| {
         let mut query = form_urlencoded::Serializer::new(String::new());
         if with_service {
-            // Further than to the refusal of what has no service.
+            // With a service, the query gets further than the check for a missing service.
             query.append_pair("service", "shop");
         }
         let query = query.extend_pairs(parameters).finish();

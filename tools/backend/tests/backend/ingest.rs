@@ -1,4 +1,4 @@
-//! OTLP's three encodings, with gzip and without; what is malformed gets the protocol's own error.
+//! OTLP's three encodings, with compression and without. A malformed request gets the protocol's own error.
 
 use crate::{Fixture, GZIP, JSON, PROTOBUF, ZSTD, request, span, trace_id};
 use anyhow::{Context, Result};
@@ -19,10 +19,10 @@ use serde_json::{Value, json};
 use std::io::Write;
 use tonic::codec::CompressionEncoding;
 
-/// The largest request that is taken.
+/// The largest request that the backend accepts.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// `google.rpc.Status`.
+/// The fields of `google.rpc.Status`.
 #[derive(Clone, PartialEq, Message)]
 struct Status {
     #[prost(int32, tag = "1")]
@@ -37,7 +37,8 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().expect("written to memory")
 }
 
-/// A span as OTLP's JSON has it: ids in hexadecimal, 64-bit integers as strings or numbers.
+/// Returns a request with a span in OTLP/JSON, which has ids in hexadecimal, and 64-bit integers as strings
+/// or numbers.
 fn json_request(trace: u128) -> String {
     json!({ "resourceSpans": [{
         "resource": { "attributes": [{ "key": "service.name", "value": { "stringValue": "shop" } }] },
@@ -56,7 +57,7 @@ fn json_request(trace: u128) -> String {
     .to_string()
 }
 
-/// Seven million empty spans, of two bytes each: decoded, they would take two gigabytes.
+/// Returns seven million empty spans of two bytes each. Decoded, they would take two gigabytes.
 fn empty_spans() -> Vec<u8> {
     let field = |number: u8, bytes: &[u8]| {
         let mut field = vec![number << 3 | 2];
@@ -67,13 +68,14 @@ fn empty_spans() -> Vec<u8> {
     field(1, &field(2, &field(2, b"").repeat(7_000_000)))
 }
 
-/// gRPC by hand: the flag that says whether the message is compressed, its length, the message.
+/// Frames a message as gRPC does: a flag that says whether the message is compressed, its length, the
+/// message.
 fn framed(compressed: bool, message: &[u8]) -> Vec<u8> {
     let length = u32::try_from(message.len()).expect("small").to_be_bytes();
     [&[u8::from(compressed)], &length[..], message].concat()
 }
 
-/// The `grpc-status` that this body is answered with.
+/// Sends a body over gRPC; returns the `grpc-status` of the response.
 async fn grpc_status(backend: &Backend, header: (&'static str, &str), body: Vec<u8>) -> Result<String> {
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
     let method = "opentelemetry.proto.collector.trace.v1.TraceService/Export";
@@ -134,7 +136,7 @@ async fn malformed_http_is_answered_with_a_status_in_the_requests_own_encoding()
     let valid = request("shop", [span(1, 1, 0, "buy")]).encode_to_vec();
     let zipped = gzip(&valid);
     let bomb = gzip(&vec![0; MAX_BYTES + 1]);
-    // A few bytes that would have the decoder allocate 128 MiB.
+    // These few bytes would make the decoder allocate 128 MiB.
     let mut wide = zstd::Encoder::new(Vec::new(), 0)?;
     wide.window_log(27)?;
     wide.write_all(&valid)?;
@@ -258,7 +260,7 @@ async fn malformed_grpc_is_an_invalid_argument() -> Result<()> {
     }
     assert_eq!(fixture.backend.statistics().spans, 1);
 
-    // Another method of the service.
+    // Calls another method of the service.
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
     let method = "opentelemetry.proto.collector.trace.v1.TraceService/Import";
     let request = Request::post(format!("http://{}/{method}", fixture.backend.addresses().otlp_grpc))
@@ -281,7 +283,7 @@ async fn spans_with_invalid_ids_are_rejected_and_counted_and_the_others_stored()
             Span { span_id: vec![0; 8], ..good.clone() },
             Span { span_id: vec![1; 9], ..good.clone() },
             Span { span_id: vec![2; 8], parent_span_id: vec![1; 7], ..good.clone() },
-            // Zeros are how some say that there is none.
+            // Some clients send zeros for a missing parent.
             Span { span_id: vec![3; 8], parent_span_id: vec![0; 8], ..good },
         ]
     };
@@ -361,7 +363,7 @@ async fn the_port_in_use_is_named() -> Result<()> {
 async fn with_the_backend_its_ports_are_free_again() -> Result<()> {
     let fixture = Fixture::start().await?;
     let addresses = *fixture.backend.addresses();
-    // A connection that stays open must not hold them.
+    // A connection that stays open must not keep the ports in use.
     fixture.get("/api/services").await?;
     drop(fixture);
     let again = loopback::poll(loopback::PATIENCE, async || Backend::start_at(addresses).await.ok());

@@ -1,4 +1,4 @@
-//! The documents of Jaeger's query API, of both generations, as a whole.
+//! Whole documents from both generations of Jaeger's query API.
 
 use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, envelope, refusal, span, text, trace_id};
 use anyhow::Result;
@@ -16,7 +16,7 @@ use opentelemetry_proto::tonic::{
 use prost::Message;
 use serde_json::json;
 
-/// A trace of two spans with one of everything that OTLP has.
+/// Returns a trace of two spans, in which every field of OTLP is used.
 fn everything() -> ExportTraceServiceRequest {
     let any = |value| AnyValue { value: Some(value) };
     let list = ArrayValue { values: vec![any(Value::StringValue("a".into())), any(Value::IntValue(1))] };
@@ -56,7 +56,7 @@ fn everything() -> ExportTraceServiceRequest {
     let child = Span {
         kind: SpanKind::Consumer.into(),
         start_time_unix_nano: NOON + MILLISECOND,
-        // The clock was set back.
+        // The clock was set back during the span.
         end_time_unix_nano: NOON,
         links: vec![link(2, 9), Link { attributes: vec![text("to", "nowhere")], ..Link::default() }],
         status: Some(Status { code: StatusCode::Ok.into(), message: String::new() }),

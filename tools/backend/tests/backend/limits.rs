@@ -1,4 +1,4 @@
-//! What is kept, and what goes: late spans, spans sent twice, eviction, bounds.
+//! What is stored and what is evicted: late spans, spans sent twice, eviction and limits.
 
 use crate::{Fixture, attribute, request, span, text, trace_id};
 use anyhow::Result;
@@ -17,11 +17,11 @@ fn with_text(span: Span, bytes: usize) -> Span {
 #[tokio::test(flavor = "multi_thread")]
 async fn late_spans_join_their_trace_and_spans_sent_again_are_stored_once() -> Result<()> {
     let fixture = Fixture::start().await?;
-    // The child first, and other traces between.
+    // The child comes first, and other traces come in between.
     fixture.export("mq", [span(1, 2, 1, "child")]).await?;
     fixture.export("api", (10..200).map(|trace| span(trace, 1, 0, "other"))).await?;
     fixture.export("api", [span(1, 1, 0, "root")]).await?;
-    // An export whose answer was lost is sent again, maybe with what came since.
+    // After a lost response, a client sends the export again, maybe with newer spans.
     fixture.export("mq", [span(1, 2, 1, "child"), span(1, 3, 1, "late")]).await?;
 
     let names: Vec<_> = fixture.backend.trace(&trace_id(1)).into_iter().map(|span| span.name).collect();
@@ -38,7 +38,7 @@ async fn when_there_are_too_many_spans_the_oldest_trace_goes() -> Result<()> {
         fixture.export("shop", [span(trace, 1, 0, "root"), span(trace, 2, 1, "child")]).await?;
     }
     assert_eq!(fixture.backend.statistics().evicted, 0);
-    // A late span makes its trace larger, not younger.
+    // A late span makes its trace larger, but not younger.
     fixture.export("shop", [span(1, 3, 1, "late")]).await?;
     assert_eq!(fixture.backend.trace(&trace_id(1)).len(), 0);
     assert_eq!(fixture.backend.trace(&trace_id(2)).len(), 2);
@@ -117,18 +117,18 @@ async fn everything_that_a_span_brings_is_counted() -> Result<()> {
     {
         fixture.export("shop", [span]).await?;
         let grown = grown(fixture.backend.statistics().bytes);
-        // The name is there twice: for searches.
+        // The name is stored twice, once for searches.
         let expected = if name == "name" { 2 * MEGABYTE } else { MEGABYTE };
         assert!((expected..expected + 3000).contains(&grown), "{name}: {grown}");
     }
-    // What the spans of a batch share is counted once.
+    // Data that the spans of a batch share is counted once.
     let padding = "x".repeat(20_000);
     let mut shared = request(&padding, (10..20).map(|id| span(1, id, 0, "child")));
     shared.resource_spans[0].schema_url = padding.clone();
     shared.resource_spans[0].scope_spans[0].schema_url = padding;
     fixture.post(&[crate::PROTOBUF], shared.encode_to_vec()).await?;
     let grown = grown(fixture.backend.statistics().bytes);
-    // The service's name is there twice: once as an attribute.
+    // The service's name is stored twice, once as an attribute.
     assert!((4 * 20_000..4 * 20_000 + 5000).contains(&grown), "{grown}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The embedded trace backend, from outside: OTLP in, Jaeger's answers out.
+//! Tests the embedded trace backend from outside: sends OTLP and reads Jaeger's responses.
 
 mod hostile;
 mod ingest;
@@ -21,7 +21,7 @@ use opentelemetry_proto::tonic::{
 use prost::Message;
 use serde_json::json;
 
-/// 2026-01-31T12:00:00Z, in nanoseconds.
+/// 2026-01-31T12:00:00Z, in nanoseconds since 1970.
 const NOON: u64 = 1_769_860_800_000_000_000;
 const MILLISECOND: u64 = 1_000_000;
 const PROTOBUF: (&str, &str) = ("content-type", "application/x-protobuf");
@@ -29,7 +29,7 @@ const JSON: (&str, &str) = ("content-type", "application/json");
 const GZIP: (&str, &str) = ("content-encoding", "gzip");
 const ZSTD: (&str, &str) = ("content-encoding", "zstd");
 
-/// A backend, and a client for it.
+/// A backend and a client for it.
 struct Fixture {
     backend: Backend,
     client: Client,
@@ -45,18 +45,18 @@ impl Fixture {
         Ok(Self { backend, client: Client::new() })
     }
 
-    /// `GET` at the query address.
+    /// Sends a `GET` to the query address.
     async fn get(&self, path: &str) -> Result<Answer> {
         self.client.get(&format!("http://{}{path}", self.backend.addresses().query)).await
     }
 
-    /// A request for `/v1/traces`.
+    /// Posts a request to `/v1/traces`.
     async fn post(&self, headers: &[(&str, &str)], body: impl Into<bytes::Bytes>) -> Result<Answer> {
         let url = format!("http://{}/v1/traces", self.backend.addresses().otlp_http);
         self.client.send(Method::POST, &url, headers, body).await
     }
 
-    /// Exports these spans of a service; they are stored when this returns.
+    /// Exports these spans of a service. They are stored when this returns.
     async fn export(&self, service: &str, spans: impl IntoIterator<Item = Span>) -> Result<()> {
         let answer = self.post(&[PROTOBUF], request(service, spans).encode_to_vec()).await?;
         assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b""[..]));
@@ -64,7 +64,7 @@ impl Fixture {
     }
 }
 
-/// The trace id of the small number, as Jaeger writes it.
+/// Returns the trace id of this number, as Jaeger writes it.
 fn trace_id(number: u128) -> String {
     format!("{number:032x}")
 }
@@ -84,7 +84,7 @@ fn assert_answer(answer: &Answer, status: u16, body: &serde_json::Value) {
     assert_eq!(&answer.json(), body);
 }
 
-/// The numbers of the traces in an answer, in their order.
+/// Returns the numbers of the traces in a response, in their order.
 fn numbers(answer: &Answer) -> Vec<u128> {
     assert_eq!(answer.status, 200, "{answer:?}");
     let json = answer.json();
@@ -93,7 +93,7 @@ fn numbers(answer: &Answer) -> Vec<u128> {
     ids.map(|id| u128::from_str_radix(id, 16).expect("digits")).collect()
 }
 
-/// A span of a millisecond, from noon. The root has no parent: 0.
+/// Returns a span that starts at noon and lasts a millisecond. Parent 0 means that the span is a root.
 fn span(trace: u128, id: u64, parent: u64, name: &str) -> Span {
     Span {
         trace_id: trace.to_be_bytes().into(),

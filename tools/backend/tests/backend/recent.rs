@@ -1,4 +1,4 @@
-//! The list of the latest traces, and the events that tell of changes.
+//! The list of the latest traces, and the events for changed traces.
 
 use crate::{Fixture, MILLISECOND, NOON, attribute, numbers, span, text, trace_id};
 use anyhow::{Context, Result, ensure};
@@ -20,7 +20,7 @@ use tokio::{
 struct Events(Lines<BufReader<TcpStream>>);
 
 impl Events {
-    /// Returns once the backend has subscribed it.
+    /// Connects; returns once the backend has subscribed the client.
     async fn of(fixture: &Fixture) -> Result<Self> {
         let mut connection = TcpStream::connect(fixture.backend.addresses().query).await?;
         connection.write_all(b"GET /api/events HTTP/1.1\r\nhost: backend\r\n\r\n").await?;
@@ -91,7 +91,7 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
     };
     fixture.export("shop", [at(3, 30, "buy"), at(1, 10, "buy")]).await?;
     fixture.export("bank", [at(2, 20, "pay"), at(4, 40, "look")]).await?;
-    // Within the second trace, a span of less than a millisecond.
+    // Adds a span of less than a millisecond within the second trace.
     fixture
         .export("bank", [Span { end_time_unix_nano: NOON + 2 * MILLISECOND + 1, ..at(2, 0, "x") }])
         .await?;
@@ -105,7 +105,7 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
         ("tags=%7B%22n%22%3A%221%22%7D", &[3, 1]),
         ("tag=user:ann&tag=n:0", &[4, 2]),
         ("minDuration=30ms", &[4, 3]),
-        // Of the trace, not of one of its spans.
+        // The duration is the trace's, not that of one of its spans.
         ("maxDuration=10ms", &[1]),
         ("minDuration=20ms&maxDuration=30ms", &[3, 2]),
         ("start=1769860800003000", &[4, 3]),
@@ -130,7 +130,7 @@ async fn each_client_is_told_of_a_changed_trace_once_for_many_changes() -> Resul
         fixture.export("shop", [span(1, id, id - 1, "step")]).await?;
     }
     for client in &mut clients {
-        // Once for each pause of 250 ms, however many these changes take.
+        // One event comes for each pause of 250 ms, however many changes there are.
         let mut told = 1;
         while client.next().await?["spans"] != 20 {
             told += 1;
@@ -141,7 +141,7 @@ async fn each_client_is_told_of_a_changed_trace_once_for_many_changes() -> Resul
     for client in &mut clients {
         let mut summary = client.next().await?;
         while summary["traceID"] == json!(trace_id(1)) {
-            // The last of the changes was seen before it was told.
+            // An event showed the last change of trace 1 already, but one more event of it may follow.
             summary = client.next().await?;
         }
         assert_eq!(
@@ -158,13 +158,14 @@ async fn of_more_changes_than_a_client_is_told_some_are_lost_and_not_kept() -> R
     let start = Instant::now();
     let mut slow = Events::of(&fixture).await?;
     let mut changes = fixture.backend.changes();
-    // More at once than are kept for a client.
+    // These are more changes than the backend keeps for a client.
     let mut traces = 0;
     for _ in 0..4 {
         fixture.export("shop", (0..5000).map(|i| span(traces + i + 1, 1, 0, "root"))).await?;
         traces += 5000;
     }
-    // It reads only now. Soon it is told what is happening, and not all that has happened.
+    // The client starts to read only now. It must soon be told of the present changes, and not of all earlier
+    // ones.
     let (mut told, last) = (0, trace_id(traces + 1));
     let told_of_last = async {
         for id in 1.. {
@@ -179,7 +180,7 @@ async fn of_more_changes_than_a_client_is_told_some_are_lost_and_not_kept() -> R
         Ok(())
     };
     timeout(PATIENCE, told_of_last).await??;
-    // 100 for each pause of 250 ms.
+    // 100 events come for each pause of 250 ms.
     let pauses = start.elapsed().as_millis() / 250 + 1;
     assert!((1..=100 * pauses).contains(&told), "{told} in {pauses} pauses");
     assert!(matches!(changes.recv().await, Err(RecvError::Lagged(_))));
@@ -193,7 +194,7 @@ async fn who_asks_in_the_process_is_told_the_ids_of_changed_traces() -> Result<(
     fixture.export("shop", [span(1, 1, 0, "root"), span(1, 2, 1, "child")]).await?;
     fixture.export("shop", [span(1, 2, 1, "child")]).await?;
     fixture.export("shop", [span(2, 1, 0, "root")]).await?;
-    // The second was nothing new.
+    // The second export contained no new span.
     assert_eq!([changes.recv().await?, changes.recv().await?], [trace_id(1), trace_id(2)]);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Every parameter of a search by Jaeger's query API, of both generations, and what it refuses.
+//! Every parameter of a search in both generations of Jaeger's query API, and the searches that are refused.
 
 use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, numbers, refusal, span, text, trace_id};
 use anyhow::Result;
@@ -15,7 +15,8 @@ use opentelemetry_proto::tonic::{
 use serde_json::json;
 use std::collections::BTreeSet;
 
-/// Three traces of `shop`, a second apart, and one of `bank`; each is named by its number.
+/// Makes a backend with three traces of `shop`, a second apart, and one of `bank`. Each trace is named by its
+/// number.
 async fn searchable() -> Result<Fixture> {
     let fixture = Fixture::start().await?;
     let second = 1000 * MILLISECOND;
@@ -59,7 +60,7 @@ async fn searchable() -> Result<Fixture> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_search_finds_the_latest_traces_with_a_span_that_fulfils_everything() -> Result<()> {
     let fixture = searchable().await?;
-    // Microseconds of the traces' starts.
+    // The starts of the traces, in microseconds since 1970.
     let (one, two, three) = (1_769_860_801_000_000_u64, 1_769_860_802_000_000_u64, 1_769_860_803_000_000_u64);
     for (query, expected) in [
         ("service=shop", &[3, 2, 1][..]),
@@ -71,7 +72,7 @@ async fn a_search_finds_the_latest_traces_with_a_span_that_fulfils_everything() 
         ("service=shop&operation=buy&limit=1", &[2]),
         ("service=shop&operation=pay", &[]),
         ("service=shop&tags=%7B%22user%22%3A%22ann%22%7D", &[1]),
-        // Of another span of the same trace.
+        // This tag belongs to another span of the same trace.
         ("service=shop&tags=%7B%22user%22%3A%22eve%22%7D", &[]),
         ("service=shop&tags=%7B%22n%22%3A%223%22%7D", &[2, 1]),
         ("service=shop&tags=%7B%22n%22%3A%223%22%2C%22user%22%3A%22bob%22%7D", &[2]),
@@ -135,7 +136,7 @@ async fn a_search_by_the_third_api_finds_the_same() -> Result<()> {
         ("query.startTimeMax=2026-01-31T12:00:01.999999999Z", &[1]),
         ("query.start_time_min=2026-01-31T12:00:02Z&query.start_time_max=2026-01-31T12:00:02Z", &[2]),
         ("query.num_traces=2", &[3, 2]),
-        // Unlike the first API, it does not ask for a service.
+        // Unlike the first API, the third doesn't need a service.
         ("query.attributes=%7B%22user%22%3A%22eve%22%7D", &[1]),
     ] {
         let answer = fixture.get(&format!("/api/v3/traces?{query}")).await?;
@@ -144,7 +145,7 @@ async fn a_search_by_the_third_api_finds_the_same() -> Result<()> {
     Ok(())
 }
 
-/// The numbers of the traces in an answer of the third API.
+/// Returns the numbers of the traces in a response of the third API.
 fn traces_of(answer: &Answer) -> BTreeSet<u128> {
     assert_eq!(answer.status, 200, "{answer:?}");
     let result = answer.json()["result"].take();
@@ -166,7 +167,7 @@ async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
     assert_answer(&fixture.get("/api/traces/xyz").await?, 400, &refusal(400, digits));
     assert_answer(&fixture.get("/api/nothing/there").await?, 404, &refusal(404, "there is no such API"));
 
-    // Some of those asked for by id: those that there are, and an error for each that is not.
+    // Returns the traces that exist, and an error for each id that doesn't.
     let answer = fixture.get("/api/traces?traceID=1&traceID=f00").await?;
     assert_eq!(numbers(&answer), [1]);
     let errors = json!([{ "msg": "trace not found", "traceID": trace_id(0xf00) }]);

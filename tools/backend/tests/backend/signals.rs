@@ -1,4 +1,4 @@
-//! Metrics and logs beside the spans, by every transport, encoding and compression.
+//! Metrics and log records, over every transport, in every encoding and compression.
 
 use crate::{Fixture, JSON, MILLISECOND, NOON, PROTOBUF, attribute, span, text, trace_id};
 use anyhow::Result;
@@ -45,7 +45,7 @@ fn zipped(how: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     }
 }
 
-/// Sends a request in each of the nine ways, all of which must be a plain success.
+/// Sends a request in each of the nine ways. Each must succeed without rejected items.
 async fn send_in_every_way<R>(
     (http, grpc): (SocketAddr, SocketAddr),
     (path, service): (&str, &str),
@@ -89,7 +89,7 @@ fn library() -> Option<InstrumentationScope> {
     Some(InstrumentationScope { name: "library".to_owned(), ..InstrumentationScope::default() })
 }
 
-/// One metric of each kind.
+/// Returns one metric of each kind.
 fn metrics() -> ExportMetricsServiceRequest {
     let number = |value| NumberDataPoint {
         attributes: vec![text("route", "/buy")],
@@ -152,7 +152,7 @@ fn metrics() -> ExportMetricsServiceRequest {
     }
 }
 
-/// A record in span 2 of trace 1.
+/// Returns a record in span 2 of trace 1.
 fn record(body: &str) -> LogRecord {
     LogRecord {
         time_unix_nano: NOON,
@@ -271,7 +271,7 @@ async fn the_logs_of_a_trace_are_answered_by_their_time_whenever_they_came() -> 
     let fixture = Fixture::start().await?;
     let addresses = fixture.backend.addresses();
     let later = LogRecord { time_unix_nano: NOON + 2 * MILLISECOND, ..record("later") };
-    // It happened at a time that nobody knows, and has no name for its severity.
+    // The time of this event is unknown, and its severity has no name.
     let observed = LogRecord {
         time_unix_nano: 0,
         severity_number: 17,
@@ -302,7 +302,7 @@ async fn the_logs_of_a_trace_are_answered_by_their_time_whenever_they_came() -> 
     assert_eq!(records[sent], expected(noon + 1000, "", "ERROR", ""));
     assert_eq!(records[sent + 1], expected(noon + 2000, "0000000000000002", "WARN", "later"));
     assert_eq!(records.as_array().map(Vec::len), Some(11));
-    // Jaeger's own answer knows nothing of them.
+    // Jaeger's own response doesn't contain the log records.
     let trace = fixture.get(&format!("/api/traces/{}", trace_id(1))).await?.json();
     assert_eq!(trace["data"][0]["spans"][0]["logs"], json!([]));
 
@@ -327,7 +327,7 @@ async fn logs_are_bounded_by_number_and_bytes_and_of_one_trace_to_a_quarter() ->
     for trace in 2..=5 {
         fixture.export_logs((0..25).map(|_| of_trace(trace, "many"))).await?;
     }
-    // The oldest went.
+    // The oldest trace's records were evicted.
     let LogStatistics { records, received, rejected, evicted, .. } = fixture.backend.statistics().logs;
     assert_eq!((records, received, rejected, evicted), (100, 130, 5, 25));
     assert_eq!(fixture.get(&format!("/api/logs/{}", trace_id(1))).await?.json()["total"], 0);

@@ -1,4 +1,4 @@
-// What checks ask a page.
+// Questions that the checks ask a page.
 
 import assert from "node:assert/strict";
 
@@ -7,7 +7,7 @@ export async function eventually(ask, expected) {
   const deadline = Date.now() + 60_000;
   let answer;
   do {
-    // What is asked for may not be in the document yet.
+    // The element may not be in the document yet.
     answer = await ask().catch((error) => error);
     if (JSON.stringify(answer) === JSON.stringify(expected)) return;
     await new Promise((resolve) => setTimeout(resolve, 20));
@@ -16,11 +16,11 @@ export async function eventually(ask, expected) {
   assert.deepEqual(answer, expected);
 }
 
-/** The trace ids of the list, from the top. */
+/** Returns the trace ids in the list, from the top. */
 export const listed = (page) =>
   page.$$eval("#rows a", (links) => links.map((link) => link.getAttribute("href").slice("/trace/".length)));
 
-/** The rows of the waterfall, from the top. */
+/** Returns the rows of the waterfall, from the top. */
 export const rows = (page) =>
   page.$$eval("#rows .row", (nodes) =>
     nodes
@@ -37,21 +37,21 @@ export const rows = (page) =>
       .sort((a, b) => a.index - b.index),
   );
 
-/** The names of the rows' spans, indented by their level. */
+/** Returns the names of the rows' spans, indented by their level. */
 export const tree = async (page) =>
   (await rows(page)).map(({ level, name }) => "  ".repeat(level - 1) + name);
 
-/** The name of the span that the keyboard is at. */
+/** Returns the name of the active row's span. */
 export const active = (page) =>
   page.$eval("#waterfall", (grid) => {
     const row = document.getElementById(grid.getAttribute("aria-activedescendant"));
     return row?.querySelector(".operation").textContent;
   });
 
-/** The title of the details, or of the overview. */
+/** Returns the title of the details or of the overview. */
 export const beside = (page) => page.$eval("#side h2", (title) => title.textContent);
 
-/** What the details say under a title such as "Self time". */
+/** Returns the text in the details under a title such as "Self time". */
 export const fact = (page, title) =>
   page.$eval(
     "#side dl",

@@ -1,9 +1,9 @@
-// A way to the backend that a check can close and open again.
+// A proxy to the backend that a check can close and open again.
 
 import { once } from "node:events";
 import { connect, createServer } from "node:net";
 
-/** `{ address, open(), close() }`; it starts open. */
+/** Returns `{ address, open(), close() }`. The proxy starts open. */
 export async function proxy(base) {
   const { hostname, port } = new URL(base);
   const sockets = new Set();

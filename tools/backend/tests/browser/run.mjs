@@ -3,7 +3,7 @@
 //     cargo dev backend
 //     node run.mjs [--page http://127.0.0.1:16686] [--otlp http://127.0.0.1:4318] [--only text]
 //
-// Every check has a page of its own. Whatever the page says on the console as an error fails the check.
+// Every check has its own page. An error on the page's console fails the check.
 
 import { parseArgs } from "node:util";
 import { chromium } from "playwright-core";
@@ -41,7 +41,10 @@ await browser.close();
 console.log(`${wanted.length - failed} of ${wanted.length} checks passed`);
 process.exitCode = failed || wanted.length === 0 ? 1 : 0;
 
-/** Runs a check with what it needs: `open(path, options)`, `post(...traces)`, `postLogs(trace, ...records)`, and the backend's address. */
+/**
+ * Runs a check with the arguments that it needs: `open(path, options)`, `post(...traces)`, `postLogs(trace,
+ * ...records)`, and the backend's address.
+ */
 async function run(check) {
   const contexts = [];
   const errors = [];

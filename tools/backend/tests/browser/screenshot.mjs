@@ -1,8 +1,8 @@
-// Makes the pictures of a login's trace, light and dark:
+// Takes the screenshots of a login's trace, light and dark:
 //
 //     node screenshot.mjs --page http://127.0.0.1:16686 --trace <id> --out ../../../docs/images
 //
-// Without --trace it posts spans that look like a login's to --otlp, and shows those.
+// Without --trace, it posts spans that look like a login's to --otlp, and shows them.
 
 import { parseArgs } from "node:util";
 import { chromium } from "playwright-core";

@@ -1,4 +1,4 @@
-// Traces for the page to show, as OTLP/JSON.
+// Makes traces for the page to show, as OTLP/JSON.
 
 import { randomBytes } from "node:crypto";
 
@@ -11,7 +11,7 @@ export async function post(otlp, ...traces) {
   await send(`${otlp}/v1/traces`, { resourceSpans: traces.flatMap((trace) => trace.resourceSpans) });
 }
 
-/** Posts log records given as `{ spanID, at, severity, body, attributes }`, `at` in microseconds after `start`. */
+/** Posts log records given as `{ spanID, at, severity, body, attributes }`. `at` is in microseconds after `start`. */
 export async function postLogs(otlp, { traceID, start }, ...records) {
   const logRecords = records.map((record) => ({
     traceId: traceID,
@@ -34,8 +34,9 @@ async function send(url, request) {
 }
 
 /**
- * A trace of spans given as `{ service, name, kind, at, took, parent, attributes, events, links, error, resource }`,
- * times in microseconds after `start`, parents by index or id. Returns `{ traceID, ids, start, resourceSpans }`.
+ * Makes a trace of spans given as `{ service, name, kind, at, took, parent, attributes, events, links, error, resource
+ * }`. Times are in microseconds after `start`, and parents are given by index or id. Returns `{ traceID, ids, start,
+ * resourceSpans }`.
  */
 export function trace(spans, { traceID = id(16), start = now() } = {}) {
   const ids = spans.map((span) => span.id ?? id(8));
@@ -69,7 +70,7 @@ export function trace(spans, { traceID = id(16), start = now() } = {}) {
   return { traceID, ids, start, resourceSpans };
 }
 
-/** Microseconds since 1970. */
+/** Returns the microseconds since 1970. */
 export const now = () => Date.now() * 1000;
 
 const nanos = (micros) => String(BigInt(Math.round(micros)) * 1000n);
@@ -85,7 +86,7 @@ function anyValue(value) {
   return { stringValue: value };
 }
 
-/** A login, as the three services trace it. */
+/** Makes a login's trace, as the three services produce it. */
 export function login({ start = now(), traceID } = {}) {
   const grpc = {
     "rpc.system.name": "grpc",

@@ -1,7 +1,7 @@
 //! `cargo dev`: the three services as processes, with a broker and a trace backend, and each trace drawn in
 //! the terminal as it arrives.
 //!
-//! - `parts`: what runs, its start and its end
+//! - `parts`: the parts of the system, their start and their end
 //! - `view`: when a trace is drawn
 //! - `terminal`: how it is drawn
 
@@ -41,15 +41,16 @@ pub struct Options {
     jaeger_ui: bool,
 }
 
-/// How often the terminal is brought up to date.
+/// How often new traces and log lines are printed.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Runs until a signal, or until no service is left.
+/// Runs until a signal, until no service is left, or until nobody reads the output.
 ///
 /// # Errors
-/// If a part can't be started; says which, and what helps.
+/// If a part can't be started; the error says which part, and what helps.
 pub async fn run(options: Options) -> Result<ExitCode> {
-    // First of all: from here on Ctrl-C, or a terminal that is closed, leaves nothing behind.
+    // Signals are caught before anything is started, so that Ctrl-C or a closed terminal leaves no process
+    // behind.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hang_up = signal(SignalKind::hangup())?;
@@ -88,13 +89,14 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     say("stopping");
     select! {
         () = parts.stop() => {}
-        // Asked twice: at once, then.
+        // A second signal ends everything at once.
         () = stopped() => {}
     }
     Ok(exit)
 }
 
-/// Prints a line; whether anybody may read it. If not, as with `cargo dev | head`, it is time to stop.
+/// Prints a line; returns whether that was possible. It is not after the reader has ended, as with `cargo dev
+/// | head`, and then it is time to stop.
 fn say(line: &str) -> bool {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).is_ok()

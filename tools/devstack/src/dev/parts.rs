@@ -1,4 +1,4 @@
-//! The parts of the system: their start, what they say, their end.
+//! The parts of the system: how they start, what they log, and how they end.
 
 use super::{Options, say};
 use anyhow::{Context, Result, bail};
@@ -17,31 +17,31 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// From SIGTERM on; services that have not ended by then are killed.
+/// The time from SIGTERM until services that have not ended are killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How many lines of a service that ended are shown.
+/// How many of the last lines of a service that ended are printed.
 const LAST_LINES: usize = 10;
 
-/// What runs.
+/// The running parts of the system.
 pub struct Parts {
     pub services: Vec<Process>,
-    /// None if the spans go elsewhere.
+    /// The trace backend, or `None` if the spans are sent elsewhere.
     pub backend: Option<Backend>,
-    /// None if there is another broker.
+    /// The embedded broker, or `None` if another one is used.
     broker: Option<Broker>,
     amqp_url: String,
     otlp_endpoint: String,
 }
 
 impl Parts {
-    /// Starts everything that isn't elsewhere, and waits until a login would succeed.
+    /// Starts every part that doesn't run elsewhere, and waits until a login would succeed.
     ///
     /// # Errors
-    /// If something doesn't start; says what, why, and what helps.
+    /// If a part doesn't start; the error says which part, why, and what helps.
     pub async fn start(options: &Options) -> Result<Self> {
         let address = |port, part| if options.free_ports { free_address() } else { usual(port, part) };
-        // Asked for before anything is built or started.
+        // A port in use must be reported before anything is built or started.
         let api = address(8888, "api")?;
         let usercenter = address(50051, "usercenter")?;
         let mq = address(50052, "mq")?;
@@ -81,7 +81,7 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp_endpoint),
             ("SHUTDOWN_TIMEOUT", "3s"),
         ];
-        // Whoever tries a login wants to see its trace in less than five seconds.
+        // Whoever tries a login wants to see its trace within five seconds.
         let mut defaults = vec![("OTEL_BSP_SCHEDULE_DELAY", "200")];
         if backend.is_some() {
             // Unlike a plain Jaeger, this backend takes log records.
@@ -115,14 +115,14 @@ impl Parts {
         }
     }
 
-    /// What to do now, and where everything is.
+    /// Returns a text that says what to do now, and where every part is.
     pub fn summary(&self) -> String {
         let of = |name| self.services.iter().find(|service| service.name == name).map(|s| s.address);
         let address = |name| of(name).map(|address| address.to_string()).unwrap_or_default();
         let port = of("api").map(|address| address.port()).unwrap_or_default();
         let broker = match &self.broker {
             Some(broker) => format!("{}, embedded (guest, guest)", broker.address()),
-            // The URL may hold a password.
+            // The URL may contain a password.
             None => match amqp::connection::parse_url(&self.amqp_url) {
                 Ok(server) => {
                     let authority = server.uri.authority;
@@ -160,7 +160,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         )
     }
 
-    /// Lines that came since the last time: warnings and errors, or all.
+    /// Returns the log lines since the last call: all of them, or only warnings and errors.
     pub fn new_log_lines(&mut self, all: bool) -> Vec<String> {
         let mut lines = Vec::new();
         for service in &mut self.services {
@@ -171,7 +171,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         lines
     }
 
-    /// Takes out the services that have ended, and tells their last words.
+    /// Removes the services that have ended; returns their exit statuses and their last lines.
     pub fn deaths(&mut self) -> Vec<String> {
         let mut deaths = Vec::new();
         self.services.retain_mut(|service| {
@@ -185,10 +185,10 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         deaths
     }
 
-    /// Stops the services, all at once; the others stop when they are dropped.
+    /// Stops the services, all at once. The other parts stop when they are dropped.
     pub async fn stop(&mut self) {
         let ends = join_all(self.services.iter_mut().map(Process::stop));
-        // Who has not ended by then is killed when dropped.
+        // A service that has not ended by then is killed when it is dropped.
         let _ = timeout(STOP_TIMEOUT, ends).await;
         self.services.clear();
     }
@@ -213,7 +213,7 @@ fn is_warning(line: &str) -> bool {
         .any(|mark| line.contains(mark))
 }
 
-/// The usual port of a part, if nobody has it.
+/// Returns the usual port of a part, if it is free.
 fn usual(port: u16, part: &str) -> Result<SocketAddr> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     TcpListener::bind(address).with_context(|| {
@@ -222,7 +222,7 @@ fn usual(port: u16, part: &str) -> Result<SocketAddr> {
     Ok(address)
 }
 
-/// A port that nobody has.
+/// Returns a free port.
 fn free_address() -> Result<SocketAddr> {
     Ok((Ipv4Addr::LOCALHOST, free_port()?).into())
 }

@@ -1,21 +1,22 @@
-//! A trace drawn for the terminal: tree, kind, duration, and a bar for when each span was.
+//! Draws a trace for the terminal: the tree, and for each span its kind, its duration, and a bar that shows
+//! when it ran.
 
 use harness::trace::Span;
 use std::{fmt::Write, time::Duration};
 
-/// How wide a bar is that lasts as long as the trace.
+/// The width of a bar that lasts as long as the trace, in characters.
 const BAR: usize = 24;
 
-/// How much room the names have, indentation included.
+/// The width of the column of names, indentation included, in characters.
 const NAMES: usize = 52;
 
-/// A larger trace is for the page.
+/// The most spans of a trace that are drawn. The page shows larger traces.
 const MAX_SPANS: usize = 200;
 
 const RED: u8 = 31;
 const DIM: u8 = 2;
 const BOLD: u8 = 1;
-/// Of services, in the order of their first span; red is for errors.
+/// ANSI codes of the services' colours, in the order of their first span. Red is for errors.
 const COLOURS: [u8; 5] = [36, 33, 35, 32, 34];
 
 /// Draws traces, with colour or without.
@@ -26,7 +27,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// The whole trace: a line about it, then one for each span. `url` is where more is shown.
+    /// Draws the whole trace: a line about it, then one for each span. `url` is the trace's page.
     pub fn draw(&self, spans: &[Span], url: &str) -> String {
         let start = spans.iter().map(|span| span.start).min().unwrap_or_default();
         let end = spans.iter().map(|span| span.end.max(span.start)).max().unwrap_or_default();
@@ -72,14 +73,15 @@ struct Drawing<'a> {
     terminal: &'a Terminal,
     spans: &'a [Span],
     start: u64,
-    /// Nanoseconds, at least one.
+    /// The duration of the trace in nanoseconds, at least 1.
     length: u64,
     services: Vec<&'a str>,
     service_width: usize,
 }
 
 impl Drawing<'_> {
-    /// A span and what is below it. `lead` is drawn before its name, `below` before those of its children.
+    /// Draws a span and the spans below it. `lead` is drawn before its name, `below` before the names of its
+    /// children.
     fn span(&self, out: &mut String, span: &Span, lead: &str, below: &str) {
         let terminal = self.terminal;
         let position = self.services.iter().position(|service| *service == span.service).unwrap_or(0);
@@ -113,7 +115,7 @@ impl Drawing<'_> {
         }
     }
 
-    /// Begins where the span does within its trace, and is as long, at least a mark.
+    /// Draws a bar that begins and lasts as the span does within its trace. A bar is at least a thin mark.
     fn bar(&self, span: &Span) -> String {
         let cells = |nanoseconds: u64| nanoseconds as f64 / self.length as f64 * BAR as f64;
         let from = (cells(span.start.saturating_sub(self.start)) as usize).min(BAR - 1);
@@ -128,7 +130,7 @@ fn in_order(mut spans: Vec<&Span>) -> Vec<&Span> {
     spans
 }
 
-/// Cut or filled to `width` characters.
+/// Cuts or pads a text to `width` characters.
 fn fit(text: &str, width: usize) -> String {
     let text = printable(text);
     if text.chars().count() <= width {
@@ -138,7 +140,8 @@ fn fit(text: &str, width: usize) -> String {
     format!("{kept}…")
 }
 
-/// What a span says comes from anybody: no escape of it may reach the terminal.
+/// Replaces control characters, because anybody can send spans, and their escapes must not reach the
+/// terminal.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '·' } else { c }).collect()
 }
@@ -176,7 +179,7 @@ mod tests {
         let mut failed = span("d", "a", "api", "send", (6, 8));
         failed.status = "ERROR";
         failed.attributes.insert("error.type".to_owned(), "timeout".to_owned());
-        // In any order; a child may outlive its parent.
+        // The spans are in no order, and a child may end after its parent.
         let spans = [
             failed,
             span("c", "b", "usercenter", "find", (2, 4)),
@@ -193,7 +196,7 @@ mod tests {
             "  api         └─ send                  INTERNAL    2.0 ms              ████  timeout",
             "  mq             └─ consume            INTERNAL    3.0 ms                    ██████",
         ];
-        // The names have more room than is good for a test.
+        // The column of names is too wide for the test's lines.
         let narrow = drawn.replace(&" ".repeat(NAMES - 23), "");
         assert_eq!(narrow.lines().collect::<Vec<_>>(), expected, "{drawn}");
     }

@@ -1,4 +1,4 @@
-//! When a trace is drawn: once it is complete and nothing more came for a moment.
+//! Decides when a trace is drawn: once it is complete and has not changed for a moment.
 
 use super::terminal::Terminal;
 use backend::Backend;
@@ -9,32 +9,34 @@ use std::{
 };
 use tokio::sync::broadcast::{self, error::TryRecvError};
 
-/// Spans of one request come from three processes, each with batches of its own.
+/// How long a trace must not have changed. The spans of one request come from three processes, in separate
+/// batches.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// A trace whose root or some parent does not come is drawn all the same.
+/// How long to wait for a missing root or parent. After that, the trace is drawn without it.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Under load nobody reads every trace: more than so many at a time are only counted.
+/// The most traces that are drawn at a time. Others are only counted, because under load nobody reads every
+/// trace.
 const MAX_AT_ONCE: usize = 4;
 
-/// Which traces are on their way.
+/// The traces that have changed and are not drawn yet.
 pub struct View {
     terminal: Terminal,
     page: String,
     changes: broadcast::Receiver<String>,
-    /// When each last changed.
+    /// When each trace last changed.
     arriving: HashMap<String, Instant>,
 }
 
 impl View {
-    /// A view of the traces that come from now on.
+    /// Makes a view of the traces that arrive from now on.
     pub fn new(backend: &Backend, terminal: Terminal) -> Self {
         let page = format!("http://localhost:{}/trace", backend.addresses().query.port());
         Self { terminal, page, changes: backend.changes(), arriving: HashMap::new() }
     }
 
-    /// The traces to be drawn now.
+    /// Returns the drawings of the traces that are due now.
     pub fn due(&mut self, backend: &Backend) -> Vec<String> {
         let now = Instant::now();
         let mut missed = 0;
@@ -72,7 +74,7 @@ impl View {
     }
 }
 
-/// One root at least, and every parent is there; the root's may be the caller's.
+/// Returns whether exactly one span has no parent among the spans. That parent may be the caller's span.
 fn is_complete(spans: &[Span]) -> bool {
     let ids: HashSet<&str> = spans.iter().map(|span| span.span_id.as_str()).collect();
     let without_parent = spans.iter().filter(|span| !ids.contains(span.parent_span_id.as_str())).count();

@@ -1,4 +1,4 @@
-// What a span can say to harm the page, or to break it.
+// Checks that no span can harm or break the page.
 
 import assert from "node:assert/strict";
 import { eventually, openDetails, rows } from "../ask.mjs";
@@ -6,7 +6,7 @@ import { id, now, trace } from "../spans.mjs";
 
 const ATTACK = `"><script>window.ran=1</script><img src=x onerror="window.ran=1"><a href="javascript:window.ran=1">x</a>`;
 
-/** Nothing ran, and nothing that a span said became an element. */
+/** Asserts that no script ran, and that no text of a span became an element. */
 async function assertHarmless(page) {
   assert.equal(await page.evaluate(() => window.ran), undefined);
   assert.equal(await page.locator("img, iframe, object, script:not([src^='/page/'])").count(), 0);
@@ -14,7 +14,7 @@ async function assertHarmless(page) {
   for (const href of hrefs) assert.match(href, /^\/($|trace\/[0-9a-f]+(#[0-9a-f]+)?$)/);
 }
 
-/** Answers the API in the backend's place. */
+/** Answers the API in place of the backend. */
 const answer = (path, body) => (page) => page.route(path, (route) => route.fulfill({ json: body }));
 
 export default {
@@ -83,8 +83,8 @@ export default {
       "#side th, #side td, #side b, #side .body, #side .failed, #side h2 .operation",
       (nodes) => nodes.map((node) => node.textContent),
     );
-    // Key and value of the attribute, of the event's, of the record's and of the resource's; the event, the
-    // record's severity and body, the status, the span.
+    // The attack is the key and the value of four attributes: the span's, the event's, the record's and the resource's.
+    // It is also the event's name, the record's severity and body, the status message and the span's name.
     assert.equal(said.filter((text) => text === ATTACK).length, 13, JSON.stringify(said));
     assert.ok(said.includes(`error ${ATTACK}`));
     assert.equal(await page.title(), `${ATTACK.slice(0, 60)}… ${ATTACK.slice(0, 100)}… · Throughline`);
@@ -186,7 +186,7 @@ export default {
       );
       answers.push({ data: [{ traceID: value, spans: [whole] }] });
     }
-    // Reading and drawing without a page load each, or this would take minutes.
+    // All answers are read and drawn without loading the page for each, which would take minutes.
     shown = await page.evaluate(async (answers) => {
       const { readTrace } = await import("/page/jaeger.js");
       const { arrange } = await import("/page/tree.js");

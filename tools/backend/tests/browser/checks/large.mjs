@@ -1,10 +1,10 @@
-// Traces of many spans.
+// Checks traces of many spans.
 
 import assert from "node:assert/strict";
 import { active, eventually } from "../ask.mjs";
 import { now, trace } from "../spans.mjs";
 
-/** The root, and below it spans in chains of ten; some have attributes, events and errors. */
+/** Returns a root with chains of ten spans below it. Some spans have attributes, events and errors. */
 function large(count) {
   const spans = [{ service: "root", name: "root", kind: "SERVER", at: 0, took: count * 10 }];
   for (let i = 1; i < count; i++) {
@@ -38,14 +38,14 @@ async function posted(post, count) {
 }
 
 export default {
-  // How long it takes is told, not checked: a busy machine is no fault of the page.
+  // The time is reported but not checked, because a busy machine is not the page's fault.
   async ten_thousand_spans_are_there({ open, post }) {
     const { traceID } = await posted(post, 10_000);
     const took = [];
     for (let i = 0; i < 3; i++) {
       const page = await open(`/trace/${traceID}`);
       await page.waitForSelector(".row");
-      // A frame with the rows has been drawn by the time of the second callback.
+      // When the second callback runs, a frame with the rows has been drawn.
       took.push(
         await page.evaluate(
           () =>
@@ -64,7 +64,7 @@ export default {
     const { traceID } = await posted(post, 10_000);
     const page = await open(`/trace/${traceID}`);
     await page.waitForSelector(".row");
-    // In threadTicks: the processor's time of the page's main thread, whatever else the machine is doing.
+    // `threadTicks` measures the processor time of the page's main thread, which doesn't depend on other processes.
     const devtools = await page.context().newCDPSession(page);
     await devtools.send("Performance.enable", { timeDomain: "threadTicks" });
     const busy = async () => {
@@ -122,7 +122,7 @@ export default {
       ),
       ["3001", "10", "1", "1"],
     );
-    // Scrolled out of sight, the active row is still what the keyboard goes on from.
+    // When the active row has scrolled out of sight, the keyboard still moves from it.
     await page.$eval("#waterfall", (grid) => (grid.scrollTop = 0));
     await page.waitForSelector("#row-0");
     assert.equal(await active(page), "operation 2999");

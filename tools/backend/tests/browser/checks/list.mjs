@@ -1,4 +1,4 @@
-// The list of recent traces.
+// Checks the list of recent traces.
 
 import assert from "node:assert/strict";
 import { eventually, listed } from "../ask.mjs";
@@ -49,7 +49,7 @@ export default {
     await post(first);
     const page = await open("/");
     await page.waitForSelector("[data-state=live]");
-    // Live it is before it has its list.
+    // The page is live before it has its list.
     await eventually(async () => (await listed(page))[0], first.traceID);
     const before = await listed(page);
     const added = login();
@@ -71,7 +71,7 @@ export default {
     await eventually(() => page.locator("#pending:visible").allTextContents(), ["Show 2 new"]);
     assert.deepEqual(await listed(page), before);
     assert.deepEqual(await row.boundingBox(), place);
-    // A row that is there is brought up to date in its place.
+    // An existing row is updated in place.
     await post(
       trace([{ service: "late", name: "late", at: 0, took: 10, parent: first.ids[0] }], {
         traceID: first.traceID,
@@ -117,7 +117,7 @@ export default {
         expected.map((trace) => trace.traceID),
       );
       const link = new URL(page.url());
-      // Whoever follows the link sees the same.
+      // Another reader who follows the link sees the same.
       const again = await open(link.pathname + link.search);
       await eventually(
         () => listed(again),

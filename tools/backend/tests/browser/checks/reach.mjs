@@ -1,10 +1,10 @@
-// Whoever reads, on whatever: keyboard, narrow screens, light and dark, no motion.
+// Checks that everybody can use the page: by keyboard, on narrow screens, light and dark, without motion.
 
 import assert from "node:assert/strict";
 import { active, beside, eventually, tree } from "../ask.mjs";
 import { login, trace } from "../spans.mjs";
 
-/** The least contrast (WCAG 2) between a text in sight and what is behind it, and which text that is. */
+/** Returns the least contrast (WCAG 2) between a visible text and its background, and that text. */
 function leastContrast(page) {
   return page.evaluate(() => {
     const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -97,7 +97,7 @@ export default {
     assert.equal(await page.$eval(".row.active", (row) => getComputedStyle(row).outlineStyle), "solid");
     await page.keyboard.press("Enter");
     await eventually(() => beside(page), "api usercenter.v1.Usercenter/GetUserByMobile");
-    // Once they are open, the details follow.
+    // Open details follow the keyboard.
     await page.keyboard.press("ArrowDown");
     await eventually(() => beside(page), "usercenter usercenter.v1.Usercenter/GetUserByMobile");
     await page.keyboard.press("Escape");
@@ -162,7 +162,7 @@ export default {
       const beyond = await page.$$eval("body *:not(option, dialog *, svg *)", (nodes) =>
         nodes
           .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > 360.5)
-          // What is cut off with an ellipsis, or scrolls in a box of its own, may be wider.
+          // An element may be wider if an ellipsis cuts it off, or if it scrolls in its own box.
           .filter((node) => !node.parentElement.closest("td, .name, h1, .graph"))
           .map((node) => node.outerHTML.slice(0, 100)),
       );

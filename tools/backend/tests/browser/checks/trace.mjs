@@ -1,4 +1,4 @@
-// The page of one trace.
+// Checks the page of one trace.
 
 import assert from "node:assert/strict";
 import { active, beside, eventually, fact, openDetails, rows, tree } from "../ask.mjs";
@@ -13,7 +13,7 @@ const LOGIN = [
   "    mq_consumer_msg",
 ];
 
-/** A trace of which the critical path can be told by hand; times in milliseconds. */
+/** Returns a trace whose critical path can be found by hand. Times are in milliseconds. */
 function known() {
   const span = (name, from, until, parent, more) => ({
     service: "known",
@@ -35,7 +35,7 @@ function known() {
   ]);
 }
 
-/** Where something is within the timeline, as parts of it. */
+/** Returns the left and right edges of elements in a span's row, as shares of the timeline. */
 function geometry(page, name, selector) {
   return page.$$eval(
     "#rows .row",
