@@ -301,7 +301,7 @@ impl TestBroker {
         let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
         topology.declare(&channel).await?;
         let retry_delays = delays(DEFAULT_RETRY_DELAYS);
-        Ok(Self { url, prefix, topology, retry_delays, channel, connection: connection, embedded })
+        Ok(Self { url, prefix, topology, retry_delays, channel, connection, embedded })
     }
 
     /// Starts a proxy in front of the broker; returns it with the URL that leads through it.
