@@ -69,7 +69,13 @@ struct Attempt {
 pub(crate) fn note_cause(error: &(dyn std::error::Error + 'static)) {
     let sources = std::iter::successors(Some(error), |error| error.source());
     let cause = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    ATTEMPT.with_borrow_mut(|attempt| attempt.cause = Some(cause));
+    ATTEMPT.with_borrow_mut(|attempt| {
+        // If a connection ends before the request is sent, hyper cancels the request and loses the reason, for
+        // example that the server refused the client's certificate. An earlier attempt may have told more.
+        if attempt.cause.is_none() || !cause.contains("operation was canceled") {
+            attempt.cause = Some(cause);
+        }
+    });
 }
 
 impl Outage {
