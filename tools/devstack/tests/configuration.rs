@@ -380,7 +380,8 @@ async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
         [("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"), ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")];
     let mut stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    // api's four spans fill two batches; the single spans of the other services wait.
+    // api's four spans fill two batches, or are in up to four if one ends while another batch is collected. The
+    // single spans of the other services wait.
     let tree = "
         api POST /usercenter/v1/user/login SERVER
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT
@@ -388,9 +389,10 @@ async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
           api send_msg_mq PRODUCER
     ";
     stack.receiver.expect_tree(&answer.trace_id(), tree).await;
-    assert_eq!(stack.receiver.requests().len(), 2);
+    let of_api = stack.receiver.requests().len();
+    assert!((2..=4).contains(&of_api), "{of_api}");
     stack.stop().await?;
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    assert_eq!(stack.receiver.requests().len(), 4);
+    assert_eq!(stack.receiver.requests().len(), of_api + 2);
     Ok(())
 }
