@@ -247,6 +247,18 @@ mod tests {
     }
 
     #[test]
+    fn a_cancelled_attempt_does_not_hide_the_cause_of_another() {
+        let note = |text: &str| note_cause(&std::io::Error::other(text));
+        let (cancelled, cause) = ("operation was canceled: connection was not ready", "CertificateRequired");
+        for attempts in [[cancelled, cause], [cause, cancelled], ["another", cause]] {
+            attempts.into_iter().for_each(note);
+            assert_eq!(ATTEMPT.take().cause.as_deref(), Some(cause), "{attempts:?}");
+        }
+        note(cancelled);
+        assert_eq!(ATTEMPT.take().cause.as_deref(), Some(cancelled));
+    }
+
+    #[test]
     fn what_a_peer_wrote_is_shortened_and_has_no_control_characters() {
         assert_eq!(short(&format!("a\nb\x1b[0m{}", "x".repeat(400))).len(), 300);
         assert!(!short("a\nb\x1b").chars().any(char::is_control));

@@ -375,13 +375,15 @@ async fn limits_hold_on_every_span() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
-    // No batch is due for an hour, but a batch is full after two spans.
-    let variables =
-        [("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"), ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")];
+    // No batch is due for an hour, but a batch is full after one span in api, and after two in the others.
+    let variables = [
+        ("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"),
+        ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2"),
+        ("api", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1"),
+    ];
     let mut stack = Stack::start(&variables).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    // api's four spans fill two batches, or are in up to four if one ends while another batch is collected. The
-    // single spans of the other services wait.
+    // Each of api's four spans fills a batch. The single spans of the other services wait.
     let tree = "
         api POST /usercenter/v1/user/login SERVER
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT
@@ -389,10 +391,9 @@ async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
           api send_msg_mq PRODUCER
     ";
     stack.receiver.expect_tree(&answer.trace_id(), tree).await;
-    let of_api = stack.receiver.requests().len();
-    assert!((2..=4).contains(&of_api), "{of_api}");
+    assert_eq!(stack.receiver.requests().len(), 4);
     stack.stop().await?;
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    assert_eq!(stack.receiver.requests().len(), of_api + 2);
+    assert_eq!(stack.receiver.requests().len(), 6);
     Ok(())
 }
