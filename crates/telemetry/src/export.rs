@@ -26,15 +26,15 @@ use opentelemetry_sdk::{
     trace::{BatchConfigBuilder, BatchSpanProcessor, Span, SpanData, SpanExporter, SpanProcessor},
 };
 use std::{
-    future::poll_fn,
+    future::pending,
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::Poll,
+    thread,
     time::Duration,
 };
 use tokio::{
-    runtime::Handle,
+    runtime::{Builder, Handle},
     sync::watch,
     time::{Instant, timeout},
 };
@@ -153,8 +153,34 @@ enum Outcome {
     NotSent,
 }
 
-/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. It needs a tokio
-/// runtime, which drives the exporter's connections.
+/// Starts a runtime of one thread, for the connections of exporters, which lives as long as the process. On the
+/// service's own runtime, encoding and sending a batch would delay the requests that run there.
+///
+/// # Errors
+/// If the system gives no thread or no event queue.
+pub(crate) fn connections() -> io::Result<Handle> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    let connections = move || {
+        let_requests_pass();
+        runtime.block_on(pending::<()>());
+    };
+    thread::Builder::new().name("OpenTelemetry.Connections".into()).spawn(connections)?;
+    Ok(handle)
+}
+
+/// Gives this thread a lower priority, once. If all cores are busy, a batch then waits, and not a request.
+fn let_requests_pass() {
+    thread_local!(static LOWERED: () = {
+        // Only on Linux does this concern the thread, and not the whole process.
+        #[cfg(target_os = "linux")]
+        let _ = rustix::process::nice(10);
+    });
+    LOWERED.with(|()| ());
+}
+
+/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. It must be called
+/// on the runtime that drives the exporter's connections.
 pub(crate) fn start<E: SpanExporter + 'static>(
     mut exporter: E,
     outage: Outage,
@@ -291,16 +317,16 @@ impl<E: SpanExporter> SpanExporter for AccountedExporter<E> {
     /// Counts and logs the outcome, and always returns `Ok`, so that the SDK logs nothing more.
     async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
         while !batch.is_empty() {
-            let mut bytes = 0;
-            let mut is_within = |span: &SpanData| {
-                bytes += size(span);
-                bytes <= MAX_REQUEST_BYTES
-            };
-            let count = batch.iter().take_while(|span| is_within(span)).count().max(1);
+            let (mut count, mut bytes) = (0, 0);
+            for size in batch.iter().map(size) {
+                if count > 0 && bytes + size > MAX_REQUEST_BYTES {
+                    break;
+                }
+                (count, bytes) = (count + 1, bytes + size);
+            }
             let rest = batch.split_off(count);
-            let (count, bytes) = (batch.len(), batch.iter().map(size).sum());
             self.account.begin(count);
-            let outcome = self.send(batch).await;
+            let outcome = self.send(batch);
             if matches!(outcome, Outcome::NotSent) {
                 self.outage.lost(count as u64);
             }
@@ -320,7 +346,7 @@ impl<E: SpanExporter> SpanExporter for AccountedExporter<E> {
 }
 
 impl<E: SpanExporter> AccountedExporter<E> {
-    async fn send(&self, batch: Vec<SpanData>) -> Outcome {
+    fn send(&self, batch: Vec<SpanData>) -> Outcome {
         let start = Instant::now();
         let mut pause = PAUSE;
         loop {
@@ -329,7 +355,7 @@ impl<E: SpanExporter> AccountedExporter<E> {
                 return Outcome::NotSent;
             }
             let left = self.limit.saturating_sub(start.elapsed());
-            let result = on_runtime(&self.runtime, left, self.exporter.export(batch.clone())).await;
+            let result = on_runtime(&self.runtime, left, self.exporter.export(batch.clone()));
             match result {
                 Ok(()) => return Outcome::Exported { rejected: self.outage.over() },
                 Err(error) if self.outage.failed(&error).is_final() => return Outcome::Rejected,
@@ -343,31 +369,25 @@ impl<E: SpanExporter> AccountedExporter<E> {
             let _ = on_runtime(&self.runtime, pausing, async {
                 let _ = closed.wait_for(|closed| *closed).await;
                 Ok(())
-            })
-            .await;
+            });
             pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 }
 
-/// Polls `future` on this thread for at most `limit`, in the context of the runtime, so that timers and
-/// sockets work. A panic in it becomes an error, because it would otherwise end the thread, and with it all
-/// exports. (tonic 0.14.9 panics when the details of a status are not base64, and `println!` when standard
-/// output is closed.)
-async fn on_runtime(
+/// Runs `future` on this thread for at most `limit`, with the timers and sockets of the runtime. A panic in it
+/// becomes an error, because it would otherwise end the thread, and with it all exports. (tonic 0.14.9 panics
+/// when the details of a status are not base64, and `println!` when standard output is closed.)
+fn on_runtime(
     runtime: &Handle,
     limit: Duration,
     future: impl Future<Output = OTelSdkResult>,
 ) -> OTelSdkResult {
-    let mut future = pin!(async { timeout(limit, future).await.map_err(|_| OTelSdkError::Timeout(limit))? });
-    poll_fn(|cx| {
-        let _entered = runtime.enter();
-        let poll = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
-        poll.unwrap_or_else(|_| {
-            Poll::Ready(Err(OTelSdkError::InternalFailure("the exporter panicked".into())))
-        })
-    })
-    .await
+    let_requests_pass();
+    let result = catch_unwind(AssertUnwindSafe(|| runtime.block_on(async { timeout(limit, future).await })));
+    result
+        .map_err(|_| OTelSdkError::InternalFailure("the exporter panicked".into()))?
+        .map_err(|_| OTelSdkError::Timeout(limit))?
 }
 
 /// An exporter of metrics or log records whose failures are logged at most once a minute.
@@ -381,13 +401,13 @@ pub(crate) struct Guarded<E> {
 }
 
 impl<E> Guarded<E> {
-    /// Wraps an exporter. It needs a tokio runtime, which drives the exporter's connections.
+    /// Wraps an exporter. It must be called on the runtime that drives the exporter's connections.
     pub fn new(exporter: E, outage: Outage, limit: Duration) -> Self {
         Self { exporter, outage, limit, runtime: Handle::current() }
     }
 
-    async fn guard(&self, export: impl Future<Output = OTelSdkResult>) -> OTelSdkResult {
-        match on_runtime(&self.runtime, self.limit, export).await {
+    fn guard(&self, export: impl Future<Output = OTelSdkResult>) -> OTelSdkResult {
+        match on_runtime(&self.runtime, self.limit, export) {
             Ok(()) => drop(self.outage.over()),
             Err(error) => drop(self.outage.failed(&error)),
         }
@@ -397,7 +417,7 @@ impl<E> Guarded<E> {
 
 impl<E: PushMetricExporter> PushMetricExporter for Guarded<E> {
     async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
-        self.guard(self.exporter.export(metrics)).await
+        self.guard(self.exporter.export(metrics))
     }
 
     fn force_flush(&self) -> OTelSdkResult {
@@ -415,7 +435,7 @@ impl<E: PushMetricExporter> PushMetricExporter for Guarded<E> {
 
 impl<E: LogExporter> LogExporter for Guarded<E> {
     async fn export(&self, batch: LogBatch<'_>) -> OTelSdkResult {
-        self.guard(self.exporter.export(batch)).await
+        self.guard(self.exporter.export(batch))
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {

@@ -25,15 +25,18 @@ use std::{
     },
     time::Instant,
 };
+use tokio::runtime::RuntimeMetrics;
 use tracing_appender::non_blocking::ErrorCounter;
 
 /// The bucket bounds of durations, in seconds (semantic conventions 1.45, HTTP, RPC and messaging metrics).
 const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 
 /// Makes the meter provider and sets it as the global one. Returns `None` if metrics are not exported.
+/// `runtime` is the service's runtime, of which there are metrics too.
 pub(crate) fn start(
     config: MetricsConfig,
     resource: Resource,
+    runtime: RuntimeMetrics,
     accounts: Vec<Arc<Account>>,
     dropped_lines: Option<ErrorCounter>,
 ) -> Result<Option<SdkMeterProvider>, ConfigError> {
@@ -66,7 +69,7 @@ pub(crate) fn start(
     global::set_meter_provider(provider.clone());
     ARE_EXPORTED.store(true, Relaxed);
     observe_process();
-    observe_runtime();
+    observe_runtime(runtime);
     observe_spans(accounts);
     if let Some(dropped) = dropped_lines {
         meter()
@@ -174,8 +177,7 @@ fn observe_process() {
 }
 
 /// Observes the tokio runtime, for which there are no semantic conventions.
-fn observe_runtime() {
-    let runtime = tokio::runtime::Handle::current().metrics();
+fn observe_runtime(runtime: RuntimeMetrics) {
     let meter = meter();
     let figures = runtime.clone();
     meter

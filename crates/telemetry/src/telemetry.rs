@@ -22,6 +22,7 @@ use opentelemetry_sdk::{
 };
 use std::{thread, time::Duration};
 use tokio::{
+    runtime::Handle,
     sync::oneshot,
     time::{Instant, timeout_at},
 };
@@ -54,6 +55,12 @@ impl Telemetry {
             return Ok(Self { tracers: None, meters: None, loggers: None, exports: Vec::new(), lines });
         }
 
+        let service = Handle::current().metrics();
+        let connections = export::connections().map_err(|error| {
+            ConfigError::new("OTEL_TRACES_EXPORTER", format!("no thread for the exporters: {error}"))
+        })?;
+        // Exporters open their connections on the runtime in which they are built.
+        let _entered = connections.enter();
         let mut builder = SdkTracerProvider::builder()
             .with_resource(config.resource.clone())
             .with_sampler(config.sampler.clone())
@@ -73,7 +80,7 @@ impl Telemetry {
         global::set_tracer_provider(tracers.clone());
         let accounts = exports.iter().map(|export| export.account.clone()).collect();
         let dropped_lines = lines.as_ref().map(log::Lines::dropped);
-        let meters = metrics::start(config.metrics, config.resource, accounts, dropped_lines)?;
+        let meters = metrics::start(config.metrics, config.resource, service, accounts, dropped_lines)?;
         Ok(Self { tracers: Some(tracers), meters, loggers, exports, lines })
     }
 

@@ -287,3 +287,39 @@ async fn a_collector_that_restarts_is_found_again() -> Result<()> {
     second.context("the address is still taken")?.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     Ok(())
 }
+
+/// Returns the names of a process's threads, and how much lower the priority of each is than usual.
+fn niceness(id: u32) -> Result<Vec<(String, i32)>> {
+    let tasks = fs::read_dir(format!("/proc/{id}/task"))?;
+    let stats = tasks.map(|task| Ok(fs::read_to_string(task?.path().join("stat"))?));
+    let threads = stats.map(|stat: Result<String>| {
+        // The niceness is field 19, counted from 1; the name in parentheses is field 2 (proc_pid_stat(5)).
+        let stat = stat?;
+        let (name, fields) = stat.split_once(") ").context("no name")?;
+        let niceness = fields.split(' ').nth(16).context("no niceness")?.parse()?;
+        Ok((name.split_once('(').context("no name")?.1.to_owned(), niceness))
+    });
+    threads.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn threads_that_export_let_requests_pass() -> Result<()> {
+    let stack = Stack::start(&[
+        ("*", "OTEL_METRICS_EXPORTER", "otlp"),
+        ("*", "OTEL_METRIC_EXPORT_INTERVAL", "100"),
+        ("*", "OTEL_LOGS_EXPORTER", "otlp"),
+    ])
+    .await?;
+    let own = niceness(std::process::id())?[0].1;
+    stack.login(KNOWN_MOBILE, &[]).await?;
+    let lowered = poll(PATIENCE, async || {
+        let threads = niceness(stack.api.id()).ok()?;
+        let [exporting, serving] = [true, false].map(|exports| {
+            let those = threads.iter().filter(move |(name, _)| name.starts_with("OpenTelemetry") == exports);
+            those.map(|(_, niceness)| *niceness).collect::<Vec<_>>()
+        });
+        // There is a thread for each signal, and one for the connections.
+        (exporting == [own + 10; 4] && serving.iter().all(|niceness| *niceness == own)).then_some(())
+    });
+    lowered.await.with_context(|| format!("{:?}", niceness(stack.api.id())))
+}
