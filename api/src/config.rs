@@ -2,13 +2,10 @@
 //! `telemetry`.
 
 use crate::outbox::Limits;
-use amqp::Server;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use serving::{
-    arguments, shutdown,
-    tls::{BrokerFiles, Client, PemFile},
-};
+use serving::{arguments, shutdown};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use tls::{Client, PemFile};
 use tonic::{
     codegen::http::uri::Authority,
     transport::{ClientTlsConfig, Uri},
@@ -65,17 +62,9 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
     pub usercenter_circuit_pause: Duration,
 
-    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
-    #[arg(long, env = "AMQP_URL", default_value = amqp::connection::DEFAULT_URL, hide_env_values = true)]
-    amqp_url: String,
-
-    /// TLS to the broker.
+    /// The broker.
     #[command(flatten)]
-    amqp_files: BrokerFiles,
-
-    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "")]
-    pub amqp_prefix: String,
+    pub amqp: amqp::Arguments,
 
     /// How long the broker may take to confirm a message, before the message goes to the spool.
     #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
@@ -126,7 +115,7 @@ impl Config {
         let config: Self = arguments::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
         let check = || {
-            config.broker()?;
+            config.amqp.server()?;
             config.usercenter_tls()?;
             config.access_secret()?;
             config.shutdown.check()
@@ -137,19 +126,6 @@ impl Config {
         config
     }
 
-    /// Returns the broker that is configured.
-    ///
-    /// # Errors
-    /// If the URL is malformed, or a file can't be used. [`Config::load`] has already checked that.
-    pub fn broker(&self) -> Result<Server, String> {
-        let server =
-            amqp::connection::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
-        Ok(match self.amqp_files.read(server.wants_tls())? {
-            Some(tls) => server.with_tls(tls.rustls),
-            None => server,
-        })
-    }
-
     /// Returns the TLS configuration for usercenter, if its URL asks for TLS.
     ///
     /// # Errors
@@ -157,11 +133,12 @@ impl Config {
     pub fn usercenter_tls(&self) -> Result<Option<ClientTlsConfig>, String> {
         let is_https = self.usercenter_url.scheme_str() == Some("https");
         let files = [
-            PemFile("USERCENTER_CA", &self.usercenter_ca),
-            PemFile("USERCENTER_CLIENT_CERTIFICATE", &self.usercenter_client_certificate),
-            PemFile("USERCENTER_CLIENT_KEY", &self.usercenter_client_key),
+            PemFile("USERCENTER_CA", self.usercenter_ca.as_deref()),
+            PemFile("USERCENTER_CLIENT_CERTIFICATE", self.usercenter_client_certificate.as_deref()),
+            PemFile("USERCENTER_CLIENT_KEY", self.usercenter_client_key.as_deref()),
         ];
-        let tls = Client::read(is_https.then_some(()).ok_or("USERCENTER_URL is not https"), files)?;
+        let unused = (!is_https).then_some("USERCENTER_URL is not https");
+        let tls = Client::read(files, unused).map_err(|error| error.to_string())?;
         Ok(tls.map(|tls| tls.tonic))
     }
 

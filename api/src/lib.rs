@@ -79,8 +79,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let spool = Spool::open(&config.data_dir, config.spool_limits())
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, publishing) = Publisher::start(
-        config.broker().map_err(anyhow::Error::msg)?,
-        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
+        config.amqp.server().map_err(anyhow::Error::msg)?,
+        Topology::new(&config.amqp.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
         config.publish_timeout,
         spool,
     );

@@ -1,10 +1,9 @@
 //! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
 //! `telemetry`.
 
-use amqp::Server;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use proto::topology::DEFAULT_RETRY_DELAYS;
-use serving::{arguments, shutdown, tls::BrokerFiles};
+use serving::{arguments, shutdown};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{net::SocketAddr, str::FromStr, time::Duration};
 use telemetry::amqp::Relation;
@@ -22,17 +21,9 @@ pub struct Config {
     #[arg(long, env = "MQ_LISTEN", default_value = "127.0.0.1:50052", global = true)]
     pub listen: SocketAddr,
 
-    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
-    #[arg(long, env = "AMQP_URL", default_value = amqp::connection::DEFAULT_URL, hide_env_values = true, global = true)]
-    amqp_url: String,
-
-    /// TLS to the broker.
+    /// The broker.
     #[command(flatten)]
-    amqp_files: BrokerFiles,
-
-    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "", global = true)]
-    pub amqp_prefix: String,
+    pub amqp: amqp::Arguments,
 
     /// How many messages the broker may send before they are acknowledged.
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
@@ -126,26 +117,13 @@ impl Config {
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.
-        if let Err(problem) = config.broker().map(drop).and(config.shutdown.check()) {
+        if let Err(problem) = config.amqp.server().map(drop).and(config.shutdown.check()) {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         if let Err(problem) = config.database() {
             Self::command().error(ErrorKind::ValueValidation, problem).exit();
         }
         config
-    }
-
-    /// Returns the broker that is configured.
-    ///
-    /// # Errors
-    /// If the URL is malformed, or a file can't be used. [`Config::load`] has already checked that.
-    pub fn broker(&self) -> Result<Server, String> {
-        let server =
-            amqp::connection::parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
-        Ok(match self.amqp_files.read(server.wants_tls())? {
-            Some(tls) => server.with_tls(tls.rustls),
-            None => server,
-        })
     }
 
     /// Returns the database of the login history.

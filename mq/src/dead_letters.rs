@@ -43,7 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// # Errors
 /// If the broker can't be reached, or if there is no such message.
 pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
-    let server = config.broker().map_err(anyhow::Error::msg)?;
+    let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let broker = Broker::new(&server.uri, CLIENT_ID);
     let topology = crate::topology(config);
     let connection = connection::connect(&server, CLIENT_ID).await;

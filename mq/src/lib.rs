@@ -50,7 +50,7 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 
 /// The queues of this deployment.
 fn topology(config: &Config) -> Topology {
-    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE)
+    Topology::new(&config.amqp.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE)
 }
 
 /// Consumes until `shutdown`. Answers health checks on `listener`.
@@ -64,7 +64,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), MAX_CONNECTION_AGE, None);
     let health = grpc::builder(MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
 
-    let server = config.broker().map_err(anyhow::Error::msg)?;
+    let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let topology = topology(config);
     let history = History::start(config.database().map_err(anyhow::Error::msg)?);
     let retry_delays = config.retry_delays.0.clone();

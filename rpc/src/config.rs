@@ -2,11 +2,9 @@
 //! `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use serving::{
-    arguments, shutdown,
-    tls::{PemFile, Server},
-};
+use serving::{arguments, shutdown};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use tls::{PemFile, Server};
 
 /// The gRPC service usercenter.
 #[derive(Debug, Parser)]
@@ -78,11 +76,12 @@ impl Config {
     /// # Errors
     /// If a file can't be used. [`Config::load`] has already checked that.
     pub fn tls(&self) -> Result<Option<Server>, String> {
-        Server::read([
-            PemFile("USERCENTER_TLS_CERTIFICATE", &self.tls_certificate),
-            PemFile("USERCENTER_TLS_KEY", &self.tls_key),
-            PemFile("USERCENTER_TLS_CLIENT_CA", &self.tls_client_ca),
-        ])
+        let tls = Server::read([
+            PemFile("USERCENTER_TLS_CERTIFICATE", self.tls_certificate.as_deref()),
+            PemFile("USERCENTER_TLS_KEY", self.tls_key.as_deref()),
+            PemFile("USERCENTER_TLS_CLIENT_CA", self.tls_client_ca.as_deref()),
+        ]);
+        tls.map_err(|error| error.to_string())
     }
 }
 

@@ -1,11 +1,13 @@
 //! What a client of RabbitMQ needs besides lapin.
 //!
+//! - [`Arguments`]: flags and environment variables
 //! - [`connection`]: connecting, with TLS or without, by a deadline; [`Backoff`]: the pause before the next try
 //! - [`Session`]: publishing with confirms
 //! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries
 //! - [`properties`]: reading the properties of a message that anybody may have written
 //! - [`inbound`]: frames from the broker, checked before lapin reads them; [`content_header`]: how
 
+mod arguments;
 mod backoff;
 pub mod connection;
 pub mod content_header;
@@ -14,6 +16,7 @@ pub mod properties;
 mod session;
 mod topology;
 
+pub use arguments::Arguments;
 pub use backoff::Backoff;
 pub use connection::Server;
 pub use session::{IfBlocked, Session, Unconfirmed};

@@ -5,8 +5,7 @@
 //! - [`listener`]: accepts connections, whatever happens
 //! - [`grpc`]: tonic's server, with bounds on what a connection may take
 //! - [`health`]: asks a gRPC service for its health
-//! - `socket`: a connection with or without TLS; [`tls`]: reads PEM files; `own`: the probe of a server with
-//!   TLS
+//! - `socket`: a connection with or without TLS
 //! - [`waiting`]: decides which connection is closed when there are too many
 //! - [`seldom`]: limits a log line to one a minute
 //! - [`shutdown`]: from the signal to exit, by one deadline
@@ -15,10 +14,8 @@ pub mod arguments;
 pub mod grpc;
 pub mod health;
 pub mod listener;
-mod own;
 pub mod process;
 pub mod seldom;
 pub mod shutdown;
 mod socket;
-pub mod tls;
 pub mod waiting;

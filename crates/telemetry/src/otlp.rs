@@ -2,11 +2,11 @@
 //! gRPC has keep-alive, and failures report their cause.
 
 use crate::{
-    config::{ConfigError, OtlpConfig, Pem, Protocol, Tls},
+    config::{ConfigError, OtlpConfig, Protocol},
     outage::note_cause,
 };
 use async_trait::async_trait;
-use http::{Uri, header};
+use http::header;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response, hyper::HyperClient};
@@ -14,14 +14,9 @@ use opentelemetry_otlp::{
     ExporterBuildError, LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig,
 };
 use opentelemetry_sdk::metrics::Temporality;
-use rustls::{
-    ClientConfig, RootCertStore,
-    crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-};
-use std::{fmt::Display, sync::Arc, time::Duration};
+use std::time::Duration;
 #[cfg(feature = "otlp-grpc")]
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, Endpoint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a connection may be silent before a ping, and how long the ping's answer may take. Each is less
@@ -80,7 +75,7 @@ fn grpc<B: WithExportConfig + opentelemetry_otlp::WithTonicConfig>(
 }
 
 fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -> Result<B, ConfigError> {
-    let client = client(&config.endpoint, &config.tls, config.timeout)?;
+    let client = client(config.tls.as_ref(), config.timeout);
     let builder = builder.with_http_client(client).with_endpoint(config.endpoint.to_string());
     let protocol = match config.protocol {
         Protocol::HttpJson => opentelemetry_otlp::Protocol::HttpJson,
@@ -95,39 +90,31 @@ fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -
 
 #[cfg(feature = "otlp-grpc")]
 fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
-    // Check the files here, because tonic's errors do not name them.
-    client_config(&config.endpoint, &config.tls)?;
     let endpoint = Endpoint::from(config.endpoint.clone())
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(config.timeout)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE);
-    if config.endpoint.scheme_str() != Some("https") {
-        return Ok(endpoint.connect_lazy());
-    }
-    let Tls { ca, identity } = &*config.tls;
-    let mut tls = match ca {
-        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&pem.bytes)),
-        None => ClientTlsConfig::new().with_native_roots(),
+    let endpoint = match &config.tls {
+        Some(tls) => endpoint.tls_config(tls.tonic.clone())
+            .map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP_CERTIFICATE", error.to_string()))?,
+        None => endpoint,
     };
-    if let Some((certificate, key)) = identity {
-        tls = tls.identity(Identity::from_pem(&certificate.bytes, &key.bytes));
-    }
-    Ok(endpoint.tls_config(tls).map_err(|error| unusable(&error))?.connect_lazy())
+    Ok(endpoint.connect_lazy())
 }
 
 /// Makes an HTTP client for the exporters of this crate.
-pub(crate) fn client(endpoint: &Uri, tls: &Tls, timeout: Duration) -> Result<Client, ConfigError> {
+pub(crate) fn client(tls: Option<&tls::Client>, timeout: Duration) -> Client {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
     connector.set_nodelay(true);
     connector.enforce_http(false);
     let connector = HttpsConnectorBuilder::new()
-        .with_tls_config(client_config(endpoint, tls)?)
+        .with_tls_config(tls.map_or_else(tls::without_authorities, |tls| (*tls.rustls).clone()))
         .https_or_http()
         .enable_http1()
         .wrap_connector(connector);
-    Ok(Client(HyperClient::new(connector, timeout, None)))
+    Client(HyperClient::new(connector, timeout, None))
 }
 
 /// The published client, except that it notes the cause of an error, and treats a web page as an error.
@@ -152,42 +139,4 @@ impl HttpClient for Client {
 fn is_page(response: &Response<Bytes>) -> bool {
     let content_type = response.headers().get(header::CONTENT_TYPE);
     content_type.is_some_and(|content_type| content_type.as_bytes().starts_with(b"text/html"))
-}
-
-fn client_config(endpoint: &Uri, tls: &Tls) -> Result<ClientConfig, ConfigError> {
-    let mut roots = RootCertStore::empty();
-    if let Some(pem) = &tls.ca {
-        for certificate in certificates(pem)? {
-            roots.add(certificate).map_err(|error| pem.problem(&error))?;
-        }
-    } else if endpoint.scheme_str() == Some("https") {
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            return Err(unusable(&"not set, and this system has no CA certificates"));
-        }
-    }
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| unusable(&error))?
-        .with_root_certificates(roots);
-    let Some((certificate, key)) = &tls.identity else {
-        return Ok(config.with_no_client_auth());
-    };
-    let private_key = PrivateKeyDer::from_pem_slice(&key.bytes).map_err(|error| key.problem(&error))?;
-    config
-        .with_client_auth_cert(certificates(certificate)?, private_key)
-        .map_err(|error| certificate.problem(&error))
-}
-
-fn certificates(pem: &Pem) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem.bytes).collect();
-    let certificates = certificates.map_err(|error| pem.problem(&error))?;
-    if certificates.is_empty() {
-        return Err(pem.problem(&"there is no certificate in it"));
-    }
-    Ok(certificates)
-}
-
-fn unusable(problem: &dyn Display) -> ConfigError {
-    ConfigError::new("OTEL_EXPORTER_OTLP_CERTIFICATE", problem.to_string())
 }

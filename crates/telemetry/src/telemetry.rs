@@ -153,7 +153,10 @@ fn start_export(exporter: &Exporter, config: &Config) -> Result<(AccountedProces
         }
         #[cfg(feature = "zipkin")]
         Exporter::Zipkin { endpoint, timeout } => {
-            let client = otlp::client(endpoint, &crate::config::Tls::default(), *timeout)?;
+            let unused = (endpoint.scheme_str() != Some("https")).then_some("not https");
+            let tls = tls::Client::read([tls::PemFile("OTEL_EXPORTER_OTLP_CERTIFICATE", None); 3], unused);
+            let tls = tls.map_err(|error| ConfigError::new(&error.variable, error.problem))?;
+            let client = otlp::client(tls.as_ref(), *timeout);
             let exporter = crate::zipkin::exporter(client, endpoint, resource)?;
             export::start(exporter, Outage::new("spans", endpoint), resource, batch, limit)
         }

@@ -9,7 +9,7 @@
 mod environment;
 mod otlp;
 
-pub(crate) use otlp::{OtlpConfig, Pem, Protocol, Signal, Tls};
+pub(crate) use otlp::{OtlpConfig, Protocol, Signal};
 
 use crate::log;
 use environment::{Environment, parse, unknown};

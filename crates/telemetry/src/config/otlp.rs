@@ -10,7 +10,8 @@ use super::{
 use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
 use opentelemetry_otlp::Compression;
 use percent_encoding::percent_decode_str;
-use std::{fmt, fs, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
+use tls::PemFile;
 
 /// The kind of data that is exported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,29 +39,8 @@ pub(crate) struct OtlpConfig {
     /// The longest time for one request.
     pub timeout: Duration,
     pub compression: Option<Compression>,
-    pub tls: Box<Tls>,
-}
-
-/// The files for TLS. Without `ca`, the system's roots are trusted.
-#[derive(Clone, Default)]
-pub(crate) struct Tls {
-    pub ca: Option<Pem>,
-    /// Certificate chain and private key.
-    pub identity: Option<(Pem, Pem)>,
-}
-
-/// A PEM file that a variable names.
-#[derive(Clone)]
-pub(crate) struct Pem {
-    variable: String,
-    path: String,
-    pub bytes: Vec<u8>,
-}
-
-impl Pem {
-    pub fn problem(&self, problem: &dyn fmt::Display) -> ConfigError {
-        ConfigError::new(&self.variable, format!("{}: {problem}", self.path))
-    }
+    /// For an `https` endpoint.
+    pub tls: Option<tls::Client>,
 }
 
 impl fmt::Debug for OtlpConfig {
@@ -119,7 +99,8 @@ impl OtlpConfig {
         let [own, general] = signal.variables("TIMEOUT");
         let timeout = env.timeout(&[&own, &general], 10_000)?;
         let endpoint = endpoint(env, signal, protocol)?;
-        Ok(Self { protocol, endpoint, timeout, compression, tls: Tls::read(env, signal)?.into() })
+        let tls = read_tls(env, signal, &endpoint)?;
+        Ok(Self { protocol, endpoint, timeout, compression, tls })
     }
 }
 
@@ -190,27 +171,22 @@ fn is_of_the_protocol(name: &str) -> bool {
     HEADERS.contains(&name) || name.starts_with("grpc-")
 }
 
-impl Tls {
-    fn read(env: &Environment, signal: Signal) -> Result<Self, ConfigError> {
-        let file = |name| {
-            let [own, general] = signal.variables(name);
-            let Some((variable, path)) = env.first(&[&own, &general])? else {
-                return Ok(None);
-            };
-            let mut pem = Pem { variable: variable.to_owned(), path, bytes: Vec::new() };
-            pem.bytes = fs::read(&pem.path).map_err(|error| pem.problem(&error))?;
-            Ok(Some(pem))
-        };
-        let identity = match (file("CLIENT_CERTIFICATE")?, file("CLIENT_KEY")?) {
-            (Some(certificate), Some(key)) => Some((certificate, key)),
-            (None, None) => None,
-            (Some(certificate), None) => {
-                return Err(certificate.problem(&"its private key is missing: …_CLIENT_KEY"));
-            }
-            (None, Some(key)) => {
-                return Err(key.problem(&"its certificate is missing: …_CLIENT_CERTIFICATE"));
-            }
-        };
-        Ok(Self { ca: file("CERTIFICATE")?, identity })
+/// Reads the files for TLS. For an `http` endpoint they are checked, and then not used.
+fn read_tls(env: &Environment, signal: Signal, endpoint: &Uri) -> Result<Option<tls::Client>, ConfigError> {
+    let is_used = endpoint.scheme_str() == Some("https");
+    let mut files = Vec::new();
+    for name in ["CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"] {
+        let [own, general] = signal.variables(name);
+        files.push(match env.first(&[&own, &general])? {
+            Some((variable, path)) => (variable.to_owned(), Some(PathBuf::from(path))),
+            None => (general, None),
+        });
     }
+    if !is_used && files.iter().all(|(_, path)| path.is_none()) {
+        return Ok(None);
+    }
+    let files = [0, 1, 2].map(|i| PemFile(&files[i].0, files[i].1.as_deref()));
+    let tls = tls::Client::read(files, None);
+    let tls = tls.map_err(|tls::Error { variable, problem }| ConfigError::new(&variable, problem))?;
+    Ok(tls.filter(|_| is_used))
 }

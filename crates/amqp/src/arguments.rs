@@ -1,0 +1,54 @@
+//! The flags and environment variables of a client of the broker.
+
+use crate::connection::{DEFAULT_URL, Server, parse_url};
+use clap::Args;
+use std::path::PathBuf;
+use tls::PemFile;
+
+/// Where the broker is, and how to connect to it.
+// It has no `Debug`, because the URL may hold a password.
+#[derive(Args)]
+pub struct Arguments {
+    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
+    #[arg(long, env = "AMQP_URL", default_value = DEFAULT_URL, hide_env_values = true, global = true)]
+    amqp_url: String,
+
+    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", global = true)]
+    pub amqp_prefix: String,
+
+    /// For amqps: a PEM file with the certificates of the authorities that the broker's certificate is
+    /// checked with; by default the system's.
+    #[arg(long, env = "AMQP_CA", global = true)]
+    amqp_ca: Option<PathBuf>,
+
+    /// For amqps: a PEM file with the client certificate to show to the broker, and with its intermediate
+    /// certificates.
+    #[arg(long, env = "AMQP_CLIENT_CERTIFICATE", global = true)]
+    amqp_client_certificate: Option<PathBuf>,
+
+    /// For amqps: a PEM file with the key of that certificate.
+    #[arg(long, env = "AMQP_CLIENT_KEY", global = true)]
+    amqp_client_key: Option<PathBuf>,
+}
+
+impl Arguments {
+    /// Returns the broker that is configured.
+    ///
+    /// # Errors
+    /// If the URL is malformed, a file can't be used, or a file is set although the URL does not ask for TLS.
+    pub fn server(&self) -> Result<Server, String> {
+        let server = parse_url(&self.amqp_url).map_err(|problem| format!("AMQP_URL: {problem}"))?;
+        let files = [
+            PemFile("AMQP_CA", self.amqp_ca.as_deref()),
+            PemFile("AMQP_CLIENT_CERTIFICATE", self.amqp_client_certificate.as_deref()),
+            PemFile("AMQP_CLIENT_KEY", self.amqp_client_key.as_deref()),
+        ];
+        let unused = (!server.wants_tls()).then_some("AMQP_URL is not amqps");
+        let tls = tls::Client::read(files, unused).map_err(|error| error.to_string())?;
+        Ok(match tls {
+            Some(tls) => server.with_tls(tls.rustls),
+            None => server,
+        })
+    }
+}
