@@ -47,7 +47,8 @@ use tonic::transport::Endpoint;
 use usercenter::Reported;
 
 /// Makes the hand-written spans of this service.
-static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
+static TRACER: LazyLock<BoxedTracer> = 
+    LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));
 
 /// Serves on `listener` until `shutdown`.
 ///

@@ -74,12 +74,13 @@ impl Publisher {
         let span = cx.span();
         match result {
             Ok(Published::Confirmed) => {
+                span.set_attributes(broker.peer_attributes());
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "confirmed"));
             }
             // This is not an error, because the login will be published.
             Ok(Published::Spooled(why)) => {
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "spooled"));
-                span.add_event("spooled", vec![KeyValue::new("reason", why.reason())]);
+                span.add_event("spooled", vec![KeyValue::new(semconv::SPOOL_REASON, why.reason())]);
             }
             Err(error) => {
                 span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.error_type()));

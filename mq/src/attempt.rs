@@ -34,7 +34,7 @@ use tower::{BoxError, Service, ServiceExt};
 use uuid::Uuid;
 
 /// Makes the hand-written span of this service.
-static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("mq"));
+static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("mq", env!("CARGO_PKG_VERSION")));
 
 /// The metrics that an operator wants in addition to those that all consumers have.
 struct Metrics {

@@ -146,7 +146,7 @@ impl Replay {
         let producer = Letter::producer(letter);
         let message_id = attempt::message_id(letter, producer.span().span_context());
         let Topology { exchange, routing_key, .. } = &self.topology;
-        let tracer = global::tracer("mq");
+        let tracer = telemetry::tracer("mq", env!("CARGO_PKG_VERSION"));
         let builder = tracer.span_builder("replay_msg_mq").with_kind(SpanKind::Producer);
         let mut span = builder.start_with_context(&tracer, &producer);
         if span.is_recording() {

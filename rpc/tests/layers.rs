@@ -83,7 +83,8 @@ async fn a_panic_is_internal_closes_its_span_frees_its_place_and_leaves_the_conn
     let outcomes: Vec<_> =
         spans.iter().map(|span| (value(span, "rpc.status_code"), value(span, "error.type"))).collect();
     let outcome = |status: &str, error_type: &str| (status.to_owned(), error_type.to_owned());
-    assert_eq!(outcomes, [outcome("INTERNAL", "panic"), outcome("OK", "")]);
+    assert_eq!(outcomes, [outcome("INTERNAL", "INTERNAL"), outcome("OK", "")]);
+    assert_eq!(spans[0].status, opentelemetry::trace::Status::error("panic"));
     // Both calls came by the same connection.
     assert_eq!(value(&spans[0], "client.port"), value(&spans[1], "client.port"));
 }

@@ -121,7 +121,7 @@ where
 fn refusal(open: CircuitOpen) -> Status {
     let retry_after = i64::try_from(open.retry_after.as_millis()).unwrap_or(i64::MAX);
     get_active_span(|span| {
-        span.add_event("circuit_open", vec![KeyValue::new("retry_after_ms", retry_after)]);
+        span.add_event("circuit_open", vec![KeyValue::new(semconv::CIRCUIT_RETRY_AFTER, retry_after)]);
     });
     let mut status = Status::unavailable(open.to_string());
     status.set_source(Arc::new(open));

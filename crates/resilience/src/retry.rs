@@ -111,10 +111,10 @@ where
                 get_active_span(|span| {
                     let failure = KeyValue::new(semconv::RPC_STATUS_CODE, code_name(failed.code()));
                     let pause =
-                        KeyValue::new("pause_ms", i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
+                        KeyValue::new(semconv::RETRY_PAUSE, i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
                     span.add_event(
                         "retry",
-                        vec![KeyValue::new("attempt", i64::from(attempt)), failure, pause],
+                        vec![KeyValue::new(semconv::RETRY_ATTEMPT, i64::from(attempt)), failure, pause],
                     );
                 });
                 sleep(pause).await;

@@ -6,7 +6,7 @@
 //! (message headers), the relation between the two spans, and their attributes (semantic conventions 1.45,
 //! RabbitMQ).
 
-use crate::{metrics, semconv};
+use crate::{metrics, redaction::without_long_numbers, semconv};
 use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable},
@@ -19,7 +19,7 @@ use opentelemetry::{
     propagation::{Extractor, Injector},
     trace::{Link, SpanBuilder, SpanKind, TraceContextExt},
 };
-use std::{fmt, net::IpAddr, str::FromStr, time::Instant};
+use std::{fmt, str::FromStr, time::Instant};
 
 /// AMQP message headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut FieldTable);
@@ -256,6 +256,11 @@ impl Broker {
         attributes
     }
 
+    /// Returns the attributes that a PRODUCER span has in addition once its message was sent.
+    pub fn peer_attributes(&self) -> Vec<KeyValue> {
+        crate::peer(&self.address, self.port)
+    }
+
     /// Returns the attributes of a CONSUMER span. `message_id` is the message's own id, or the id that
     /// replaces it.
     pub fn consumer_attributes(
@@ -272,6 +277,10 @@ impl Broker {
         attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_DELIVERY_TAG, delivery_tag));
         attributes.push(KeyValue::new(semconv::TRACE_CONTEXT_SOURCE, source.as_str()));
         attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, message_id.to_owned()));
+        if let Some(id) = delivery.properties.correlation_id() {
+            let id: String = without_long_numbers(id.as_str());
+            attributes.push(KeyValue::new(semconv::MESSAGING_CONVERSATION_ID, id));
+        }
         attributes
     }
 
@@ -288,11 +297,6 @@ impl Broker {
         ]);
         if !routing_key.is_empty() {
             attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_ROUTING_KEY, routing_key.to_owned()));
-        }
-        // If the host is an IP address, it is the peer, because no name has to be resolved.
-        if self.address.parse::<IpAddr>().is_ok() {
-            attributes.push(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, self.address.clone()));
-            attributes.push(KeyValue::new(semconv::NETWORK_PEER_PORT, self.port));
         }
         attributes
     }

@@ -39,7 +39,6 @@ use prost::Message;
 use std::{
     collections::HashSet,
     error::Error,
-    net::IpAddr,
     pin::Pin,
     sync::Arc,
     task::{self, Poll},
@@ -76,7 +75,7 @@ impl GrpcClientLayer {
         let default_port = if endpoint.scheme_str() == Some("https") { 443 } else { 80 };
         let port = Some(endpoint.port_u16().unwrap_or(default_port));
         Self {
-            tracer: Arc::new(crate::tracer()),
+            tracer: Arc::new(crate::layers_tracer()),
             server: Server { address, port },
             duration: duration_histogram("rpc.client.call.duration"),
         }
@@ -135,16 +134,12 @@ where
             span.set_attribute(KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()));
             if let Some(port) = server.port {
                 span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
-                // If the host is an IP address, it is the peer, because no name has to be resolved.
-                if server.address.parse::<IpAddr>().is_ok() {
-                    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, server.address.clone()));
-                    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(port)));
-                }
             }
         }
         let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
+        let peer = server.port.map_or_else(Vec::new, |port| crate::peer(&server.address, port.into()));
 
         let response = {
             let _attached = cx.clone().attach();
@@ -152,7 +147,11 @@ where
         };
         Box::pin(async move {
             match response.with_context(cx).await {
-                Ok(response) => Ok(span.respond(response)),
+                Ok(response) => {
+                    // A call that was refused on this side contacted nobody.
+                    span.cx.span().set_attributes(peer);
+                    Ok(span.respond(response))
+                }
                 Err(error) => {
                     let status = transport_status(error.into());
                     span.end(status.code(), ErrorType::of(&status));
@@ -163,7 +162,7 @@ where
     }
 }
 
-/// Opens a SERVER span for each call, named `{package.Service}/{Method}`.
+/// Opens a SERVER span for each call, named `{package.Service}/{Method}`, or `grpc` if the method is unknown.
 ///
 /// Calls of gRPC's own services (`grpc.health.*`, `grpc.reflection.*`) make no span.
 #[derive(Clone)]
@@ -190,7 +189,7 @@ impl GrpcServerLayer {
             }
         }
         let duration = duration_histogram("rpc.server.call.duration");
-        Self { tracer: Arc::new(crate::tracer()), methods: Arc::new(methods), duration }
+        Self { tracer: Arc::new(crate::layers_tracer()), methods: Arc::new(methods), duration }
     }
 }
 
@@ -265,7 +264,8 @@ impl GrpcServerLayer {
     fn start_span<B>(&self, request: &Request<B>, parent: &Context) -> BoxedSpan {
         let path = request.uri().path().trim_start_matches('/');
         let method = self.method(request);
-        let builder = SpanBuilder::from_name(method.to_owned()).with_kind(SpanKind::Server);
+        let name = if method == OTHER { "grpc" } else { method };
+        let builder = SpanBuilder::from_name(name.to_owned()).with_kind(SpanKind::Server);
         let mut span = self.tracer.build_with_context(builder, parent);
         if span.is_recording() {
             span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
@@ -283,7 +283,6 @@ impl GrpcServerLayer {
             let connection = request.extensions().get::<TcpConnectInfo>();
             if let Some(peer) = connection.and_then(TcpConnectInfo::remote_addr) {
                 peer_attributes(&mut span, peer);
-                span.set_attribute(KeyValue::new(semconv::CLIENT_PORT, i64::from(peer.port())));
             }
         }
         span
@@ -316,9 +315,9 @@ impl GrpcSpan {
         // counts.
         let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
-            let error_type = response.extensions().get::<ErrorType>().copied();
+            let reason = response.extensions().get::<ErrorType>().copied();
             let code = status_code(response.headers()).unwrap_or(self.status);
-            self.end(code, error_type);
+            self.end(code, reason);
             None
         } else {
             Some(self)
@@ -326,18 +325,24 @@ impl GrpcSpan {
         response.map(|body| TracedBody::new(body, span, None))
     }
 
-    fn end(mut self, code: Code, error_type: Option<ErrorType>) {
-        self.end_once(code, error_type);
+    fn end(mut self, code: Code, reason: Option<ErrorType>) {
+        self.end_once(code, reason);
     }
 
-    fn end_once(&mut self, code: Code, error_type: Option<ErrorType>) {
+    /// `reason` says why this side refused the call. A client that refuses has no status from a server, so its
+    /// reason is the error's type. A server's error has its status as type, and the reason as description.
+    fn end_once(&mut self, code: Code, reason: Option<ErrorType>) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
         let span = self.cx.span();
         let name = code_name(code);
-        let error_type =
-            is_error(code, &self.kind).then(|| error_type.map_or(name, |ErrorType(reason)| reason));
+        let (error_type, description) = match reason {
+            Some(ErrorType(reason)) if self.kind == SpanKind::Client => (reason, ""),
+            Some(ErrorType(reason)) if !reason.eq_ignore_ascii_case(name) => (name, reason),
+            _ => (name, ""),
+        };
+        let error_type = is_error(code, &self.kind).then_some(error_type);
         if let Some(mut measured) = self.measured.take() {
             measured.set(semconv::RPC_STATUS_CODE, name);
             if let Some(error_type) = error_type {
@@ -349,7 +354,7 @@ impl GrpcSpan {
             span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
             if let Some(error_type) = error_type {
                 span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
-                span.set_status(SpanStatus::error(""));
+                span.set_status(SpanStatus::error(description));
             }
         }
         span.end();

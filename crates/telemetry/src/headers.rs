@@ -15,6 +15,7 @@ pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
     let address = StringValue::from(peer.ip().to_string());
     span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address));
+    span.set_attribute(KeyValue::new(semconv::CLIENT_PORT, i64::from(peer.port())));
     span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
 }
 

@@ -76,7 +76,7 @@ impl HttpServerLayer {
                     .build(),
             }
         });
-        Self { tracer: Arc::new(crate::tracer()), metrics }
+        Self { tracer: Arc::new(crate::layers_tracer()), metrics }
     }
 }
 
@@ -294,7 +294,7 @@ impl HttpServerSpan {
         let mut measured = self.measured.take();
         if let Outcome::Error(error_type) = outcome {
             span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
-            span.set_status(Status::error(error_type));
+            span.set_status(Status::error(""));
             if let Some(Measured { duration, .. }) = &mut measured {
                 duration.set(semconv::ERROR_TYPE, error_type);
             }

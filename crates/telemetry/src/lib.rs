@@ -63,13 +63,18 @@ use opentelemetry::{
     trace::{Span, Status, TraceContextExt},
 };
 
+/// Returns a tracer for hand-written spans. `name` and `version` tell which code makes them.
+pub fn tracer(name: &'static str, version: &'static str) -> BoxedTracer {
+    global::tracer_with_scope(scope(name, version))
+}
+
 /// Returns the tracer of the HTTP and gRPC layers.
-pub(crate) fn tracer() -> BoxedTracer {
-    let scope = InstrumentationScope::builder("throughline")
-        .with_version(env!("CARGO_PKG_VERSION"))
-        .with_schema_url(semconv::SCHEMA_URL)
-        .build();
-    global::tracer_with_scope(scope)
+pub(crate) fn layers_tracer() -> BoxedTracer {
+    tracer("throughline", env!("CARGO_PKG_VERSION"))
+}
+
+fn scope(name: &'static str, version: &'static str) -> InstrumentationScope {
+    InstrumentationScope::builder(name).with_version(version).with_schema_url(semconv::SCHEMA_URL).build()
 }
 
 /// Returns `parent` with `span` as its current span. If the span isn't recorded, the context holds only its
@@ -80,6 +85,20 @@ pub(crate) fn with_span(parent: &Context, span: BoxedSpan) -> Context {
     } else {
         parent.with_remote_span_context(span.span_context().clone())
     }
+}
+
+/// Returns the attributes of a peer that was contacted. They are known if `address` is an IP address, because
+/// then no name had to be resolved.
+#[cfg(any(feature = "tonic", feature = "lapin"))]
+pub(crate) fn peer(address: &str, port: i64) -> Vec<KeyValue> {
+    if address.parse::<std::net::IpAddr>().is_err() {
+        return Vec::new();
+    }
+    let address = address.to_owned();
+    vec![
+        KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address),
+        KeyValue::new(semconv::NETWORK_PEER_PORT, port),
+    ]
 }
 
 /// Guards a hand-written span around an awaited future, which may be dropped at a deadline, or when the
@@ -93,7 +112,7 @@ impl Drop for OrCancelled {
         let span = self.0.span();
         if span.is_recording() {
             span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, semconv::CANCELLED));
-            span.set_status(Status::error(semconv::CANCELLED));
+            span.set_status(Status::error(""));
             span.end();
         }
     }

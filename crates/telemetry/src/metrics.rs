@@ -11,7 +11,7 @@ use crate::{
     prometheus, semconv,
 };
 use opentelemetry::{
-    InstrumentationScope, KeyValue, Value, global,
+    KeyValue, Value, global,
     metrics::{Histogram, Meter},
 };
 use opentelemetry_sdk::{
@@ -84,11 +84,7 @@ pub(crate) fn start(
 
 /// Returns the meter of the boundaries, whose scope is that of their spans.
 pub(crate) fn meter() -> Meter {
-    let scope = InstrumentationScope::builder("throughline")
-        .with_version(env!("CARGO_PKG_VERSION"))
-        .with_schema_url(semconv::SCHEMA_URL)
-        .build();
-    global::meter_with_scope(scope)
+    global::meter_with_scope(crate::scope("throughline", env!("CARGO_PKG_VERSION")))
 }
 
 /// Whether metrics are exported. If they are not, their attributes need not be prepared.

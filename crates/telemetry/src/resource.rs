@@ -1,7 +1,7 @@
 //! Describes this process, in the resource of every span (semantic conventions 1.45, resources).
 
 use opentelemetry::KeyValue;
-use std::{env, process};
+use std::{env, process, time::SystemTime};
 use uuid::Uuid;
 
 /// Detects the attributes that need no configuration. The command line is left out, because arguments may
@@ -19,7 +19,10 @@ pub(crate) fn detect(service_name: &'static str, service_version: &'static str) 
         KeyValue::new("host.arch", arch()),
         KeyValue::new("os.type", env::consts::OS),
         KeyValue::new("process.pid", i64::from(process::id())),
+        // Telemetry starts first, so this is a few milliseconds late.
+        KeyValue::new("process.creation.time", humantime::format_rfc3339_millis(SystemTime::now()).to_string()),
         KeyValue::new("process.runtime.name", "rustc"),
+        KeyValue::new("process.runtime.version", env!("RUSTC_VERSION")),
     ];
     if let Some(name) = file_name {
         attributes.push(KeyValue::new("process.executable.name", name.to_string_lossy().into_owned()));

@@ -30,6 +30,7 @@ pub const RPC_STATUS_CODE: &str = "rpc.status_code";
 pub const RPC_SYSTEM_NAME: &str = "rpc.system.name";
 
 pub const MESSAGING_CLIENT_ID: &str = "messaging.client.id";
+pub const MESSAGING_CONVERSATION_ID: &str = "messaging.message.conversation_id";
 pub const MESSAGING_DESTINATION_NAME: &str = "messaging.destination.name";
 pub const MESSAGING_MESSAGE_ID: &str = "messaging.message.id";
 pub const MESSAGING_OPERATION_NAME: &str = "messaging.operation.name";
@@ -45,6 +46,14 @@ pub const TRACE_CONTEXT_SOURCE: &str = "throughline.trace_context.source";
 /// Our own: how a message was published, as `confirmed` by the broker, or as `spooled` on disk until the
 /// broker confirms it.
 pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
+/// Our own: why a message was spooled, on the event `spooled`.
+pub const SPOOL_REASON: &str = "throughline.spool.reason";
+/// Our own: the number of the call's next attempt, from 2, on the event `retry`.
+pub const RETRY_ATTEMPT: &str = "throughline.retry.attempt";
+/// Our own: the pause before that attempt in milliseconds.
+pub const RETRY_PAUSE: &str = "throughline.retry.pause_ms";
+/// Our own: how long calls are still blocked, in milliseconds, on the event `circuit_open`.
+pub const CIRCUIT_RETRY_AFTER: &str = "throughline.circuit.retry_after_ms";
 /// Our own: the number of the attempt at processing a message, from 1.
 pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
 /// Our own: the time since the message was last published, in milliseconds.

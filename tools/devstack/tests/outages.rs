@@ -41,7 +41,7 @@ fn why_spooled(producer: &Span) -> &str {
     assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
     assert_eq!(producer.status, "UNSET");
     let spooled = producer.events.iter().find(|(name, _)| name == "spooled");
-    &spooled.expect("an event").1["reason"]
+    &spooled.expect("an event").1["throughline.spool.reason"]
 }
 
 fn assert_confirmed(producer: &Span) {

@@ -90,9 +90,9 @@ async fn what_is_safe_to_repeat_is_tried_again_and_one_span_tells_of_each_attemp
     assert_eq!(span.events.len(), 2, "{:?}", span.events);
     for ((name, attributes), attempt) in span.events.iter().zip(2..) {
         assert_eq!(name, "retry");
-        assert_eq!(attributes["attempt"], attempt.to_string());
+        assert_eq!(attributes["throughline.retry.attempt"], attempt.to_string());
         assert_eq!(attributes["rpc.status_code"], "UNAVAILABLE");
-        assert!(attributes["pause_ms"].parse::<u64>()? > 0);
+        assert!(attributes["throughline.retry.pause_ms"].parse::<u64>()? > 0);
     }
     let told = fake.calls();
     assert!(told.is_sorted_by(|earlier, later| earlier > later), "less time for each attempt: {told:?}");
@@ -253,7 +253,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     // api also reports the overload, after its attempts.
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_problem(&answer, 503, "usercenter-unavailable");
-    let refusal = "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=overloaded";
+    let refusal = "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=UNAVAILABLE";
     let tree = format!(
         "
         api POST /usercenter/v1/user/login SERVER ERROR error.type=503
@@ -272,7 +272,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
 async fn usercenter_ends_a_call_at_its_own_deadline_or_the_callers() -> Result<()> {
     let stack = Stack::start(&[("rpc", "USERCENTER_DEADLINE", "5s")]).await?;
     let tree =
-        "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=deadline_exceeded";
+        "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=DEADLINE_EXCEEDED";
     for (trace, timeout, millis) in [
         ("4bf92f3577b34da6a3ce929d0e0e4731", None, 5000..u64::MAX),
         ("4bf92f3577b34da6a3ce929d0e0e4732", Some("200m"), 190..5000),

@@ -11,7 +11,7 @@ mod otlp;
 
 pub(crate) use otlp::{OtlpConfig, Protocol, Signal};
 
-use crate::log;
+use crate::{log, semconv};
 use environment::{Environment, parse, unknown};
 use http::Method;
 use opentelemetry::KeyValue;
@@ -203,7 +203,7 @@ fn resource(name: &'static str, version: &'static str, env: &Environment) -> Res
     // If a key has several values, the last one is kept.
     Ok(Resource::builder_empty()
         .with_detector(Box::new(opentelemetry_sdk::resource::TelemetryResourceDetector))
-        .with_attributes(attributes)
+        .with_schema_url(attributes, semconv::SCHEMA_URL)
         .build())
 }
 
