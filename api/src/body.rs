@@ -50,7 +50,7 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     }
 }
 
-/// Reads a body, and takes memory for it. The memory is given back when the returned permit is dropped.
+/// Reads a body, and reserves memory for it. The memory is given back when the returned permit is dropped.
 async fn read(
     mut body: Body,
     BodyMemory(memory): BodyMemory,

@@ -55,8 +55,8 @@ pub async fn login(
     // No layer can know about a local function, so its span is written by hand.
     let token = TRACER.in_span("local", |_| app.tokens.issue(user.id));
 
-    // `publisher` publishes the message, in a hand-written span. It is enough if the broker confirms it, or
-    // if it is on disk.
+    // `publisher` publishes the message, in a hand-written span. The login succeeds if the broker confirms the
+    // message, or if the message is in the spool.
     app.publisher.clone().oneshot(LoginEvent { mobile: request.mobile }).await?;
 
     tracing::info!(user.id, "logged in");

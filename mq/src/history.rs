@@ -54,7 +54,8 @@ pub enum Processed {
     Duplicate,
 }
 
-/// The database refuses one login, because its content breaks a rule there. Other logins are not affected.
+/// The database refuses one login, because its content violates a constraint there. Other logins are not
+/// affected.
 // It does not hold the database's own text, because that may quote the row.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the database refuses the data of this message (code {code})")]

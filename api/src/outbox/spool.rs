@@ -126,8 +126,8 @@ impl Spool {
         let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
     }
 
-    /// Returns the next entries after this number, in order. Entries that were appended before are among
-    /// them.
+    /// Returns the next entries after this number, in order. They include every entry whose append was
+    /// requested before this call.
     pub async fn read(&self, after: u64, count: usize) -> Option<Vec<(u64, Message)>> {
         let (entries, read) = oneshot::channel();
         let _ = self.commands.send(Command::Read { after, count, entries });

@@ -37,7 +37,7 @@ impl TextMapPropagator for B3Propagator {
         let span = cx.span();
         let span_context = span.span_context();
         if !span_context.is_valid() {
-            // If this process has no trace, the next one has to know what the caller asked for.
+            // If this process has no trace, it passes the caller's sampling state on to the next process.
             match (cx.get::<Asked>(), self.0) {
                 (Some(asked), B3Encoding::Single) => injector.set(SINGLE, asked.state().to_owned()),
                 (Some(Asked::Debug), B3Encoding::Multi) => injector.set(FLAGS, "1".to_owned()),
@@ -106,7 +106,7 @@ impl Asked {
         if let Some(single) = headers.get(SINGLE) {
             return from_state(single);
         }
-        // Headers with an id should form a trace, so these headers are malformed.
+        // The headers have an id, but no trace could be read from them, so they are malformed.
         if headers.get(TRACE_ID).or(headers.get(SPAN_ID)).is_some() {
             return None;
         }

@@ -88,7 +88,7 @@ fn is_of_the_peer(error: &io::Error) -> bool {
 /// Asks the system for as many open files as it allows. Returns how many connections are possible: the
 /// `wanted` number, or fewer, which is logged.
 pub fn reserve_files(wanted: usize) -> usize {
-    // If the limit can't be read, there is assumed to be none.
+    // If the limit can't be read, this assumes that there is no limit.
     let limit = rlimit::increase_nofile_limit(rlimit::INFINITY).unwrap_or(rlimit::INFINITY);
     let possible = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(RESERVED_FILES).max(1);
     if possible < wanted {

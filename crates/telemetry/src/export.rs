@@ -46,10 +46,10 @@ const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
 /// messages above 4 MiB.
 const MAX_REQUEST_BYTES: usize = 1024 * 1024;
 
-/// The pause before a batch is sent again. It doubles after each attempt, up to [`MAX_PAUSE`]. (An attempt
-/// includes the exporter's own retries, which take about a second.)
+/// The pause before a batch is sent again. It doubles after each attempt, up to [`MAX_PAUSE`]. During shutdown
+/// it does not grow. (An attempt includes the exporter's own retries, which take about a second.)
 const PAUSE: Duration = Duration::from_millis(200);
-const MAX_PAUSE: Duration = Duration::from_secs(5);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// How many spans have ended, and what happened to them. Each one was exported, was dropped, or is waiting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -190,13 +190,13 @@ pub(crate) fn start<E: SpanExporter + 'static>(
 ) -> (AccountedProcessor, Export) {
     exporter.set_resource(resource);
     let account = Arc::new(Account { max_queue_size: config.max_queue_size, state: Mutex::default() });
-    let (closing, closed) = watch::channel(false);
+    let (closing, closed) = watch::channel(None);
     let exporter = AccountedExporter {
         exporter,
         account: account.clone(),
         outage,
         limit: config.export_timeout,
-        closed,
+        closing: closed,
         runtime: Handle::current(),
     };
     let config = BatchConfigBuilder::default()
@@ -215,14 +215,14 @@ pub(crate) fn start<E: SpanExporter + 'static>(
 pub(crate) struct Export {
     pub account: Arc<Account>,
     batches: Arc<BatchSpanProcessor>,
-    closing: watch::Sender<bool>,
+    closing: watch::Sender<Option<Instant>>,
 }
 
 impl Export {
-    /// Sends the waiting spans. From now on a batch is dropped as soon as an attempt to send it fails. It
-    /// blocks for at most `limit`, and the runtime must keep running meanwhile.
+    /// Sends the waiting spans, and blocks for at most `limit`. A receiver that is unavailable may come back
+    /// within that time.
     pub fn shut_down(&self, limit: Duration) {
-        self.closing.send_replace(true);
+        self.closing.send_replace(Some(Instant::now() + limit));
         // Spans that could not be sent still count as waiting in the account.
         let _ = self.batches.shutdown_with_timeout(limit);
     }
@@ -309,7 +309,8 @@ struct AccountedExporter<E> {
     outage: Outage,
     /// The longest time for one batch, with all its attempts.
     limit: Duration,
-    closed: watch::Receiver<bool>,
+    /// When sending ends because the process ends.
+    closing: watch::Receiver<Option<Instant>>,
     runtime: Handle,
 }
 
@@ -327,9 +328,6 @@ impl<E: SpanExporter> SpanExporter for AccountedExporter<E> {
             let rest = batch.split_off(count);
             self.account.begin(count);
             let outcome = self.send(batch);
-            if matches!(outcome, Outcome::NotSent) {
-                self.outage.lost(count as u64);
-            }
             self.account.settle(count, bytes, outcome);
             batch = rest;
         }
@@ -350,28 +348,39 @@ impl<E: SpanExporter> AccountedExporter<E> {
         let start = Instant::now();
         let mut pause = PAUSE;
         loop {
-            // At shutdown, don't wait for a receiver that is known to be unavailable.
-            if *self.closed.borrow() && self.outage.is_on() {
+            let left = self.time_left(start);
+            if left.is_zero() {
                 return Outcome::NotSent;
             }
-            let left = self.limit.saturating_sub(start.elapsed());
             let result = on_runtime(&self.runtime, left, self.exporter.export(batch.clone()));
+            let dropped = self.account.counts().dropped.total();
             match result {
-                Ok(()) => return Outcome::Exported { rejected: self.outage.over() },
-                Err(error) if self.outage.failed(&error).is_final() => return Outcome::Rejected,
-                Err(_) if start.elapsed() + pause >= self.limit => return Outcome::NotSent,
+                Ok(()) => return Outcome::Exported { rejected: self.outage.over(dropped) },
+                Err(error) if self.outage.failed(&error, dropped).is_final() => return Outcome::Rejected,
                 Err(_) => {}
             }
-            // The pause is between half and all of `pause`, so that services don't retry in step. Shutdown
-            // ends the pause.
+            let mut closing = self.closing.clone();
+            let is_closing = closing.borrow().is_some();
+            pause = if is_closing { PAUSE } else { pause };
+            if pause >= self.time_left(start) {
+                return Outcome::NotSent;
+            }
+            // The pause is between half and all of `pause`, so that services don't retry in step. The
+            // beginning of the shutdown ends it.
             let pausing = pause.mul_f64(0.5 + 0.5 * fastrand::f64());
-            let mut closed = self.closed.clone();
             let _ = on_runtime(&self.runtime, pausing, async {
-                let _ = closed.wait_for(|closed| *closed).await;
+                let _ = closing.wait_for(|closing| closing.is_some() && !is_closing).await;
                 Ok(())
             });
             pause = (pause * 2).min(MAX_PAUSE);
         }
+    }
+
+    /// Returns how long a batch that was first sent at `start` may still take.
+    fn time_left(&self, start: Instant) -> Duration {
+        let left = self.limit.saturating_sub(start.elapsed());
+        let closing = *self.closing.borrow();
+        closing.map_or(left, |end| left.min(end.saturating_duration_since(Instant::now())))
     }
 }
 
@@ -408,8 +417,8 @@ impl<E> Guarded<E> {
 
     fn guard(&self, export: impl Future<Output = OTelSdkResult>) -> OTelSdkResult {
         match on_runtime(&self.runtime, self.limit, export) {
-            Ok(()) => drop(self.outage.over()),
-            Err(error) => drop(self.outage.failed(&error)),
+            Ok(()) => drop(self.outage.over(0)),
+            Err(error) => drop(self.outage.failed(&error, 0)),
         }
         Ok(())
     }

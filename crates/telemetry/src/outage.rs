@@ -31,8 +31,8 @@ struct State {
     /// A warning that exports fail was logged since the last success.
     is_told: bool,
     warned: Option<Instant>,
-    /// Spans that were dropped since the last success.
-    lost: u64,
+    /// The number of dropped spans when the outage began.
+    dropped_before: u64,
 }
 
 /// Whether sending the same data again may succeed.
@@ -64,8 +64,8 @@ struct Attempt {
     cause: Option<String>,
 }
 
-/// Notes why a request of the attempt on this thread got no answer, because the exporters only say "network
-/// error".
+/// Records the transport's error for the export attempt on this thread. The exporter's own error is only
+/// "network error".
 pub(crate) fn note_cause(error: &(dyn std::error::Error + 'static)) {
     let sources = std::iter::successors(Some(error), |error| error.source());
     let cause = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
@@ -87,32 +87,24 @@ impl Outage {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the last attempt failed, and another may succeed.
-    pub fn is_on(&self) -> bool {
-        self.lock().is_on
-    }
-
-    /// Counts spans that are dropped.
-    pub fn lost(&self, count: u64) {
-        self.lock().lost += count;
-    }
-
     /// Records that an attempt succeeded. Returns how many of its spans the receiver rejected nevertheless.
-    pub fn over(&self) -> u64 {
+    /// `dropped` is the number of all spans that were dropped so far, for whatever reason.
+    pub fn over(&self, dropped: u64) -> u64 {
         let Attempt { rejected, reason, .. } = ATTEMPT.take();
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
         if std::mem::take(&mut state.is_told) {
-            tracing::info!(dropped = state.lost, "{what} are exported again");
+            tracing::info!(dropped = dropped - state.dropped_before, "{what} are exported again");
         }
-        (state.is_on, state.lost) = (false, 0);
+        state.is_on = false;
         if rejected > 0 && state.may_warn() {
             tracing::warn!(rejected, reason, endpoint, "{what} were rejected; at most one warning a minute");
         }
         rejected
     }
 
-    /// Records that an attempt failed, and returns whether another may succeed.
-    pub fn failed(&self, error: &OTelSdkError) -> Failure {
+    /// Records that an attempt failed, and returns whether another may succeed. `dropped` is as for
+    /// [`Self::over`].
+    pub fn failed(&self, error: &OTelSdkError, dropped: u64) -> Failure {
         let cause = ATTEMPT.take().cause;
         let reason = match (error, cause) {
             (OTelSdkError::Timeout(limit), _) => format!("no success within {limit:?}"),
@@ -122,6 +114,9 @@ impl Outage {
         };
         let failure = classify(&reason);
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
+        if !state.is_on {
+            state.dropped_before = dropped;
+        }
         state.is_on = failure == Failure::Temporary;
         if state.may_warn() {
             let reason = short(&reason) + guess(&reason);
@@ -131,7 +126,7 @@ impl Outage {
                 }
                 Failure::Temporary => {
                     state.is_told = true;
-                    let dropped = state.lost;
+                    let dropped = dropped - state.dropped_before;
                     tracing::warn!(
                         reason,
                         endpoint,

@@ -133,9 +133,8 @@ impl Running {
 
     /// Stops the services, and checks that every span arrived or was reported as dropped.
     ///
-    /// # Errors
-    /// If a service doesn't stop cleanly, the missing spans are not those reported as dropped, or metrics are
-    /// missing or unexpected.
+    /// # Errors If a service doesn't stop cleanly, if more or fewer spans are missing than were reported as
+    /// dropped, or if metrics are missing or unexpected.
     pub async fn stop(mut self) -> Result<Costs> {
         let cpu = self.cpu_time()? - self.cpu_of_warm_up;
         let resident =

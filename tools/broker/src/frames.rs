@@ -1,7 +1,7 @@
 //! Frames as bytes: parsed from a peer's input, and appended to its output.
 //!
 //! Methods and tables use `amq-protocol`, which is lapin's codec. Its parser recurses for each nested table,
-//! so tables that are nested too deep are refused before they are parsed.
+//! so tables that are nested too deeply are refused before they are parsed.
 
 use super::{exception::Exception, message::Message};
 use amq_protocol::{
@@ -97,9 +97,9 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
     }
 }
 
-/// Parses a content header. Well-formed properties pass unchanged even if their strings are not UTF-8 or
-/// their tables are nested too deep, as in RabbitMQ, which does not look closer. The broker itself then
-/// ignores them.
+/// Parses a content header. Well-formed properties pass unchanged even if their strings are not UTF-8 or their
+/// tables are nested too deep, as in RabbitMQ, which does not look closer. This broker then acts on none of the
+/// properties.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     let malformed = || Exception::syntax_error("malformed content header");
     let (head, properties) = payload.split_at_checked(CONTENT_HEAD).ok_or_else(malformed)?;

@@ -1,8 +1,8 @@
 //! The state that all connections share: the connections, the exchanges, the queues, and the times at which
 //! messages or queues expire. It knows no sockets: frames for a peer are appended to its output.
 //!
-//! Its other methods are in `methods` (what a client asks for), `definitions` (exchanges and queues),
-//! `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
+//! The other methods of [`VirtualHost`] are in `methods` (what a client asks for), `definitions` (exchanges and
+//! queues), `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
 
 use super::{
     channel::Channel,

@@ -24,7 +24,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// How long to wait for the frame at which a service is killed, or until a queue is empty.
+/// How long to wait until a trap withholds its frame (then the service is killed), or until a queue is empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The parts of the system that faults are injected into.

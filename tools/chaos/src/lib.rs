@@ -47,7 +47,7 @@ const QUIET: Duration = Duration::from_secs(15);
 /// How to test.
 #[derive(Args, Clone)]
 pub struct Options {
-    /// Logins to attempt, at least; they go on until every fault was there.
+    /// Logins to attempt, at least; the run continues until every kind of fault has occurred.
     #[arg(long, default_value_t = 20_000)]
     pub logins: usize,
     /// Logins a second, at most.

@@ -33,10 +33,11 @@ const BODY: (&str, &str, &str) = ("api", "API_DEADLINE", "9s");
 const MANY: usize = 10_000;
 
 /// Returns how many connections this process can hold, at most [`MANY`].
-#[expect(clippy::print_stderr, reason = "that fewer are tried must not go unnoticed")]
+#[expect(clippy::print_stderr, reason = "a run with fewer connections must be noticed")]
 fn as_many_as_possible() -> Result<usize> {
     let limit = usize::try_from(rlimit::increase_nofile_limit(rlimit::INFINITY)?)?;
-    // The service needs as many files, under the same limit, and both processes have other files open.
+    // The same limit applies to the service, which has a file for each connection too. Both processes have
+    // other files open.
     let possible = limit.saturating_sub(300).min(MANY);
     if possible < MANY {
         eprintln!("ulimit -n is {limit}: only {possible} connections of {MANY} are tried");

@@ -225,7 +225,8 @@ async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
     Ok(())
 }
 
-/// A usercenter that begins its answer and never ends it. It passes on the `grpc-timeout` that it received.
+/// A usercenter that begins its answer and never ends it. It sends the `grpc-timeout` of each call to
+/// `timeouts`.
 async fn begins_and_stalls(timeouts: mpsc::UnboundedSender<String>) -> Result<String> {
     let call = async move |headers: HeaderMap| {
         let timeout = headers.get("grpc-timeout").and_then(|timeout| timeout.to_str().ok());

@@ -288,6 +288,48 @@ async fn a_collector_that_restarts_is_found_again() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_comes_back_while_a_service_ends_gets_all_spans() -> Result<()> {
+    let address = (Ipv4Addr::LOCALHOST, free_port()?).into();
+    let endpoint = format!("http://{address}");
+    let variables =
+        [("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()), ("api", "SHUTDOWN_TIMEOUT", "60s")];
+    let mut stack = Stack::start(&variables).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    stack.api.said(WARNING).await?;
+    stack.api.signal("TERM").await?;
+    stack.api.said("finishing requests in flight").await?;
+    let receiver = Receiver::start_at(address).await?;
+    stack.api.exit().await?;
+    assert_eq!(counts(&stack.api.output())?, [4, 4, 0]);
+    receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_line_at_the_end_of_an_outage_counts_all_that_was_dropped_in_it() -> Result<()> {
+    let address = (Ipv4Addr::LOCALHOST, free_port()?).into();
+    let endpoint = format!("http://{address}");
+    let variables = [
+        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("*", "OTEL_BSP_MAX_QUEUE_SIZE", "8"),
+        ("*", "OTEL_BSP_EXPORT_TIMEOUT", "600000"),
+    ];
+    let mut stack = Stack::start(&variables).await?;
+    stack.login(KNOWN_MOBILE, &[]).await?;
+    stack.api.said(WARNING).await?;
+    for _ in 0..10 {
+        stack.login(KNOWN_MOBILE, &[]).await?;
+    }
+    let _receiver = Receiver::start_at(address).await?;
+    let line = stack.api.said("spans are exported again").await?;
+    stack.stop().await?;
+    let [_, _, dropped] = counts(&stack.api.output())?;
+    assert_eq!(dropped, 4 * 11 - 8);
+    assert!(line.contains(&format!("dropped={dropped}")), "{line}");
+    Ok(())
+}
+
 /// Returns the names of a process's threads, and how much lower the priority of each is than usual.
 fn niceness(id: u32) -> Result<Vec<(String, i32)>> {
     let tasks = fs::read_dir(format!("/proc/{id}/task"))?;

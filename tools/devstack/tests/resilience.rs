@@ -303,7 +303,8 @@ async fn a_caller_over_http_cannot_shorten_the_deadline_and_open_the_circuit() -
 async fn a_peer_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
     let fake = StandIn::start(|_| Reply::User).await?;
     let address = fake.url.trim_start_matches("http://").parse()?;
-    // This connection leads through both proxies; later ones will bypass the second.
+    // The first connection of api goes through `network`, then `vanishing`. Later ones go from `network` to the
+    // fake.
     let vanishing = Proxy::start(address)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);

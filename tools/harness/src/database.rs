@@ -64,7 +64,8 @@ impl Database {
         Ok(connection)
     }
 
-    /// Returns the number of logins of `mobile`, by the count and by the history. The two must be equal.
+    /// Returns the number of logins of `mobile` in the table `login_count` and in the table `login_history`.
+    /// The two must be equal.
     ///
     /// # Errors
     /// If the database can't be used.

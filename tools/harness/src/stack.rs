@@ -61,7 +61,7 @@ pub struct Stack {
 pub type Variables<'a> = &'a [(&'a str, &'a str, &'a str)];
 
 impl Stack {
-    /// Starts everything, each service on a free port, with exclusive names on the broker.
+    /// Starts everything, each service on a free port, with names on the broker that no other test uses.
     ///
     /// # Errors
     /// If a part doesn't start.
