@@ -47,8 +47,7 @@ use tonic::transport::Endpoint;
 use usercenter::Reported;
 
 /// Makes the hand-written spans of this service.
-static TRACER: LazyLock<BoxedTracer> = 
-    LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));
+static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));
 
 /// Serves on `listener` until `shutdown`.
 ///

@@ -110,8 +110,10 @@ where
                 layer.retries.add(1, &[KeyValue::new(semconv::RPC_METHOD, method)]);
                 get_active_span(|span| {
                     let failure = KeyValue::new(semconv::RPC_STATUS_CODE, code_name(failed.code()));
-                    let pause =
-                        KeyValue::new(semconv::RETRY_PAUSE, i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
+                    let pause = KeyValue::new(
+                        semconv::RETRY_PAUSE,
+                        i64::try_from(pause.as_millis()).unwrap_or(i64::MAX),
+                    );
                     span.add_event(
                         "retry",
                         vec![KeyValue::new(semconv::RETRY_ATTEMPT, i64::from(attempt)), failure, pause],

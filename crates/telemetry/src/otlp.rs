@@ -75,7 +75,7 @@ fn grpc<B: WithExportConfig + opentelemetry_otlp::WithTonicConfig>(
 }
 
 fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -> Result<B, ConfigError> {
-    let client = client(config.tls.as_ref(), config.timeout);
+    let client = client(config.tls.as_deref(), config.timeout);
     let builder = builder.with_http_client(client).with_endpoint(config.endpoint.to_string());
     let protocol = match config.protocol {
         Protocol::HttpJson => opentelemetry_otlp::Protocol::HttpJson,
@@ -96,7 +96,8 @@ fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE);
     let endpoint = match &config.tls {
-        Some(tls) => endpoint.tls_config(tls.tonic.clone())
+        Some(tls) => endpoint
+            .tls_config(tls.tonic.clone())
             .map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP_CERTIFICATE", error.to_string()))?,
         None => endpoint,
     };

@@ -20,7 +20,10 @@ pub(crate) fn detect(service_name: &'static str, service_version: &'static str) 
         KeyValue::new("os.type", env::consts::OS),
         KeyValue::new("process.pid", i64::from(process::id())),
         // Telemetry starts first, so this is a few milliseconds late.
-        KeyValue::new("process.creation.time", humantime::format_rfc3339_millis(SystemTime::now()).to_string()),
+        KeyValue::new(
+            "process.creation.time",
+            humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+        ),
         KeyValue::new("process.runtime.name", "rustc"),
         KeyValue::new("process.runtime.version", env!("RUSTC_VERSION")),
     ];

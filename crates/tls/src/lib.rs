@@ -51,7 +51,10 @@ impl Client {
     /// # Errors
     /// If a file can't be read, or has the wrong content; if only one of certificate and key is set; if there
     /// are no authorities; or if a file is set although there will be no TLS.
-    pub fn read([ca, certificate, key]: [PemFile<'_>; 3], unused: Option<&str>) -> Result<Option<Self>, Error> {
+    pub fn read(
+        [ca, certificate, key]: [PemFile<'_>; 3],
+        unused: Option<&str>,
+    ) -> Result<Option<Self>, Error> {
         if let Some(why) = unused {
             let set = [ca, certificate, key].into_iter().find(|file| file.1.is_some());
             return set.map_or(Ok(None), |file| Err(file.error(why.to_owned())));
@@ -66,7 +69,9 @@ impl Client {
         let pair = Pair::read(certificate, key)?;
         #[cfg(feature = "tonic")]
         let tonic = match &pair {
-            Some(Pair { pem: [certificate, key], .. }) => tonic.identity(Identity::from_pem(certificate, key)),
+            Some(Pair { pem: [certificate, key], .. }) => {
+                tonic.identity(Identity::from_pem(certificate, key))
+            }
             None => tonic,
         };
         let rustls = match pair {

@@ -6,9 +6,7 @@ use crate::{
     provider, with_ring,
 };
 use std::sync::Arc;
-use tokio_rustls::rustls::{
-    ServerConfig, client::danger::ServerCertVerifier, server::WebPkiClientVerifier,
-};
+use tokio_rustls::rustls::{ServerConfig, client::danger::ServerCertVerifier, server::WebPkiClientVerifier};
 use tonic::transport::{ClientTlsConfig, Identity};
 
 /// Which certificate a gRPC server shows to its clients, and how it checks theirs.
@@ -45,7 +43,8 @@ impl Server {
             }
             None => builder.with_no_client_auth(),
         };
-        let mut rustls = builder.with_single_cert(chain, key).map_err(|error| certificate.unusable(&error))?;
+        let mut rustls =
+            builder.with_single_cert(chain, key).map_err(|error| certificate.unusable(&error))?;
         rustls.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Some(Self {
             rustls: Arc::new(rustls),
@@ -60,4 +59,3 @@ impl Server {
         (ClientTlsConfig::new().identity(self.identity.clone()), Arc::new(self.own.clone()))
     }
 }
-

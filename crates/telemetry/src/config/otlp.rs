@@ -40,7 +40,7 @@ pub(crate) struct OtlpConfig {
     pub timeout: Duration,
     pub compression: Option<Compression>,
     /// For an `https` endpoint.
-    pub tls: Option<tls::Client>,
+    pub tls: Option<Box<tls::Client>>,
 }
 
 impl fmt::Debug for OtlpConfig {
@@ -172,7 +172,11 @@ fn is_of_the_protocol(name: &str) -> bool {
 }
 
 /// Reads the files for TLS. For an `http` endpoint they are checked, and then not used.
-fn read_tls(env: &Environment, signal: Signal, endpoint: &Uri) -> Result<Option<tls::Client>, ConfigError> {
+fn read_tls(
+    env: &Environment,
+    signal: Signal,
+    endpoint: &Uri,
+) -> Result<Option<Box<tls::Client>>, ConfigError> {
     let is_used = endpoint.scheme_str() == Some("https");
     let mut files = Vec::new();
     for name in ["CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"] {
@@ -188,5 +192,5 @@ fn read_tls(env: &Environment, signal: Signal, endpoint: &Uri) -> Result<Option<
     let files = [0, 1, 2].map(|i| PemFile(&files[i].0, files[i].1.as_deref()));
     let tls = tls::Client::read(files, None);
     let tls = tls.map_err(|tls::Error { variable, problem }| ConfigError::new(&variable, problem))?;
-    Ok(tls.filter(|_| is_used))
+    Ok(tls.filter(|_| is_used).map(Box::new))
 }
