@@ -32,7 +32,7 @@ use amqp::Topology;
 use anyhow::Context;
 use app::App;
 use config::Config;
-use opentelemetry::global::{self, BoxedTracer};
+use opentelemetry::global::BoxedTracer;
 use outbox::Spool;
 use proto::{
     topology::{EXCHANGE, QUEUE, ROUTING_KEY},

@@ -18,7 +18,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use opentelemetry::{
-    Context, KeyValue, global,
+    Context, KeyValue,
     trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
 };
 use proto::login::LoginMessage;

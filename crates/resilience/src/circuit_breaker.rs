@@ -9,6 +9,7 @@ use std::{
     sync::Arc,
     task::{self, Poll, ready},
 };
+use telemetry::semconv;
 use tonic::{Code, Status};
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
