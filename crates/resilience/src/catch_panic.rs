@@ -1,8 +1,8 @@
 //! Answers the caller when a handler panics, so that the connection and the process live on.
 //!
-//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http
-//! also has a layer for panics, but it boxes every body, and it logs the panic's message, whatever the
-//! message holds.
+//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http also
+//! has a layer for panics, but that layer boxes every body, and logs the panic's message, whatever the message
+//! contains.
 
 use crate::Rejection;
 use futures_util::{FutureExt, future::CatchUnwind};
@@ -15,7 +15,7 @@ use std::{
 };
 use tower::{Layer, Service};
 
-/// Answers in place of a handler that panics. A body that panics while it is sent still breaks off.
+/// Answers in place of a handler that panics. If a body panics while it is being sent, the answer breaks off.
 #[derive(Clone)]
 pub struct CatchPanicLayer<A> {
     answer: A,

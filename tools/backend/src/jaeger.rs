@@ -167,7 +167,7 @@ async fn trace(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respo
     .await
 }
 
-/// `/api/traces`: returns the traces named by `traceID`, or those that the other parameters describe.
+/// `/api/traces`: returns the traces named by `traceID`, or else the traces that the other parameters describe.
 async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -312,7 +312,8 @@ fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>)
     parent.into_iter().chain(links).collect()
 }
 
-/// The processes of a trace. Each is listed once, although its resource comes with every batch of spans.
+/// The processes of a trace. Each process is listed once, although its resource comes with every batch of
+/// spans.
 #[derive(Default)]
 struct Processes<'a> {
     processes: BTreeMap<String, Process<'a>>,

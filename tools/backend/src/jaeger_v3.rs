@@ -38,7 +38,8 @@ struct Wrapper<'a> {
     result: TracesData<'a>,
 }
 
-/// The OTLP message of this name, borrowed from the store. The two types below are the same.
+/// The OTLP message `TracesData`, with contents borrowed from the store. The two types below are also OTLP
+/// messages with borrowed contents.
 #[derive(Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct TracesData<'a> {

@@ -28,7 +28,8 @@ use std::{
     sync::Arc,
 };
 
-/// The memory of a record without its text: the record and its place in the trace's list, with room to grow.
+/// The memory of a record without its encoded contents: the record and its place in the trace's list, with room
+/// to grow.
 const RECORD_BYTES: usize = size_of::<StoredRecord>() + 16 + 2 * size_of::<Arc<StoredRecord>>();
 
 /// The approximate memory of a trace's entries in the tables, in bytes.
@@ -45,7 +46,7 @@ pub struct LogStatistics {
     pub received: u64,
     /// Received records that were written outside of a trace, so not stored.
     pub untraced: u64,
-    /// Received records that were refused, because their trace has too many.
+    /// Received records that were refused, because their trace has too many records.
     pub rejected: u64,
     /// Received records that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
@@ -66,13 +67,13 @@ struct TraceLogs {
     bytes: usize,
 }
 
-/// An encoded record. Decoded, it would take about four times as much memory.
+/// An encoded record. A decoded record would take about four times as much memory.
 pub(super) struct StoredRecord {
     encoded: Box<[u8]>,
 }
 
-/// Returns the records of a request with their trace ids. The id is `None` if a record was written outside of
-/// a trace, or if its id is invalid, which OpenTelemetry treats alike.
+/// Returns the records of a request with their trace ids. The id is `None` if a record was written outside of a
+/// trace. OpenTelemetry treats an invalid id in the same way.
 pub(super) fn stored_records(request: ExportLogsServiceRequest) -> Vec<(Option<TraceId>, StoredRecord)> {
     let scopes = request.resource_logs.into_iter().flat_map(|resource| resource.scope_logs);
     let records = scopes.flat_map(|scope| scope.log_records).map(|record| {
@@ -154,7 +155,7 @@ struct Record<'a> {
     attributes: Vec<Tag<'a>>,
 }
 
-/// Returns the records of a trace, ordered by their time. There are none if the trace has none.
+/// Returns the records of a trace, ordered by their time. The list may be empty.
 async fn logs(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Response {
     blocking(move || {
         let id = parameters::trace_id(&id).map_err(|error| Refusal::malformed(&error))?;
@@ -184,7 +185,8 @@ fn time(record: &LogRecord) -> u64 {
     if record.time_unix_nano == 0 { record.observed_time_unix_nano } else { record.time_unix_nano }
 }
 
-/// Returns the severity as its source calls it, or by its number. Each name stands for four numbers.
+/// Returns the severity's name as its source gives it or, if that is missing, the name for the severity's
+/// number. Each name stands for four numbers.
 fn severity(record: &LogRecord) -> &str {
     const NAMES: [&str; 6] = ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"];
 

@@ -135,7 +135,7 @@ async fn close(
     .await?
 }
 
-/// The bytes received from a client, as far as they are not parsed.
+/// The bytes that were received from a client and are not parsed yet.
 struct Input {
     half: OwnedReadHalf,
     bytes: BytesMut,
@@ -193,7 +193,7 @@ enum End {
     Gone,
     /// The client has sent `close`.
     Closed,
-    /// The client has made an error, of which it is told.
+    /// The client has made an error, which is reported to it.
     Exception(Exception),
 }
 
@@ -238,7 +238,8 @@ impl Connection {
                 put_method(&mut rest, 0, AMQPClass::Connection(close_ok));
                 timeout(PATIENCE, async {
                     writer.half.write_all(&rest).await?;
-                    // The client must hang up first, because some clients report an error if the broker does.
+                    // The client must hang up first, because some clients report an error if the broker hangs
+                    // up first.
                     while input.read().await.is_ok() {
                         input.bytes.clear();
                     }
@@ -312,7 +313,7 @@ fn tell(shared: &Shared, id: ConnectionId, method: connection::AMQPMethod) {
     }
 }
 
-/// Handles all complete frames, or as many of them as output and memory allow.
+/// Handles all complete frames, or as many frames as output and memory allow.
 fn process(bytes: &mut BytesMut, shared: &Shared, id: ConnectionId, frame_max: usize) -> Result<Pause, End> {
     let mut state = shared.lock();
     let paused = loop {
@@ -378,7 +379,7 @@ impl Writer {
                 if is_late && let Some(peer) = shared.lock().peers.get_mut(&id) {
                     peer.output.heartbeat();
                 }
-                // The reader runs first, so that one write and one confirm can answer more of its frames.
+                // The reader runs first, so that one write and one confirm can answer more frames.
                 yield_now().await;
                 continue;
             }

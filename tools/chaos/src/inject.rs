@@ -24,7 +24,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// How long to wait until a trap withholds its frame (then the service is killed), or until a queue is empty.
+/// How long to wait for a trap to withhold its frame, or for a queue to become empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The parts of the system that faults are injected into.
@@ -78,7 +78,7 @@ impl Target<'_> {
             }
             Fault::Poison => self.poison.publish(self.system, self.history).await?,
             Fault::DiskFull => {
-                // api's disk has room for a few logins, and then for no more.
+                // api's disk has room for only a few logins.
                 let limit = self.system.spool_size() + 16;
                 self.system.kill(Service::Api).await?;
                 self.system.api_broker.refuse();
@@ -127,14 +127,14 @@ impl Target<'_> {
         let sprung = matches!(timeout(PATIENCE, sprung).await, Ok(Ok(())));
         self.system.kill(service).await?;
         for link in [&self.system.api_broker, &self.system.mq_broker] {
-            // Also removes a trap whose frame didn't come.
+            // Restoring the link also removes a trap whose frame didn't come.
             link.restore();
         }
         self.system.start_service(service, None).await?;
         Ok((!sprung).then_some("killed without the frame that it was to be killed at"))
     }
 
-    /// Deletes the queue once it is empty and no message can still come into it, not even from a retry queue.
+    /// Deletes the queue once it is empty and no message can enter it any more, not even from a retry queue.
     /// With the control, only the queue itself is checked, because the control loses logins and has no dead
     /// letters.
     async fn delete_queue(&mut self) -> Result<Option<&'static str>> {
@@ -175,7 +175,7 @@ pub struct Recovery {
 }
 
 impl Target<'_> {
-    /// Waits until logins are answered and applied again; returns `None` if they aren't within `limit`.
+    /// Waits until logins are answered and applied again; returns `None` if this takes longer than `limit`.
     pub async fn recover(
         &mut self,
         since: Instant,

@@ -8,7 +8,7 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// The trace id that a login sends, by which its effect is found.
+/// The trace id that a login sends. The effect of the login is found by this id.
 pub type TraceId = u128;
 
 /// A login that was sent.
@@ -16,11 +16,11 @@ pub type TraceId = u128;
 pub struct Login {
     /// The trace id of the login.
     pub trace: TraceId,
-    /// When it was sent.
+    /// When the login was sent.
     pub begun: Instant,
     /// When its outcome was known.
     pub ended: Instant,
-    /// Its outcome.
+    /// The outcome of the login.
     pub outcome: Outcome,
 }
 

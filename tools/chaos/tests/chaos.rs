@@ -1,4 +1,4 @@
-//! A short `cargo dev chaos`: the services pass it, and the control does not. The long form is a command.
+//! A short run of the test behind `cargo dev chaos`: the services pass it, and the control does not.
 
 use chaos::{self, Options, broker::Kind, faults::Fault};
 

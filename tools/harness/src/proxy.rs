@@ -78,7 +78,7 @@ impl Proxy {
         Self::start_link(target, false)
     }
 
-    /// Does the same for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) one of them.
+    /// Does the same for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) a frame.
     ///
     /// # Errors
     /// If there is no free port.
@@ -177,7 +177,7 @@ async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
     link.pass().await?;
     let target = *lock(&link.target);
     let server = if target.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // A reset drops this future, at any moment. Then the other side must get RST too.
+    // A reset drops this future at any moment, and the other side must then get RST too.
     server.set_zero_linger()?;
     let mut server = server.connect(target).await?;
     server.set_nodelay(true)?;
