@@ -2,7 +2,7 @@
 //!
 //! Each propagator implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service.
 //! Propagators are independent of the carrier. The carriers for HTTP headers, gRPC metadata and AMQP headers
-//! are in the crate `telemetry`, and the one for the message body is in the crate `proto`.
+//! are in the crate `telemetry`, and the carrier for the message body is in the crate `proto`.
 
 mod b3;
 mod baggage;

@@ -57,7 +57,7 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        // The state that a panic leaves behind belongs to this one request, and is dropped with it.
+        // The state that a panic leaves behind belongs only to this request, and is dropped with the request.
         let called = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
         let future = called.ok().map(|future| AssertUnwindSafe(future).catch_unwind());
         ResponseFuture { future, answer: self.answer.clone() }

@@ -33,7 +33,7 @@ pub struct Circuit {
 /// How long the outcome of a call counts.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// The fewest calls that can open the circuit. Fewer calls prove nothing, because one of two may fail by
+/// The fewest calls that can open the circuit. Fewer calls prove nothing, because a few calls may fail by
 /// chance.
 const MIN_CALLS: u32 = 20;
 

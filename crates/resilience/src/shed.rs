@@ -1,5 +1,5 @@
-//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make
-//! all of them late.
+//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make all
+//! requests late.
 //!
 //! tower's own pair of layers for this, `ConcurrencyLimit` in `LoadShed`, refuses with a boxed error, which
 //! axum and tonic can't turn into an answer. tonic's own limit acts outside of the server span.

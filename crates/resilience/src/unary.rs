@@ -1,4 +1,4 @@
-//! The base of a gRPC client's layers, which makes a call one message out and one message back.
+//! The base of a gRPC client's layers, which reduces a call to one message out and one message back.
 //!
 //! gRPC sends the outcome of a call in the trailers of the answer, after the message. Without this layer, a
 //! layer that wants to know whether a call failed would have to read the body to its end. With this layer

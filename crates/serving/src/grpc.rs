@@ -40,8 +40,7 @@ const PREFACE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long calls in flight may go on after their connection has reached its maximum age.
 const AGE_GRACE: Duration = Duration::from_secs(30);
 
-/// The most streams that a client may have open at once on one connection. This is hyper's default, made
-/// explicit.
+/// How many streams a client may have open at once on a connection. This is hyper's default, made explicit.
 const MAX_STREAMS: u32 = 200;
 
 /// Makes a server for connections from [`incoming`]. The client of a connection that reaches

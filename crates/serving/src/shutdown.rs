@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long a service may take to end.
+/// How long the end of a service may take.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Options {
     /// The longest time from the signal to stop until the exit.

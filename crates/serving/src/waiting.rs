@@ -1,4 +1,4 @@
-//! Decides which connection is closed when a new one finds no room.
+//! Decides which connection is closed when a new connection finds no room.
 //!
 //! Each connection has a [`Place`]. A connection without a request waits in a queue, in the order in which the
 //! connections began to wait. When there is one connection too many, [`Waiting::let_go`] tells the one that has

@@ -23,7 +23,7 @@ use std::{
     sync::Arc,
 };
 
-/// The most traces that a search returns by default, as in Jaeger.
+/// How many traces a search returns at most, by default, as in Jaeger.
 const DEFAULT_LIMIT: usize = 100;
 
 /// How far back dependencies are counted by default, as in Jaeger: a day, in nanoseconds.

@@ -20,7 +20,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::{collections::HashMap, sync::Arc};
 
-/// The most traces that a search returns by default, as in Jaeger.
+/// How many traces a search returns at most, by default, as in Jaeger.
 const DEFAULT_SEARCH_DEPTH: usize = 100;
 
 pub(super) fn routes() -> Router<Arc<Store>> {

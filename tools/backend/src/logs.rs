@@ -35,7 +35,7 @@ const RECORD_BYTES: usize = size_of::<StoredRecord>() + 16 + 2 * size_of::<Arc<S
 /// The approximate memory of a trace's entries in the tables, in bytes.
 const TRACE_BYTES: usize = size_of::<TraceLogs>() + 160;
 
-/// How many log records are stored, and what happened to the others.
+/// How many log records are stored, and what happened to all other records that were received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogStatistics {
     /// How many records are stored.
@@ -52,7 +52,8 @@ pub struct LogStatistics {
     pub evicted: u64,
 }
 
-/// The records by trace. They may arrive before the trace's spans or after them, and are evicted separately.
+/// The records by trace. Records may arrive before or after the trace's spans, and are evicted separately from
+/// the spans.
 #[derive(Default)]
 pub(super) struct Logs {
     traces: HashMap<TraceId, TraceLogs>,

@@ -118,7 +118,7 @@ pub(super) fn duration(value: &str) -> Result<u64, String> {
         sum += number.parse::<f64>().map_err(|_| malformed())? * unit;
         rest = after;
     }
-    // The conversion saturates, so an infinite duration becomes the longest one.
+    // The conversion saturates, so an infinite duration becomes the largest number.
     Ok(sum.round() as u64)
 }
 

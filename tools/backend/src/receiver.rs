@@ -165,7 +165,7 @@ impl Receiver {
         self.expect_tree_below("", trace_id, expected).await
     }
 
-    /// Waits for a data point that `wanted` accepts; returns the first one that arrived.
+    /// Waits for a data point that `wanted` accepts; returns the first such data point.
     ///
     /// # Panics
     /// If no such item comes in time.
@@ -177,7 +177,7 @@ impl Receiver {
         }
     }
 
-    /// Waits for a log record that `wanted` accepts; returns the first one that arrived.
+    /// Waits for a log record that `wanted` accepts; returns the first such log record.
     ///
     /// # Panics
     /// If no such item comes in time.

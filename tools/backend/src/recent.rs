@@ -115,8 +115,8 @@ async fn statistics(State(store): State<Arc<Store>>) -> Response {
     json(&json!({ "statistics": store.statistics(), "limits": store.limits() }))
 }
 
-/// The events of one client. The next event is made when the previous one is written. If the client reads
-/// slowly, changed traces wait in `changed`, without duplicates. Beyond `MAX_CHANGED`, changed traces are
+/// The events of one client. An event is made only when the previous event has been written. If the client
+/// reads slowly, changed traces wait in `changed`, without duplicates. Beyond `MAX_CHANGED`, changed traces are
 /// dropped.
 struct Feed {
     store: Arc<Store>,

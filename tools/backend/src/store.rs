@@ -28,9 +28,9 @@ const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 /// quarter of a limit. Log records have the same limits, counted separately.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
-    /// The most spans.
+    /// The largest number of spans.
     pub spans: usize,
-    /// The most memory of the spans, in bytes.
+    /// The largest memory of all spans together, in bytes.
     pub bytes: usize,
 }
 

@@ -1,8 +1,8 @@
 //! Measures how many spans a second the embedded trace backend accepts. A generator on the same machine sends
 //! them over OTLP/gRPC, in batches of 512.
 //!
-//! The generator encodes one batch, and sends it with new ids each time. A row shows the medians of several
-//! runs, each with a new backend process.
+//! The generator encodes a single batch, and sends this batch again and again, each time with new ids. A row
+//! shows the medians of several runs, each with a new backend process.
 
 use super::{cpu_time, median, print, resident};
 use ::backend::{Addresses, Limits, Statistics};

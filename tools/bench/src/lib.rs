@@ -62,7 +62,7 @@ struct Variant {
     variables: &'static [(&'static str, &'static str)],
     /// The number of spans of one login.
     spans: u64,
-    /// The number of log records of one login. If it is above 0, metrics are exported as well.
+    /// The number of log records of one login. If this number is above 0, metrics are exported as well.
     records: u64,
     /// Whether the collector answers.
     has_collector: bool,

@@ -1,5 +1,5 @@
-//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are answered.
-//! It writes and reads HTTP by hand, so that its own cost is small compared with the services'.
+//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are answered. The
+//! generator writes and reads HTTP by hand, so that its cost is small compared with that of the services.
 
 use anyhow::Result;
 use harness::client::read_status;
@@ -50,7 +50,7 @@ impl Load {
         let start = Instant::now() + Duration::from_millis(50);
         let mut connections = JoinSet::new();
         for i in 0..self.connections {
-            // All connections have the same interval between logins, each with its own offset.
+            // All connections have the same interval between logins, each with a different offset.
             let beat =
                 self.rate.map(|rate| Duration::from_secs_f64(self.connections as f64 / f64::from(rate)));
             let first = start + beat.unwrap_or_default().mul_f64(i as f64 / self.connections as f64);

@@ -28,7 +28,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// How long a client may take for the handshake, to answer `close`, or to hang up after `close-ok`.
+/// How long a client may take to finish the handshake, to answer `close`, or to hang up after `close-ok`.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes to reserve for a read, and the largest capacity of an output buffer that is used again.
@@ -222,7 +222,7 @@ impl Connection {
     async fn run(mut self) -> io::Result<()> {
         let _forget = Forget { id: self.id, shared: self.shared.clone() };
         let Self { id, input, writer, shared, frame_max, heartbeat, drained } = &mut self;
-        // The reader is polled first, so that its answers are written at once.
+        // The future that reads is polled first, so that its answers are written at once.
         let end = select! {
             biased;
             end = read(input, shared, *id, *frame_max, *heartbeat, drained) => end,
@@ -369,7 +369,7 @@ impl Writer {
             if self.written == self.frames.len() && !self.refill(shared, id, drained) {
                 let woken = self.wake.notified();
                 let is_late = match heartbeat {
-                    // Heartbeats are sent twice as often as agreed, so that one may be late.
+                    // Heartbeats are sent twice as often as agreed, so that a heartbeat may be late.
                     Some(interval) => timeout(interval / 2, woken).await.is_err(),
                     None => {
                         woken.await;
@@ -379,7 +379,7 @@ impl Writer {
                 if is_late && let Some(peer) = shared.lock().peers.get_mut(&id) {
                     peer.output.heartbeat();
                 }
-                // The reader runs first, so that one write and one confirm can answer more frames.
+                // The future that reads runs first, so that one write and one confirm can answer more frames.
                 yield_now().await;
                 continue;
             }

@@ -33,7 +33,7 @@ impl Exception {
         Self::soft(AMQPSoftError::RESOURCELOCKED, text)
     }
 
-    /// Creates error 406: a precondition of the operation is not met, or one of its arguments is invalid.
+    /// Creates error 406: a precondition of the operation is not met, or an argument is invalid.
     pub fn precondition_failed(text: impl Into<String>) -> Self {
         Self::soft(AMQPSoftError::PRECONDITIONFAILED, text)
     }

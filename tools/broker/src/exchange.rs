@@ -1,4 +1,4 @@
-//! An exchange: its bindings, and which of them match a routing key.
+//! An exchange: its bindings, and which bindings match a routing key.
 
 use super::{
     exception::{Exception, Outcome},

@@ -213,7 +213,7 @@ mod tests {
             let passive = QueueDeclareOptions { passive: true, ..Default::default() };
             consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
         };
-        // The memory has room for ten messages, and one more may have been under way.
+        // The memory has room for ten messages, and an eleventh message may have been under way.
         let full = loopback::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
         full.await.expect("ten messages");
         for _ in 0..20 {

@@ -49,7 +49,7 @@ impl Reason {
 }
 
 impl Message {
-    /// Returns the bytes that the message takes in a queue.
+    /// Returns how many bytes of memory the message takes in a queue.
     pub fn size(&self) -> usize {
         const OF_ITSELF: usize = 256;
         OF_ITSELF + self.properties.len() + self.body.len()

@@ -1,7 +1,7 @@
 //! The state that all connections share: the connections, the exchanges, the queues, and the times at which
 //! messages or queues expire. It knows no sockets: frames for a peer are appended to its output.
 //!
-//! The other methods of [`VirtualHost`] are in `methods` (what a client asks for), `definitions` (exchanges and
+//! The other methods of [`VirtualHost`] are in `methods` (the methods of clients), `definitions` (exchanges and
 //! queues), `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
 
 use super::{
@@ -109,8 +109,8 @@ impl VirtualHost {
         id
     }
 
-    /// Removes a connection: unacknowledged deliveries are requeued, and its exclusive queues are deleted.
-    /// Returns its remaining output.
+    /// Removes a connection: its unacknowledged deliveries are requeued, and the queues that only it may use
+    /// are deleted. Returns its remaining output.
     pub fn disconnect(&mut self, connection: ConnectionId) -> Option<Output> {
         let numbers: Vec<u16> =
             self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.keys().copied()).collect();

@@ -23,7 +23,7 @@ use tokio::{
     time::timeout,
 };
 
-/// A well-behaved client, connected at the same time as the hostile ones.
+/// A well-behaved client, connected at the same time as the hostile clients.
 struct Healthy {
     _connection: Connection,
     channel: Channel,

@@ -40,7 +40,7 @@ pub enum Fault {
     KillApiWithoutBroker,
 }
 
-/// A link that can fail on its own.
+/// A link that can fail while the other links work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Link {
     /// From api to the broker.
@@ -66,8 +66,8 @@ pub struct Step {
     pub resets: bool,
 }
 
-/// The faults of a run: all of the chosen kinds in a random order, then all of them again in another order.
-/// The plan has no end.
+/// The faults of a run: each of the chosen kinds once in a random order, then each kind again in another order,
+/// without an end.
 pub struct Plan {
     rng: Rng,
     faults: Vec<Fault>,

@@ -37,7 +37,7 @@ pub struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Injects a fault and ends it. Returns how the fault differed from the one planned, if it did.
+    /// Injects a fault and ends it. If the fault differed from the planned fault, returns how.
     pub async fn inject(&mut self, step: &Step) -> Result<Option<&'static str>> {
         match step.fault {
             Fault::KillApi => self.restart(Service::Api).await?,
@@ -170,7 +170,7 @@ pub async fn messages(channel: &Channel, queue: &ShortString) -> Result<u32> {
 pub struct Recovery {
     /// From the end of the fault until a login that was sent after it was answered with 200.
     pub answered: Duration,
-    /// From the end of the fault until such a login was seen to have taken effect.
+    /// From the end of the fault until the effect of such a login was seen.
     pub applied: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! The load: logins at a steady rate over many connections, each login in its own trace. A login that can't
+//! The load: logins at a steady rate over many connections. Each login has a separate trace. A login that can't
 //! be sent, because api can't be reached, is not an attempt. Every login that was sent is recorded, whatever
 //! its outcome.
 

@@ -2,8 +2,8 @@
 
 use chaos::{self, Options, broker::Kind, faults::Fault};
 
-/// A few seconds of load with one of the worst faults of each kind: a crash on either side of the broker at
-/// the worst moment, and an outage.
+/// A few seconds of load with the worst faults: a crash of the publisher and of the consumer, each at its worst
+/// moment, and an outage of the broker.
 fn short(is_control: bool) -> Options {
     Options {
         logins: 500,

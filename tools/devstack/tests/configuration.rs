@@ -376,7 +376,8 @@ async fn limits_hold_on_every_span() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
-    // No batch is due for an hour, but a batch is full after one span in api, and after two in the others.
+    // No batch is due for an hour. But a batch is full after one span in api, and after two spans in the other
+    // services.
     let variables = [
         ("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"),
         ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2"),

@@ -26,7 +26,8 @@ use tokio::{
 /// shorter than the ten seconds after which a silent connection is closed.
 const LOGIN_PATIENCE: Duration = Duration::from_secs(9);
 
-/// How long a body may take. With this limit, no slow connection is closed before the logins are done.
+/// How long a body may take to arrive. With this limit, no slow connection is closed before the logins are
+/// done.
 const BODY: (&str, &str, &str) = ("api", "API_DEADLINE", "9s");
 
 /// The number of slow clients that a service must survive.

@@ -102,7 +102,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
 
     let database = Database::new()?;
     let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", "none")];
-    // An alarm affects every client, so the test does not raise it on a broker that others use.
+    // An alarm affects every client, so the test does not raise it on a broker that other tests use.
     let mut stack = Stack::start_on(TestBroker::embedded().await?, &variables).await?;
     stack.mq.said("the database is available").await?;
     database.poison(BAD).await?;

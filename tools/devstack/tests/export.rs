@@ -60,7 +60,7 @@ async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when
         service.said(WARNING).await?;
     }
 
-    // The waiting spans are sent, and so are new ones.
+    // The waiting spans are sent, and so are new spans.
     let receiver = Receiver::start_at(address).await?;
     for answer in [&answers[0], &answers[199], &stack.login(KNOWN_MOBILE, &[]).await?] {
         receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;

@@ -115,7 +115,7 @@ impl Load {
         Self { stop, callers }
     }
 
-    /// Returns the trace ids of the logins that were answered with 200, and the outcomes of the others.
+    /// Returns the trace ids of the logins that were answered with 200, and the outcomes of all other logins.
     async fn finish(self) -> (Vec<String>, Vec<String>) {
         self.stop.store(true, Relaxed);
         let (answered, failed): (Vec<_>, Vec<_>) = self.callers.join_all().await.into_iter().unzip();

@@ -25,7 +25,8 @@ use tokio::{
     time::sleep,
 };
 
-/// Eight callers that log in until told to stop. They return the trace ids of the logins answered with 200.
+/// Eight callers that log in until told to stop. The load returns the trace ids of the logins answered with
+/// 200.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicUsize>,

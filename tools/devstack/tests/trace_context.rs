@@ -1,6 +1,7 @@
 //! W3C Trace Context over real sockets. These are the cases of the W3C group's own test suite
 //! (github.com/w3c/trace-context, folder `test`, June 2026: level 2), each from the HTTP request to the
-//! consumer span. For the cases that differ in level 2, the tests also check what the next process gets.
+//! consumer span. For the cases that differ in level 2, the tests also check the headers that the next process
+//! gets.
 //!
 //! The tests of the login show that several calls of a service share one trace and have different span ids.
 //! The propagator's unit tests cover kinds of malformed headers in more detail, and the limits.

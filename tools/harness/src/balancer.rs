@@ -104,8 +104,8 @@ impl Instances {
             interval.tick().await;
             let is_ready = timeout(CHECK_TIMEOUT, async {
                 match check {
-                    // Each check opens its own connection, because a kept-alive connection would still
-                    // succeed on an instance that accepts no new connections.
+                    // Each check opens a new connection, because a check on a kept-alive connection would
+                    // succeed even if the instance accepts no new connections.
                     Check::Http => Client::new()
                         .get(&format!("http://{}/readyz", instance.address))
                         .await

@@ -70,8 +70,8 @@ struct Lines {
 }
 
 impl Process {
-    /// Starts a service on a free port, with these variables and no others that services read (such as
-    /// `OTEL_*`). Returns once the service listens.
+    /// Starts a service on a free port, with these variables. All other variables that services read, such as
+    /// `OTEL_*`, are unset. Returns once the service listens.
     ///
     /// # Errors
     /// If the service doesn't listen; the error contains its output.

@@ -111,13 +111,14 @@ impl Proxy {
         self.link.resets.send_modify(|resets| *resets += 1);
     }
 
-    /// Resets every connection, and each new one as soon as it is accepted.
+    /// Resets every connection, and each new connection as soon as it is accepted.
     pub fn refuse(&self) {
         self.link.mode.send_replace(Mode::Refusing);
         self.cut();
     }
 
-    /// Goes silent: connections stay open and new ones are accepted, but nothing passes in either direction.
+    /// Goes silent: connections stay open and new connections are accepted, but nothing passes in either
+    /// direction.
     pub fn freeze(&self) {
         self.link.mode.send_replace(Mode::Frozen);
     }
@@ -250,7 +251,7 @@ struct Frames {
 }
 
 impl Frames {
-    /// Takes the next complete frame (or protocol header), and its method if it has one.
+    /// Removes and returns the next complete frame (or protocol header), and its method if it has one.
     fn next(&mut self) -> Option<(Option<MethodId>, Bytes)> {
         const PROTOCOL_HEADER: usize = 8;
         const METHOD: u8 = 1;
@@ -267,7 +268,7 @@ impl Frames {
             }
             _ => None,
         };
-        // The frame's header, its payload and its end mark.
+        // The length is that of the frame's header, its payload and its end mark.
         let length = 7 + size + 1;
         (self.buffer.len() >= length).then(|| (method, self.buffer.split_to(length).freeze()))
     }

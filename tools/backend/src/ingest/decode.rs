@@ -55,7 +55,7 @@ fn too_much() -> Status {
 
 /// A type of message that may be repeated, or that contains such messages.
 pub(super) struct Kind {
-    /// The memory of such a message once decoded, in bytes.
+    /// The memory of a decoded message of this type, in bytes.
     bytes: usize,
     /// The numbers of the fields that hold such messages, and their types.
     fields: &'static [(usize, &'static Kind)],
@@ -139,7 +139,8 @@ fn next_field<'a>(message: &mut &'a [u8]) -> Option<(usize, &'a [u8])> {
             0 => varint(message).map(|_| 0)?,
             1 => 8,
             5 => 4,
-            // These are the start and the end of a group. The fields between them are read like all others.
+            // These wire types are the start and the end of a group. The fields in between are read like all
+            // other fields.
             3 | 4 => 0,
             2 => {
                 let length = varint(message)?;

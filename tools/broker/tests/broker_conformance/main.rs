@@ -1,4 +1,4 @@
-//! The behaviour that a client may rely on, checked in the same way on RabbitMQ and on the embedded broker.
+//! Checks of the behaviour that clients rely on. The same checks run on RabbitMQ and on the embedded broker.
 //!
 //! If `AMQP_URL` is set, the checks run on the broker at that URL. Otherwise, each check starts an embedded
 //! broker. The checks hold for RabbitMQ 3.10 and 4.0. Where these versions differ, a check allows both

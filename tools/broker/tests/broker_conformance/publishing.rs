@@ -1,4 +1,4 @@
-//! Publishing: confirms, returns, and what arrives.
+//! Publishing: confirms, returned messages, and the messages that arrive.
 
 use crate::client::{Client, body, declare, exclusive, long_string};
 use amq_protocol::{

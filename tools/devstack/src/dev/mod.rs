@@ -29,7 +29,7 @@ use view::View;
 /// How to run.
 #[derive(Args)]
 pub struct Options {
-    /// Use any free ports instead of the usual ones.
+    /// Use any free ports instead of the usual ports.
     #[arg(long)]
     free_ports: bool,
     /// Show every log line of the services, not only warnings and errors.
@@ -47,7 +47,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Runs until a signal comes, until no service is left, or until nobody reads the output.
 ///
 /// # Errors
-/// If a part can't be started. The error says which part, and what helps.
+/// If a part can't be started. The error names the part and a remedy.
 pub async fn run(options: Options) -> Result<ExitCode> {
     // Signals are caught before anything is started, so that Ctrl-C or a closed terminal leaves no process
     // behind.

@@ -38,7 +38,7 @@ impl Parts {
     /// Starts every part that doesn't run elsewhere, and waits until a login would succeed.
     ///
     /// # Errors
-    /// If a part doesn't start; the error says which part, why, and what helps.
+    /// If a part doesn't start. The error names the part, the reason and a remedy.
     pub async fn start(options: &Options) -> Result<Self> {
         let address = |port, part| if options.free_ports { free_address() } else { usual(port, part) };
         // A port in use must be reported before anything is built or started.
