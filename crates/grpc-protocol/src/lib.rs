@@ -1,11 +1,10 @@
-//! Reads how a call ended, from gRPC's headers and trailers and from tonic's errors, and how long a call may
-//! take.
+//! Reads gRPC's headers and trailers, and tonic's errors: how a call ended, and how long it may take.
 
 use http::{HeaderMap, StatusCode};
 use std::{error::Error, time::Duration};
 use tonic::{Code, Status, TimeoutExpired};
 
-/// The header or trailer that has the status.
+/// The name of the header or trailer with the status of a call.
 pub const GRPC_STATUS: &str = "grpc-status";
 
 /// Returns the status in headers or trailers, if there is one.

@@ -24,11 +24,11 @@ pub enum B3Encoding {
     Multi,
 }
 
-/// Reads both encodings (the single header first) and writes one.
+/// Reads both encodings (the single header first) and writes one of them.
 ///
-/// A debug flag counts as sampled, and is sent on. A deferred decision (no sampling state) counts as not
-/// sampled, as in the other OpenTelemetry SDKs. A sampling state without ids (`b3: 0`) tells the samplers
-/// `parentbased_*` what to do with the trace that begins here.
+/// A trace with the debug flag counts as sampled, and the flag is sent on. A deferred decision (no sampling
+/// state) counts as not sampled, as in the other OpenTelemetry SDKs. A sampling state without ids (`b3: 0`)
+/// tells the samplers `parentbased_*` what to do with the trace that begins here.
 #[derive(Debug, Clone, Copy)]
 pub struct B3Propagator(pub B3Encoding);
 
@@ -86,7 +86,7 @@ impl TextMapPropagator for B3Propagator {
     }
 }
 
-/// The sampling that a caller without a trace asks for: `b3: 0`, or `X-B3-Sampled: 0`, and no ids.
+/// The sampling state of a caller that sends no ids, for example `b3: 0` or `X-B3-Sampled: 0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Asked {
     Drop,
@@ -123,8 +123,8 @@ impl Asked {
     }
 }
 
-/// A sampler for the spans that begin a trace. It does what the caller asks for, or else what the inner
-/// sampler decides.
+/// A sampler for the spans that begin a trace. It follows the sampling state that the caller sent, or else the
+/// inner sampler.
 #[derive(Debug, Clone)]
 pub struct AskedBy<S>(pub S);
 
@@ -322,7 +322,7 @@ mod tests {
             assert_eq!(of(headers).1, [true, false], "{headers:?}");
             assert_eq!(sent(B3Encoding::Single, &of(headers).0), HashMap::new());
         }
-        // A trace that came from a caller does not begin here, so the sampling state does not count.
+        // A trace that came from a caller does not begin here, so the sampling state in `b3` does not count.
         let cx = Context::new().with_remote_span_context(trace);
         let cx = B3Propagator(B3Encoding::Single).extract_with_context(&cx, &Lines(&[("b3", "d")]));
         assert!(sent(B3Encoding::Single, &cx)["b3"].ends_with("-1"));

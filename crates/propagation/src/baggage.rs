@@ -13,11 +13,11 @@ use std::sync::LazyLock;
 
 const BAGGAGE: &str = "baggage";
 
-/// The sizes that a platform must be able to propagate (section 3.3.2). They are also the limits here.
+/// The limits of this propagator, which are the sizes that every platform must support (section 3.3.2).
 const MAX_BYTES: usize = 8192;
 const MAX_MEMBERS: usize = 64;
 
-/// Everything but letters, digits and `-._~` is percent-encoded in a value.
+/// In a value, all characters except letters, digits and `-._~` are percent-encoded.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Reads and writes `baggage`. Malformed members are skipped, and the others are kept.
@@ -140,7 +140,7 @@ mod tests {
         assert!(members(&extract(&[&too_long])).is_empty());
         let too_many = (0..100).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
-        // Encoded again, the values are three times as long. Members that don't fit are left out.
+        // When the values are encoded again, they are three times as long. Members that don't fit are left out.
         let grows = (0..64).map(|i| format!("k{i}={}", "!".repeat(100))).collect::<Vec<_>>().join(",");
         assert!(injected(&extract(&[&grows])).len() <= MAX_BYTES);
     }

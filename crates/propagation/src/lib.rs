@@ -1,8 +1,8 @@
 //! The propagators, with one wire format in each file, and the choice among them by `OTEL_PROPAGATORS`.
 //!
-//! Each propagator implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service. A
-//! propagator does not know its carrier. The carriers for HTTP headers, gRPC metadata and AMQP headers are in the
-//! crate `telemetry`, and the one for the message body is in the crate `proto`.
+//! Each propagator implements OpenTelemetry's [`TextMapPropagator`], so it can be copied into any service.
+//! Propagators are independent of the carrier. The carriers for HTTP headers, gRPC metadata and AMQP headers
+//! are in the crate `telemetry`, and the carrier for the message body is in the crate `proto`.
 
 mod b3;
 mod baggage;
@@ -59,21 +59,21 @@ impl Propagator {
     }
 }
 
-/// Combines several propagators. Each one writes its own headers. If several read a parent, the last one
-/// wins.
+/// Combines several propagators. Each propagator writes its headers. If several propagators read a parent, the
+/// last of them wins.
 pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
     TextMapCompositePropagator::new(propagators.iter().map(|p| p.build()).collect())
 }
 
-/// The flag "debug" of B3 and Jaeger, which includes "sampled". It must be sent on (OpenTelemetry, "B3
-/// Requirements"), but OpenTelemetry's own flags don't include it. So it is a value in the context, for the
-/// trace that it came with.
+/// The flag "debug" of B3 and Jaeger, which includes "sampled". The flag must be sent on (OpenTelemetry, "B3
+/// Requirements"), but OpenTelemetry's span context has no such flag. So this value in the context holds it,
+/// with the id of its trace.
 #[derive(Debug)]
 struct Debug(TraceId);
 
 impl Debug {
-    /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. Neither B3 nor
-    /// Jaeger say that a trace id is random, but another propagator may know that it is.
+    /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. B3 and Jaeger can't
+    /// say that a trace id is random, but another propagator may have read that it is.
     fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
         let trace_id = remote.trace_id();
         let is_known = cx.span().span_context().trace_id() == trace_id;
@@ -82,16 +82,16 @@ impl Debug {
         if is_debug { cx.with_value(Self(trace_id)) } else { cx }
     }
 
-    /// Whether the debug flag must be sent on with this span.
+    /// Returns whether the debug flag must be sent on with this span.
     fn is_on(cx: &Context, span: &SpanContext) -> bool {
         let came_with_it = cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id());
         (came_with_it || cx.get::<b3::Asked>() == Some(&b3::Asked::Debug)) && span.is_sampled()
     }
 }
 
-/// Marks a trace that came from a caller who didn't say that its id is random. The ids of all other traces
-/// are random, because the SDK makes them so. But the SDK never sets the flag for that, and it resets the
-/// caller's flag in spans that are not sampled.
+/// Marks a trace that came from a caller that didn't say that the trace id is random. All other trace ids are
+/// random, because the SDK makes random ids. But the SDK never sets the flag "random", and clears the caller's
+/// flag in spans that are not sampled.
 #[derive(Debug)]
 struct NotRandom(TraceId);
 

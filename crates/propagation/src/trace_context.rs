@@ -20,7 +20,7 @@ const VERSION_00_LENGTH: usize = 55;
 /// The flag of level 2 that says that the trace id is random (section "Random Trace ID Flag").
 const RANDOM: TraceFlags = TraceFlags::new(0b10);
 
-/// Flags with a meaning in level 2: sampled, and random. Others are sent as zero.
+/// Flags with a meaning in level 2: sampled, and random. All other flags are sent as zero.
 const KNOWN_FLAGS: u8 = 0b11;
 
 /// Reads and writes `traceparent` and `tracestate`.
@@ -79,9 +79,9 @@ impl TextMapPropagator for TraceContextPropagator {
     }
 }
 
-/// A valid `tracestate` with a key that the API's [`TraceState`] refuses, because the API allows only one
-/// `@`, and only 13 characters after it. The next service gets the whole header, but spans show only the
-/// other members.
+/// A valid `tracestate` with a key that the API's [`TraceState`] refuses, because the API allows only one `@`,
+/// and only 13 characters after it. The next service gets the whole header, but spans show only the members
+/// that the API accepts.
 #[derive(Debug)]
 struct LongVendorTraceState {
     trace_id: TraceId,
@@ -102,8 +102,8 @@ pub fn traceparent(cx: &Context) -> Option<String> {
     if !span.is_valid() {
         return None;
     }
-    // The flags of a caller's own context are kept. In a span of this process, the trace id counts as random
-    // unless it came from a caller who didn't say so.
+    // If the context is the caller's, its flags are sent on unchanged. In a span of this process, the trace id
+    // counts as random, unless it came from a caller that didn't mark it as random.
     let is_random = !span.is_remote() && !NotRandom::is_on(cx, span);
     let flags = if is_random { span.trace_flags() | RANDOM } else { span.trace_flags() };
     let mut header = String::with_capacity(VERSION_00_LENGTH);
@@ -125,7 +125,7 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let [version] = lower_hex(&value[..2])?;
     let known_flags = match version {
         0x00 if value.len() == VERSION_00_LENGTH => KNOWN_FLAGS,
-        // A later version may have more fields, each after a dash. Of its flags only the first one is known.
+        // A later version may have more fields, each after a dash. Only the first of its flags is known.
         0x01..=0xfe if value.get(VERSION_00_LENGTH).is_none_or(|&next| next == b'-') => 0b1,
         _ => return None,
     };
@@ -139,7 +139,8 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
 }
 
 /// Parses the lines of `tracestate` (section 3.3.1). Several lines are one list, and one illegal member makes
-/// the whole list illegal. If members have the same key, the first one is kept, which is the latest.
+/// the whole list illegal. If several members have the same key, the first of them is kept, because it is the
+/// latest.
 fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     const MAX_MEMBERS: usize = 32;
 

@@ -13,9 +13,8 @@ use tokio::time::{Timeout, timeout_at};
 use tonic::Status;
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
-/// Gives a call a limited time, or the time that is left to the request which makes the call, if that is
-/// less. At the deadline the call is dropped, which cancels it at the server, and ends with
-/// DEADLINE_EXCEEDED.
+/// Limits the time of a call: to `limit`, or to the time left of the request that makes the call, if that is
+/// less. At the deadline the call ends with DEADLINE_EXCEEDED, and is cancelled at the server.
 #[derive(Clone)]
 pub struct CallDeadlineLayer {
     limit: Duration,
@@ -51,7 +50,7 @@ where
     type Error = Status;
     type Future = ResponseFuture<Oneshot<S, Request<R>>>;
 
-    /// Is always ready, because waiting for the service inside is part of the call, and of its time.
+    /// Is always ready, because waiting for the service inside counts as part of the call.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }

@@ -1,8 +1,8 @@
 //! Answers the caller when a handler panics, so that the connection and the process live on.
 //!
-//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http
-//! also has a layer for panics, but it boxes every body, and it logs the panic's message, whatever the
-//! message holds.
+//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http also
+//! has a layer for panics, but that layer boxes every body, and logs the panic's message, whatever the message
+//! contains.
 
 use crate::Rejection;
 use futures_util::{FutureExt, future::CatchUnwind};
@@ -15,7 +15,7 @@ use std::{
 };
 use tower::{Layer, Service};
 
-/// Answers in place of a handler that panics. A body that panics while it is sent still breaks off.
+/// Answers in place of a handler that panics. If a body panics while it is being sent, the answer breaks off.
 #[derive(Clone)]
 pub struct CatchPanicLayer<A> {
     answer: A,
@@ -57,7 +57,7 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        // The state that a panic leaves behind belongs to this one request, and is dropped with it.
+        // The state that a panic leaves behind belongs only to this request, and is dropped with the request.
         let called = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
         let future = called.ok().map(|future| AssertUnwindSafe(future).catch_unwind());
         ResponseFuture { future, answer: self.answer.clone() }

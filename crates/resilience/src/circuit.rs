@@ -1,5 +1,5 @@
-//! A circuit decides whether a server is worth calling. It knows no protocol; [`crate::CircuitBreaker`] tells
-//! it the outcomes of calls.
+//! A circuit decides whether a server is worth calling. It is independent of the protocol:
+//! [`crate::CircuitBreaker`] reports the outcomes of calls to the circuit.
 
 use crate::Deadline;
 use std::{
@@ -33,12 +33,12 @@ pub struct Circuit {
 /// How long the outcome of a call counts.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// The fewest calls that can open the circuit. Fewer calls prove nothing, because one of two may fail by
+/// The fewest calls that can open the circuit. Fewer calls prove nothing, because a few calls may fail by
 /// chance.
 const MIN_CALLS: u32 = 20;
 
-/// A call that fails at its deadline counts only if it had at least this time, or half of the time that calls
-/// have.
+/// A call that fails at its deadline counts only if it had at least this much time, or half of the circuit's
+/// time-out.
 const FAIR_TIME: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl CircuitOpen {
 
 impl Circuit {
     /// Makes a closed circuit. `name` is the name of the server, for the log. An open circuit stays open for
-    /// `pause`. `timeout` is the time that a call has.
+    /// `pause`. `timeout` is the longest time of a call.
     pub fn new(name: &'static str, pause: Duration, timeout: Duration) -> Self {
         Self {
             name,
@@ -164,10 +164,10 @@ impl Circuit {
     }
 }
 
-/// The permission to make one call. If it is dropped without an outcome, the call was given up. That is a
-/// failure if the deadline of the call has passed; otherwise it says nothing about the server. A call that
-/// failed at its deadline because it began late says nothing either. Otherwise callers who ask at the last
-/// moment could open the circuit for all others.
+/// The permission to make one call. If the permission is dropped without an outcome, the call was given up. A
+/// call that was given up is a failure if its deadline has passed, and otherwise does not count. A call that
+/// began shortly before its deadline, and failed there, does not count either. If it did, callers who ask at
+/// the last moment could open the circuit for all others.
 #[must_use = "the circuit counts what becomes of the call"]
 #[derive(Debug)]
 pub struct Permission {

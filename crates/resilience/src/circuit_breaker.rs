@@ -1,4 +1,4 @@
-//! Puts a circuit around a gRPC client. It decides which statuses are failures, and how refused calls end.
+//! Puts a circuit around a gRPC client, and decides which statuses are failures and how refused calls end.
 
 use crate::{Circuit, CircuitOpen, circuit::Permission};
 use http::{Request, Response};
@@ -129,8 +129,8 @@ fn refusal(open: CircuitOpen) -> Status {
     status
 }
 
-/// Whether a status shows that the server does not work. Any other status shows that it does, because the
-/// server has judged the request.
+/// Whether a status shows that the server does not work. Any other status shows that the server works, because
+/// the server has judged the request.
 fn is_failure(code: Code) -> bool {
     match code {
         Code::Unknown

@@ -36,7 +36,7 @@ impl Deadline {
 
     /// Tells the server how much time is left, by the header `grpc-timeout`.
     pub(crate) fn write(self, headers: &mut HeaderMap) {
-        // The value has at most 8 digits, which is 99 seconds in microseconds, and a day in milliseconds.
+        // The value has at most 8 digits: enough for 99 seconds in microseconds, or for a day in milliseconds.
         let micros = self.remaining().as_micros();
         let value = match micros {
             0..100_000_000 => format!("{micros}u"),
@@ -50,7 +50,7 @@ impl Deadline {
         }
     }
 
-    /// Reads how much time the caller gives, if the caller says so.
+    /// Reads how much time the caller allows, or returns `None` if the caller doesn't say.
     pub(crate) fn read(headers: &HeaderMap) -> Option<Duration> {
         grpc_protocol::parse_timeout(headers.get(GRPC_TIMEOUT)?.to_str().ok()?)
     }

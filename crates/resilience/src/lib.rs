@@ -11,8 +11,8 @@
 //! | [`CircuitBreakerLayer`] | gRPC client | stops calls for a while when they keep failing |
 //! | [`UnaryLayer`] | gRPC client | below the others: one message out, one back, or a [`tonic::Status`] |
 //!
-//! The time that is left is a [`Deadline`] in OpenTelemetry's context, so it goes where the trace goes.
-//! `docs/layers.md` tells in which order the layers stand, and why.
+//! A request's [`Deadline`] is in OpenTelemetry's context, so it goes where the trace goes. `docs/layers.md`
+//! tells the order of the layers, and the reasons.
 
 mod call_deadline;
 mod catch_panic;

@@ -25,7 +25,7 @@ impl Rejection {
         }
     }
 
-    /// Makes the answer, with the reason for the span around this layer.
+    /// Makes the answer, and adds its `error.type` for the span around this layer.
     pub(crate) fn answer<B>(self, answer: &impl Fn(Self) -> Response<B>) -> Response<B> {
         let mut response = answer(self);
         response.extensions_mut().insert(ErrorType(self.error_type()));

@@ -1,4 +1,4 @@
-//! A server's deadline, by which the caller gets an answer from the handler or from this layer.
+//! A server's deadline, by which the handler or else this layer answers the caller.
 
 use crate::{Deadline, Rejection};
 use http::{Request, Response};
@@ -12,9 +12,9 @@ use std::{
 use tokio::time::{Timeout, timeout_at};
 use tower::{Layer, Service};
 
-/// Gives a handler a limited time. The handler finds its deadline as [`Deadline::current`], and so do the
-/// layers of the clients that it uses. At the deadline the handler is dropped, which ends its spans, and the
-/// caller is told.
+/// Gives a handler a limited time. The handler, and the layers of the clients that it uses, read the deadline
+/// by [`Deadline::current`]. At the deadline the handler is dropped, which ends its spans, and this layer
+/// answers the caller.
 #[derive(Clone)]
 pub struct DeadlineLayer<A> {
     limit: Duration,
@@ -29,8 +29,8 @@ impl<A> DeadlineLayer<A> {
         Self { limit, asks_caller: false, answer }
     }
 
-    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. (HTTP callers
-    /// may not, because anybody may call over HTTP, and could make calls fail on purpose to open circuits.)
+    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. HTTP callers may
+    /// not, because anybody can call over HTTP, and could open circuits by calls that must fail.
     pub fn grpc(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: true, answer }
     }
@@ -51,8 +51,8 @@ pub struct RequestDeadline<S, A> {
     layer: DeadlineLayer<A>,
 }
 
-/// How long before `grpc-timeout` this layer answers. tonic's own server drops a call at that time, and
-/// reports CANCELLED. It does so outside of all layers, so this layer has to answer first.
+/// How long before the time in `grpc-timeout` this layer answers. At that time tonic's own server, outside of
+/// all layers, drops the call and reports CANCELLED. So this layer has to answer first.
 const BEFORE_TONIC: Duration = Duration::from_millis(3);
 
 impl<S, A, R, B> Service<Request<R>> for RequestDeadline<S, A>
@@ -75,8 +75,8 @@ where
         let deadline = Deadline::within(asked.min(limit));
         let cx = deadline.context();
         let answer = answer.clone();
-        // A handler is not started if its time is already over, because one that never waits would finish at
-        // its first poll.
+        // A handler is not started if its time is already over, because a handler that never waits would still
+        // finish, at its first poll.
         let future = (!deadline.remaining().is_zero()).then(|| {
             let _attached = cx.clone().attach();
             timeout_at(deadline.0, self.inner.call(request).with_context(cx))

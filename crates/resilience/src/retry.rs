@@ -1,7 +1,7 @@
 //! Repeats calls that are safe to repeat, within the deadline and within a budget.
 //!
-//! It uses tower's budget, but not tower's `Retry`, because that needs a request that can be cloned before it
-//! is sent. Tower's backoff is also cloned for each call, so it would repeat the same "random" pauses.
+//! The layer uses tower's budget, but not tower's `Retry`, which needs a request that can be cloned before it
+//! is sent. Tower's backoff is also cloned for each call, so all calls would have the same "random" pauses.
 
 use crate::{CircuitOpen, Deadline, unary::MAX_MESSAGE};
 use bytes::Bytes;
@@ -24,10 +24,9 @@ use tower::{
     retry::budget::{Budget, TpsBudget},
 };
 
-/// Repeats calls that ended with UNAVAILABLE. Then the server did not serve the call, or nobody knows whether
-/// it did. So only methods that are declared idempotent are repeated. The pauses between attempts grow, and
-/// differ from caller to caller. The call has one span, with an event `retry` for each attempt after the
-/// first.
+/// Repeats calls that ended with UNAVAILABLE. The server may have served such a call, so only methods that are
+/// declared idempotent are repeated. The pauses between attempts grow, and differ from caller to caller. The
+/// call has one span, with an event `retry` for each attempt after the first.
 #[derive(Clone)]
 pub struct RetryLayer {
     idempotent: &'static [&'static str],
@@ -43,7 +42,7 @@ impl RetryLayer {
     /// Makes a layer that repeats the methods in `idempotent` (`/package.Service/Method`), with at most
     /// `attempts` attempts in all.
     pub fn new(idempotent: &'static [&'static str], attempts: u32) -> Self {
-        // The budget allows one retry for five calls, and ten a second besides, so that retries don't make an
+        // The budget allows one retry for five calls, and ten more retries a second. So retries don't make an
         // outage worse.
         let budget = Arc::new(TpsBudget::new(Duration::from_secs(10), 10, 0.2));
         let retries =
@@ -78,7 +77,7 @@ where
     type Error = Status;
     type Future = Pin<Box<dyn Future<Output = Result<Response<R>, Status>> + Send>>;
 
-    /// Is always ready, because each attempt waits for a connection by itself.
+    /// Is always ready, because each attempt waits for the connection itself.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
@@ -126,7 +125,7 @@ where
 }
 
 impl RetryLayer {
-    /// Returns how long to wait after the attempt that `failed`, or `None` if there is no other attempt.
+    /// Returns how long to wait after an attempt that `failed`, or `None` if no other attempt may follow.
     fn pause_after(&self, attempt: u32, failed: &Status) -> Option<Duration> {
         if attempt >= self.attempts || CircuitOpen::of(failed).is_some() {
             return None;

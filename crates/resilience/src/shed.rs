@@ -1,8 +1,8 @@
-//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make
-//! all of them late.
+//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make all
+//! requests late.
 //!
 //! tower's own pair of layers for this, `ConcurrencyLimit` in `LoadShed`, refuses with a boxed error, which
-//! axum and tonic can't turn into an answer. tonic's own setting for it acts outside of the span.
+//! axum and tonic can't turn into an answer. tonic's own limit acts outside of the server span.
 
 use crate::Rejection;
 use http::{Request, Response};
@@ -16,9 +16,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::{Layer, Service};
 
 /// Refuses requests while the allowed number is in flight. A request is in flight from the call until the
-/// head of its answer.
+/// headers of its answer.
 ///
-/// Calls of gRPC's own services are never refused, because a busy service is not a dead one.
+/// Calls of gRPC's own services, such as health checks, are never refused, because a busy service is not dead.
 #[derive(Clone)]
 pub struct ShedLayer<A> {
     in_flight: Arc<Semaphore>,

@@ -1,8 +1,8 @@
-//! The base of a gRPC client's layers, which makes a call one message out and one message back.
+//! The base of a gRPC client's layers, which reduces a call to one message out and one message back.
 //!
-//! gRPC has the outcome of a call in the trailers of the answer, after the message. A layer that wants to
-//! know whether a call failed would have to follow the body to its end. Around this layer the outcome is a
-//! [`Result`].
+//! gRPC sends the outcome of a call in the trailers of the answer, after the message. Without this layer, a
+//! layer that wants to know whether a call failed would have to read the body to its end. With this layer
+//! inside, the outcome is a [`Result`].
 
 use crate::Deadline;
 use bytes::Bytes;
@@ -17,8 +17,9 @@ use std::{
 use tonic::{Code, Status};
 use tower::{BoxError, Layer, Service};
 
-/// Collects the answer, of at most 4 MiB, and makes each outcome but OK an error. It also tells the server
-/// how much time is left. It is only for unary calls, because a stream would arrive all at once, at its end.
+/// Collects the answer, of at most 4 MiB, and makes each outcome but OK an error. The layer also tells the
+/// server how much time is left. It is only for unary calls, because the messages of a stream would all arrive
+/// at its end.
 #[derive(Clone)]
 pub struct UnaryLayer;
 
@@ -58,13 +59,13 @@ where
     fn call(&mut self, request: Request<Bytes>) -> Self::Future {
         let mut request = request.map(|message| tonic::body::Body::new(Full::new(message)));
         if let Some(deadline) = Deadline::current() {
-            // The time is written for each attempt, because a second attempt has less time.
+            // The time left is written for each attempt, because a second attempt has less time.
             deadline.write(request.headers_mut());
         }
         let response = self.inner.call(request);
         Box::pin(async move {
             let (head, body) = response.await.map_err(|error| transport_status(error.into()))?.into_parts();
-            // Without a message, the status is in the headers.
+            // If the answer has no message, its status is in the headers.
             outcome(&head.headers).unwrap_or(Ok(()))?;
             let body = Limited::new(body, MAX_MESSAGE).collect().await.map_err(|error| match error
                 .is::<LengthLimitError>(

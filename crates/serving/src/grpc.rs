@@ -1,9 +1,9 @@
-//! tonic's server, with bounds on what a connection may take. tonic itself accepts any number of connections,
-//! and waits for ever for the first bytes of each.
+//! tonic's server, with limits on connections. tonic itself accepts any number of connections, and waits for
+//! ever for the first bytes of each connection.
 //!
-//! The library sets the other bounds by default: at most 200 streams at once, 16 KiB of headers in a request
-//! (which also ends a flood of CONTINUATION frames), and 20 streams that were reset before the server looked
-//! at them ("rapid reset", CVE-2023-44487).
+//! hyper and h2, on which tonic is built, set other limits by default: at most 200 streams at once, 16 KiB of
+//! headers in a request (which also ends a flood of CONTINUATION frames), and 20 streams that were reset before
+//! the server looked at them ("rapid reset", CVE-2023-44487).
 
 use crate::{
     listener::Listener,
@@ -34,18 +34,18 @@ use tonic::transport::{
 /// The first bytes that an HTTP/2 client sends (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long a client may take to send the preface, the handshake of TLS included.
+/// How long a client may take to send the preface, including the TLS handshake.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long calls in flight may go on after their connection has reached its maximum age.
 const AGE_GRACE: Duration = Duration::from_secs(30);
 
-/// The most streams that a client may have open at once on one connection. This is the library's default,
-/// made explicit.
+/// How many streams a client may have open at once on a connection. This is hyper's default, made explicit.
 const MAX_STREAMS: u32 = 200;
 
-/// Makes a server for connections from [`incoming`]. A connection that reaches `max_connection_age` is asked
-/// to go. Its client then makes a new one, which a balancer may lead to another instance.
+/// Makes a server for connections from [`incoming`]. The client of a connection that reaches
+/// `max_connection_age` is asked to close it. The client then opens a new connection, which a balancer may lead
+/// to another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
@@ -55,17 +55,17 @@ pub fn builder(max_connection_age: Duration) -> Server {
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
 }
 
-/// Accepts connections for [`builder`], at most `max` at once. Each must begin to speak HTTP/2 within three
-/// seconds, and is cut off half a minute after it was asked to go. When `max` is reached, a connection that
-/// has not begun to speak makes room for a new one. If all have begun to speak, new ones wait in the system's
-/// queue. With `tls`, the three seconds include the handshake.
+/// Accepts connections for [`builder`], at most `max` at once. A connection must begin to speak HTTP/2 within
+/// three seconds (with `tls`, including the handshake), and is cut off half a minute after its maximum age.
+/// When `max` is reached, a connection that has not begun to speak HTTP/2 makes room for a new connection. If
+/// all connections have begun, new connections wait in the system's queue.
 pub fn incoming(
     listener: TcpListener,
     max: usize,
     max_connection_age: Duration,
     tls: Option<Arc<ServerConfig>>,
 ) -> impl Stream<Item = Result<Connection, Infallible>> {
-    // One connection more than `max` is accepted, and another one goes in its place.
+    // One connection more than `max` is accepted, and an older connection has to go instead.
     let permits = Arc::new(Semaphore::new(max + 1));
     let state = (Listener::new(listener), permits, Waiting::default());
     let sockets = Arc::new(Sockets::new(tls));
@@ -98,20 +98,20 @@ pub fn incoming(
 pub struct Connection {
     peer: TcpConnectInfo,
     socket: Socket,
-    /// The part of the preface that has not been received.
+    /// The part of the preface that has not been received yet.
     preface: &'static [u8],
     /// The time when the connection is cut off: at first for lack of the preface, later because of its age.
     until: Pin<Box<Sleep>>,
     lifetime: Duration,
-    /// Is ready when the connection has to make room for another one. It is dropped when the preface has been
-    /// received.
+    /// A future that is ready when the connection has to make room for another connection. `None` once the
+    /// preface has been received.
     must_go: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
-    /// Returns an error if the preface does not come in time. Writing checks this as well, because with TLS
-    /// the first write waits for the handshake, before anything is read.
+    /// Returns an error if the preface does not come in time. Writes check this too, because with TLS the first
+    /// write waits for the handshake, before anything is read.
     fn check_preface(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.preface.is_empty() { Ok(()) } else { self.check(cx) }
     }

@@ -1,5 +1,5 @@
-//! The probe of services that answer gRPC health checks, by which a container without a shell checks its own
-//! health.
+//! The probe of services that answer gRPC health checks. By this probe, a container without a shell checks its
+//! own health.
 
 use anyhow::{Context, ensure};
 use std::{net::SocketAddr, time::Duration};
@@ -8,11 +8,11 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-/// Asks the service that listens on `listen`, by the standard gRPC health protocol; 0.0.0.0 stands for this
-/// machine.
+/// Asks the service that listens on `listen`, by the standard gRPC health protocol. The address 0.0.0.0 stands
+/// for this machine.
 ///
 /// # Errors
-/// If it does not answer within two seconds, or is not serving.
+/// If the service does not answer within two seconds, or if it is not serving.
 pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
     probe_by(Endpoint::from_shared(format!("http://{listen}"))?).await
 }

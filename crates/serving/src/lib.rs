@@ -3,12 +3,12 @@
 //! - [`arguments`]: reads flags and environment variables
 //! - [`process`]: runs a service between the start and the end of telemetry
 //! - [`listener`]: accepts connections, whatever happens
-//! - [`grpc`]: tonic's server, with bounds on what a connection may take
+//! - [`grpc`]: tonic's server, with limits on connections
 //! - [`health`]: asks a gRPC service for its health
 //! - `socket`: a connection with or without TLS
 //! - [`waiting`]: decides which connection is closed when there are too many
 //! - [`seldom`]: limits a log line to one a minute
-//! - [`shutdown`]: from the signal to exit, by one deadline
+//! - [`shutdown`]: leads a service from the signal to its exit, within one deadline
 
 pub mod arguments;
 pub mod grpc;

@@ -10,18 +10,18 @@ use tokio::{
     time::sleep,
 };
 
-/// How long a peer may leave bytes that were sent to it unread. Without this limit, a peer could ask, never
-/// read the answers, and so hold memory for ever; no time-out of HTTP prevents that.
+/// How long a peer may leave bytes that were sent to it unread. Without this limit, a peer could send requests,
+/// never read the answers, and so hold memory for ever. No time-out of HTTP prevents that.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause after a connection could not be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The number of file descriptors that are kept for other uses than connections from outside.
+/// How many file descriptors are reserved for other uses than connections from outside.
 const RESERVED_FILES: usize = 64;
 
-/// The most connections that wait to be accepted; the system may allow fewer. tokio's default of 128 fills up
-/// within a few milliseconds, and a client that finds no place tries again only a second later.
+/// How many connections may wait to be accepted, unless the system allows fewer. tokio's default of 128 is
+/// reached within milliseconds, and a client that finds no room tries again only a second later.
 const BACKLOG: u32 = 4096;
 
 /// Listens on `address`.
@@ -31,7 +31,7 @@ const BACKLOG: u32 = 4096;
 pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let bind = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // Old connections of an instance that has just ended must not keep the next one from listening.
+        // Old connections of an instance that has just ended must not keep the next instance from listening.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)
@@ -43,7 +43,7 @@ pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 #[derive(Debug)]
 pub struct Listener {
     inner: TcpListener,
-    /// Limits the warnings about accepting, which may fail many times a second.
+    /// Limits the warnings, because accepting may fail many times a second.
     warnings: Seldom,
 }
 
@@ -64,10 +64,11 @@ impl Listener {
                     let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(UNREAD_TIMEOUT));
                     return (stream, peer);
                 }
-                // This peer is gone; the next one may be fine.
+                // Only this peer has gone, so the next connection may be fine.
                 Err(error) if is_of_the_peer(&error) => {}
                 Err(error) => {
-                    // Most likely the process is out of file descriptors. Time-outs will close some.
+                    // Most likely the process is out of file descriptors. Time-outs of connections will free
+                    // some.
                     if self.warnings.is_due() {
                         tracing::warn!(%error, "can't accept connections; still trying");
                     }
@@ -85,8 +86,8 @@ fn is_of_the_peer(error: &io::Error) -> bool {
     )
 }
 
-/// Asks the system for as many open files as it allows. Returns how many connections are possible: the
-/// `wanted` number, or fewer, which is logged.
+/// Raises the limit on open files as far as the system allows. Returns how many connections are possible:
+/// `wanted`, or fewer. If there are fewer, this is logged.
 pub fn reserve_files(wanted: usize) -> usize {
     // If the limit can't be read, this assumes that there is no limit.
     let limit = rlimit::increase_nofile_limit(rlimit::INFINITY).unwrap_or(rlimit::INFINITY);

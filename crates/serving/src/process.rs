@@ -1,4 +1,4 @@
-//! A service's process: telemetry first, the service, telemetry again at the end, and the exit code.
+//! The process of a service: starts telemetry, runs the service, ends telemetry, and chooses the exit code.
 
 use crate::shutdown::{Options, Shutdown};
 use std::process::ExitCode;
@@ -34,12 +34,12 @@ pub async fn run(
     if let Err(error) = &result {
         tracing::error!("{error:#}");
     }
-    // After a failure, too, because the last spans matter most.
+    // Telemetry is shut down after a failure too, because the last spans matter most.
     telemetry.shut_down(shutdown.time_left()).await;
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The exit code of a command that asks the running service for its health: 0 or 1.
+/// Runs a probe of the running service; returns exit code 0 if the service is healthy, and otherwise 1.
 #[expect(clippy::print_stderr, reason = "a probe has no log")]
 pub async fn health(probe: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
     match probe.await {

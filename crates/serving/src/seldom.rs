@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The time between two lines.
+/// The shortest time between two log lines.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Allows one line a minute, which all clones share.
+/// Allows one log line a minute, from all clones together.
 #[derive(Debug, Clone, Default)]
 pub struct Seldom(Arc<Mutex<Option<Instant>>>);
 

@@ -1,15 +1,16 @@
-//! Takes a service from the signal to its exit, by one deadline.
+//! Leads a service from the signal to stop to its exit, within one deadline.
 //!
 //! The order is the same in every service:
 //!
 //! 1. The service says that it is not ready, and goes on serving until its callers have noticed
 //!    (`SHUTDOWN_DELAY`).
-//! 2. It takes no new work, and finishes the requests, calls and deliveries that it has.
-//! 3. It closes the parts that they needed: the publisher with its spool, and the connection to the broker.
+//! 2. It accepts no new work, and finishes the requests, calls and deliveries in progress.
+//! 3. It closes the parts that this work needed: the publisher with its spool, and the connection to the
+//!    broker.
 //! 4. It sends the last spans.
 //!
-//! A step that ends early leaves its time to the next ones. A step that takes too long is cut off, so that
-//! the next ones have their time. `SHUTDOWN_TIMEOUT` bounds all steps together.
+//! A step that ends early leaves its time to the next steps. A step that takes too long is cut off, so that the
+//! next steps have their time. `SHUTDOWN_TIMEOUT` bounds all steps together.
 
 use clap::Args;
 use std::{io, time::Duration};
@@ -20,15 +21,15 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long a service may take to end.
+/// How long the end of a service may take.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Options {
     /// The longest time from the signal to stop until the exit.
     #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
     pub shutdown_timeout: Duration,
 
-    /// How long to go on serving after that signal while reporting not ready, so that a balancer turns to
-    /// other instances first. This is a part of the time-out.
+    /// How long to go on serving after the signal to stop, while reporting not ready, so that a balancer turns
+    /// to other instances first. This delay is a part of the time-out.
     #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = humantime::parse_duration)]
     pub shutdown_delay: Duration,
 }
@@ -37,7 +38,7 @@ impl Options {
     /// Checks that the delay fits into the time-out.
     ///
     /// # Errors
-    /// If it does not. The error says what is expected.
+    /// If the delay does not fit. The error says what is expected.
     pub fn check(&self) -> Result<(), String> {
         if self.shutdown_delay.is_zero() || self.shutdown_delay < self.shutdown_timeout {
             Ok(())
@@ -47,16 +48,16 @@ impl Options {
     }
 }
 
-/// The times by which the steps are over.
+/// When the steps of the shutdown end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Schedule {
-    /// New work is taken until then.
+    /// Until this time, new work is accepted.
     pub serve_until: Instant,
-    /// Requests, calls and deliveries that are not finished by then are cut off.
+    /// Requests, calls and deliveries that are not finished by this time are cut off.
     pub finish_by: Instant,
-    /// The parts that they needed are closed by then.
+    /// By this time, the publisher and the connection to the broker are closed.
     pub close_by: Instant,
-    /// The spans are sent by then, or lost.
+    /// Spans that are not sent by this time are lost.
     pub exit_by: Instant,
 }
 
@@ -100,7 +101,7 @@ impl Shutdown {
         Ok(Self { options, signalled })
     }
 
-    /// Whether the signal has come. From then on the service is not ready.
+    /// Returns whether the signal has come. After the signal, the service is not ready.
     pub fn has_begun(&self) -> bool {
         self.signalled.borrow().is_some()
     }
@@ -115,15 +116,15 @@ impl Shutdown {
         }
     }
 
-    /// Waits for the signal and for the delay, after which no new work may be taken.
+    /// Waits for the signal and then for the delay. After that, no new work may be accepted.
     pub async fn stopped(&self) -> Schedule {
         let schedule = self.begun().await;
         sleep_until(schedule.serve_until).await;
         schedule
     }
 
-    /// Returns how much of the time-out is left, for the spans, when everything else is closed. If a service
-    /// ends without a signal, all of the time-out is left.
+    /// Returns how much of the time-out is left for the spans when everything else is closed. If a service ends
+    /// without a signal, all of the time-out is left.
     pub fn time_left(&self) -> Duration {
         let signalled = self.signalled.borrow().unwrap_or_else(Instant::now);
         Schedule::new(signalled, self.options).exit_by.saturating_duration_since(Instant::now())
@@ -163,7 +164,7 @@ mod tests {
         assert!(options(8, 8).check().is_err());
         assert!(options(8, 9).check().is_err());
         assert!(options(8, 7).check().is_ok());
-        // With both at zero, the service ends at once.
+        // If the delay and the time-out are zero, the service ends at once.
         assert!(options(0, 0).check().is_ok());
     }
 

@@ -1,6 +1,6 @@
-//! The socket of an accepted connection, with or without TLS. The handshake takes place when the connection
-//! is first read or written, so it runs in the task that serves the connection, and within that task's
-//! time-outs. A client that never finishes the handshake does not delay the accepting of others.
+//! The socket of an accepted connection, with or without TLS. The handshake takes place when the connection is
+//! first read or written, so it runs in the task that serves the connection, and within that task's time-outs.
+//! A client that never finishes the handshake does not delay other clients.
 
 use crate::seldom::Seldom;
 use std::{
@@ -23,7 +23,7 @@ pub(crate) struct Sockets {
     warnings: Seldom,
 }
 
-/// A socket.
+/// The socket of an accepted connection.
 pub(crate) enum Socket {
     Plain(TcpStream),
     Handshake {
@@ -32,7 +32,7 @@ pub(crate) enum Socket {
         warnings: Seldom,
     },
     Tls(Box<TlsStream<TcpStream>>),
-    /// The handshake failed, and the client is told so.
+    /// The handshake failed, and an alert tells the client so.
     Refused(TcpStream),
 }
 
@@ -87,8 +87,8 @@ impl Socket {
     }
 }
 
-/// Waits until the client has closed its side. If a socket is closed while it holds unread bytes, it is
-/// reset, and the client may never see the alert that says what is wrong.
+/// Waits until the client has closed its side. If a socket is closed while it holds unread bytes, the system
+/// resets the connection, and the client may never see the alert that says what is wrong.
 fn poll_drain(stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
     ready!(Pin::new(&mut *stream).poll_shutdown(cx))?;
     loop {

@@ -1,12 +1,12 @@
-//! Decides which connection is closed when a new one finds no room.
+//! Decides which connection is closed when a new connection finds no room.
 //!
-//! Each connection has a [`Place`]. A connection without a request waits in a queue, in the order in which
-//! the connections began to wait. When there is one connection too many, [`Waiting::let_go`] tells the one
-//! that has waited longest to go. So idle connections push each other out, and a client with a request gets
-//! in, however many idle clients there are. A connection that has a request never goes. When its request is
-//! answered, it waits again, at the end of the queue. If no connection waits when one has to go, that is
-//! remembered as `one_is_owed`, and the first connection whose request is answered goes. If a connection is
-//! closed before that, there is room, and none has to go.
+//! Each connection has a [`Place`]. A connection without a request waits in a queue, in the order in which the
+//! connections began to wait. When there is one connection too many, [`Waiting::let_go`] tells the one that has
+//! waited longest to go. So idle connections push each other out, and a client with a request gets in, however
+//! many idle clients there are. A connection that has a request never goes. When its request is answered, it
+//! waits again, at the end of the queue. If no connection waits when one has to go, `one_is_owed` is set, and
+//! the first connection whose request is answered goes. If any connection is closed before that, there is room,
+//! and no connection has to go.
 //!
 //! ```text
 //!             a request comes
@@ -31,7 +31,8 @@ pub struct Waiting(Arc<Mutex<Queue>>);
 struct Queue {
     next: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
-    /// A connection had to go while none was waiting, so the next one whose request is answered goes.
+    /// A connection had to go while no connection was waiting. So the next connection whose request is answered
+    /// goes.
     one_is_owed: bool,
 }
 
@@ -51,8 +52,8 @@ impl Waiting {
         Arc::new(place)
     }
 
-    /// Tells the connection that has waited longest to go. If none waits, the first one whose request is
-    /// answered goes.
+    /// Tells the connection that has waited longest to go. If no connection waits, the first connection whose
+    /// request is answered goes.
     pub fn let_go(&self) {
         let mut queue = lock(&self.0);
         match queue.waiting.pop_first() {
@@ -63,8 +64,8 @@ impl Waiting {
 }
 
 impl Place {
-    /// Takes the connection out of the queue because a request has come. It waits again when the guard is
-    /// dropped.
+    /// Removes the connection from the queue because a request has come. The connection waits again when the
+    /// returned guard is dropped.
     pub fn has_request(self: &Arc<Self>) -> HasRequest {
         self.leave();
         HasRequest(self.clone())
@@ -128,7 +129,7 @@ mod tests {
     fn the_one_that_has_waited_longest_goes() {
         let waiting = Waiting::default();
         let [first, second] = [waiting.enter(), waiting.enter()];
-        // The first connection begins to wait anew.
+        // The first connection begins to wait again, so now the second has waited longest.
         drop(first.has_request());
         waiting.let_go();
         assert!(went(&second) && !went(&first));
@@ -145,7 +146,7 @@ mod tests {
         drop(requests);
         assert!(went(&first) && !went(&second));
 
-        // It does not go if another connection has gone by itself.
+        // The second connection does not go if another connection has closed by itself.
         let request = second.has_request();
         waiting.let_go();
         drop(first);

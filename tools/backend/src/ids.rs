@@ -14,8 +14,8 @@ pub(super) struct TraceId(u128);
 pub(super) struct SpanId(u64);
 
 impl TraceId {
-    /// Returns `None` unless there are 16 bytes, not all zero. Others are invalid in W3C Trace Context and
-    /// OpenTelemetry.
+    /// Returns `None` unless there are 16 bytes, not all zero. All other ids are invalid in W3C Trace Context
+    /// and OpenTelemetry.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let id = u128::from_be_bytes(bytes.try_into().ok()?);
         (id != 0).then_some(Self(id))

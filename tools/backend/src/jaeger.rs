@@ -23,7 +23,7 @@ use std::{
     sync::Arc,
 };
 
-/// The most traces that a search returns by default, as in Jaeger.
+/// How many traces a search returns at most, by default, as in Jaeger.
 const DEFAULT_LIMIT: usize = 100;
 
 /// How far back dependencies are counted by default, as in Jaeger: a day, in nanoseconds.
@@ -167,7 +167,7 @@ async fn trace(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respo
     .await
 }
 
-/// `/api/traces`: returns the traces named by `traceID`, or those that the other parameters describe.
+/// `/api/traces`: returns the traces named by `traceID`, or else the traces that the other parameters describe.
 async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -312,7 +312,8 @@ fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>)
     parent.into_iter().chain(links).collect()
 }
 
-/// The processes of a trace. Each is listed once, although its resource comes with every batch of spans.
+/// The processes of a trace. Each process is listed once, although its resource comes with every batch of
+/// spans.
 #[derive(Default)]
 struct Processes<'a> {
     processes: BTreeMap<String, Process<'a>>,

@@ -20,7 +20,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::{collections::HashMap, sync::Arc};
 
-/// The most traces that a search returns by default, as in Jaeger.
+/// How many traces a search returns at most, by default, as in Jaeger.
 const DEFAULT_SEARCH_DEPTH: usize = 100;
 
 pub(super) fn routes() -> Router<Arc<Store>> {
@@ -38,7 +38,8 @@ struct Wrapper<'a> {
     result: TracesData<'a>,
 }
 
-/// The OTLP message of this name, borrowed from the store. The two types below are the same.
+/// The OTLP message `TracesData`, with contents borrowed from the store. The two types below are also OTLP
+/// messages with borrowed contents.
 #[derive(Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct TracesData<'a> {

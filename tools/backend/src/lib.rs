@@ -2,11 +2,11 @@
 //! answers Jaeger's queries. It counts metrics and drops them.
 //!
 //! - [`ingest`]: OTLP over gRPC and HTTP, for the receiver too
-//! - `store`: the bounded store of `spans`; `size` says how much memory they take
+//! - `store`: the bounded store of `spans`; `size` calculates how much memory spans take
 //! - `query`: the router of all modules below
 //! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
 //! - `logs`: the log records of traces, for the page
-//! - `recent`: the latest traces, and events when one changes, for the page
+//! - `recent`: the latest traces, and events when a trace changes, for the page
 //! - `search`, `parameters`, `ids`: the parts of a query
 //! - `page`: this project's page; `jaeger_ui`: Jaeger's page, with the feature of that name
 //!
@@ -66,13 +66,13 @@ pub struct Backend {
 /// Where a backend listens.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Addresses {
-    /// Where to take OTLP/gRPC.
+    /// The address to receive OTLP/gRPC at.
     #[arg(long, default_value = "127.0.0.1:4317")]
     pub otlp_grpc: SocketAddr,
-    /// Where to take OTLP/HTTP.
+    /// The address to receive OTLP/HTTP at.
     #[arg(long, default_value = "127.0.0.1:4318")]
     pub otlp_http: SocketAddr,
-    /// Where to answer queries, and show the page.
+    /// The address to answer queries at, and to show the page.
     #[arg(long, default_value = "127.0.0.1:16686")]
     pub query: SocketAddr,
 }
@@ -97,7 +97,7 @@ impl Backend {
     /// Listens at these addresses.
     ///
     /// # Errors
-    /// If an address is in use; the error says which.
+    /// If an address is in use. The error names the address.
     pub async fn start_at(addresses: Addresses) -> Result<Self> {
         Self::start_with(addresses, Limits::default()).await
     }
@@ -105,7 +105,7 @@ impl Backend {
     /// Listens at these addresses, and stores as much as these limits allow.
     ///
     /// # Errors
-    /// If an address is in use; the error says which.
+    /// If an address is in use. The error names the address.
     pub async fn start_with(addresses: Addresses, limits: Limits) -> Result<Self> {
         Self::serve(addresses, limits, page::page())
     }
@@ -113,7 +113,7 @@ impl Backend {
     /// Listens at these addresses, with Jaeger's own page instead of this project's.
     ///
     /// # Errors
-    /// If an address is in use; the error says which.
+    /// If an address is in use. The error names the address.
     #[cfg(feature = "jaeger-ui")]
     pub async fn start_with_jaeger_ui(addresses: Addresses) -> Result<Self> {
         Self::serve(addresses, Limits::default(), jaeger_ui::page())
@@ -121,8 +121,8 @@ impl Backend {
 
     fn serve(addresses: Addresses, limits: Limits, page: Router) -> Result<Self> {
         let store = Arc::new(Store::new(limits));
-        // Queries run on blocking threads. More than two at a time would take longer each, and use more
-        // memory.
+        // Queries run on blocking threads. If more than two queries ran at a time, each query would take
+        // longer, and all would use more memory.
         let runtime = Background::start(2, 2)?;
         let listen = |purpose: &str, address: SocketAddr| {
             runtime.listen(address).with_context(|| format!("{address}, for {purpose}"))
@@ -146,7 +146,8 @@ impl Backend {
         &self.addresses
     }
 
-    /// Returns the spans of a trace, ordered by their start. There are none if the id is invalid or unknown.
+    /// Returns the spans of a trace, ordered by their start. If the id is invalid or unknown, there are no
+    /// spans.
     pub fn trace(&self, trace_id: &str) -> Vec<Span> {
         let trace = trace_id.parse().ok().and_then(|id| self.store.trace(id));
         let Some(trace) = trace else {

@@ -28,13 +28,14 @@ use std::{
     sync::Arc,
 };
 
-/// The memory of a record without its text: the record and its place in the trace's list, with room to grow.
+/// The memory of a record without its encoded contents: the record and its place in the trace's list, with room
+/// to grow.
 const RECORD_BYTES: usize = size_of::<StoredRecord>() + 16 + 2 * size_of::<Arc<StoredRecord>>();
 
 /// The approximate memory of a trace's entries in the tables, in bytes.
 const TRACE_BYTES: usize = size_of::<TraceLogs>() + 160;
 
-/// How many log records are stored, and what happened to the others.
+/// How many log records are stored, and what happened to all other records that were received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogStatistics {
     /// How many records are stored.
@@ -45,13 +46,14 @@ pub struct LogStatistics {
     pub received: u64,
     /// Received records that were written outside of a trace, so not stored.
     pub untraced: u64,
-    /// Received records that were refused, because their trace has too many.
+    /// Received records that were refused, because their trace has too many records.
     pub rejected: u64,
     /// Received records that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
 }
 
-/// The records by trace. They may arrive before the trace's spans or after them, and are evicted separately.
+/// The records by trace. Records may arrive before or after the trace's spans, and are evicted separately from
+/// the spans.
 #[derive(Default)]
 pub(super) struct Logs {
     traces: HashMap<TraceId, TraceLogs>,
@@ -66,13 +68,13 @@ struct TraceLogs {
     bytes: usize,
 }
 
-/// An encoded record. Decoded, it would take about four times as much memory.
+/// An encoded record. A decoded record would take about four times as much memory.
 pub(super) struct StoredRecord {
     encoded: Box<[u8]>,
 }
 
-/// Returns the records of a request with their trace ids. The id is `None` if a record was written outside of
-/// a trace, or if its id is invalid, which OpenTelemetry treats alike.
+/// Returns the records of a request with their trace ids. The id is `None` if a record was written outside of a
+/// trace. OpenTelemetry treats an invalid id in the same way.
 pub(super) fn stored_records(request: ExportLogsServiceRequest) -> Vec<(Option<TraceId>, StoredRecord)> {
     let scopes = request.resource_logs.into_iter().flat_map(|resource| resource.scope_logs);
     let records = scopes.flat_map(|scope| scope.log_records).map(|record| {
@@ -154,7 +156,7 @@ struct Record<'a> {
     attributes: Vec<Tag<'a>>,
 }
 
-/// Returns the records of a trace, ordered by their time. There are none if the trace has none.
+/// Returns the records of a trace, ordered by their time. The list may be empty.
 async fn logs(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Response {
     blocking(move || {
         let id = parameters::trace_id(&id).map_err(|error| Refusal::malformed(&error))?;
@@ -184,7 +186,8 @@ fn time(record: &LogRecord) -> u64 {
     if record.time_unix_nano == 0 { record.observed_time_unix_nano } else { record.time_unix_nano }
 }
 
-/// Returns the severity as its source calls it, or by its number. Each name stands for four numbers.
+/// Returns the severity's name as its source gives it or, if that is missing, the name for the severity's
+/// number. Each name stands for four numbers.
 fn severity(record: &LogRecord) -> &str {
     const NAMES: [&str; 6] = ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"];
 

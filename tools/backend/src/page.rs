@@ -15,8 +15,8 @@ const CSS: &str = "text/css; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// The Content-Security-Policy, with which the browser helps that no text of a span can run as code. Scripts
-/// come from files only, and text can't be made into markup (Trusted Types).
+/// The Content-Security-Policy, by which the browser, too, keeps the text of a span from running as code.
+/// Scripts come from files only, and text can't be made into markup (Trusted Types).
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; \
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
@@ -64,7 +64,8 @@ fn file(content_type: &'static str, content: &'static str) -> Response {
         (CONTENT_SECURITY_POLICY, POLICY),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (REFERRER_POLICY, "no-referrer"),
-        // The files of the next build have the same names, so a browser must ask again.
+        // The files of the next build have the same names, so a browser must always ask whether they have
+        // changed.
         (CACHE_CONTROL, "no-cache"),
     ];
     (headers, content).into_response()

@@ -10,7 +10,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// The most traces in one response. Jaeger's page asks for no more.
+/// The largest number of traces in one response. Jaeger's page never asks for more.
 const MAX_TRACES: usize = 1500;
 
 /// The parameters in the URL, after the `?`.
@@ -53,7 +53,7 @@ impl Parameters {
         value.map_err(|error| Refusal::malformed(&format!("unable to parse param '{name}': {error}")))
     }
 
-    /// Returns how many traces are asked for.
+    /// Returns how many traces the query asks for.
     pub fn limit(&self, name: &str, default: usize) -> Result<usize, Refusal> {
         let limit = self.parsed(name, |value| match value.parse::<u32>() {
             Ok(1..) => value.parse::<usize>().map_err(|error| error.to_string()),
@@ -86,7 +86,7 @@ pub(super) fn milliseconds(value: &str) -> Result<u64, String> {
 
 fn whole(value: &str, unit: u64) -> Result<u64, String> {
     let number: u64 = value.parse().map_err(|_| format!("'{value}' is not a number"))?;
-    // Times beyond the year 2554 don't fit, and are as good as the end of time.
+    // Times after the year 2554 don't fit into the number, and become the latest time that does.
     Ok(number.saturating_mul(unit))
 }
 
@@ -106,7 +106,7 @@ pub(super) fn duration(value: &str) -> Result<u64, String> {
         let (unit, after) = unit_and_rest.split_at(letters.unwrap_or(unit_and_rest.len()));
         let unit = match unit {
             "ns" => 1.0,
-            // The second unit has U+00B5, the micro sign; the third has U+03BC, the Greek letter.
+            // The second spelling has U+00B5, the micro sign. The third has U+03BC, the Greek letter.
             "us" | "µs" | "μs" => 1e3,
             "ms" => 1e6,
             "s" => 1e9,
@@ -118,7 +118,7 @@ pub(super) fn duration(value: &str) -> Result<u64, String> {
         sum += number.parse::<f64>().map_err(|_| malformed())? * unit;
         rest = after;
     }
-    // The conversion saturates, so an endless duration is longer than all others.
+    // The conversion saturates, so an infinite duration becomes the largest number.
     Ok(sum.round() as u64)
 }
 

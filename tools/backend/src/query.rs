@@ -25,7 +25,7 @@ pub(super) async fn blocking(work: impl FnOnce() -> Result<Response, Refusal> + 
     blocking_or(work, Refusal::into_response).await
 }
 
-/// Does the same as [`blocking`], with another form of refusals.
+/// Does the same as [`blocking`], but makes the response to a refused query by `refusal`.
 pub(super) async fn blocking_or(
     work: impl FnOnce() -> Result<Response, Refusal> + Send + 'static,
     refusal: fn(Refusal) -> Response,

@@ -28,7 +28,7 @@ use std::{
 };
 use tonic::Status;
 
-/// A running receiver. It stops with its last owner.
+/// A running receiver. It stops when this value is dropped.
 pub struct Receiver {
     /// The address for OTLP/gRPC.
     pub grpc: SocketAddr,
@@ -134,8 +134,8 @@ impl Receiver {
         self.store.lock().logs_requests.clone()
     }
 
-    /// Responds to the next requests with spans by these refusals, one for each request. Metrics and logs
-    /// still succeed.
+    /// Responds to the next requests with spans with these refusals, one for each request. Requests with
+    /// metrics or logs still succeed.
     pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
         self.store.lock().refusals.extend(refusals);
     }
@@ -165,10 +165,10 @@ impl Receiver {
         self.expect_tree_below("", trace_id, expected).await
     }
 
-    /// Waits for a data point that `wanted` accepts; returns the first one that arrived.
+    /// Waits for a data point that `wanted` accepts; returns the first such data point.
     ///
     /// # Panics
-    /// If none comes in time.
+    /// If no such item comes in time.
     pub async fn expect_metric(&self, wanted: impl Fn(&Metric) -> bool) -> Metric {
         let seen = poll(PATIENCE, async || self.metrics().into_iter().find(|metric| wanted(metric)));
         match seen.await {
@@ -177,10 +177,10 @@ impl Receiver {
         }
     }
 
-    /// Waits for a log record that `wanted` accepts; returns the first one that arrived.
+    /// Waits for a log record that `wanted` accepts; returns the first such log record.
     ///
     /// # Panics
-    /// If none comes in time.
+    /// If no such item comes in time.
     pub async fn expect_log(&self, wanted: impl Fn(&LogRecord) -> bool) -> LogRecord {
         let seen = poll(PATIENCE, async || self.logs().into_iter().find(|record| wanted(record)));
         match seen.await {
@@ -192,7 +192,7 @@ impl Receiver {
     /// Waits for a span that `wanted` accepts.
     ///
     /// # Panics
-    /// If none comes in time.
+    /// If no such item comes in time.
     pub async fn expect_span(&self, wanted: impl Fn(&Span) -> bool) -> Span {
         let seen = poll(PATIENCE, async || self.spans().into_iter().find(|span| wanted(span)));
         match seen.await {

@@ -38,10 +38,10 @@ use tokio::{
 
 const DEFAULT_LIMIT: usize = 20;
 
-/// How long changes are collected before they are sent, so that a trace is sent four times a second at most.
+/// How long changes are collected before they are sent, so that each trace is sent at most four times a second.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The most changed traces that are sent after one pause. If more have changed, the others are not sent.
+/// The largest number of changed traces that are sent after a pause. Further changed traces are not sent.
 const MAX_CHANGED: usize = 100;
 
 /// How often a comment is sent on an idle stream, so that a dead connection is noticed.
@@ -78,8 +78,8 @@ struct Service<'a> {
     spans: usize,
 }
 
-/// Returns the latest traces. Unlike in Jaeger's search, the service may be left out, and the durations are
-/// those of the trace, because the list shows those.
+/// Returns the latest traces. Unlike in Jaeger's search, the service may be left out, and the duration that
+/// counts is the whole trace's, which the list shows.
 async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -115,8 +115,9 @@ async fn statistics(State(store): State<Arc<Store>>) -> Response {
     json(&json!({ "statistics": store.statistics(), "limits": store.limits() }))
 }
 
-/// The events of one client. The next event is made when the previous one is written. If the client reads
-/// slowly, changed traces wait in `changed`, each of them once, and those beyond `MAX_CHANGED` are dropped.
+/// The events of one client. An event is made only when the previous event has been written. If the client
+/// reads slowly, changed traces wait in `changed`, without duplicates. Beyond `MAX_CHANGED`, changed traces are
+/// dropped.
 struct Feed {
     store: Arc<Store>,
     changes: Receiver<String>,
@@ -180,7 +181,8 @@ impl<'a> Summary<'a> {
     }
 }
 
-/// Returns the span without a parent or, while that is missing, the earliest span whose parent is missing.
+/// Returns the span without a parent or, while there is no such span, the earliest span whose parent is
+/// missing.
 fn root(trace: &Trace) -> Option<&StoredSpan> {
     trace.spans().min_by_key(|stored| {
         let is_child = stored.parent.is_some_and(|parent| trace.span(parent).is_some());

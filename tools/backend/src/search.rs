@@ -43,8 +43,8 @@ impl Filter {
         }
         let to = parameters.parsed("end", parameters::microseconds)?;
         let lookback = parameters.parsed("lookback", |value| match value {
-            // Jaeger's page sends this value when the user has chosen a range of times, which the page sends
-            // too.
+            // Jaeger's page sends this value if the user has chosen a start and an end. The page sends these
+            // times too.
             "custom" => Ok(u64::MAX),
             _ => parameters::duration(value),
         })?;
@@ -72,8 +72,8 @@ impl Filter {
         }
     }
 
-    /// Returns the latest traces that meet the criteria, at most `limit`. The search also ends when the
-    /// traces found have more spans together than one trace may have.
+    /// Returns the latest traces that meet the criteria, at most `limit`. The search also ends when the traces
+    /// found so far have, together, more spans than one trace may have.
     pub fn find(&self, store: &Store, limit: usize) -> Vec<Arc<Trace>> {
         let mut found = Vec::new();
         let mut spans = 0;

@@ -22,7 +22,7 @@ pub(super) fn of_scope(scope: &InstrumentationScope) -> usize {
 }
 
 /// Returns the memory that an allocation of this many bytes takes. The allocator adds a header of 8 bytes,
-/// rounds up to a multiple of 16, and takes at least 32. For 0 bytes there is no allocation.
+/// rounds up to a multiple of 16, and takes at least 32 bytes. For 0 bytes there is no allocation.
 pub(super) fn block(bytes: usize) -> usize {
     if bytes == 0 { 0 } else { (bytes + 8).next_multiple_of(16).max(32) }
 }

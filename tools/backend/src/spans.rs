@@ -20,11 +20,11 @@ use std::{
     },
 };
 
-/// The service of spans whose resource names none. Jaeger uses the same name.
+/// The service name of spans whose resource has no `service.name`. Jaeger uses the same name.
 const NO_SERVICE_NAME: &str = "OTLPResourceNoServiceName";
 
-/// The memory of a span without the data that it owns: the span and its entry in the trace's table, with room
-/// to grow.
+/// The memory of a span itself, without its data on the heap: the span and its entry in the trace's table, with
+/// room to grow.
 const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
 /// The largest resource and the largest scope, because a response repeats them for every trace.
@@ -33,9 +33,9 @@ const MAX_ORIGIN_BYTES: usize = 64 * 1024;
 /// The longest name and version of a scope, because Jaeger's JSON repeats them for every span.
 const MAX_SCOPE_NAME_BYTES: usize = 1024;
 
-/// A stored span and its origin. The fields that searches and summaries need are decoded, and the whole span
-/// is encoded. Decoded, it would take about four times as much memory, in dozens of small allocations, which
-/// fragment the heap.
+/// A stored span and its origin. The fields that searches and summaries need are decoded, and the whole span is
+/// kept encoded. A decoded span would take about four times as much memory, in dozens of small allocations,
+/// which fragment the heap.
 pub(super) struct StoredSpan {
     pub id: SpanId,
     pub parent: Option<SpanId>,
@@ -71,11 +71,12 @@ pub(super) struct Scope {
     pub schema_url: String,
 }
 
-/// Data that the spans of a request share. Its memory is counted once, as long as any of them is stored.
+/// Data that the spans of a request share. The memory of this data is counted once, as long as any of the spans
+/// is stored.
 pub(super) struct Shared<T> {
     value: T,
     bytes: usize,
-    /// How many stored spans have this data. An `Arc`'s own count would include the readers.
+    /// How many stored spans have this data. The count of an `Arc` would include the snapshots of queries.
     spans: AtomicUsize,
 }
 
@@ -84,7 +85,7 @@ pub(super) struct Shared<T> {
 pub struct Rejected {
     /// How many items were not stored.
     pub count: u64,
-    /// Why the first of them was not stored.
+    /// Why the first item was not stored.
     pub reason: &'static str,
 }
 
@@ -120,13 +121,13 @@ impl<T> Shared<T> {
         Arc::new(Self { value, bytes, spans: AtomicUsize::new(0) })
     }
 
-    /// Counts one more stored span with this data; returns the bytes to add. The store's lock must be held,
-    /// as for [`Shared::release`].
+    /// Counts a stored span that has this data; returns the bytes to add. The store's lock must be held, as for
+    /// [`Shared::release`].
     pub fn acquire(&self) -> usize {
         if self.spans.fetch_add(1, Relaxed) == 0 { self.bytes } else { 0 }
     }
 
-    /// Counts one stored span less with this data; returns the bytes to subtract.
+    /// Counts a removed span that had this data; returns the bytes to subtract.
     pub fn release(&self) -> usize {
         if self.spans.fetch_sub(1, Relaxed) == 1 { self.bytes } else { 0 }
     }

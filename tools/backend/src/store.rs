@@ -1,6 +1,6 @@
 //! The bounded store of spans by trace, and of log records. When it is full, it evicts the oldest trace.
 //!
-//! Readers get a snapshot (`Arc`s), so that a long search never delays incoming spans.
+//! A query gets a snapshot (`Arc`s), so that a long search never delays incoming spans.
 
 use super::{
     ids::{SpanId, TraceId},
@@ -25,12 +25,12 @@ use tokio::sync::broadcast;
 const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 
 /// How much is stored. Beyond these limits, the oldest traces are evicted. No trace may take more than a
-/// quarter. Log records have the same limits, counted separately.
+/// quarter of a limit. Log records have the same limits, counted separately.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Limits {
-    /// The most spans.
+    /// The largest number of spans.
     pub spans: usize,
-    /// The most memory of the spans, in bytes.
+    /// The largest memory of all spans together, in bytes.
     pub bytes: usize,
 }
 
@@ -42,7 +42,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Returns the most spans that one trace may have, and one response.
+    /// Returns how many spans a trace, or a response, may have at most.
     pub(super) fn spans_of_a_trace(&self) -> usize {
         (self.spans / 4).max(1)
     }
@@ -69,7 +69,7 @@ pub struct Statistics {
     pub rejected: u64,
     /// Received spans that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
-    /// The same for log records.
+    /// The same counts for log records.
     pub logs: LogStatistics,
     /// Data points of metrics received so far, none of which is stored.
     pub data_points: u64,
@@ -165,7 +165,7 @@ impl Store {
             contents.statistics.rejected += rejected.count;
             contents.evict(self.limits)
         };
-        // This frees thousands of allocations, so it happens outside of the lock.
+        // Dropping the evicted traces frees thousands of allocations, so it happens outside of the lock.
         drop(evicted);
         tell(&self.changes, changed);
         rejected
@@ -203,7 +203,7 @@ fn tell(changes: &broadcast::Sender<String>, changed: HashSet<TraceId>) {
 }
 
 impl Contents {
-    /// Stores the span; returns whether it is stored now and was not before.
+    /// Stores the span; returns whether the span is stored now and was not before.
     fn insert(&mut self, id: TraceId, span: StoredSpan, limits: Limits, rejected: &mut Rejected) -> bool {
         let trace = self.traces.get(&id);
         if trace.is_some_and(|trace| trace.spans.contains_key(&span.id)) {
@@ -224,7 +224,7 @@ impl Contents {
         self.statistics.received += 1;
         self.statistics.spans += 1;
         self.statistics.bytes += span.bytes + span.resource.acquire() + span.scope.acquire();
-        // This copies the trace's table if a reader has the trace at the moment.
+        // If a query has the trace at the moment, this copies the trace's table.
         let trace = Arc::make_mut(trace);
         trace.start = trace.start.min(span.start);
         trace.end = trace.end.max(span.end);

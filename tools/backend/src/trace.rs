@@ -16,9 +16,9 @@ pub struct Span {
     pub span_id: String,
     /// The parent's span id, or empty for a root span.
     pub parent_span_id: String,
-    /// The `service.name` of its resource.
+    /// The `service.name` of the span's resource.
     pub service: String,
-    /// Its name.
+    /// The span's name.
     pub name: String,
     /// `SERVER`, `CLIENT`, `INTERNAL`, `PRODUCER` or `CONSUMER`.
     pub kind: &'static str,

@@ -1,8 +1,8 @@
-//! The number of spans a second that the embedded trace backend takes: OTLP/gRPC in batches of 512, sent by a
-//! generator that shares the machine with the backend.
+//! Measures how many spans a second the embedded trace backend accepts. A generator on the same machine sends
+//! them over OTLP/gRPC, in batches of 512.
 //!
-//! The generator encodes one batch, and sends it with new ids each time. A row shows the medians of several
-//! runs, each with a new backend process.
+//! The generator encodes a single batch, and sends this batch again and again, each time with new ids. A row
+//! shows the medians of several runs, each with a new backend process.
 
 use super::{cpu_time, median, print, resident};
 use ::backend::{Addresses, Limits, Statistics};
@@ -38,7 +38,8 @@ use tonic_prost::ProstCodec;
 const BATCH: usize = 512;
 /// The number of spans of a login.
 const SPANS_OF_A_TRACE: usize = 6;
-/// Eight bytes that occur nowhere else in a batch. In every id, they are replaced by the number of the batch.
+/// Eight bytes that occur nowhere else in a batch. In every id, these bytes are replaced by the number of the
+/// batch.
 const PLACEHOLDER: u64 = 0xA5C3_5AA5_C35A_A5C3;
 
 /// How to measure.
@@ -58,7 +59,7 @@ pub struct Options {
     seconds: u64,
 }
 
-/// A backend process, which is killed when this is dropped.
+/// A backend process, which is killed when this value is dropped.
 struct BackendProcess {
     addresses: Addresses,
     id: u32,
@@ -68,11 +69,11 @@ struct BackendProcess {
 /// The measurements of one run.
 struct Run {
     spans_per_second: f64,
-    /// Spans that were sent and are neither stored nor evicted.
+    /// How many of the sent spans are neither stored nor evicted.
     dropped: f64,
-    /// Cores that the backend used on average.
+    /// How many cores the backend used on average.
     cpu: f64,
-    /// Megabytes that the store counts as its own.
+    /// The memory of the stored spans as the store counts it, in megabytes.
     accounted: f64,
     /// Resident memory of the backend at the end of the load, in megabytes.
     resident: f64,
@@ -85,7 +86,7 @@ struct Run {
 /// Measures the backend, and prints a table.
 ///
 /// # Errors
-/// If the backend doesn't start, or refuses spans.
+/// If the backend doesn't start, or if it refuses spans.
 pub async fn run(options: Options) -> Result<()> {
     let Limits { spans, bytes } = Limits::default();
     print(&format!(
@@ -188,8 +189,8 @@ impl BackendProcess {
     }
 }
 
-/// Sends batches until `end`: one batch every `beat`, or, without a beat, each batch as soon as the last is
-/// answered.
+/// Sends batches until `end`: one batch every `beat`, or, without a beat, each batch as soon as the previous
+/// batch is answered.
 async fn send(
     mut client: Grpc<tonic::transport::Channel>,
     template: Template,
@@ -238,8 +239,8 @@ async fn query(addresses: &Addresses) -> Result<(f64, f64)> {
     Ok((search.as_secs_f64() * 1e3, large_trace.as_secs_f64() * 1e3))
 }
 
-/// An `ExportTraceServiceRequest` whose resource spans are already encoded. Its bytes on the wire are the
-/// same.
+/// An `ExportTraceServiceRequest` whose resource spans are already encoded. This makes no difference on the
+/// wire.
 #[derive(Clone, PartialEq, Message)]
 struct EncodedRequest {
     #[prost(bytes = "bytes", repeated, tag = "1")]

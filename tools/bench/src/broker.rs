@@ -1,7 +1,7 @@
 //! A comparison of the embedded broker with RabbitMQ: the same client does the same work with both, in turns.
 //!
-//! Messages are small and not persistent, and queues are classic and durable. Ratios are taken within a
-//! round, and the brokers change their order from round to round. Memory sizes are those of this process,
+//! Messages are small and not persistent, and queues are classic and durable. Ratios compare the brokers within
+//! a round, and the order of the brokers changes from round to round. Memory sizes are those of this process,
 //! which includes the embedded broker.
 
 use super::{median, print, resident};
@@ -28,7 +28,7 @@ pub struct Options {
     /// Rounds. Each round measures both brokers.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Messages of each measurement. The warm-up before it has a tenth as many.
+    /// Messages of each measurement. The warm-up before a measurement has a tenth of this number.
     #[arg(long, default_value_t = 5000)]
     messages: usize,
     /// Bytes of a message's body.
@@ -52,7 +52,7 @@ const WORKS: [(&str, Work); 4] = [
     ("the same, 64 at a time", Work::Consume(64)),
 ];
 
-/// The messages a second of each broker.
+/// How many messages a second each broker handled.
 struct Run {
     embedded: f64,
     rabbitmq: f64,
@@ -61,7 +61,7 @@ struct Run {
 /// Measures both brokers, and prints a table.
 ///
 /// # Errors
-/// If there is no RabbitMQ at `AMQP_URL` or on this machine, or a message is lost.
+/// If there is no RabbitMQ at `AMQP_URL` or on this machine, or if a message is lost.
 pub async fn run(options: Options) -> Result<()> {
     let before = resident(std::process::id())?;
     let start = Instant::now();
@@ -78,7 +78,7 @@ pub async fn run(options: Options) -> Result<()> {
             let embedded =
                 async || measure(&broker.url(), *work, &options).await.context("the embedded broker");
             let other = async || measure(&rabbitmq.url, *work, &options).await.context("RabbitMQ");
-            // The brokers take turns at being first.
+            // Each broker is first in every second round.
             runs.push(if round % 2 == 0 {
                 let embedded = embedded().await?;
                 Run { embedded, rabbitmq: other().await? }

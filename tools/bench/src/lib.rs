@@ -1,15 +1,15 @@
 //! The cost of traces, metrics and logs, measured on this machine with the three services as processes, a
 //! real broker, a collector that only counts, and a load generator.
 //!
-//! Each round starts every variant afresh. Then the variants take turns of a few seconds under the same load,
-//! in random order, while the others are idle. A lap is one turn of each variant. Variants are compared
-//! within a lap, because a machine (above all its disk) that is slower for a while is then slower for all of
-//! them. There are enough laps to tell how reliable a figure is. The last variant repeats the first, so the
-//! distance of its ratios from 1 is the error of the method.
+//! Each round starts every variant afresh. Then the variants have turns of a few seconds under the same load,
+//! in random order. During a turn, the other variants are idle. A lap is one turn of each variant. Variants are
+//! compared within a lap, because a machine (above all its disk) that is slower for a while is slower for all
+//! variants of the lap. Many laps show how reliable a figure is. The last variant repeats the first variant, so
+//! the distance of the last variant's ratios from 1 is the error of the method.
 //!
 //! - `running`: a variant while it runs; `sink`: its collector; `load`: the load generator
 //! - [`mod@broker`]: compares the speed of the embedded broker with RabbitMQ's
-//! - [`mod@backend`]: measures how many spans a second the embedded trace backend takes
+//! - [`mod@backend`]: measures how many spans a second the embedded trace backend accepts
 
 pub mod backend;
 pub mod broker;
@@ -43,8 +43,8 @@ pub struct Options {
     /// Length of a turn, in seconds.
     #[arg(long, default_value_t = 2)]
     seconds: u64,
-    /// Keep all files of the broker and of the services in memory (/dev/shm), with a RabbitMQ started for
-    /// this, because the time that a disk takes to sync varies more than the costs measured here.
+    /// Keep all files of the broker and of the services in memory (/dev/shm), and start a RabbitMQ for this. A
+    /// disk's time to sync varies more than the costs measured here.
     #[arg(long)]
     in_memory: bool,
     /// Run only this part: paced or closed.
@@ -62,7 +62,7 @@ struct Variant {
     variables: &'static [(&'static str, &'static str)],
     /// The number of spans of one login.
     spans: u64,
-    /// The number of log records of one login. If it is above 0, metrics are exported as well.
+    /// The number of log records of one login. If this number is above 0, metrics are exported as well.
     records: u64,
     /// Whether the collector answers.
     has_collector: bool,
@@ -80,7 +80,8 @@ const ALL_SIGNALS: Variant = Variant {
     name: "traces + metrics + logs",
     variables: &[
         ("OTEL_METRICS_EXPORTER", "otlp"),
-        // This is one export in each turn of two seconds; the default is one a minute.
+        // With this interval, there is one export in each turn of two seconds. The default is one export a
+        // minute.
         ("OTEL_METRIC_EXPORT_INTERVAL", "2000"),
         ("OTEL_LOGS_EXPORTER", "otlp"),
     ],
@@ -89,13 +90,13 @@ const ALL_SIGNALS: Variant = Variant {
     has_collector: true,
 };
 
-/// All variants. The others are compared with the first.
+/// All variants. Each of them is compared with the first.
 const VARIANTS: [Variant; 6] = [
     DISABLED,
     Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
     Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
     ALL_SIGNALS,
-    // This collector accepts connections and never answers, which is the worst that a collector can do.
+    // This collector accepts connections and never answers. No other fault of a collector costs more.
     Variant { name: "silent sink, all three", has_collector: false, ..ALL_SIGNALS },
     Variant { name: "disabled again", ..DISABLED },
 ];
@@ -113,7 +114,7 @@ struct Measured {
 /// Measures all variants, and prints tables.
 ///
 /// # Errors
-/// If a process doesn't start, or a login fails.
+/// If a process doesn't start, or if a login fails.
 pub async fn run(options: Options) -> Result<()> {
     let node = match options.in_memory {
         true => Some(Node::start_in(Path::new(MEMORY)).await?),
@@ -167,7 +168,7 @@ async fn round_of(load: &Load, laps: usize, place: &Place, measured: &mut Measur
     Ok(())
 }
 
-/// Prints the medians of all variants, then the ratios of the others to the first.
+/// Prints the medians of all variants, then the ratios of the other variants to the first.
 fn print_table(Measured { laps, rounds }: &Measured) {
     let over_laps = |i: usize, value: fn(&Report) -> f64| median(laps.iter().map(|lap| value(&lap[i])));
     let over_rounds =
@@ -218,7 +219,8 @@ struct Ratio {
 }
 
 impl Ratio {
-    /// Takes order statistics as the bounds, so that no distribution of the values need be assumed.
+    /// Uses order statistics as the bounds, so that nothing need be assumed about the distribution of the
+    /// values.
     fn of(values: impl Iterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.collect();
         values.sort_by(f64::total_cmp);

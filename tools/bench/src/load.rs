@@ -1,5 +1,5 @@
-//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are answered.
-//! It writes and reads HTTP by hand, so that its own cost is small compared with the services'.
+//! The load generator: logins over kept-alive connections, at a fixed rate or as fast as they are answered. The
+//! generator writes and reads HTTP by hand, so that its cost is small compared with that of the services.
 
 use anyhow::Result;
 use harness::client::read_status;
@@ -13,13 +13,14 @@ use tokio::{
 
 const BODY: &str = r#"{"mobile":"13800138000"}"#;
 
-/// The beginning of a load, when connections open and the caches refill after another variant's turn. Its
-/// logins count, but their latencies do not.
+/// The beginning of a load, when connections open and the caches refill after another variant's turn. Logins of
+/// this time count, but their latencies do not.
 const LEAD_IN: Duration = Duration::from_millis(500);
 
 /// A load on the service.
 pub struct Load {
-    /// Logins a second over all connections; `None` for as many as the service answers.
+    /// Logins a second over all connections, or `None` to send each login as soon as the previous one is
+    /// answered.
     pub rate: Option<u32>,
     /// The number of simultaneous connections.
     pub connections: usize,
@@ -41,7 +42,7 @@ pub struct Report {
 }
 
 impl Load {
-    /// Puts the load on the service at `address`.
+    /// Sends the load to the service at `address`.
     ///
     /// # Errors
     /// If a connection breaks.
@@ -49,7 +50,7 @@ impl Load {
         let start = Instant::now() + Duration::from_millis(50);
         let mut connections = JoinSet::new();
         for i in 0..self.connections {
-            // All connections have the same interval between logins, each with its own offset.
+            // All connections have the same interval between logins, each with a different offset.
             let beat =
                 self.rate.map(|rate| Duration::from_secs_f64(self.connections as f64 / f64::from(rate)));
             let first = start + beat.unwrap_or_default().mul_f64(i as f64 / self.connections as f64);
@@ -74,7 +75,7 @@ impl Report {
         self.logins as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Returns a quantile of the latencies: this part of the logins took no longer.
+    /// Returns a quantile of the latencies: this share of the logins took no longer.
     pub fn latency(&self, quantile: f64) -> Duration {
         let at = (self.latencies.len() as f64 * quantile) as usize;
         self.latencies.get(at).copied().unwrap_or_default()
@@ -100,7 +101,8 @@ async fn connection(
     let mut buffer = Vec::with_capacity(4096);
     let mut due = first;
     loop {
-        // The latency of a delayed login counts from when it was due, because it has been waiting since then.
+        // The latency of a delayed login counts from the time when the login was due, because it has waited
+        // since then.
         let mut start = Instant::now();
         if due.max(start) >= end {
             return Ok(report);

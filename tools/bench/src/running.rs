@@ -28,14 +28,14 @@ pub struct Place {
 /// The costs of one variant in one round.
 #[derive(Clone, Copy, Default)]
 pub struct Costs {
-    /// The CPU time of the three services for each login after the warm-up. It includes the work that follows
-    /// the answer to a login.
+    /// The CPU time of the three services for each login after the warm-up, including the work after the login
+    /// is answered.
     pub cpu_per_login: Duration,
     /// The memory of the largest service at the end of the round, in megabytes.
     pub resident: f64,
-    /// Spans that the services dropped.
+    /// How many spans the services dropped.
     pub dropped: u64,
-    /// Log records that should have been exported but did not arrive. The SDK drops log records when its
+    /// How many log records should have been exported but did not arrive. The SDK drops log records when its
     /// queue is full.
     pub lost_records: u64,
 }
@@ -61,7 +61,7 @@ impl Running {
     /// Starts a variant, and runs one turn of the load as its warm-up.
     ///
     /// # Errors
-    /// If a process doesn't start, or a login fails.
+    /// If a process doesn't start, or if a login fails.
     pub async fn start(variant: &'static Variant, load: &Load, place: &Place) -> Result<Self> {
         let sink = Sink::start().await?;
         let broker = match &place.amqp_url {
@@ -84,7 +84,7 @@ impl Running {
         // A stalling disk makes a login slow, but it must not make a login fail.
         variables.extend(PATIENT);
         if !variant.has_collector {
-            // A service that stops would wait longer for this collector.
+            // By default, a service that stops would wait longer for this silent collector.
             variables.push(("SHUTDOWN_TIMEOUT", "2s"));
         }
         variables.extend(variant.variables);
@@ -115,7 +115,7 @@ impl Running {
     /// to another variant.
     ///
     /// # Errors
-    /// If a login fails, or mq doesn't keep up.
+    /// If a login fails, or if mq doesn't keep up.
     pub async fn turn(&mut self, load: &Load) -> Result<Report> {
         let api = &self.services[0];
         let report = load.run(api.address).await?;
@@ -133,7 +133,8 @@ impl Running {
 
     /// Stops the services, and checks that every span arrived or was reported as dropped.
     ///
-    /// # Errors If a service doesn't stop cleanly, if more or fewer spans are missing than were reported as
+    /// # Errors
+    /// If a service doesn't stop cleanly, if the number of missing spans differs from the number reported as
     /// dropped, or if metrics are missing or unexpected.
     pub async fn stop(mut self) -> Result<Costs> {
         let cpu = self.cpu_time()? - self.cpu_of_warm_up;

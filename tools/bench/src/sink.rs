@@ -58,8 +58,8 @@ impl Sink {
         Ok(Self { address, counts, task })
     }
 
-    /// Returns the numbers of spans, metrics and log records received so far. A metric counts once in each
-    /// request, whatever the number of its data points.
+    /// Returns the numbers of spans, metrics and log records received so far. In each request, a metric counts
+    /// once, however many data points it has.
     pub fn received(&self) -> [u64; SERVICES.len()] {
         self.counts.each_ref().map(|count| count.load(Relaxed))
     }
@@ -71,8 +71,8 @@ impl Drop for Sink {
     }
 }
 
-/// A request of any signal. Its spans, metrics or log records are left undecoded; above them, the messages of
-/// the three signals have the same tags.
+/// A request of any signal. Its spans, metrics or log records are left undecoded. The messages that contain
+/// them have the same tags in all three signals.
 #[derive(Clone, PartialEq, Message)]
 struct Export {
     #[prost(message, repeated, tag = "1")]

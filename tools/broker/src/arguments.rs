@@ -15,8 +15,8 @@ pub enum Overflow {
     RejectPublishDlx,
 }
 
-/// The arguments that this broker supports. A second declaration must have the same. Like RabbitMQ, the
-/// broker ignores all other arguments.
+/// The arguments that this broker supports. If a queue is declared again, these arguments must be the same.
+/// Like RabbitMQ, the broker ignores all other arguments.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Arguments {
     /// `x-message-ttl`: how long a message may wait.
@@ -25,7 +25,8 @@ pub struct Arguments {
     pub expires: Option<Duration>,
     /// `x-dead-letter-exchange`: the exchange that dead letters are published to.
     pub dead_letter_exchange: Option<ShortString>,
-    /// `x-dead-letter-routing-key`: the routing key of dead letters; without it, they keep their own.
+    /// `x-dead-letter-routing-key`: the routing key of dead letters. If it is not set, dead letters keep their
+    /// own routing keys.
     pub dead_letter_routing_key: Option<ShortString>,
     /// `x-max-length`: how many messages may wait.
     pub max_length: Option<usize>,
@@ -43,7 +44,7 @@ impl Arguments {
         };
         let number = |name: &str| match table.inner().get(name) {
             None => Ok(None),
-            // The timers of RabbitMQ accept no more than 32 bits.
+            // RabbitMQ's timers accept at most 32 bits.
             Some(value) => {
                 integer(value).and_then(|n| u32::try_from(n).ok()).map(Some).ok_or_else(|| invalid(name))
             }

@@ -98,13 +98,13 @@ impl Channel {
         self.consumers.remove(tag)
     }
 
-    /// Returns the bytes received of a message that is incomplete.
+    /// Returns how many bytes of an incomplete message have been received.
     pub(super) fn assembling(&self) -> usize {
         self.content.as_ref().map_or(0, Content::len)
     }
 
-    /// Takes the deliveries that a tag settles: one delivery, all deliveries up to it, or (tag 0) all
-    /// deliveries.
+    /// Removes and returns the deliveries that a tag settles: one delivery, all deliveries up to the tag, or
+    /// (tag 0) all deliveries.
     pub(super) fn take_unacked(&mut self, tag: u64, multiple: bool) -> Outcome<Vec<Unacked>> {
         if multiple && tag == 0 {
             return Ok(std::mem::take(&mut self.unacked).into_values().collect());
@@ -124,8 +124,8 @@ impl Channel {
         self.confirms.get_or_insert_default();
     }
 
-    /// Records whether a published message was taken, to confirm it later. Returns false if the channel is
-    /// not in confirm mode.
+    /// Records whether its queues took a published message, to confirm the message later. Returns false if the
+    /// channel is not in confirm mode.
     pub(super) fn confirm(&mut self, is_taken: bool) -> bool {
         let Some(confirms) = &mut self.confirms else {
             return false;

@@ -28,7 +28,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// How long a client may take for the handshake, to answer `close`, or to hang up after `close-ok`.
+/// How long a client may take to finish the handshake, to answer `close`, or to hang up after `close-ok`.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes to reserve for a read, and the largest capacity of an output buffer that is used again.
@@ -135,7 +135,7 @@ async fn close(
     .await?
 }
 
-/// The bytes received from a client, as far as they are not parsed.
+/// The bytes that were received from a client and are not parsed yet.
 struct Input {
     half: OwnedReadHalf,
     bytes: BytesMut,
@@ -193,7 +193,7 @@ enum End {
     Gone,
     /// The client has sent `close`.
     Closed,
-    /// The client has made an error, of which it is told.
+    /// The client has made an error, which is reported to it.
     Exception(Exception),
 }
 
@@ -222,7 +222,7 @@ impl Connection {
     async fn run(mut self) -> io::Result<()> {
         let _forget = Forget { id: self.id, shared: self.shared.clone() };
         let Self { id, input, writer, shared, frame_max, heartbeat, drained } = &mut self;
-        // The reader is polled first, so that its answers are written at once.
+        // The future that reads is polled first, so that its answers are written at once.
         let end = select! {
             biased;
             end = read(input, shared, *id, *frame_max, *heartbeat, drained) => end,
@@ -238,7 +238,8 @@ impl Connection {
                 put_method(&mut rest, 0, AMQPClass::Connection(close_ok));
                 timeout(PATIENCE, async {
                     writer.half.write_all(&rest).await?;
-                    // The client must hang up first, because some clients report an error if the broker does.
+                    // The client must hang up first, because some clients report an error if the broker hangs
+                    // up first.
                     while input.read().await.is_ok() {
                         input.bytes.clear();
                     }
@@ -312,7 +313,7 @@ fn tell(shared: &Shared, id: ConnectionId, method: connection::AMQPMethod) {
     }
 }
 
-/// Handles all complete frames, or as many of them as output and memory allow.
+/// Handles all complete frames, or as many frames as output and memory allow.
 fn process(bytes: &mut BytesMut, shared: &Shared, id: ConnectionId, frame_max: usize) -> Result<Pause, End> {
     let mut state = shared.lock();
     let paused = loop {
@@ -368,7 +369,7 @@ impl Writer {
             if self.written == self.frames.len() && !self.refill(shared, id, drained) {
                 let woken = self.wake.notified();
                 let is_late = match heartbeat {
-                    // Heartbeats are sent twice as often as agreed, so that one may be late.
+                    // Heartbeats are sent twice as often as agreed, so that a heartbeat may be late.
                     Some(interval) => timeout(interval / 2, woken).await.is_err(),
                     None => {
                         woken.await;
@@ -378,7 +379,7 @@ impl Writer {
                 if is_late && let Some(peer) = shared.lock().peers.get_mut(&id) {
                     peer.output.heartbeat();
                 }
-                // The reader runs first, so that one write and one confirm can answer more of its frames.
+                // The future that reads runs first, so that one write and one confirm can answer more frames.
                 yield_now().await;
                 continue;
             }

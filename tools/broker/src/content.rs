@@ -9,7 +9,7 @@ use amq_protocol::protocol::{BasicProperties, basic};
 /// The largest body of a message, in bytes, as in RabbitMQ 4.
 const MAX_BODY: u64 = 16 * 1024 * 1024;
 
-/// The most bytes of incomplete messages that a connection may have on all its channels.
+/// How many bytes of incomplete messages a connection may have at most, on all its channels together.
 const MAX_ASSEMBLING: usize = 2 * MAX_BODY as usize;
 
 /// A message that is incomplete.

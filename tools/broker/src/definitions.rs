@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// The bound on queues, because some operations go through all of them.
+/// The highest number of queues. It is limited because some operations go through all queues.
 const MAX_QUEUES: usize = 10_000;
 
 impl VirtualHost {

@@ -1,4 +1,4 @@
-//! Outgoing messages: deliveries to consumers that have room, and what happens to deliveries afterwards.
+//! Outgoing messages: how they are delivered to consumers that have room, and how deliveries are settled.
 
 use super::{
     channel::Unacked,

@@ -6,7 +6,7 @@ use amq_protocol::{
     types::ShortString,
 };
 
-/// An error that the peer is told. A soft error closes the channel, a hard error closes the connection.
+/// An error that is reported to the peer. A soft error closes the channel; a hard error closes the connection.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Exception {
     kind: AMQPErrorKind,
@@ -14,7 +14,7 @@ pub struct Exception {
     method: (u16, u16),
 }
 
-/// The result of an operation. An error is what the peer is told.
+/// The result of an operation. An error is reported to the peer.
 pub type Outcome<T = ()> = Result<T, Exception>;
 
 impl Exception {
@@ -33,7 +33,7 @@ impl Exception {
         Self::soft(AMQPSoftError::RESOURCELOCKED, text)
     }
 
-    /// Creates error 406: a precondition of the operation is not met, or one of its arguments is invalid.
+    /// Creates error 406: a precondition of the operation is not met, or an argument is invalid.
     pub fn precondition_failed(text: impl Into<String>) -> Self {
         Self::soft(AMQPSoftError::PRECONDITIONFAILED, text)
     }

@@ -1,4 +1,4 @@
-//! An exchange: its bindings, and which of them match a routing key.
+//! An exchange: its bindings, and which bindings match a routing key.
 
 use super::{
     exception::{Exception, Outcome},
@@ -40,7 +40,8 @@ impl Kind {
     }
 }
 
-/// An exchange other than the default exchange, which has no bindings of its own.
+/// An exchange other than the default exchange. The default exchange needs no such value, because it routes by
+/// the names of the queues.
 #[derive(Debug)]
 pub struct Exchange {
     /// The type, which decides how the exchange routes.
@@ -70,7 +71,7 @@ pub struct Binding {
 }
 
 impl Exchange {
-    /// Returns the queues that a message with this routing key goes to, each only once.
+    /// Returns the queues that a message with this routing key goes to, without duplicates.
     pub fn route(&self, routing_key: &str) -> Vec<QueueId> {
         let mut queues: Vec<QueueId> = Vec::new();
         for binding in &self.bindings {
@@ -92,8 +93,8 @@ impl Exchange {
 }
 
 /// Returns whether a routing key matches the pattern of a topic. Both are words separated by dots; `*` stands
-/// for any word, `#` for any number of words. Backtracking goes to the last `#` only, which suffices, so no
-/// pattern takes long.
+/// for any word, `#` for any number of words. It suffices to backtrack to the last `#`, so no pattern takes
+/// long to match.
 fn matches(pattern: &str, routing_key: &str) -> bool {
     let pattern: Vec<&str> = pattern.split('.').collect();
     // The empty key has no words, rather than one empty word.

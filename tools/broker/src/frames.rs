@@ -11,8 +11,8 @@ use amq_protocol::{
 use amqp::content_header::{CONTENT_HEAD, Fault, check_content_header, check_table, skip, skip_short_string};
 use bytes::BytesMut;
 
-/// The largest frame that the broker negotiates, in bytes. It is never 0 ("no limit"), because lapin does not
-/// accept that.
+/// The largest frame that the broker negotiates, in bytes. It is not 0 ("no limit"), because lapin does not
+/// accept 0.
 pub const FRAME_MAX: usize = 131_072;
 
 /// The bytes that open a connection, and the answer to a peer that speaks another protocol (section 4.2.2).
@@ -71,7 +71,8 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
         return Err(malformed());
     };
     let id = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-    // The arguments before the table: a number of bytes, then of short strings, then of bytes again.
+    // The sizes of the arguments before the table: a number of bytes, a number of short strings, and again a
+    // number of bytes.
     let before_the_table = match id {
         (10, 11) => Some((0, 0, 0)),
         (40, 10) | (60, 20) => Some((2, 2, 1)),
@@ -98,7 +99,7 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
 }
 
 /// Parses a content header. Well-formed properties pass unchanged even if their strings are not UTF-8 or their
-/// tables are nested too deep, as in RabbitMQ, which does not look closer. This broker then acts on none of the
+/// tables are nested too deep, as in RabbitMQ, which does not check them. This broker then ignores all of the
 /// properties.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     let malformed = || Exception::syntax_error("malformed content header");
@@ -155,7 +156,7 @@ fn put_raw(buffer: &mut Vec<u8>, kind: u8, channel: u16, payload: &[&[u8]]) {
     buffer.reserve(size + OVERHEAD);
     buffer.push(kind);
     buffer.extend(channel.to_be_bytes());
-    // The cast loses nothing, because no payload is longer than a received frame, or than a frame may be.
+    // The cast loses nothing, because no payload is longer than a frame may be.
     buffer.extend((size as u32).to_be_bytes());
     for part in payload {
         buffer.extend_from_slice(part);
@@ -260,7 +261,7 @@ mod tests {
         put_method(&mut bytes, 1, declare(nested(MAX_DEPTH - 1)));
         assert_eq!(take_all(&bytes).unwrap_err().code(), 502);
 
-        // These are as many nested arrays as fit into a frame. In the parser, they would overflow the stack.
+        // This is the deepest nesting of arrays that fits into a frame. It would overflow the parser's stack.
         let depth = (FRAME_MAX - 64) / 5;
         let mut table = vec![1, b'a'];
         for level in 0..depth {

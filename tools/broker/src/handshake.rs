@@ -13,14 +13,14 @@ use amq_protocol::{
 };
 use std::time::Duration;
 
-/// The heartbeat interval in seconds that the broker suggests. Clients choose their own.
+/// The heartbeat interval in seconds that the broker suggests. A client may choose another interval.
 const HEARTBEAT: u16 = 60;
 
 /// The smallest `frame_max` that a client may choose, because every peer must accept frames of this size
 /// (specification, section 4.2.3).
 const FRAME_MIN: u32 = 4096;
 
-/// The progress of a handshake. Each step takes a frame of the client and appends the answer.
+/// The progress of a handshake. Each step handles a frame from the client and appends the answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Handshake {
     /// The broker has sent `start`.
@@ -137,8 +137,8 @@ fn authenticate(start_ok: &connection::StartOk) -> Outcome<Capabilities> {
     })
 }
 
-/// Checks the limits that the client chose. A `channel_max` or `frame_max` of 0 means "no limit", which is
-/// more than the broker offers, so it is refused, as in RabbitMQ.
+/// Checks the limits that the client chose. A `channel_max` or `frame_max` of 0 means "no limit", which is more
+/// than the broker offers. So 0 is refused, as in RabbitMQ.
 fn agree(capabilities: Capabilities, tune_ok: &connection::TuneOk) -> Outcome<Agreement> {
     let &connection::TuneOk { channel_max, frame_max, heartbeat } = tune_ok;
     if !(1..=CHANNEL_MAX).contains(&channel_max) {

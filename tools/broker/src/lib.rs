@@ -1,15 +1,15 @@
 //! An AMQP 0-9-1 broker inside this process, for machines without RabbitMQ, and for tests that need a broker
 //! of their own. It is for development only, because no message survives the process.
 //!
-//! It behaves like RabbitMQ for the services here and for ordinary clients; the same conformance checks run
-//! on both (`tests/broker_conformance/`). It refuses these features with 540 NOT_IMPLEMENTED: transactions,
-//! headers exchanges, bindings between exchanges, alternate exchanges, the headers CC and BCC, priorities of
-//! messages and of consumers, single active consumers, direct reply-to, and queues that are not classic.
-//! There is one virtual host, `/`, and one user.
+//! For the services here and for ordinary clients, the broker behaves like RabbitMQ. The same conformance
+//! checks run on both brokers (`tests/broker_conformance/`). These features are refused with 540
+//! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate exchanges, the
+//! headers CC and BCC, priorities of messages and of consumers, single active consumers, direct reply-to, and
+//! queues that are not classic. There is one virtual host, `/`, and one user.
 //!
-//! Its memory is bounded. A client that does not read gets no further deliveries. While the broker holds more
-//! than 256 MiB, connections that publish are not read, not even their acknowledgements, and the clients are
-//! told so with `connection.blocked`, as in RabbitMQ.
+//! The broker's memory is bounded. A client that does not read gets no further deliveries. While the broker
+//! holds more than 256 MiB, it reads nothing from connections that publish, not even acknowledgements, and
+//! tells their clients so with `connection.blocked`, as RabbitMQ does.
 //!
 //! - `connection`: the socket; `handshake`: how a connection begins; `output`: the frames to write
 //! - `frames`: bytes to frames and back; `exception`: the errors that close a channel or a connection
@@ -67,7 +67,7 @@ pub struct Broker {
     shared: Shared,
     /// Whether the broker serves connections; `outage` changes this.
     is_up: watch::Sender<bool>,
-    /// A runtime of the broker's own, so that the runtime of a test may be busy or at its end.
+    /// The broker's runtime. It is not the test's, which may be busy or about to end.
     runtime: Option<Runtime>,
 }
 
@@ -141,7 +141,7 @@ async fn accept(listener: TcpListener, shared: Shared, is_up: watch::Receiver<bo
             let (shared, mut is_up) = (shared.clone(), is_up.clone());
             tokio::spawn(async move {
                 select! {
-                    // An error needs no report here, because the peer was told, or is gone.
+                    // An error needs no report here, because the peer was told of it, or is gone.
                     _ = serve(stream, shared) => {}
                     _ = is_up.wait_for(|is_up| !is_up) => {}
                 }
@@ -213,7 +213,7 @@ mod tests {
             let passive = QueueDeclareOptions { passive: true, ..Default::default() };
             consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
         };
-        // The memory has room for ten messages, and one more may have been under way.
+        // The memory has room for ten messages, and an eleventh message may have been under way.
         let full = loopback::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
         full.await.expect("ten messages");
         for _ in 0..20 {

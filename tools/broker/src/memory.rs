@@ -6,8 +6,8 @@ use std::sync::{
 };
 use tokio::sync::Notify;
 
-/// The total of what queues, bindings and the like take. At `limit`, connections that publish are no longer
-/// read, as at RabbitMQ's watermark; at twice the limit, nothing new can be declared.
+/// The total memory of messages, queues, bindings and so on. At `limit`, connections that publish are no longer
+/// read, as at RabbitMQ's watermark. At twice the limit, declarations are refused.
 #[derive(Debug)]
 pub struct Memory {
     held: AtomicUsize,
@@ -16,7 +16,7 @@ pub struct Memory {
     relieved: Notify,
 }
 
-/// A share of the memory. It is released when it is dropped.
+/// A share of the memory, which is released when this value is dropped.
 #[derive(Debug)]
 pub struct Held {
     memory: Arc<Memory>,
@@ -30,14 +30,13 @@ impl Memory {
         Arc::new(Self { held, limit, alarm, relieved: Notify::new() })
     }
 
-    /// Takes `bytes` bytes, even beyond the limit. Callers that can wait ask [`Memory::is_full`] first.
+    /// Takes `bytes` bytes, even beyond the limit. Callers that can wait call [`Memory::is_full`] first.
     pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
         self.held.fetch_add(bytes, Relaxed);
         Held { memory: Arc::clone(self), bytes }
     }
 
-    /// Returns whether twice the limit is reached. Publishers can wait, but everything else is then refused
-    /// or lost.
+    /// Returns whether twice the limit is reached. Then declarations are refused, and dead letters are lost.
     pub fn is_exhausted(&self) -> bool {
         self.held.load(Relaxed) / 2 >= self.limit
     }
@@ -47,7 +46,7 @@ impl Memory {
         self.held.load(Relaxed) >= self.limit || self.alarm.load(Relaxed)
     }
 
-    /// Sets or clears an alarm, which counts as a full memory whatever is held.
+    /// Sets or clears an alarm. During an alarm, the memory counts as full, however little is held.
     pub fn set_alarm(&self, on: bool) {
         self.alarm.store(on, Relaxed);
         self.relieved.notify_waiters();

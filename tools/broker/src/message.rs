@@ -49,7 +49,7 @@ impl Reason {
 }
 
 impl Message {
-    /// Returns the bytes that the message takes in a queue.
+    /// Returns how many bytes of memory the message takes in a queue.
     pub fn size(&self) -> usize {
         const OF_ITSELF: usize = 256;
         OF_ITSELF + self.properties.len() + self.body.len()
@@ -88,8 +88,8 @@ impl Message {
         })
     }
 
-    /// Returns the queues that this dead letter has passed through since a consumer last rejected it. In one
-    /// of these queues again, the message would cycle for ever.
+    /// Returns the queues that this dead letter has passed through since a consumer last rejected it. If the
+    /// message entered one of these queues again, it would cycle for ever.
     pub fn queues_gone_through(&self) -> Vec<LongString> {
         let Ok((_, properties)) = parse_properties(&self.properties[..]) else {
             return Vec::new();
@@ -101,8 +101,8 @@ impl Message {
         by_itself.filter_map(|death| text(death, "queue").map(LongString::from)).collect()
     }
 
-    /// Adds this death to the headers. `x-death` has one entry for each queue and reason, the latest first.
-    /// RabbitMQ 4 writes the same for AMQP 0-9-1, and `x-last-death-*` as well.
+    /// Adds this death to the headers. `x-death` has one entry for each queue and reason, the latest first. For
+    /// AMQP 0-9-1 clients, RabbitMQ 4 writes the same headers, and also `x-last-death-*`.
     fn headers_after_death(
         &self,
         reason: Reason,
@@ -161,7 +161,7 @@ pub fn expiration(properties: &BasicProperties) -> Outcome<Option<Duration>> {
     let Some(text) = properties.expiration() else {
         return Ok(None);
     };
-    // A sign is refused, and so is more than the timers of RabbitMQ accept.
+    // A sign is refused, and so is a number that RabbitMQ's timers don't accept.
     let is_number = text.as_str().bytes().all(|byte| byte.is_ascii_digit());
     match text.as_str().parse::<u32>() {
         Ok(milliseconds) if is_number => Ok(Some(Duration::from_millis(milliseconds.into()))),

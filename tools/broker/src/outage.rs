@@ -6,9 +6,9 @@ use loopback::poll;
 use std::time::Duration;
 
 impl Broker {
-    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. The
-    /// broker keeps what RabbitMQ would find on its disk: durable exchanges, durable queues, and the
-    /// persistent messages in them. Deliveries that were not acknowledged return to their queues.
+    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. As
+    /// RabbitMQ keeps them on its disk, the broker keeps durable exchanges, durable queues, and the persistent
+    /// messages in durable queues. Deliveries that were not acknowledged return to their queues.
     pub async fn crash(&self) {
         /// The tasks of the connections end at once, unless the machine is busy.
         const PATIENCE: Duration = Duration::from_secs(10);

@@ -5,9 +5,9 @@ use amq_protocol::protocol::AMQPClass;
 use std::{mem, sync::Arc};
 use tokio::sync::Notify;
 
-/// The size in bytes at which the output is full. Until it is written, the connection gets no further
-/// deliveries, and no further frames are read from it. The limit is not exact, because a reply or a delivery
-/// that has begun is still appended.
+/// The size in bytes at which the output is full. Until a full output is written, the connection gets no
+/// further deliveries, and no further frames are read from the connection. The output can exceed this size,
+/// because a reply or a delivery that has begun is still appended.
 const ENOUGH: usize = 256 * 1024;
 
 /// The output of one connection.
@@ -15,7 +15,7 @@ const ENOUGH: usize = 256 * 1024;
 pub struct Output {
     frame_max: usize,
     frames: Vec<u8>,
-    /// Bytes that the writer took last and may not have written yet.
+    /// The number of bytes that the writer took last, and may not have written yet.
     in_flight: usize,
     /// Whether a consumer missed a delivery because the output was full.
     starved: bool,
@@ -45,7 +45,7 @@ impl Output {
         frames::put_heartbeat(&mut self.frames);
     }
 
-    /// Returns whether there is room for a delivery. If there is none, records that a consumer missed a
+    /// Returns whether there is room for a delivery. If there is no room, records that a consumer missed a
     /// delivery.
     pub fn has_room(&mut self) -> bool {
         let has_room = !self.is_full();
@@ -58,8 +58,8 @@ impl Output {
         self.frames.len() + self.in_flight >= ENOUGH
     }
 
-    /// Takes the waiting frames in exchange for an empty buffer. The caller must have written all frames that
-    /// it took before.
+    /// Removes and returns the waiting frames, in exchange for an empty buffer. The caller must have written
+    /// all frames from earlier calls.
     pub fn take(&mut self, empty: Vec<u8>) -> Vec<u8> {
         let frames = mem::replace(&mut self.frames, empty);
         self.in_flight = frames.len();

@@ -27,8 +27,8 @@ pub struct DeadLetter {
 }
 
 impl VirtualHost {
-    /// Routes a complete message to its queues, and records its confirm right away, because nothing else
-    /// remains to be done.
+    /// Routes a complete message to its queues, and records its confirm right away, because the message then
+    /// needs no further work.
     pub(super) fn publish(&mut self, at: ChannelId, content: Content) -> Outcome {
         let Content { publish, properties, raw_properties, body, .. } = content;
         if properties
@@ -121,7 +121,7 @@ impl VirtualHost {
         is_taken
     }
 
-    /// Delivers what a queue's consumers have room for, and removes expired and excess messages.
+    /// Delivers as many messages as a queue's consumers have room for, and removes expired and excess messages.
     pub(super) fn push(&mut self, id: QueueId) {
         let now = Instant::now();
         self.expire(id, now);
@@ -153,8 +153,8 @@ impl VirtualHost {
         self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key });
     }
 
-    /// Publishes a few dead letters. Their new queues may dead-letter them at once, into ever more queues, so
-    /// the clock goes on with the rest and other connections get their turn in between.
+    /// Publishes a few dead letters. Their new queues may dead-letter them at once, into ever more queues. So
+    /// the clock publishes the rest, and other connections get their turn in between.
     pub(super) fn settle_dead_letters(&mut self) {
         const AT_ONCE: usize = 16;
 
@@ -171,8 +171,7 @@ impl VirtualHost {
             if self.memory.is_exhausted() {
                 continue;
             }
-            // A rejected message may cycle, because a consumer must reject it each time, and may stop doing
-            // so.
+            // A rejected message may cycle, because each cycle needs a consumer that rejects the message again.
             let gone_through =
                 if reason == Reason::Rejected { Vec::new() } else { message.queues_gone_through() };
             let message = Arc::new(message);

@@ -19,7 +19,7 @@ pub struct Queue {
     pub durable: bool,
     /// Whether the queue is deleted with its last consumer.
     pub auto_delete: bool,
-    /// The only connection that may use the queue, which is deleted with this connection.
+    /// The only connection that may use the queue. The queue is deleted with this connection.
     pub owner: Option<ConnectionId>,
     /// The arguments of the queue's declaration.
     pub arguments: Arguments,
@@ -27,7 +27,7 @@ pub struct Queue {
     pub consumers: VecDeque<Consumer>,
     /// When the queue was last declared, read with `basic.get`, or left by a consumer.
     pub last_used: Instant,
-    /// When the clock will look at the queue next.
+    /// When the clock will check the queue next.
     pub due: Option<Instant>,
     /// The queue's share of the broker's memory.
     pub _held: Held,
@@ -57,7 +57,7 @@ pub struct Consumer {
     pub tag: ShortString,
     /// Whether deliveries count as acknowledged as soon as they are sent.
     pub no_ack: bool,
-    /// Whether no other consumer is allowed at the queue.
+    /// Whether the queue may have no other consumer.
     pub exclusive: bool,
     /// The highest number of unacknowledged deliveries; 0 means no limit.
     pub prefetch: u16,
@@ -116,7 +116,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Puts a delivered message back to its position in the queue.
+    /// Puts a delivered message back into its position in the queue.
     pub fn requeue(&mut self, mut entry: Entry) {
         entry.redelivered = true;
         self.ready_bytes += entry.message.body.len();
@@ -128,7 +128,7 @@ impl Queue {
     pub fn take(&mut self) -> Option<Entry> {
         let entry = self.ready.pop_front()?;
         self.ready_bytes -= entry.message.body.len();
-        // The queue gives back the room that a long backlog took.
+        // The queue frees the memory that a long backlog took.
         if self.ready.capacity() > 1024 && self.ready.len() < self.ready.capacity() / 4 {
             self.ready.shrink_to(self.ready.capacity() / 2);
         }

@@ -151,7 +151,7 @@ impl Raw {
         }
     }
 
-    /// Gets a message, and does not acknowledge it.
+    /// Gets a message without acknowledging it.
     pub async fn get(&mut self, queue: &str) -> Result<String> {
         let get = basic::Get { queue: queue.into(), no_ack: false };
         self.method(1, AMQPClass::Basic(basic::AMQPMethod::Get(get))).await?;

@@ -1,7 +1,7 @@
 //! The state that all connections share: the connections, the exchanges, the queues, and the times at which
 //! messages or queues expire. It knows no sockets: frames for a peer are appended to its output.
 //!
-//! The other methods of [`VirtualHost`] are in `methods` (what a client asks for), `definitions` (exchanges and
+//! The other methods of [`VirtualHost`] are in `methods` (the methods of clients), `definitions` (exchanges and
 //! queues), `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
 
 use super::{
@@ -20,11 +20,11 @@ use std::{
 };
 use tokio::{sync::Notify, time::Instant};
 
-/// The number of a connection, which is never used again.
+/// The number of a connection. No other connection ever gets the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ConnectionId(u64);
 
-/// The number of a queue, which is never used again, although the name of the queue may be.
+/// The number of a queue. No other queue ever gets the same number, even if it gets the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QueueId(u64);
 
@@ -60,7 +60,7 @@ pub struct Peer {
     pub publishes: bool,
     /// The notifications that the client understands.
     pub capabilities: Capabilities,
-    /// Bytes received of messages that are incomplete.
+    /// How many bytes of incomplete messages have been received.
     pub assembling: usize,
     pub(super) channels: BTreeMap<u16, Channel>,
     /// Channels with confirms that have not been sent yet.
@@ -109,8 +109,8 @@ impl VirtualHost {
         id
     }
 
-    /// Removes a connection: unacknowledged deliveries are requeued, and its exclusive queues are deleted.
-    /// Returns its remaining output.
+    /// Removes a connection: its unacknowledged deliveries are requeued, and the queues that only it may use
+    /// are deleted. Returns its remaining output.
     pub fn disconnect(&mut self, connection: ConnectionId) -> Option<Output> {
         let numbers: Vec<u16> =
             self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.keys().copied()).collect();
@@ -146,8 +146,8 @@ impl VirtualHost {
         }
     }
 
-    /// Expires the messages and queues whose time is over at `now`, and returns when to call this again. If
-    /// dead letters are left, that time is `now`.
+    /// Expires the messages and queues whose time is over at `now`, and returns when to call `tick` again. If
+    /// dead letters are left, it returns `now`.
     pub fn tick(&mut self, now: Instant) -> Option<Instant> {
         while let Some(&(due, id)) = self.due.first().filter(|(due, _)| *due <= now) {
             self.due.remove(&(due, id));
@@ -166,17 +166,17 @@ impl VirtualHost {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] is due earlier than it returned.
+    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] is due earlier than its last call
+    /// returned.
     pub fn clock(&self) -> Arc<Notify> {
         Arc::clone(&self.clock)
     }
 
-    /// Schedules a look of the clock at this queue, at the time when the queue or its first message may
-    /// expire.
+    /// Makes the clock check this queue at the time when the queue or its first message may expire.
     pub(super) fn schedule(&mut self, id: QueueId) {
         let Some(queue) = self.queues.get_mut(&id) else { return };
         let Some(next) = queue.next_due() else { return };
-        // A time that is too early costs only one look; most messages are consumed before they are due.
+        // An earlier check costs little, and most messages are consumed before they expire.
         if queue.due.is_some_and(|due| due <= next) {
             return;
         }

@@ -1,5 +1,5 @@
-//! Hostile and broken clients of the embedded broker: it reports the error to each client or disconnects it,
-//! and no other client is harmed.
+//! Hostile and broken clients of the embedded broker: the broker reports an error to each of them or
+//! disconnects it, and no other client is harmed.
 
 use amq_protocol::{
     frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame, parse_frame},
@@ -23,7 +23,7 @@ use tokio::{
     time::timeout,
 };
 
-/// A well-behaved client, connected at the same time as the hostile ones.
+/// A well-behaved client, connected at the same time as the hostile clients.
 struct Healthy {
     _connection: Connection,
     channel: Channel,
@@ -313,7 +313,7 @@ async fn many_messages_that_are_begun_and_never_finished_end_the_connection() ->
         }
         anyhow::Ok(())
     };
-    // The broker may close the connection while this is still writing, so a write may fail.
+    // The broker may close the connection while the test is still writing, so a write may fail.
     let _ = timeout(PATIENCE, begun).await?;
     assert_eq!(closed_with(&mut stream).await?, 506);
     healthy.works("messages without an end").await
@@ -346,7 +346,7 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
             some => read += some,
         }
     }
-    // The byte count includes frame headers, so a message may still be on its way.
+    // The bytes read include frame headers, so the last messages may still be on their way.
     let none = poll(PATIENCE, async || (declare(&healthy.channel, "q", &[]).await.ok()? == 0).then_some(()));
     none.await.context("messages are left")
 }

@@ -1,7 +1,7 @@
-//! The control, which does the work of api and mq as the Go original does it. Its api opens a connection to
-//! the broker for each login, uses no confirms, and answers 200 whatever happens. Its mq acknowledges a
-//! message on receipt, processes it afterwards, and only logs failures. The control must be seen to lose
-//! logins, or it means nothing that the services pass the test.
+//! The control, which does the work of api and mq as the Go original does it. Its api opens a connection to the
+//! broker for each login, uses no confirms, and answers 200 whatever happens. Its mq acknowledges a message on
+//! receipt, processes it afterwards, and only logs failures. The test must find that the control loses logins;
+//! otherwise the test would prove nothing about the services.
 //!
 //! The control doesn't replace usercenter, because usercenter plays no part in the loss of logins.
 

@@ -13,7 +13,7 @@ pub enum Fault {
     KillUsercenter,
     /// mq is killed, and started again at once.
     KillMq,
-    /// The broker is killed, and comes back with what is durable.
+    /// The broker is killed, and comes back with its durable queues and messages.
     BrokerRestart,
     /// The connections of a link are reset.
     Reset,
@@ -27,11 +27,12 @@ pub enum Fault {
     CrashAfterConfirm,
     /// mq is killed after it has processed a login, but before the broker has the acknowledgement.
     CrashBeforeAck,
-    /// A message that can't be read, and one that the database refuses.
+    /// Two messages are published: one is unreadable, and the database refuses the other.
     Poison,
     /// api can't write to its disk while the broker is away.
     DiskFull,
-    /// The queue is deleted while it has a consumer. It is empty then, because its messages would be lost.
+    /// The queue is deleted while it has a consumer. The queue must be empty, because messages in it would be
+    /// lost.
     QueueDeleted,
     /// The collector goes silent.
     CollectorSilent,
@@ -39,7 +40,7 @@ pub enum Fault {
     KillApiWithoutBroker,
 }
 
-/// A link that can fail on its own.
+/// A link that can fail while the other links work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Link {
     /// From api to the broker.
@@ -55,7 +56,7 @@ pub enum Link {
 pub struct Step {
     /// The kind of fault.
     pub fault: Fault,
-    /// How long nothing is disturbed before the fault.
+    /// How long the system runs undisturbed before the fault.
     pub pause: Duration,
     /// How long the fault lasts, for kinds of fault that last.
     pub hold: Duration,
@@ -65,8 +66,8 @@ pub struct Step {
     pub resets: bool,
 }
 
-/// The faults of a run: all of the chosen kinds in a random order, then all of them again in another order.
-/// The plan has no end.
+/// The faults of a run: each of the chosen kinds once in a random order, then each kind again in another order,
+/// without an end.
 pub struct Plan {
     rng: Rng,
     faults: Vec<Fault>,
@@ -101,7 +102,8 @@ impl Iterator for Plan {
         let mut between = |from: u64, to: u64| Duration::from_millis(self.rng.u64(from..to));
         let pause = between(200, 1500);
         let hold = match fault {
-            // A silent link is detected after 4 seconds, so this is sometimes long enough and sometimes not.
+            // A silent link is detected after 4 seconds, so some of these faults are detected and others are
+            // not.
             Fault::HalfOpen => between(2000, 7000),
             _ => between(1000, 3000),
         };

@@ -5,7 +5,8 @@ use anyhow::{Context, Result};
 use sqlx::{ConnectOptions, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{collections::HashMap, path::Path, time::Duration};
 
-/// A copy of the history: the number of effects of each trace. Only its methods bring the copy up to date.
+/// A copy of the history: the number of effects of each trace. The copy changes only when [`History::catch_up`]
+/// or [`History::read_all`] is called.
 pub struct History {
     connection: SqliteConnection,
     last_row: i64,
@@ -46,7 +47,7 @@ impl History {
         Ok(())
     }
 
-    /// Reads all rows again, and the counts, for the verdict.
+    /// Reads all rows and the counts again, for the verdict.
     ///
     /// # Errors
     /// If the database can't be read.

@@ -24,7 +24,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// How long to wait until a trap withholds its frame (then the service is killed), or until a queue is empty.
+/// How long to wait for a trap to withhold its frame, or for a queue to become empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The parts of the system that faults are injected into.
@@ -37,7 +37,7 @@ pub struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Injects a fault and ends it. Returns how the fault differed from the one planned, if it did.
+    /// Injects a fault and ends it. If the fault differed from the planned fault, returns how.
     pub async fn inject(&mut self, step: &Step) -> Result<Option<&'static str>> {
         match step.fault {
             Fault::KillApi => self.restart(Service::Api).await?,
@@ -78,7 +78,7 @@ impl Target<'_> {
             }
             Fault::Poison => self.poison.publish(self.system, self.history).await?,
             Fault::DiskFull => {
-                // api's disk has room for a few logins, and then for no more.
+                // api's disk has room for only a few logins.
                 let limit = self.system.spool_size() + 16;
                 self.system.kill(Service::Api).await?;
                 self.system.api_broker.refuse();
@@ -127,14 +127,14 @@ impl Target<'_> {
         let sprung = matches!(timeout(PATIENCE, sprung).await, Ok(Ok(())));
         self.system.kill(service).await?;
         for link in [&self.system.api_broker, &self.system.mq_broker] {
-            // Also removes a trap whose frame didn't come.
+            // Restoring the link also removes a trap whose frame didn't come.
             link.restore();
         }
         self.system.start_service(service, None).await?;
         Ok((!sprung).then_some("killed without the frame that it was to be killed at"))
     }
 
-    /// Deletes the queue once it is empty and no message can still come into it, not even from a retry queue.
+    /// Deletes the queue once it is empty and no message can enter it any more, not even from a retry queue.
     /// With the control, only the queue itself is checked, because the control loses logins and has no dead
     /// letters.
     async fn delete_queue(&mut self) -> Result<Option<&'static str>> {
@@ -170,12 +170,12 @@ pub async fn messages(channel: &Channel, queue: &ShortString) -> Result<u32> {
 pub struct Recovery {
     /// From the end of the fault until a login that was sent after it was answered with 200.
     pub answered: Duration,
-    /// From the end of the fault until such a login was seen to have taken effect.
+    /// From the end of the fault until the effect of such a login was seen.
     pub applied: Duration,
 }
 
 impl Target<'_> {
-    /// Waits until logins are answered and applied again; returns `None` if they aren't within `limit`.
+    /// Waits until logins are answered and applied again; returns `None` if this takes longer than `limit`.
     pub async fn recover(
         &mut self,
         since: Instant,

@@ -8,7 +8,7 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// The trace id that a login sends, by which its effect is found.
+/// The trace id that a login sends. The effect of the login is found by this id.
 pub type TraceId = u128;
 
 /// A login that was sent.
@@ -16,11 +16,11 @@ pub type TraceId = u128;
 pub struct Login {
     /// The trace id of the login.
     pub trace: TraceId,
-    /// When it was sent.
+    /// When the login was sent.
     pub begun: Instant,
     /// When its outcome was known.
     pub ended: Instant,
-    /// Its outcome.
+    /// The outcome of the login.
     pub outcome: Outcome,
 }
 
@@ -29,7 +29,7 @@ pub struct Login {
 pub enum Outcome {
     /// Status 200, so the login must take effect.
     Answered,
-    /// Another status. The login need not take effect, but may.
+    /// Another status. The login may take effect, but need not.
     Refused(u16),
     /// The connection broke, or no response came in time. The login may have taken effect or not.
     Unknown,
@@ -57,7 +57,7 @@ pub struct Verdict {
     pub applied_unasked: usize,
     /// The logins that were answered with 200 and took no effect.
     pub lost: Vec<TraceId>,
-    /// The number of effects beyond the first one of each login.
+    /// The number of effects beyond the first effect of each login.
     pub duplicated: u64,
     /// Everything else that must not happen, in words.
     pub unexpected: Vec<String>,
@@ -123,7 +123,7 @@ impl Ledger {
                 .unexpected
                 .push(format!("{count} logins answered {status} with nothing amiss but the broker"));
         }
-        // If the counts exceed the rows, a login was counted twice for one row.
+        // If the sum of the counts exceeds the number of rows, a login was counted more than once for a row.
         verdict.duplicated += history.counted().saturating_sub(history.rows());
         if history.counted() < history.rows() {
             let missing = history.rows() - history.counted();
@@ -159,7 +159,7 @@ mod tests {
 
     const KNOWN: u64 = 100;
 
-    /// Makes a history with one row for each of these traces, and with this count of logins.
+    /// Makes a history with a row for each of these traces, and with this count of logins.
     async fn history(traces: &[TraceId], counted: u64) -> History {
         let directory = tempfile::TempDir::new().unwrap();
         let file = directory.path().join("mq.db");
@@ -183,8 +183,8 @@ mod tests {
         history
     }
 
-    /// Makes a ledger of logins 1, 2, 3, … with these outcomes. Each takes a second, one after the other,
-    /// from `start` on.
+    /// Makes a ledger of logins 1, 2, 3, … with these outcomes. From `start` on, one login follows another, and
+    /// each lasts a second.
     fn ledger(start: Instant, outcomes: &[Outcome]) -> Ledger {
         let ledger = Ledger::default();
         for (i, outcome) in outcomes.iter().enumerate() {

@@ -1,11 +1,11 @@
 //! `cargo dev chaos` tests that no login is lost. It sends many logins while it injects faults in an order
 //! that a seed determines. In the end it compares the answers with the effects.
 //!
-//! - [`faults`]: the kinds of fault and their order; `inject`: how each is injected
+//! - [`faults`]: the kinds of fault and their order; `inject`: how each fault is injected
 //! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
 //! - `load`: the logins; `poison`: messages that can't be processed
-//! - `ledger`: how logins were answered; `history`: which took effect; `spans`: the trees of spans
-//! - [`control`]: api and mq as the original does them, which must be seen to lose logins
+//! - `ledger`: how logins were answered; `history`: which logins took effect; `spans`: the trees of spans
+//! - [`control`]: api and mq as in the Go original, which must be found to lose logins
 
 pub mod broker;
 pub mod control;
@@ -41,7 +41,7 @@ use tokio::{
 /// How long after the end of a fault logins may stay unanswered, or without effect.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(45);
 
-/// How long nothing must have changed at the end before logins without effect count as lost.
+/// How long nothing must change at the end of a run before logins without effect count as lost.
 const QUIET: Duration = Duration::from_secs(15);
 
 /// How to test.
@@ -56,22 +56,23 @@ pub struct Options {
     /// Callers at the same time.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub callers: u32,
-    /// How long to go on at most.
+    /// The longest duration of the load, in seconds.
     #[arg(long, default_value_t = 1800)]
     pub seconds: u64,
-    /// Fixes the order of faults, and when and for how long they come; a random one by default.
+    /// The seed that decides the order, the times and the durations of the faults; random by default.
     #[arg(long)]
     pub seed: Option<u64>,
     /// Only these faults, comma-separated.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub faults: Vec<Fault>,
-    /// On which broker; `rabbitmq` starts a node of its own.
+    /// The broker to use; `rabbitmq` starts a node for this run.
     #[arg(long, value_enum, default_value = "embedded")]
     pub broker: Kind,
-    /// Test the original's way instead: no confirms, acknowledged on receipt. It must be seen to lose.
+    /// Test the way of the Go original instead: no confirms, and messages acknowledged on receipt. It must lose
+    /// logins.
     #[arg(long)]
     pub control: bool,
-    /// Keep the logs and data of the services, whatever comes of it.
+    /// Keep the logs and data of the services, whatever the verdict is.
     #[arg(long)]
     pub keep: bool,
 }
@@ -191,10 +192,10 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
     Ok(Outcome { verdict, judged, events, elapsed: start.elapsed() })
 }
 
-/// Waits until all answered logins have taken effect and nothing has changed for a moment, or until nothing
-/// has changed for long.
+/// Waits until all answered logins have taken effect and nothing has changed for `GRACE`, or until nothing has
+/// changed for [`QUIET`].
 async fn settle(system: &System, ledger: &Ledger, history: &mut History) -> Result<()> {
-    /// How long to wait for logins that were not answered, because they may still take effect.
+    /// How long to wait for logins that were not answered, because these logins may still take effect.
     const GRACE: Duration = Duration::from_secs(2);
 
     let (connection, channel) = system.broker.connect().await?;

@@ -1,4 +1,4 @@
-//! The load: logins at a steady rate over many connections, each login in its own trace. A login that can't
+//! The load: logins at a steady rate over many connections. Each login has a separate trace. A login that can't
 //! be sent, because api can't be reached, is not an attempt. Every login that was sent is recorded, whatever
 //! its outcome.
 
@@ -59,7 +59,7 @@ impl Load {
         Self { shared, callers: tasks }
     }
 
-    /// Sends no more logins, and waits until all that were sent have an outcome.
+    /// Sends no more logins, and waits until all logins that were sent have an outcome.
     pub async fn pause(&self) {
         self.shared.is_paused.send_replace(true);
         while self.shared.in_flight.load(SeqCst) > 0 {
@@ -88,7 +88,7 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
         sleep_until(due).await;
         // Missed logins are not made up for, because that would cause a burst.
         due = Instant::now().max(due + beat);
-        // The count is raised before `paused` is read. So either whoever pauses waits for this login, or this
+        // The count is raised before `paused` is read. So either `Load::pause` waits for this login, or this
         // login waits until the load is resumed.
         shared.in_flight.fetch_add(1, SeqCst);
         if *paused.borrow() {
@@ -114,7 +114,7 @@ async fn log_in(
     let mut connection = match connection {
         Some(connection) => connection,
         None => {
-            // If api can't be reached at the moment, nothing was sent.
+            // If api can't be reached, nothing was sent, so this is not an attempt.
             let connection = timeout(PATIENCE, TcpStream::connect(address)).await.ok()?.ok()?;
             connection.set_nodelay(true).ok()?;
             connection

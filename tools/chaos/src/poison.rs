@@ -1,4 +1,5 @@
-//! Messages that can't be processed. Each of them must become a dead letter, and nothing else may.
+//! Messages that can't be processed. Each of these messages must become a dead letter, and no other message
+//! may.
 
 use super::{history::History, ledger::TraceId, system::System};
 use anyhow::{Result, ensure};
@@ -14,7 +15,7 @@ use std::{
 };
 use uuid::Uuid;
 
-/// The messages that were published and those that were found in the dead-letter queue, by message id.
+/// The poison messages that were published, and those found in the dead-letter queue, by message id.
 #[derive(Default)]
 pub struct Poison {
     published: BTreeMap<String, TraceId>,

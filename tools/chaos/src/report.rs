@@ -13,13 +13,13 @@ pub struct Event {
     pub lasted: Duration,
     /// How soon the system worked again, or `None` if it didn't in time.
     pub recovery: Option<Recovery>,
-    /// How the fault differed from the one planned.
+    /// How the fault differed from the planned fault, or `None` if it didn't.
     pub note: Option<&'static str>,
 }
 
 /// Prints what the run is about to do.
 pub fn begin(options: &Options, round: usize) {
-    // A fault takes 4 seconds on average, including its pause and the recovery.
+    // A fault, with the pause before it and the recovery after it, lasts 4 seconds on average.
     let faults = 4 * round as u64;
     let load = options.logins as u64 / u64::from(options.rate.max(1));
     say(&format!(

@@ -1,5 +1,5 @@
-//! A collector that keeps only what decides whether a trace's tree is right: the ids of the producer spans,
-//! and the parents of the consumer spans.
+//! A collector that judges the trees of traces. It keeps only the ids of the producer spans and the parents of
+//! the consumer spans.
 
 use super::ledger::TraceId;
 use anyhow::Result;
@@ -42,13 +42,13 @@ struct Tree {
 /// How many trees are right.
 #[derive(Debug, Default)]
 pub struct Judged {
-    /// Traces with a producer span, in which every consumer span is a child of one.
+    /// Traces with a producer span in which every consumer span is a child of a producer span.
     pub whole: usize,
     /// Traces without a producer span or a consumer span, because a process was killed before it sent the
     /// span.
     pub partial: usize,
-    /// Traces with a consumer span that belong to no login, or in which a consumer span is not a child of a
-    /// producer span.
+    /// Traces with a consumer span that belong to no login, and traces in which a consumer span is not a child
+    /// of a producer span.
     pub wrong: usize,
 }
 

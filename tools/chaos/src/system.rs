@@ -1,5 +1,5 @@
-//! The system under test: three services, a broker, a collector, and a proxy on each link between them.
-//! Services can be killed, and started again with their data.
+//! The system under test: three services, a broker, a collector, and a proxy on each link between them. A
+//! service can be killed, and started again with its data.
 
 use super::{
     broker::{Broker, Kind},
@@ -78,7 +78,7 @@ impl System {
         fs::create_dir(directory.path().join("data"))?;
         let broker = Broker::start(kind).await?;
         let collector = Collector::start()?;
-        // Stands for the address of a service that doesn't run yet.
+        // Until a service runs, this address stands for the service's own.
         let nowhere = collector.address;
         let mut system = Self {
             api_broker: Proxy::start_amqp(broker.address())?,
@@ -120,8 +120,8 @@ impl System {
             ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
             ("API_DATA_DIR", data.display().to_string()),
             ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
-            // Half of the time-out is for the disk, so that a stalled disk doesn't look like a refusal
-            // because of the broker.
+            // Half of the time-out is for the disk. With less, a stalled disk would look like a broker that
+            // refuses logins.
             ("PUBLISH_TIMEOUT", "2s".to_owned()),
             ("API_DEADLINE", "9s".to_owned()),
             // A message that always fails must soon become a dead letter.
@@ -129,7 +129,7 @@ impl System {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", self.collector_link.address)),
             // The spans that a killed process has not sent yet are lost, so there should be few of them.
             ("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned()),
-            // A line for each login would tell nothing.
+            // A log line for each login would be of no use.
             ("RUST_LOG", "info,api::login=warn,mq::processing=warn".to_owned()),
             ("API_LISTEN", "127.0.0.1:0".to_owned()),
             ("USERCENTER_LISTEN", "127.0.0.1:0".to_owned()),
@@ -177,14 +177,14 @@ impl System {
     /// Waits until a line of a service's output contains `text`.
     ///
     /// # Errors
-    /// If no line does in time.
+    /// If no such line comes in time.
     pub async fn said(&self, service: Service, text: &str) -> Result<()> {
         let process = self.services[service as usize].as_ref();
         process.with_context(|| format!("{} does not run", service.name()))?.said(text).await?;
         Ok(())
     }
 
-    /// Starts the services again that ended although they were not killed; returns which ended and how.
+    /// Restarts the services that ended without being killed; returns which services ended, and how.
     ///
     /// # Errors
     /// If a service can't be started again.
@@ -201,7 +201,7 @@ impl System {
         Ok(ended)
     }
 
-    /// Stops all services with SIGTERM; returns those that did not end with success.
+    /// Stops all services with SIGTERM; returns the services that did not end with success.
     ///
     /// # Errors
     /// If a log can't be kept.

@@ -1,9 +1,9 @@
-//! A short `cargo dev chaos`: the services pass it, and the control does not. The long form is a command.
+//! A short run of the test behind `cargo dev chaos`: the services pass it, and the control does not.
 
 use chaos::{self, Options, broker::Kind, faults::Fault};
 
-/// A few seconds of load with one of the worst faults of each kind: a crash on either side of the broker at
-/// the worst moment, and an outage.
+/// A few seconds of load with the worst faults: a crash of the publisher and of the consumer, each at its worst
+/// moment, and an outage of the broker.
 fn short(is_control: bool) -> Options {
     Options {
         logins: 500,

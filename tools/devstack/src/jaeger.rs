@@ -1,4 +1,4 @@
-//! Reads a trace from Jaeger's query API, of a real Jaeger or of the backend that `cargo dev` runs in its
+//! Reads a trace from Jaeger's query API, which a real Jaeger serves, or the backend of `cargo dev` in its
 //! place.
 
 use anyhow::{Result, ensure};
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 /// the trace.
 ///
 /// # Errors
-/// If there is no response, or if it is not one that Jaeger gives.
+/// If there is no response, or if the response is not one of Jaeger's API.
 pub async fn trace(client: &Client, jaeger: &str, trace_id: &str) -> Result<Vec<Span>> {
     let answer = client.get(&format!("{jaeger}/api/traces/{trace_id}")).await?;
     if answer.status == 404 {
@@ -34,7 +34,7 @@ fn to_span(span: &Value, processes: &Value) -> Span {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let process = &processes[span["processID"].as_str().unwrap_or_default()];
     let references: Vec<_> = span["references"].as_array().into_iter().flatten().collect();
-    // A link is a reference too, of the type FOLLOWS_FROM.
+    // Links are references too, of the type FOLLOWS_FROM.
     let is_parent =
         |reference: &&Value| reference["traceID"] == span["traceID"] && reference["refType"] == "CHILD_OF";
     let parent = references.iter().position(is_parent);

@@ -41,17 +41,17 @@ enum Tool {
     },
     /// Run the embedded trace backend alone, until a signal.
     Backend(Addresses),
-    /// Kill, cut, freeze, fill and poison the system under load, and count what is lost.
+    /// Kill, cut, freeze, fill and poison the system under load, and count the lost logins.
     Chaos(chaos::Options),
-    /// What `chaos --control` starts in place of api and mq.
+    /// Run the control, which `chaos --control` starts in place of api and mq.
     #[command(hide = true, subcommand)]
     Control(chaos::control::Service),
-    /// Measure what traces cost, and traces with metrics and logs: the three services on a real broker,
+    /// Measure the cost of traces, and of traces with metrics and logs, in the three services on a real broker
     /// under load.
     Bench(bench::Options),
     /// Measure whether the embedded broker is as fast as RabbitMQ.
     BenchBroker(bench::broker::Options),
-    /// Measure how many spans the embedded trace backend takes.
+    /// Measure how many spans a second the embedded trace backend accepts.
     BenchBackend(bench::backend::Options),
 }
 
@@ -96,7 +96,7 @@ async fn backend(addresses: Addresses) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Streams of SIGINT and SIGTERM, which are caught from the moment this is made.
+/// Streams of SIGINT and SIGTERM. The signals are caught from the moment the streams are made.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,

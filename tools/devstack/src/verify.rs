@@ -19,13 +19,13 @@ use std::{
     time::Duration,
 };
 
-/// Which system.
+/// The system to check.
 #[derive(Args)]
 pub struct Options {
-    /// Where api is.
+    /// The URL of api.
     #[arg(long, default_value = "http://localhost:8888", value_parser = base_url)]
     api: String,
-    /// Where Jaeger's page is, or that of `cargo dev`.
+    /// The URL of Jaeger's page, or of the page of `cargo dev`.
     #[arg(long, default_value = "http://localhost:16686", value_parser = base_url)]
     jaeger: String,
     /// How many seconds a trace may take to arrive.
@@ -49,7 +49,8 @@ struct Case {
     status: u16,
     /// The expected tree, as [`trace::tree`] draws it. The indentation of the source code is ignored.
     tree: &'static str,
-    /// Span name, attribute and value of each expected attribute. An empty value stands for any value.
+    /// For each expected attribute: the name of the span, the name of the attribute, and its value. An empty
+    /// value stands for any value.
     attributes: &'static [(&'static str, &'static str, &'static str)],
 }
 
@@ -162,7 +163,7 @@ async fn attempt(client: &Client, options: &Options, case: &Case) -> Result<(Ans
     Ok((answer, spans))
 }
 
-/// Returns how the response and the spans differ from the case, a line for each difference.
+/// Returns how the response and the spans differ from the case, with a line for each difference.
 fn differences(case: &Case, answer: &Answer, spans: &[Span]) -> String {
     let mut out = String::new();
     if answer.status != case.status {

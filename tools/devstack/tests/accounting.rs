@@ -1,4 +1,4 @@
-//! Counts what became of the spans: at any moment, ended = exported + dropped + waiting, exactly.
+//! The services count their spans exactly: at any moment, ended = exported + dropped + waiting.
 
 use anyhow::{Context, Result, ensure};
 use harness::{

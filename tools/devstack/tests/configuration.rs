@@ -1,4 +1,5 @@
-//! Configuration alone turns tracing on and shapes it. docs/configuration.md names the test for each setting.
+//! Configuration alone turns tracing on, and decides how spans are sampled and exported. docs/configuration.md
+//! names the test for each setting.
 
 use anyhow::Result;
 use harness::{
@@ -69,7 +70,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
             let output = Process::command(service, &variables)?.output().await?;
             let said = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(2), "{service} with {variable}={value}: {said}");
-            // clap names the flag, which is the variable's name or the end of it.
+            // clap's message names the flag, which is the variable's name or the end of that name.
             let kebab = variable.to_ascii_lowercase().replace('_', "-");
             let names_flag = said.split("--").skip(1).any(|rest| {
                 let flag =
@@ -109,7 +110,7 @@ async fn a_disabled_sdk_makes_no_spans_and_passes_the_context_on() -> Result<()>
     let mut stack = Stack::start(&[("*", "OTEL_SDK_DISABLED", "true")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[("traceparent", REMOTE_PARENT)]).await?;
     assert_eq!(answer.status, 200);
-    // The answer has the caller's own span, because no service opened another.
+    // The answer has the id of the caller's span, because no service opened a span.
     assert_eq!(answer.header("traceparent"), REMOTE_PARENT);
     stack.mq.said("trace_id=4bf92f3577b34da6a3ce929d0e0e4736").await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.header("traceparent"), "");
@@ -130,8 +131,8 @@ async fn a_service_has_the_name_that_it_is_given() -> Result<()> {
 async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
     let on = REMOTE_PARENT;
     let off = REMOTE_PARENT.replace("-01", "-00");
-    // Each case has a sampler, its argument, and whether it samples without a parent, with a sampled parent
-    // and with an unsampled parent.
+    // Each case has a sampler, its argument, and whether the sampler samples without a parent, with a sampled
+    // parent, and with an unsampled parent.
     for (sampler, arg, expected) in [
         ("always_on", "", [true, true, true]),
         ("always_off", "", [false, false, false]),
@@ -151,7 +152,7 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
         stack.stop().await?;
         for (answer, expected) in [without, with_on, with_off].iter().zip(expected) {
             let count = stack.receiver.trace(&answer.trace_id()).len();
-            // The flag in the caller's answer must agree.
+            // The flag in the answer to the caller must agree with the number of spans.
             let flag = is_sampled(answer);
             assert_eq!((count, flag), (if expected { 6 } else { 0 }, expected), "{sampler} {arg}");
         }
@@ -375,7 +376,8 @@ async fn limits_hold_on_every_span() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
-    // No batch is due for an hour, but a batch is full after one span in api, and after two in the others.
+    // No batch is due for an hour. But a batch is full after one span in api, and after two spans in the other
+    // services.
     let variables = [
         ("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"),
         ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2"),

@@ -22,11 +22,12 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
-/// A login must be answered within this time during an attack. That is generous, for a busy machine, but less
-/// than the ten seconds after which a silent connection is closed.
+/// A login must be answered within this time during an attack. The time is long enough for a busy machine, but
+/// shorter than the ten seconds after which a silent connection is closed.
 const LOGIN_PATIENCE: Duration = Duration::from_secs(9);
 
-/// How long a body may take. With this limit, no slow connection is closed before the logins are done.
+/// How long a body may take to arrive. With this limit, no slow connection is closed before the logins are
+/// done.
 const BODY: (&str, &str, &str) = ("api", "API_DEADLINE", "9s");
 
 /// The number of slow clients that a service must survive.
@@ -36,8 +37,8 @@ const MANY: usize = 10_000;
 #[expect(clippy::print_stderr, reason = "a run with fewer connections must be noticed")]
 fn as_many_as_possible() -> Result<usize> {
     let limit = usize::try_from(rlimit::increase_nofile_limit(rlimit::INFINITY)?)?;
-    // The same limit applies to the service, which has a file for each connection too. Both processes have
-    // other files open.
+    // The same limit applies to the service, which also has a file for each connection. Both processes have
+    // other files open as well.
     let possible = limit.saturating_sub(300).min(MANY);
     if possible < MANY {
         eprintln!("ulimit -n is {limit}: only {possible} connections of {MANY} are tried");
@@ -149,7 +150,7 @@ async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<(
         p50(&among_many),
         p99(&among_many),
     );
-    // Each connection may take 20 KiB.
+    // A slow connection may cost at most 20 KiB.
     assert!(memory_among_many < memory_alone + count / 50, "{memory_alone} -> {memory_among_many} MiB");
     all_closed(slow).await?;
     println!("all were cut off {:.1?} after the first was opened", opened.elapsed());
@@ -164,13 +165,13 @@ async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Res
     for _ in 0..20 {
         silent.push(TcpStream::connect(stack.api.address).await?);
     }
-    // If api made no room, the login would wait for the ten seconds that a silent connection has.
+    // If api made no room, the login would wait until the silent connections are closed, after ten seconds.
     let start = Instant::now();
     logins(&stack, 1).await?;
     assert!(start.elapsed() < LOGIN_PATIENCE);
     let first = silent.remove(0);
     timeout(LOGIN_PATIENCE, all_closed(vec![first])).await.context("the first is still open")??;
-    // The last connection is still open and goes on waiting.
+    // The last connection is still open.
     let last = silent.pop().context("the last one")?;
     assert_eq!(last.try_read(&mut [0]).map_err(|error| error.kind()), Err(io::ErrorKind::WouldBlock));
     Ok(())
@@ -205,7 +206,7 @@ async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     let mut deaf = TcpStream::connect(stack.api.address).await?;
     let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1000);
-    // Writes until both systems' buffers are full, and then until the other side loses patience.
+    // Writes until the buffers on both sides are full, and then until the other side closes the connection.
     let cut_off = async {
         loop {
             if let Err(error) = deaf.write_all(&request).await {

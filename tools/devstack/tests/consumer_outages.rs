@@ -1,4 +1,4 @@
-//! The broker as mq sees it: away, cut off, frozen, short of memory. mq stays up, reports it, and resumes.
+//! The broker is away, cut off, frozen or short of memory. mq stays up, reports the outage, and resumes.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -13,7 +13,7 @@ use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
 use std::time::Duration;
 use tokio::time::sleep;
 
-/// Starts all services, with a network between mq and the broker that the test can break.
+/// Starts all services, with a proxy between mq and the broker, by which the test disturbs their connections.
 async fn with_proxy(database: &Database) -> Result<(Stack, Proxy)> {
     let broker = TestBroker::connect().await?;
     let (proxy, url) = broker.proxy()?;
@@ -102,7 +102,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
 
     let database = Database::new()?;
     let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", "none")];
-    // An alarm affects every client, so the test does not raise it on a broker that others use.
+    // An alarm affects every client, so the test does not raise it on a broker that other tests use.
     let mut stack = Stack::start_on(TestBroker::embedded().await?, &variables).await?;
     stack.mq.said("the database is available").await?;
     database.poison(BAD).await?;
@@ -122,7 +122,8 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     stack.broker.set_alarm(true);
     let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("MQ_RETRY_DELAYS", "none")];
     let mq = stack.another("mq", &variables).await?;
-    // These are more messages than may be unacknowledged at a time, so mq must have acknowledged some.
+    // This is more than the number of messages that may be unacknowledged at a time, so mq must have
+    // acknowledged some messages.
     let applied =
         poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
     assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
@@ -130,18 +131,19 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     let is_bad = |span: &&harness::trace::Span| span.attributes["messaging.message.id"] == "3";
     assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
 
-    // This pause is longer than a confirm may otherwise take.
+    // Without an alarm, mq would give up a confirm that takes this long.
     sleep(Duration::from_secs(6)).await;
     stack.broker.set_alarm(false);
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("3"));
-    // The message was published once, although it had to wait.
+    // The dead letter was published only once, although it had to wait.
     stack.receiver.expect_span(|span| is_bad(&span)).await;
     let queue = stack.broker.topology.dead_letter_queue.as_str();
     let another = stack.broker.channel.basic_get(queue.into(), Default::default()).await?;
     assert_eq!(another, None);
 
-    // An alarm that is over by the next message does not publish that twice either.
+    // If the alarm is over before the next message fails, that message's dead letter is not published twice
+    // either.
     stack.broker.set_alarm(true);
     let told = poll(PATIENCE, async || stack.broker.is_blocked().then_some(())).await;
     assert!(told.is_some());

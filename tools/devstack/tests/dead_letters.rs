@@ -34,7 +34,7 @@ async fn dead_letters(stack: &Stack, arguments: &[&str]) -> Result<Said> {
     Ok(Said { out: text(&output.stdout), err: text(&output.stderr), code: output.status.code() })
 }
 
-/// Logs in so that the message becomes a dead letter. Returns its trace id and its message id.
+/// Logs in so that the message becomes a dead letter. Returns the message's trace id and message id.
 async fn dead_login(stack: &Stack) -> Result<(String, String)> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let trace_id = answer.trace_id();
@@ -108,7 +108,7 @@ async fn a_replay_is_a_span_in_the_trace_and_the_login_is_applied() -> Result<()
     assert_eq!(last.attributes["throughline.message.outcome"], "applied");
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
 
-    // The other dead letter is still in the queue until all are replayed.
+    // The other dead letter is still in the queue, until all dead letters are replayed.
     let list = dead_letters(&stack, &["list"]).await?;
     assert!(list.out.contains(&other_trace) && !list.out.contains(&trace_id), "{}", list.out);
     assert_eq!(dead_letters(&stack, &["replay", "--all"]).await?.code, Some(0));
@@ -142,7 +142,8 @@ async fn reading_leaves_order_and_content_of_the_queue_as_they_were() -> Result<
     for i in 0..5 {
         let mut headers = FieldTable::default();
         headers.insert("x-mine".into(), AMQPValue::LongInt(i));
-        // One message is another producer's, without an id, and one id would clear the terminal.
+        // One message has no id, because another producer sent it. Another message has an id that would clear
+        // the terminal.
         let id = ["a", "b", "", "\x1b[2J", "e"][i as usize];
         let properties = BasicProperties::default().with_headers(headers).with_priority(i as u8);
         let properties = if id.is_empty() { properties } else { properties.with_message_id(id.into()) };

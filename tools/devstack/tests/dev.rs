@@ -1,4 +1,4 @@
-//! `cargo dev` as its users see it: a program that starts everything, draws traces, and ends cleanly.
+//! `cargo dev` as its users see it: the program starts everything, draws traces, and ends cleanly.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -44,7 +44,7 @@ fn devstack(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
 
 impl Dev {
     async fn start(variables: &[(&str, &str)]) -> Result<Self> {
-        // This builds the services first, so that the time to wait for output does not include the build.
+        // This builds the services first, so that the build does not count as time to wait for output.
         Process::command("api", &[])?;
         let mut child = devstack(&["--free-ports"], variables).spawn()?;
         let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
@@ -91,7 +91,7 @@ impl Dev {
         let pid = self.child.id().context("it has ended")?;
         let mut children = Vec::new();
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-            // The thread may have ended in the meantime.
+            // The thread may have ended since its directory was listed.
             let list = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
             children.extend(list.split_whitespace().map(str::to_owned));
         }
@@ -206,7 +206,7 @@ async fn killed_it_still_leaves_no_process() -> Result<()> {
 async fn it_ends_when_nobody_reads_what_it_says() -> Result<()> {
     nothing_is_left_after(async |dev| {
         dev.reader.abort();
-        // The next output, the drawing of a trace, has no reader.
+        // The next output is the drawing of a trace, which nobody reads.
         dev.login().await?;
         assert!(timeout(PATIENCE, dev.child.wait()).await??.success());
         Ok(())

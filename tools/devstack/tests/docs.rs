@@ -1,4 +1,4 @@
-//! The files, tests and variables that the documents name exist.
+//! Checks that the files, tests and variables that the documents name exist.
 
 use anyhow::{Context, Result};
 use std::{

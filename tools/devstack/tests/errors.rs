@@ -40,7 +40,7 @@ fn assert_problem(answer: &Answer, status: u16, kind: &str) {
     assert!(!body["title"].as_str().unwrap_or_default().is_empty());
 }
 
-/// Checks the server span: its status is an error only if the service is to blame.
+/// Checks that the server span's status is an error only if the service is to blame.
 fn assert_server_span(spans: &[Span], status: u16) {
     let span = spans.iter().find(|span| span.kind == "SERVER" && span.service == "api").expect("server span");
     assert_eq!(span.attributes["http.response.status_code"], status.to_string());
@@ -225,7 +225,7 @@ async fn usercenter_slow_is_504_after_the_deadline() -> Result<()> {
     Ok(())
 }
 
-/// A usercenter that begins its answer and never ends it. It sends the `grpc-timeout` of each call to
+/// Starts a usercenter that begins its answers and never ends them. It sends the `grpc-timeout` of each call to
 /// `timeouts`.
 async fn begins_and_stalls(timeouts: mpsc::UnboundedSender<String>) -> Result<String> {
     let call = async move |headers: HeaderMap| {

@@ -30,7 +30,7 @@ use tonic::{
 const WARNING: &str = "spans can't be exported";
 const REJECTED: &str = "spans were rejected";
 
-/// Reads the last line of a service's log: how many spans ended, were exported, were dropped.
+/// Reads from the last line of a service's log how many spans ended, were exported, and were dropped.
 fn counts(output: &str) -> Result<[u64; 3]> {
     let line = output.lines().rfind(|line| line.contains("ended=")).context("no counts")?;
     let number = |key: &str| {
@@ -60,7 +60,7 @@ async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when
         service.said(WARNING).await?;
     }
 
-    // The waiting spans are sent, and so are new ones.
+    // The waiting spans are sent, and so are new spans.
     let receiver = Receiver::start_at(address).await?;
     for answer in [&answers[0], &answers[199], &stack.login(KNOWN_MOBILE, &[]).await?] {
         receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
@@ -93,7 +93,8 @@ async fn a_full_queue_drops_and_counts_and_memory_stays_bounded() -> Result<()> 
     for _ in 0..500 {
         stack.login(KNOWN_MOBILE, &[("user-agent", &"x".repeat(4000))]).await?;
     }
-    // If 500 spans of this size were kept, they alone would take 2 MB, and the SDK's 2,000 spans even more.
+    // If 500 spans of this size were kept, they would take 2 MB, and the SDK's default of 2,000 spans even
+    // more.
     let grown = resident(&stack)?.saturating_sub(before);
     assert!(grown < 1500, "{grown} kB");
     stack.stop().await?;
@@ -137,7 +138,7 @@ async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<
         Stack::start(&[("rpc", "OTEL_TRACES_EXPORTER", "none"), ("mq", "OTEL_TRACES_EXPORTER", "none")])
             .await?;
     stack.receiver.refuse([Refusal::Invalid]);
-    // The whole batch of this login is refused, because it is sent together with its last span.
+    // The first batch is refused, which has one or both of the spans of this login.
     let refused = stack.login("13800138009", &[]).await?;
     stack.api.said(REJECTED).await?;
     let taken = stack.login("13800138009", &[]).await?;
@@ -330,7 +331,7 @@ async fn the_line_at_the_end_of_an_outage_counts_all_that_was_dropped_in_it() ->
     Ok(())
 }
 
-/// Returns the names of a process's threads, and how much lower the priority of each is than usual.
+/// Returns the names of a process's threads, each with the thread's niceness.
 fn niceness(id: u32) -> Result<Vec<(String, i32)>> {
     let tasks = fs::read_dir(format!("/proc/{id}/task"))?;
     let stats = tasks.map(|task| Ok(fs::read_to_string(task?.path().join("stat"))?));
@@ -360,7 +361,7 @@ async fn threads_that_export_let_requests_pass() -> Result<()> {
             let those = threads.iter().filter(move |(name, _)| name.starts_with("OpenTelemetry") == exports);
             those.map(|(_, niceness)| *niceness).collect::<Vec<_>>()
         });
-        // There is a thread for each signal, and one for the connections.
+        // There is a thread for each signal, and a thread for the connections.
         (exporting == [own + 10; 4] && serving.iter().all(|niceness| *niceness == own)).then_some(())
     });
     lowered.await.with_context(|| format!("{:?}", niceness(stack.api.id())))

@@ -1,5 +1,5 @@
-//! Messages are delivered at least once and applied exactly once, even if they are delivered twice, mq dies
-//! in between, or the database makes them wait.
+//! Messages are delivered at least once and applied exactly once, even if they are delivered twice, if mq dies
+//! in between, or if the database makes them wait.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -72,7 +72,7 @@ async fn without_an_id_the_producer_span_tells_messages_apart() -> Result<()> {
         stack.publish(BasicProperties::default().with_headers(headers), BODY).await?;
     }
     assert_eq!(outcomes(&stack, 3).await, ["applied", "duplicate", "applied"]);
-    // Without any id, these can't be told from other logins.
+    // Messages without any id can't be recognized as duplicates.
     for _ in 0..2 {
         stack.publish(BasicProperties::default(), BODY).await?;
     }
@@ -106,7 +106,7 @@ async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Resul
         stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
     }
     let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("RUST_LOG", "info,mq::processing=warn")];
-    // mq takes few messages at a time over a slow network, so that some are left for the last kill, however
+    // Over a slow network, mq gets few messages at a time. So some messages are left for the last kill, however
     // late the kills come.
     let (slow, slow_url) = stack.broker.proxy()?;
     slow.slow_down(Duration::from_millis(50));
@@ -155,7 +155,7 @@ async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Resu
         answers.push(stack.login(KNOWN_MOBILE, &[]).await?);
     }
     becomes(&stack.mq, false).await?;
-    // This is long enough for several attempts to open the database.
+    // This pause is long enough for several attempts to open the database.
     sleep(Duration::from_secs(4)).await;
     assert!(stack.receiver.spans().iter().all(|span| span.kind != "CONSUMER"));
 
@@ -167,7 +167,7 @@ async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Resu
     }
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (5, 5));
     becomes(&stack.mq, true).await?;
-    // mq logs this once, not for each attempt.
+    // mq logs this warning once, not for each attempt.
     let output = stack.mq.output();
     assert_eq!(output.matches("the database is unavailable").count(), 1, "{output}");
     Ok(())

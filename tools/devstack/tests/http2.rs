@@ -1,5 +1,5 @@
-//! Broken and hostile HTTP/2, byte by byte, sent to usercenter and to mq's health checks: the connection
-//! ends, the service lives, and its memory does not grow.
+//! Broken and hostile HTTP/2, byte by byte, sent to usercenter and to mq's health checks. The connection ends,
+//! the service lives, and its memory stays bounded.
 
 use anyhow::{Context, Result};
 use harness::{

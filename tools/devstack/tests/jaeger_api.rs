@@ -17,7 +17,7 @@ use opentelemetry_proto::tonic::{
 use serde_json::Value;
 use std::time::Duration;
 
-/// The tree of a trace as Jaeger's first API has it.
+/// Returns the tree of a trace from a response of Jaeger's first API.
 fn tree_of_jaeger(answer: &Value) -> Option<String> {
     let trace = answer["data"].get(0)?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -32,7 +32,7 @@ fn tree_of_jaeger(answer: &Value) -> Option<String> {
             ..otlp::Span::default()
         };
         let process = &trace["processes"][span["processID"].as_str().unwrap_or_default()];
-        // A reference within the trace is the parent's, of whichever type.
+        // A reference to a span of the same trace is the parent, whatever the type of the reference.
         let references = span["references"].as_array();
         let parent = references.and_then(|all| all.iter().find(|of| of["traceID"] == trace["traceID"]));
         Span {
@@ -45,7 +45,7 @@ fn tree_of_jaeger(answer: &Value) -> Option<String> {
     Some(trace::tree(&spans.collect::<Vec<_>>(), ""))
 }
 
-/// The tree of a trace as Jaeger's third API has it.
+/// Returns the tree of a trace from a response of Jaeger's third API.
 fn tree_of_otlp(mut answer: Value) -> Option<String> {
     let traces: ExportTraceServiceRequest = serde_json::from_value(answer["result"].take()).ok()?;
     let spans: Vec<Span> = traces.resource_spans.iter().flat_map(trace::spans).collect();
@@ -72,7 +72,7 @@ async fn a_logins_tree_is_read_from_both_generations_of_jaegers_api() -> Result<
     let third = get(&format!("/api/v3/traces/{id}")).await?.json();
     assert_eq!(tree_of_otlp(third).as_ref(), Some(&expected));
 
-    // What a page asks to get there.
+    // With these queries, a page finds the trace and shows the rest of the system.
     let services = get("/api/services").await?.json();
     assert_eq!(services["data"], serde_json::json!(["api", "mq", "usercenter"]));
     let found = get("/api/traces?service=mq&operation=mq_consumer_msg&tag=span.kind:consumer").await?;

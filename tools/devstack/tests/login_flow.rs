@@ -1,4 +1,4 @@
-//! One login passes three processes and a broker, and makes one trace.
+//! A login passes through three processes and a broker, and makes one trace.
 
 use anyhow::Result;
 use harness::{

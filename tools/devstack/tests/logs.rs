@@ -94,7 +94,7 @@ async fn a_standard_output_that_is_closed_or_full_harms_no_request() -> Result<(
         ("OTEL_BSP_SCHEDULE_DELAY", "50"),
     ];
     let stack = Stack::start(&[]).await?;
-    // In the first case nobody reads the pipe any more; in the second the disk is full.
+    // In the first case, nobody reads the pipe any more. In the second case, the disk is full.
     let closed = r#"mkfifo "$PIPE"; : <"$PIPE" & exec "$0" >"$PIPE""#;
     for script in [closed, r#"exec "$0" >/dev/full"#] {
         let directory = TempDir::new()?;

@@ -1,4 +1,4 @@
-//! How the consumer treats messages: our own, those from other languages, and garbage.
+//! How the consumer treats messages: those of these services, those from other languages, and garbage.
 
 use amqp::properties::UNREADABLE;
 use anyhow::{Context, Result};
@@ -206,7 +206,7 @@ async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> 
         let headers = letter.properties.headers().as_ref().context("headers")?.inner();
         assert_eq!(headers[UNREADABLE], AMQPValue::LongString(kept.into()));
     }
-    // The trace is still known from the body.
+    // The trace is still found, by the body.
     let tree = "
         mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
         mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties

@@ -69,7 +69,7 @@ async fn every_boundary_and_every_process_is_measured_as_the_conventions_say() -
         let ok = [("rpc.system.name", "grpc"), method, ("rpc.status_code", "OK")];
         expect(&stack, service, name, &ok, 3.0).await;
         let not_found = expect(&stack, service, name, &[method, ("rpc.status_code", "NOT_FOUND")], 1.0).await;
-        // The status is an error for the client but not for the server.
+        // This status is an error for the client, but not for the server.
         assert_eq!(not_found.attributes.contains_key("error.type"), service == "api");
     }
 

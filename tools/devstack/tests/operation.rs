@@ -1,4 +1,4 @@
-//! Operators' views of the services: health, reflection, logs.
+//! The services as an operator sees them: health, reflection, logs.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -75,7 +75,7 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
         (503, json!({"usercenter": false, "broker": true, "spool": true, "spooled": 0, "stopping": false}))
     );
     assert!(!probe(&stack.api).await?);
-    // api is still alive.
+    // api is not ready, but alive.
     assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
 
     let away = [("AMQP_URL", "amqp://127.0.0.1:1"), ("OTEL_TRACES_EXPORTER", "none")];

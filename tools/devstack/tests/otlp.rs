@@ -85,7 +85,7 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
             ("*", "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &good.certificate),
             ("*", "OTEL_EXPORTER_OTLP_CLIENT_KEY", &good.key),
             ("api", "OTEL_EXPORTER_OTLP_CERTIFICATE", &ca),
-            // A signal's own variable takes precedence.
+            // The variable of a signal takes precedence over the general variable.
             ("rpc", "OTEL_EXPORTER_OTLP_CERTIFICATE", &bad.certificate),
             ("rpc", "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", &ca),
             ("rpc", "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &bad.certificate),
@@ -102,9 +102,9 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
     Ok(())
 }
 
-/// Logs in several times while each service exports to a collector that takes no spans. `whys` has, for api,
-/// rpc and mq, the address that the service's warning names, and other texts in it. Requests are as fast as
-/// ever, and each service warns once and has an exact account.
+/// Logs in several times while each service exports to a collector that accepts no spans. `whys` has, for api,
+/// rpc and mq, the address and the other texts that the service's warning must contain. Requests must be as
+/// fast as ever. Each service must warn once and count its spans exactly.
 async fn each_warns_once(mut stack: Stack, whys: [(SocketAddr, &[&str]); 3]) -> Result<()> {
     const LOGINS: u64 = 5;
 

@@ -1,5 +1,5 @@
-//! The broker fails in every possible way: logins are answered all the same, and their messages reach it
-//! later, in order and in their own traces.
+//! The broker fails in every possible way. Logins are answered all the same, and their messages reach the
+//! broker later, in order, each in the trace of its login.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -36,7 +36,7 @@ async fn producer(stack: &Stack, login: &Answer) -> Span {
     stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "PRODUCER").await
 }
 
-/// Returns the reason in the producer span why the login was spooled. The span must not be an error.
+/// Returns why the login was spooled, from its producer span. The span's status must not be an error.
 fn why_spooled(producer: &Span) -> &str {
     assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
     assert_eq!(producer.status, "UNSET");
@@ -54,7 +54,8 @@ async fn ready(stack: &Stack) -> Result<(u16, Value)> {
     Ok((answer.status.as_u16(), answer.json()))
 }
 
-/// Waits until api is ready, with this `broker` and `spooled`. (usercenter has one second to answer api.)
+/// Waits until api is ready, and reports these values of `broker` and `spooled`. (usercenter has one second to
+/// answer api.)
 async fn ready_with(stack: &Stack, broker: bool, spooled: u64) -> Result<()> {
     let expected =
         json!({"usercenter": true, "broker": broker, "spool": true, "spooled": spooled, "stopping": false});
@@ -207,7 +208,7 @@ async fn a_frozen_network_delays_one_round_of_logins_and_no_more() -> Result<()>
     Ok(())
 }
 
-/// This test runs only on the embedded broker, because RabbitMQ's alarm would affect all its users.
+/// This test runs only on the embedded broker, because an alarm of RabbitMQ would affect all its clients.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again() -> Result<()> {
     let stack = Stack::start_on(TestBroker::embedded().await?, &[]).await?;
@@ -263,7 +264,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
     let messages = async |expected: u32| {
         poll(PATIENCE, async || {
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-            // This comes first, because a passive declaration of a missing queue would close the channel.
+            // This check comes first, because a passive declaration of a missing queue would close the channel.
             let normal = ready(&stack).await.ok()?.1["spooled"] == 0;
             if !normal {
                 return None;
@@ -286,7 +287,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_time() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    // If one queue of the exchange is full, the broker nacks the message, although the other queues take it.
+    // If one queue of the exchange is full, the broker nacks the message, although the other queues accept it.
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
     arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
@@ -295,7 +296,7 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
     let refused = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &refused).await), "nacked");
 
-    // api offers the message at least five more times, and the consumer's queue takes it each time.
+    // api publishes the message at least five more times, and the consumer's queue accepts it each time.
     let trace = refused.trace_id();
     let offered = poll(PATIENCE, async || {
         let spans = stack.receiver.trace(&trace);
@@ -331,7 +332,7 @@ async fn a_login_whose_time_is_over_while_the_broker_is_silent_says_so_in_every_
 #[tokio::test(flavor = "multi_thread")]
 async fn logins_share_one_connection_to_the_broker() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
-    // From now on, any other connection leads nowhere.
+    // From now on, any new connection leads nowhere.
     proxy.lead_to("127.0.0.1:1".parse()?);
     for _ in 0..20 {
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;

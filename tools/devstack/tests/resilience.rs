@@ -1,4 +1,4 @@
-//! usercenter is slow, failing or away, or there are more requests than api can serve: the tests check the
+//! usercenter is slow, failing or away, or there are more requests than api can serve. The tests check the
 //! answers, the calls that reach usercenter, and the trace.
 
 use anyhow::Result;
@@ -142,8 +142,8 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     let gate = permits.clone();
     let fake = StandIn::start(move |_| Reply::ErrorAfter(Code::Unavailable, gate.clone())).await?;
     let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", "1"), ("USERCENTER_CIRCUIT_PAUSE", "5s")]).await?;
-    // All calls begin before the first fails. So all count in one window, and none begins after the circuit
-    // has opened, however slow this machine is.
+    // All calls begin before the first fails. So all of them count in one window, and no call begins after the
+    // circuit has opened, however slow this machine is.
     let logins = join_all((0..OPENS_AFTER).map(|_| stack.login(KNOWN_MOBILE, &[])));
     let all_fail = async {
         fake.called(OPENS_AFTER).await?;
@@ -234,7 +234,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     let rpc = stack.rpc.address;
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let in_flight = tokio::spawn(async move {
-        // This call is refused if one of the calls below was quicker.
+        // This call is refused if one of the calls below came first.
         while let Err(status) = stalled(rpc, parent, None).await {
             assert_eq!(status.code(), Code::Unavailable);
         }
@@ -303,8 +303,8 @@ async fn a_caller_over_http_cannot_shorten_the_deadline_and_open_the_circuit() -
 async fn a_peer_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
     let fake = StandIn::start(|_| Reply::User).await?;
     let address = fake.url.trim_start_matches("http://").parse()?;
-    // The first connection of api goes through `network`, then `vanishing`. Later ones go from `network` to the
-    // fake.
+    // api's first connection goes through `network` and then `vanishing` to the fake. Later connections go from
+    // `network` directly to the fake.
     let vanishing = Proxy::start(address)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);

@@ -173,7 +173,7 @@ async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
 async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Result<()> {
     let (mut stack, database) = poisoned("60s").await?;
     stack.mq.stop().await?;
-    // These counts say that earlier deliveries had no result. The bound is 20.
+    // By these counts, the messages were redelivered 19 and 20 times without a result. The limit is 20.
     let mut connection = database.connect().await?;
     for (id, redeliveries) in [("harmless", 19), ("deadly", 20)] {
         let properties = BasicProperties::default().with_message_id(id.into());

@@ -1,5 +1,4 @@
-//! A rolling update: under load, one instance after the other is stopped and started again, and no login
-//! fails.
+//! A rolling update: under load, one instance after another is stopped and started again, and no login fails.
 
 use anyhow::{Context, Result, ensure};
 use harness::{
@@ -29,11 +28,11 @@ use tokio::{
 
 const RESTARTS: usize = 12;
 
-/// The delay is longer than the balancer takes to notice: it checks each instance twenty times a second, and
-/// waits at most a second for an answer.
+/// The delay is longer than the balancer needs to notice that an instance is not ready. The balancer checks
+/// each instance twenty times a second, and waits at most a second for an answer.
 const SHUTDOWN_DELAY: (&str, &str) = ("SHUTDOWN_DELAY", "2s");
 
-/// The number of callers, and the interval at which each logs in.
+/// The number of callers, and the interval between two logins of a caller.
 const CALLERS: usize = 8;
 const BEAT: Duration = Duration::from_millis(100);
 
@@ -116,7 +115,7 @@ impl Load {
         Self { stop, callers }
     }
 
-    /// Returns the trace ids of the logins that were answered with 200, and the outcomes of the others.
+    /// Returns the trace ids of the logins that were answered with 200, and the outcomes of all other logins.
     async fn finish(self) -> (Vec<String>, Vec<String>) {
         self.stop.store(true, Relaxed);
         let (answered, failed): (Vec<_>, Vec<_>) = self.callers.join_all().await.into_iter().unzip();
@@ -159,7 +158,7 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     }
 
     let load = Load::start(api.address);
-    // One instance of each service is restarted, then the other of each.
+    // First one instance of each service is restarted, then the other instance of each service.
     let turns = [0, 4, 2, 1, 5, 3];
     for turn in turns.iter().cycle().take(RESTARTS) {
         let instance = &mut instances[*turn];
@@ -183,8 +182,8 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     for trace in &answered {
         receiver.expect_tree(trace, LOGIN_TREE).await;
     }
-    // The services stop in the order in which a request passes them. Then all spans have been sent, so the
-    // trees show a message that was processed twice.
+    // The services stop in the order in which a request passes them. Then all spans have been sent, so a
+    // message that was processed twice would show in the trees.
     for index in [4, 5, 0, 1, 2, 3] {
         let exit = instances[index].process.stop().await?;
         assert!(exit.success(), "{exit}");
@@ -200,7 +199,7 @@ async fn a_connection_that_has_reached_its_age_costs_no_login() -> Result<()> {
     let variables = [("rpc", "USERCENTER_MAX_CONNECTION_AGE", "200ms"), ("api", "USERCENTER_ATTEMPTS", "5")];
     let stack = Stack::start(&variables).await?;
     let load = Load::start(stack.api.address);
-    // With this age, five connections come and go every second.
+    // With this maximum age, five connections come and go every second.
     sleep(Duration::from_secs(15)).await;
     let (answered, failed) = load.finish().await;
     assert!(failed.is_empty(), "{} of {}: {failed:#?}", failed.len(), failed.len() + answered.len());

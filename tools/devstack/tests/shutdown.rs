@@ -25,7 +25,8 @@ use tokio::{
     time::sleep,
 };
 
-/// Eight callers that log in until told to stop. They return the trace ids of the logins answered with 200.
+/// Eight callers that log in until told to stop. The load returns the trace ids of the logins answered with
+/// 200.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicUsize>,
@@ -88,7 +89,7 @@ async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Proc
     let name = stopped.name;
     let answered = load.finish().await;
 
-    // A stopped consumer leaves messages behind, so another one takes them.
+    // A stopped consumer leaves messages behind, so another consumer is started for them.
     let next = if name == "mq" { Some(stack.another("mq", &[]).await?) } else { None };
     for trace in &answered {
         stack.receiver.expect_tree(trace, LOGIN_TREE).await;
@@ -119,7 +120,7 @@ async fn mq_stopped_under_load_loses_no_span_and_processes_nothing_twice() -> Re
     stop_under_load("INT", |stack| &mut stack.mq).await
 }
 
-/// Starts a login, and waits until `usercenter` has its call.
+/// Starts a login, and waits until `usercenter` has received its call.
 async fn in_hand(stack: &Stack, usercenter: &StandIn) -> Result<JoinHandle<Result<Answer>>> {
     let (url, client) = (stack.login_url(), Client::new());
     let json = [("content-type", "application/json")];
@@ -140,8 +141,8 @@ async fn a_request_in_flight_is_answered_and_a_new_connection_refused() -> Resul
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
     assert!(Client::new().get(&format!("http://{}/healthz", stack.api.address)).await.is_err());
-    // There are permits for several attempts, because api retries if this process is too busy to answer its
-    // ping.
+    // There are permits for several attempts, because api retries a call if this process is too busy to answer
+    // api's ping.
     permits.add_permits(10);
     assert_eq!(in_flight.await??.status, 200);
     assert!(stack.api.exit().await?.success());
@@ -172,7 +173,8 @@ async fn services_that_wait_for_a_broker_end_at_once() -> Result<()> {
         let variables = [
             ("AMQP_URL", "amqp://127.0.0.1:1"),
             ("OTEL_TRACES_EXPORTER", "none"),
-            // This is longer than `stop` waits, so the test fails if the service ends only by its time-out.
+            // This time-out is longer than `stop` waits, so the test fails if the service ends only at the
+            // time-out.
             ("SHUTDOWN_TIMEOUT", "1h"),
         ];
         let mut service = Process::start(name, &variables).await?;
@@ -217,8 +219,8 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
         .await
         .context("usercenter is not ready")?;
 
-    // usercenter is told to stop first. One stopping instance must not make api unready, because api has
-    // others.
+    // usercenter is told to stop first. An instance that stops must not make api unready, because there may be
+    // other instances.
     stack.rpc.signal("TERM").await?;
     let unready = poll(PATIENCE, async || serving::health::probe(rpc).await.is_err().then_some(()));
     unready.await.context("usercenter says that it is ready")?;
@@ -267,7 +269,7 @@ async fn one_deadline_bounds_everything_even_if_nothing_ends_by_itself() -> Resu
         let took = start.elapsed();
         assert!(exit.success(), "{}: {exit}", service.name);
         assert!(took >= Duration::from_millis(500), "{}: {took:?}", service.name);
-        // The service used the 2 s that are set instead of the default of 8 s.
+        // The service used the time-out of 2 s that is set, and not the default of 8 s.
         assert!(took < Duration::from_secs(7), "{}: {took:?}", service.name);
     }
     assert!(stack.api.output().contains("cut off at the deadline"), "{}", stack.api.output());

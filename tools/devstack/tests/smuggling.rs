@@ -1,5 +1,5 @@
-//! Ambiguous requests, which two readers could understand differently: each gets one documented answer, and a
-//! request hidden inside is never served (RFC 9112, sections 6.3 and 11.2).
+//! Ambiguous requests, which two servers could understand differently. Each request gets one documented answer,
+//! and a second request that is hidden inside is never served (RFC 9112, sections 6.3 and 11.2).
 
 use anyhow::Result;
 use harness::{
@@ -22,8 +22,8 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
     let whole = format!("content-length: {}\r\n", BODY.len());
     let as_body = format!("0\r\n\r\n{HIDDEN}");
     for (name, request, expected) in [
-        // One reader uses the length, another the chunks. The chunks win (section 6.3), and the rest of the
-        // connection is not read.
+        // One server would use the length, another the chunks. The chunks win (section 6.3), and api reads
+        // nothing more from the connection.
         ("CL.TE", format!("{LOGIN}content-length: {}\r\n{chunked}\r\n{as_body}", as_body.len()), "400"),
         ("TE.CL", format!("{LOGIN}{chunked}content-length: 4\r\n\r\n22\r\n{HIDDEN}\r\n0\r\n\r\n"), "400"),
         ("TE.TE", format!("{LOGIN}{chunked}transfer-encoding: x\r\n\r\n{as_body}"), "400"),
@@ -96,7 +96,7 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             format!("{LOGIN}transfer-encoding: chunked\r\n\r\n{:x};a=b\r\n{BODY}\r\n0\r\n\r\n", BODY.len()),
             &["200"],
         ),
-        // Both requests are answered in order, once each, unlike the hidden ones in the test above.
+        // Both requests are answered in order, once each, unlike the hidden requests in the test above.
         ("pipelined requests", format!("{LOGIN}{whole}\r\n{BODY}{HIDDEN}"), &["200", "200"]),
         ("HTTP/1.0", format!("{}{whole}\r\n{BODY}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")), &["200"]),
         // HTTP/1.0 has no keep-alive by default, so the second request is not read.
@@ -111,8 +111,8 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             format!("{}transfer-encoding: chunked\r\n\r\n{chunks}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")),
             &["400"],
         ),
-        // The target takes precedence over the header (RFC 9112, section 3.2.2). No answer here depends on
-        // either.
+        // The host in the target takes precedence over the header (RFC 9112, section 3.2.2). No answer here
+        // depends on the host.
         ("absolute form", HIDDEN.replace("/healthz", "http://other.example/healthz"), &["200"]),
         ("a method that is unknown", HIDDEN.replace("GET", "SMUGGLE"), &["405"]),
         ("CONNECT", "CONNECT other.example:443 HTTP/1.1\r\nhost: x\r\n\r\n".to_owned(), &["404"]),

@@ -1,5 +1,5 @@
-//! The file that keeps logins while the broker is away: when it is full, on a full disk, in use, damaged, and
-//! after its process died.
+//! The spool, which is the file that keeps logins while the broker is away. The tests cover a full spool, a
+//! full disk, a spool in use, a damaged spool, and a spool whose process died.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -34,7 +34,7 @@ async fn drained(stack: &Stack) -> Result<()> {
     empty.await.with_context(|| format!("not drained:\n{}", stack.api.output()))
 }
 
-/// Replaces api by one that reaches the broker through a proxy, and has these variables.
+/// Replaces api by an api that reaches the broker through a proxy, and has these variables.
 async fn behind_proxy(stack: &mut Stack, variables: &[(&str, &str)]) -> Result<Proxy> {
     let (proxy, url) = stack.broker.proxy()?;
     let variables = [&[("AMQP_URL", url.as_str())], variables].concat();
@@ -95,7 +95,7 @@ async fn limit_files(process: &Process, bytes: &str) -> Result<()> {
 async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     let (proxy, url) = stack.broker.proxy()?;
-    // With this trap, a write beyond the limit fails as on a full disk instead of ending the process.
+    // With this trap, a write beyond the limit fails as on a full disk, instead of ending the process.
     let script = "trap '' XFSZ; exec \"$0\"";
     let data = TempDir::new()?;
     let variables = [("AMQP_URL", url.as_str()), ("API_DATA_DIR", &*data.path().to_string_lossy())];
@@ -140,7 +140,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     Ok(())
 }
 
-/// Declares a queue beside the consumer's, which gets all published messages.
+/// Declares a queue that gets all published messages, in addition to the consumer's queue.
 async fn tap(stack: &Stack) -> Result<String> {
     let tap = format!("{}tap", stack.broker.prefix);
     let (channel, topology) = (&stack.broker.channel, &stack.broker.topology);
@@ -152,7 +152,7 @@ async fn tap(stack: &Stack) -> Result<String> {
     Ok(tap)
 }
 
-/// Returns the trace ids of all messages in the queue, once each.
+/// Returns the trace ids of all messages in the queue, without duplicates.
 async fn trace_ids(stack: &Stack, queue: &str) -> Result<HashSet<String>> {
     let mut trace_ids = HashSet::new();
     let options = BasicGetOptions { no_ack: true };
@@ -166,7 +166,8 @@ async fn trace_ids(stack: &Stack, queue: &str) -> Result<HashSet<String>> {
     Ok(trace_ids)
 }
 
-/// Eight callers that log in until the service dies. They note each login answered with 200 at once.
+/// Eight callers that log in until the service dies. As soon as a login is answered with 200, the caller
+/// records it.
 struct Load(JoinSet<()>);
 
 impl Load {
@@ -240,7 +241,7 @@ async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next
     let mut stack = Stack::start(&[]).await?;
     let data = TempDir::new()?;
     let directory = data.path().to_string_lossy();
-    // This is longer than the test waits, so the test fails if api ends only by its time-out.
+    // This time-out is longer than the test waits, so the test fails if api ends only at the time-out.
     let variables = [("API_DATA_DIR", &*directory), ("SHUTDOWN_TIMEOUT", "1h")];
     let proxy = behind_proxy(&mut stack, &variables).await?;
     proxy.refuse();

@@ -1,5 +1,5 @@
-//! TLS between api and usercenter, and to the broker: with good certificates a login works as without TLS,
-//! and with others the log says what is wrong with them.
+//! TLS between api and usercenter, and to the broker: with good certificates a login works as without TLS, and
+//! with bad certificates the log says what is wrong.
 
 use anyhow::{Context, Result, ensure};
 use harness::{
@@ -61,8 +61,8 @@ async fn with_tls_on_both_sides_of_everything_a_login_is_one_trace_as_ever() -> 
     stack.stop().await
 }
 
-/// The log lines of api and usercenter when they can't have TLS with each other, and of api and mq when they
-/// can't have it with the broker. `Said::with` checks the address in each line.
+/// The log lines about failed TLS connections: api's to usercenter, and api's and mq's to the broker.
+/// `Said::with` checks the address in each line.
 struct Said {
     api_of_usercenter: String,
     usercenter: Process,
@@ -71,8 +71,8 @@ struct Said {
 }
 
 impl Said {
-    /// Starts usercenter and the broker with the certificate `servers`. If there is a `client_ca`, both ask
-    /// for a client certificate.
+    /// Starts usercenter and the broker with the certificate `servers`. If there is a `client_ca`, usercenter
+    /// and the broker ask for a client certificate.
     async fn with(
         certificates: &Certificates,
         servers: &Files,

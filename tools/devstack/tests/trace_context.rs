@@ -1,6 +1,7 @@
 //! W3C Trace Context over real sockets. These are the cases of the W3C group's own test suite
 //! (github.com/w3c/trace-context, folder `test`, June 2026: level 2), each from the HTTP request to the
-//! consumer span. For the cases that differ in level 2, the tests also check what the next process gets.
+//! consumer span. For the cases that differ in level 2, the tests also check the headers that the next process
+//! gets.
 //!
 //! The tests of the login show that several calls of a service share one trace and have different span ids.
 //! The propagator's unit tests cover kinds of malformed headers in more detail, and the limits.
@@ -32,7 +33,7 @@ const PARENT: &str = "00-12345678901234567890123456789012-1234567890123456-01";
 enum Expect {
     /// The service starts a new trace.
     NewTrace,
-    /// The trace is the caller's, with this tracestate at the far end (empty if it must be discarded).
+    /// The trace is the caller's, and the consumer span has this tracestate (empty if it must be discarded).
     SameTrace(String),
 }
 use Expect::{NewTrace, SameTrace};
@@ -71,8 +72,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
         let ids: Vec<_> = traceparent.split('-').collect();
         let [version, trace_id, span_id, flags] = ids[..] else { panic!("{case}: {traceparent}") };
         assert_eq!((version, trace_id.len(), span_id.len()), ("00", 32, 16), "{case}");
-        // Most cases have the same trace id, so spans are found by the id of their parent, beginning with
-        // this request's.
+        // Most cases have the same trace id. So spans are found by the id of their parent, beginning with the
+        // span id in this answer.
         let child = |kind: &'static str, parent: String| {
             let is_it = move |span: &Span| span.kind == kind && span.parent_span_id == parent;
             stack.receiver.expect_span(is_it)
@@ -80,7 +81,7 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
         let producer = child("PRODUCER", span_id.to_owned()).await;
         let consumer = child("CONSUMER", producer.span_id).await;
         assert_eq!(consumer.trace_id, trace_id, "{case}");
-        // Whatever the case sends, none of its ids may be used in part.
+        // If the trace is new, none of its ids may come from the caller's headers.
         match expected {
             NewTrace => {
                 let sent = lines.concat();
@@ -97,8 +98,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
     Ok(())
 }
 
-/// Returns the next message's trace headers, by name; `Traceparent` and other capitalized names are those of
-/// its body. mq must be stopped.
+/// Returns the trace headers of the next message, by name. Capitalized names, such as `Traceparent`, are those
+/// in the message's body. mq must be stopped.
 async fn next_message(stack: &Stack) -> Result<HashMap<String, String>> {
     let queue = stack.broker.topology.queue.as_str();
     let get = async || {

@@ -1,8 +1,10 @@
-//! A small load balancer, with which tests see how a real one treats a service; for development only.
+//! A small load balancer, by which tests see how a real balancer would treat a service. It is for development
+//! only.
 //!
-//! The balancer distributes connections, so it treats HTTP/1.1 and gRPC alike. Each new connection goes to
-//! the next ready instance in turn, or to the one after that if the instance refuses it. If no instance is
-//! ready, the balancer tries all of them, because an instance that is not quite ready is better than none.
+//! The balancer distributes connections, so it treats HTTP/1.1 and gRPC alike. Each new connection goes to the
+//! next ready instance in turn. If this instance refuses the connection, the instance after it is tried. If no
+//! instance is ready, the balancer tries all instances, because an instance that is not quite ready is better
+//! than none.
 
 use anyhow::Result;
 use loopback::{background::Background, client::Client};
@@ -102,8 +104,8 @@ impl Instances {
             interval.tick().await;
             let is_ready = timeout(CHECK_TIMEOUT, async {
                 match check {
-                    // Each check opens its own connection, because a kept-alive connection would still
-                    // succeed on an instance that accepts no new connections.
+                    // Each check opens a new connection, because a check on a kept-alive connection would
+                    // succeed even if the instance accepts no new connections.
                     Check::Http => Client::new()
                         .get(&format!("http://{}/readyz", instance.address))
                         .await

@@ -9,7 +9,7 @@ use rcgen::{
 use std::fs;
 use tempfile::TempDir;
 
-/// A directory of PEM files, which is deleted when this is dropped.
+/// A directory of PEM files, which is deleted when this value is dropped.
 pub struct Certificates {
     directory: TempDir,
     authority: CertifiedIssuer<'static, KeyPair>,

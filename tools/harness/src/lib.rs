@@ -23,6 +23,6 @@ pub mod stack;
 pub mod stand_in;
 pub mod tls_front;
 
-// Re-exported, so that a test finds everything it needs in one place.
+// These modules are re-exported, so that a test finds everything in one crate.
 pub use backend::{log, metric, receiver, trace};
 pub use loopback::{PATIENCE, client, free_port, poll};

@@ -1,8 +1,8 @@
 //! Ends the services of a process that was killed and so could not end them itself.
 //!
 //! A shell waits beside this process, at the other end of a pipe. Through the pipe, this process reports each
-//! service that it starts, and each that has ended. The pipe closes when this process ends, in whatever way.
-//! Then the shell ends the services that are left.
+//! service that it starts, and each service that has ended. The pipe closes when this process ends, in whatever
+//! way. Then the shell ends the services that are left.
 
 use std::{
     io::Write,

@@ -1,4 +1,4 @@
-//! The services as real processes.
+//! Runs the services as real processes.
 
 use crate::{
     PATIENCE,
@@ -38,7 +38,7 @@ const THEIRS: [&str; 11] = [
     "USERCENTER_",
 ];
 
-/// A running service. It is killed with its last owner.
+/// A running service. It is killed when this value is dropped.
 pub struct Process {
     /// The service's name, which is also the name of its binary.
     pub name: &'static str,
@@ -65,13 +65,13 @@ struct Output(Arc<Mutex<Lines>>);
 #[derive(Default)]
 struct Lines {
     kept: VecDeque<String>,
-    /// How many lines there were in all, with those that were dropped.
+    /// How many lines there were in all, including dropped lines.
     count: usize,
 }
 
 impl Process {
-    /// Starts a service on a free port, with these variables and no others that services read (such as
-    /// `OTEL_*`). Returns once the service listens.
+    /// Starts a service on a free port, with these variables. All other variables that services read, such as
+    /// `OTEL_*`, are unset. Returns once the service listens.
     ///
     /// # Errors
     /// If the service doesn't listen; the error contains its output.
@@ -213,7 +213,7 @@ impl Process {
     /// Waits until a line of output contains `text`; returns the line.
     ///
     /// # Errors
-    /// If no line does in time.
+    /// If no such line comes in time.
     pub async fn said(&self, text: &str) -> Result<String> {
         let line = poll(PATIENCE, async || self.output.find(text)).await;
         line.with_context(|| format!("{} did not say {text:?}:\n{}", self.name, self.output()))
@@ -287,7 +287,7 @@ impl Output {
     }
 }
 
-/// Makes a directory for the service's data, which is deleted with the process.
+/// Makes a directory for the service's data, and puts it into the command's variables.
 fn data_of(command: &mut Command) -> Result<TempDir> {
     let data = TempDir::new()?;
     command.env("API_DATA_DIR", data.path());
@@ -327,8 +327,8 @@ pub fn binary(name: &str) -> Result<PathBuf> {
 fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = std::process::Command::new(cargo);
-    // Builds the whole workspace, so that cargo enables the same features as `cargo build` there and builds
-    // little twice.
+    // Builds the whole workspace, so that cargo enables the same features as for `cargo build` and rebuilds
+    // little.
     build.args(["build", "--workspace", "--message-format=json-render-diagnostics"]).args(what);
     if !cfg!(debug_assertions) {
         build.arg("--release");

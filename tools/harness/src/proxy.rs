@@ -78,7 +78,7 @@ impl Proxy {
         Self::start_link(target, false)
     }
 
-    /// Does the same for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) one of them.
+    /// Does the same for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) a frame.
     ///
     /// # Errors
     /// If there is no free port.
@@ -111,13 +111,14 @@ impl Proxy {
         self.link.resets.send_modify(|resets| *resets += 1);
     }
 
-    /// Resets every connection, and each new one as soon as it is accepted.
+    /// Resets every connection, and each new connection as soon as it is accepted.
     pub fn refuse(&self) {
         self.link.mode.send_replace(Mode::Refusing);
         self.cut();
     }
 
-    /// Goes silent: connections stay open and new ones are accepted, but nothing passes in either direction.
+    /// Goes silent: connections stay open and new connections are accepted, but nothing passes in either
+    /// direction.
     pub fn freeze(&self) {
         self.link.mode.send_replace(Mode::Frozen);
     }
@@ -177,7 +178,7 @@ async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
     link.pass().await?;
     let target = *lock(&link.target);
     let server = if target.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // A reset drops this future, at any moment. Then the other side must get RST too.
+    // A reset drops this future at any moment, and the other side must then get RST too.
     server.set_zero_linger()?;
     let mut server = server.connect(target).await?;
     server.set_nodelay(true)?;
@@ -250,7 +251,7 @@ struct Frames {
 }
 
 impl Frames {
-    /// Takes the next complete frame (or protocol header), and its method if it has one.
+    /// Removes and returns the next complete frame (or protocol header), and its method if it has one.
     fn next(&mut self) -> Option<(Option<MethodId>, Bytes)> {
         const PROTOCOL_HEADER: usize = 8;
         const METHOD: u8 = 1;
@@ -267,7 +268,7 @@ impl Frames {
             }
             _ => None,
         };
-        // The frame's header, its payload and its end mark.
+        // The length is that of the frame's header, its payload and its end mark.
         let length = 7 + size + 1;
         (self.buffer.len() >= length).then(|| (method, self.buffer.split_to(length).freeze()))
     }

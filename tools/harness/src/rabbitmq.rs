@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 /// The Debian package's script directory. The scripts in `PATH` are wrappers that switch to another user.
 const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 
-/// How long a start may take. Erlang and RabbitMQ need seconds.
+/// How long a node may take to start. Even without load, Erlang and RabbitMQ need seconds.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A RabbitMQ node. When it is dropped, the node is killed and its data deleted.

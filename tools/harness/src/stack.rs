@@ -51,7 +51,7 @@ pub struct Stack {
     pub mq: Process,
     /// The receiver of the spans.
     pub receiver: Receiver,
-    /// The broker, with a connection of the test's own.
+    /// The broker, with a connection for the test.
     pub broker: TestBroker,
     /// The client for HTTP requests.
     pub client: Client,
@@ -166,7 +166,7 @@ impl Stack {
     /// Waits for the next dead letter and takes it out of its queue.
     ///
     /// # Errors
-    /// If none comes in time.
+    /// If no dead letter comes in time.
     pub async fn dead_letter(&self) -> Result<BasicGetMessage> {
         let queue = self.broker.topology.dead_letter_queue.as_str();
         let get = async || {
@@ -193,8 +193,8 @@ fn delays(list: &str) -> Vec<Duration> {
     list.split(',').filter_map(|delay| humantime::parse_duration(delay).ok()).collect()
 }
 
-/// Long deadlines, so that none expires because the machine is busy or its disk stalls. Tests of deadlines
-/// set their own.
+/// Long deadlines, so that a busy machine or a stalled disk makes no deadline expire. Tests of deadlines set
+/// other values.
 pub const PATIENT: [(&str, &str); 4] = [
     ("API_DEADLINE", "50s"),
     ("USERCENTER_TIMEOUT", "30s"),
@@ -237,9 +237,9 @@ impl<'a> Settings<'a> {
     }
 }
 
-/// The broker of a test. If `AMQP_URL` is set, it is the broker there, which tests share. Then each test puts
-/// its own prefix before its names and deletes its queues and exchanges at the end. Otherwise it is an
-/// embedded broker, which only this test uses and which ends with the test.
+/// The broker of a test. If `AMQP_URL` is set, all tests share the broker at that URL. Each test then gives its
+/// queues and exchanges names with a prefix, and deletes them at the end. Otherwise the test has an embedded
+/// broker for itself, which ends with the test.
 pub struct TestBroker {
     /// The broker's URL.
     pub url: String,
@@ -247,7 +247,7 @@ pub struct TestBroker {
     pub prefix: String,
     /// The names with that prefix.
     pub topology: Topology,
-    /// The retry delays that mq is configured with. Each has a queue, which must be deleted.
+    /// The retry delays that mq is configured with. Each delay has a queue, which must be deleted.
     pub retry_delays: Vec<Duration>,
     /// A channel for the test.
     pub channel: Channel,
@@ -371,7 +371,7 @@ impl Drop for TestBroker {
         }
         let clean_up = async {
             let server = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?;
-            // Opens a new connection, because the test may have broken the other one.
+            // Opens a new connection, because the test may have broken its own.
             let connection = amqp::connection::connect(&server, "test clean-up").await?;
             let channel = connection.create_channel().await?;
             let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;

@@ -52,12 +52,12 @@ impl StandIn {
         let url = format!("http://{}", listener.local_addr()?);
         let stand_in = Self { url, script: Arc::new(Mutex::new(Box::new(script))), calls: Arc::default() };
         let routes = Routes::new(UsercenterServer::new(stand_in.clone())).into_axum_router();
-        // This is not tonic's server, because that would respond at the caller's deadline too.
+        // This is not tonic's server, because tonic's would also respond, on its own, at the caller's deadline.
         tokio::spawn(axum::serve(listener, routes).into_future());
         Ok(stand_in)
     }
 
-    /// Responds by this script from now on.
+    /// From now on, responds as this script says.
     pub fn follow(&self, script: impl FnMut(usize) -> Reply + Send + 'static) {
         *lock(&self.script) = Box::new(script);
     }
@@ -67,7 +67,7 @@ impl StandIn {
         lock(&self.calls).clone()
     }
 
-    /// Waits until it has been called this many times.
+    /// Waits until the stand-in has been called this many times.
     ///
     /// # Errors
     /// If the calls don't come in time.

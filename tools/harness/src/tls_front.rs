@@ -1,5 +1,5 @@
-//! TLS in front of a server that has none, such as a test's broker. It does the server's part of the
-//! handshake and passes the decrypted bytes on.
+//! TLS in front of a server without TLS, such as a test's broker. The front does the server's part of the
+//! handshake, and passes the decrypted bytes on.
 
 use crate::certificates::Files;
 use anyhow::Result;
@@ -21,7 +21,7 @@ use tokio_rustls::{
 
 /// A running TLS server. It stops when it is dropped.
 pub struct TlsFront {
-    /// The address that it listens on.
+    /// The address that the TLS server listens on.
     pub address: SocketAddr,
     _runtime: Background,
 }
@@ -48,7 +48,7 @@ impl TlsFront {
         let certificate = CertificateDer::from_pem_file(&files.certificate)?;
         let mut config =
             builder.with_single_cert(vec![certificate], PrivateKeyDer::from_pem_file(&files.key)?)?;
-        // gRPC insists on ALPN. A client that offers neither protocol gets none.
+        // gRPC insists on ALPN. A client that offers neither of these protocols connects without ALPN.
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let runtime = Background::start(1, 1)?;
         let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;

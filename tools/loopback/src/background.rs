@@ -12,7 +12,7 @@ use tokio::{
 pub struct Background(Option<Runtime>);
 
 impl Background {
-    /// Starts a runtime with this many threads for tasks and for blocking calls.
+    /// Starts a runtime with these numbers of threads, for tasks and for blocking calls.
     ///
     /// # Errors
     /// If the threads can't be started.
@@ -35,8 +35,8 @@ impl Background {
 
     /// Serves `routes` on this runtime.
     pub fn serve_http(&self, listener: TcpListener, routes: Router) {
-        // With Nagle's algorithm, the end of an answer waits 40 ms for the client to acknowledge its
-        // beginning.
+        // With Nagle's algorithm, the end of an answer would wait up to 40 ms, until the client has
+        // acknowledged the beginning of the answer.
         let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         self.spawn(axum::serve(listener, routes).into_future());
     }

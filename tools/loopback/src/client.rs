@@ -36,8 +36,8 @@ impl Client {
     /// Creates a client without connections.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
-        // api closes a connection that is silent for ten seconds, perhaps just as the next request is on its
-        // way.
+        // api closes a connection after ten silent seconds, even if the next request is on its way by then. So
+        // this client closes an idle connection earlier.
         Self(Hyper::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build_http())
     }
 
@@ -74,11 +74,11 @@ impl Client {
     }
 }
 
-/// Sends bytes on a new connection, and reads until the other side closes the connection. Once the bytes
-/// received are `enough`, reading also ends when the other side falls silent.
+/// Sends bytes on a new connection, and reads until the other side closes the connection. Once `enough` accepts
+/// the received text, reading also ends when the other side falls silent.
 ///
 /// # Errors
-/// If the connection cannot be opened, or accepts no bytes for a minute.
+/// If the connection cannot be opened, or if the other side accepts no bytes for a minute.
 pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> bool) -> Result<String> {
     let mut connection = TcpStream::connect(address).await?;
     // The write may fail, because the other side may have closed the connection already.
@@ -93,15 +93,15 @@ pub async fn raw(address: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> boo
     }
 }
 
-/// Returns a condition for [`raw`]: at least this many HTTP/1 answers have arrived.
+/// Returns a condition for [`raw`], which is met once at least this many HTTP/1 answers have arrived.
 pub fn answers(count: usize) -> impl Fn(&str) -> bool {
     move |received| received.matches("HTTP/1.").count() >= count
 }
 
-/// Reads an answer with a `content-length`, and returns its status. The answer is left in `buffer`.
+/// Reads an answer with a `content-length` into `buffer`, and returns its status.
 ///
 /// # Errors
-/// If the connection ends before the answer does, or the answer is not HTTP/1.
+/// If the connection ends before the answer is complete, or if the answer is not HTTP/1.
 pub async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<u16> {
     buffer.clear();
     loop {
@@ -120,7 +120,7 @@ pub async fn read_status(connection: &mut TcpStream, buffer: &mut Vec<u8>) -> Re
     }
 }
 
-/// How long the other side must be silent after enough bytes.
+/// How long the other side must be silent before [`raw`] stops reading.
 const A_WHILE: Duration = Duration::from_millis(200);
 
 impl Answer {

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep};
 /// How long a test waits for an event that must happen, on a busy machine with a slow disk.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Calls `ask` until it returns an answer, for at most `limit`.
+/// Calls `ask` again and again until it returns an answer, for at most `limit`.
 pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -33,9 +33,9 @@ pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -
     }
 }
 
-/// Finds a free port for a process that will soon bind it. The port is below the range from which connections
-/// get theirs (`ip_local_port_range`), so that no connection takes it first. Each process starts its search
-/// at another port.
+/// Finds a free port for a process that will soon bind it. The port is below the range that the system uses for
+/// outgoing connections (`ip_local_port_range`), so that no connection gets the port first. Each process starts
+/// its search at another port.
 ///
 /// # Errors
 /// If no free port is found.

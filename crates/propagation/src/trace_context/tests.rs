@@ -13,7 +13,7 @@ fn joins_the_trace(traceparent: &str) -> bool {
     extract(&[("traceparent", traceparent)]).span().span_context().is_valid()
 }
 
-/// Returns the headers that a service sends on after it received these.
+/// Returns the headers that a service sends on after it received `headers`.
 fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
     struct Sent(Vec<(String, String)>);
     impl Injector for Sent {
@@ -26,8 +26,8 @@ fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
     sent.0
 }
 
-/// Returns the `tracestate` that is sent on for these lines beside a valid traceparent. It is empty if they
-/// are dropped.
+/// Returns the `tracestate` that is sent on for these lines beside a valid traceparent. The result is empty if
+/// the lines are dropped.
 fn tracestate_of(lines: &[&str]) -> String {
     let mut headers = vec![("traceparent", VALID)];
     headers.extend(lines.iter().map(|line| ("tracestate", *line)));
@@ -81,10 +81,10 @@ fn malformed_traceparents_are_refused() {
         "0000-12345678901234567890123456789012-1234567890123456-01",
         "0-12345678901234567890123456789012-1234567890123456-01",
         "0A-12345678901234567890123456789012-1234567890123456-01",
-        // version 00 has nothing after its flags
+        // version 00 allows nothing after its flags
         "00-12345678901234567890123456789012-1234567890123456-01.",
         "00-12345678901234567890123456789012-1234567890123456-01-what-the-future-will-be-like",
-        // a later version may have more after its flags, but only after a dash
+        // a later version may have more fields after its flags, but only after a dash
         "cc-12345678901234567890123456789012-1234567890123456-01.what-the-future-will-be-like",
         "cc-12345678901234567890123456789012-1234567890123456-0",
         // trace id

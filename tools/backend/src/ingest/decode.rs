@@ -22,8 +22,8 @@ use opentelemetry_proto::tonic::{
 use std::mem::size_of;
 use tonic::Status;
 
-/// The most memory of a request's decoded messages, without their texts, which are no larger than the
-/// request. This is a hundred times the memory of a usual batch from an SDK.
+/// The limit on the memory of a request's decoded messages, without their texts, which can't be larger than the
+/// request. The limit is a hundred times the memory of a usual batch from an SDK.
 const MAX_DECODED_BYTES: usize = 128 * 1024 * 1024;
 
 /// How deep messages may be nested, which is also prost's limit.
@@ -39,7 +39,7 @@ pub(super) fn protobuf<E: Export>(message: &[u8]) -> Result<E, Status> {
 
 pub(super) fn json<E: Export>(text: &[u8]) -> Result<E, Status> {
     // Each bracket may begin a message, and any message may be of the largest type. Each comma ends a value.
-    // The tree of values that is parsed first takes about twice as much for a moment.
+    // The tree of JSON values, which is parsed first, takes about twice as much memory for a moment.
     let count = |of: fn(&u8) -> bool| text.iter().filter(|byte| of(byte)).count();
     let largest = size_of::<Span>().max(size_of::<ExponentialHistogramDataPoint>());
     let messages = count(|byte| matches!(byte, b'{' | b'[')) * largest;
@@ -55,7 +55,7 @@ fn too_much() -> Status {
 
 /// A type of message that may be repeated, or that contains such messages.
 pub(super) struct Kind {
-    /// The memory of such a message once decoded, in bytes.
+    /// The memory of a decoded message of this type, in bytes.
     bytes: usize,
     /// The numbers of the fields that hold such messages, and their types.
     fields: &'static [(usize, &'static Kind)],
@@ -88,7 +88,7 @@ static METRIC: Kind = kind::<Metric>(&[
     (11, &SUMMARY),
     (12, &KEY_VALUE),
 ]);
-// The memory of the messages that hold a metric's points is included in the metric's.
+// The memory of a metric includes that of the messages that hold its points. So these kinds have a size of 0.
 static NUMBERS: Kind = kind::<()>(&[(1, &NUMBER)]);
 static HISTOGRAM: Kind = kind::<()>(&[(1, &HISTOGRAM_POINT)]);
 static EXPONENTIAL_HISTOGRAM: Kind = kind::<()>(&[(1, &EXPONENTIAL_HISTOGRAM_POINT)]);
@@ -110,8 +110,8 @@ static ARRAY_VALUE: Kind = kind::<ArrayValue>(&[(1, &ANY_VALUE)]);
 static KEY_VALUE_LIST: Kind = kind::<KeyValueList>(&[(1, &KEY_VALUE)]);
 static TEXT: Kind = kind::<String>(&[]);
 
-/// Returns whether the messages in this one fit into the budget, and subtracts their memory from it. A
-/// malformed field ends the count, because the decoder will report it.
+/// Returns whether the messages inside `message` fit into the budget, and subtracts their memory from the
+/// budget. A malformed field ends the count, because the decoder will report it.
 fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bool {
     while let Some((number, bytes)) = next_field(&mut message) {
         let Some((_, inner)) = kind.fields.iter().find(|(field, _)| *field == number) else {
@@ -121,7 +121,7 @@ fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bo
             return false;
         };
         *budget = left;
-        // The decoder refuses messages that are nested deeper.
+        // The decoder refuses messages that are nested deeper than this.
         if depth > 0 && !inner.fields.is_empty() && !fits(bytes, inner, budget, depth - 1) {
             return false;
         }
@@ -139,7 +139,8 @@ fn next_field<'a>(message: &mut &'a [u8]) -> Option<(usize, &'a [u8])> {
             0 => varint(message).map(|_| 0)?,
             1 => 8,
             5 => 4,
-            // These are the start and the end of a group. The fields between them are read like all others.
+            // These wire types are the start and the end of a group. The fields in between are read like all
+            // other fields.
             3 | 4 => 0,
             2 => {
                 let length = varint(message)?;

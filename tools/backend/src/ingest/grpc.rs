@@ -1,5 +1,5 @@
-//! OTLP over gRPC. The services are written by hand, because the generated services would decode a message
-//! before its size can be checked, and respond INTERNAL if they can't decode it.
+//! OTLP over gRPC. The services are written by hand. The generated services would decode a message before its
+//! size can be checked, and would respond INTERNAL to a malformed message.
 
 use super::{Export, MAX_BYTES, Sink, decode, response};
 use bytes::Buf;
@@ -31,9 +31,10 @@ pub async fn serve(listener: TcpListener, sink: impl Sink) {
         .add_service(Service(sink.clone(), PhantomData::<ExportTraceServiceRequest>))
         .add_service(Service(sink.clone(), PhantomData::<ExportMetricsServiceRequest>))
         .add_service(Service(sink, PhantomData::<ExportLogsServiceRequest>))
-        // Otherwise the end of a response waits until the client acknowledges its beginning, for 40 ms.
+        // Without this setting, the end of a response would wait up to 40 ms, until the client has acknowledged
+        // the beginning of the response.
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-    // The server stops with its runtime, and an error has nobody to be reported to.
+    // The server stops with its runtime, when nobody is left to be told of an error.
     drop(server.await);
 }
 
@@ -80,8 +81,8 @@ impl<S: Sink, E: Export + Clone> tower::Service<http::Request<Body>> for Service
     }
 }
 
-/// Turns INTERNAL into INVALID_ARGUMENT. tonic responds INTERNAL to a message that it can't decompress or
-/// that is cut off, but OTLP calls that the client's mistake. Nothing else here responds INTERNAL.
+/// Turns INTERNAL into INVALID_ARGUMENT. tonic responds INTERNAL to a message that is cut off or can't be
+/// decompressed, but OTLP calls such a message the client's mistake. Nothing else here responds INTERNAL.
 fn undecodable_is_invalid(mut response: http::Response<Body>) -> http::Response<Body> {
     if let Some(status) = response.headers_mut().get_mut(Status::GRPC_STATUS)
         && Code::from_bytes(status.as_bytes()) == Code::Internal

@@ -95,7 +95,8 @@ fn unzstd(body: &[u8]) -> io::Result<Vec<u8>> {
     read(decoder)
 }
 
-/// Reads the decompressed body, up to one byte beyond the limit. A few kilobytes can decompress to gigabytes.
+/// Reads the decompressed body, up to one byte beyond the limit, because a few kilobytes can decompress to
+/// gigabytes.
 fn read(decoder: impl Read) -> io::Result<Vec<u8>> {
     let mut decompressed = Vec::new();
     decoder.take(MAX_BYTES as u64 + 1).read_to_end(&mut decompressed)?;
@@ -106,7 +107,7 @@ fn too_large() -> Status {
     Status::resource_exhausted(format!("a request may have {MAX_BYTES} bytes"))
 }
 
-/// The encoding of a request, which its response shares.
+/// The encoding of a request and of its response.
 #[derive(Clone, Copy)]
 enum Encoding {
     Protobuf,

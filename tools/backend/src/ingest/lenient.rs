@@ -1,5 +1,5 @@
 //! Reads OTLP's JSON in all forms that proto3's JSON mapping allows. The serde derivation of the generated
-//! messages accepts only one form of each value, so other forms are converted to that one first.
+//! messages accepts only one form of each value, so all other forms are first converted to this form.
 //!
 //! The form is found from a member's name and its JSON type. That is enough, because no other field of the
 //! same name has values of that type. A malformed value is left unchanged, so that the derivation refuses it.
@@ -49,14 +49,15 @@ const INTEGERS: [&str; 20] = [
     "keyStrindex",
 ];
 
-/// Members whose message must have these members for the derivation. In JSON, empty members may be left out.
+/// Members, each with the members that the derivation requires in its message. JSON may leave out empty
+/// members.
 const REQUIRED: [(&str, &[&str]); 7] = [
     ("arrayValue", &["values"]),
     ("kvlistValue", &["values"]),
     ("attributes", &["key"]),
     ("filteredAttributes", &["key"]),
     ("metadata", &["key"]),
-    // In a list, `values` holds values instead, which have no such member and ignore it.
+    // In a list, `values` holds values instead of key-value pairs. A value has no `key`, and ignores it.
     ("values", &["key"]),
     ("entityRefs", &["schemaUrl", "type", "idKeys", "descriptionKeys"]),
 ];
@@ -129,7 +130,7 @@ impl<'a> IntoDeserializer<'a, Error> for Member<'a> {
     }
 }
 
-/// Returns the value that a missing member stands for.
+/// Returns the default value, for a missing member of this name.
 fn empty(name: &str) -> &'static Value {
     static TEXT: Value = Value::String(String::new());
     static LIST: Value = Value::Array(Vec::new());

@@ -1,5 +1,5 @@
-//! Receives OTLP over gRPC and HTTP, with gzip, zstd or no compression. A [`Sink`] takes the signals: the
-//! backend's store, or the receiver of tests.
+//! Receives OTLP over gRPC and HTTP, with gzip, zstd or no compression. A [`Sink`] accepts the signals. It is
+//! the backend's store, or the receiver of tests.
 
 mod decode;
 mod grpc;
@@ -26,16 +26,16 @@ use tonic::Status;
 /// The largest request, compressed or not. A batch of 512 spans has some hundred kilobytes.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// Takes the received signals. Each method takes a request with its headers, and returns how many items it
-/// rejects, or an error if it refuses the request as a whole.
+/// Accepts the received signals. Each method gets a request with its headers, and returns how many items are
+/// rejected, or an error if the whole request is refused.
 pub trait Sink: Clone + Send + Sync + 'static {
-    /// Takes spans.
+    /// Accepts spans.
     ///
     /// # Errors
     /// If it refuses the request.
     fn traces(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status>;
 
-    /// Takes data points; by default it drops them.
+    /// Accepts data points; the default implementation drops them.
     ///
     /// # Errors
     /// If it refuses the request.
@@ -43,7 +43,7 @@ pub trait Sink: Clone + Send + Sync + 'static {
         Ok(Rejected::default())
     }
 
-    /// Takes log records; by default it drops them.
+    /// Accepts log records; the default implementation drops them.
     ///
     /// # Errors
     /// If it refuses the request.
@@ -99,9 +99,11 @@ impl Export for ExportLogsServiceRequest {
     }
 }
 
-/// Returns the response for any signal. In protobuf, the signals' responses differ only in their names.
+/// Returns the response for any signal. In protobuf, the responses of the three signals differ only in their
+/// names.
 fn response(rejected: &Rejected) -> ExportTraceServiceResponse {
-    // If the field is present, even with zero rejected items, it says that something is wrong.
+    // If no items are rejected, the field must be missing. A present field, even one with zero rejected items,
+    // would say that something is wrong.
     let partial_success = (rejected.count > 0).then(|| ExportTracePartialSuccess {
         rejected_spans: i64::try_from(rejected.count).unwrap_or(i64::MAX),
         error_message: format!("the first of them: {}", rejected.reason),

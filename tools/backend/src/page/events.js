@@ -6,8 +6,8 @@ import { byId, setText } from "./dom.js";
 const RETRY = 1000;
 
 /**
- * Calls `changed(traceID)` for each trace that changed, and `connected()` whenever the connection opens, because
- * earlier changes must then be queried.
+ * Calls `changed(traceID)` for each trace that changed, and `connected()` whenever the connection opens. Then the
+ * caller must query the earlier changes.
  *
  * A browser opens six HTTP/1.1 connections to one server, and an event stream holds one of them for good, so the
  * seventh tab would wait forever. Therefore a hidden tab has no event stream.

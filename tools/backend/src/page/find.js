@@ -3,8 +3,8 @@
 import { byId, setText } from "./dom.js";
 
 /**
- * Returns a finder, whose `search` marks matching spans as `found`. Typing does that too, and calls `marked()`. Enter
- * calls `go(span)` with the next match.
+ * Returns a finder, whose `search` marks matching spans as `found`. When the user types, spans are marked as well, and
+ * `marked()` is called. Enter calls `go(span)` with the next match.
  */
 export function finder({ marked, go }) {
   const input = byId("find-text");

@@ -1,5 +1,5 @@
-// Reads Jaeger's JSON, and that of the log records, into plain spans. Anybody who can reach the receiver can send
-// anything, so a field can be missing or of another type. Everywhere outside of this file, every field exists and has
+// Reads Jaeger's JSON, and the JSON of the log records, into plain spans. Anybody who can reach the receiver can send
+// anything, so a field of the JSON can be missing or have another type. In the plain spans, every field exists and has
 // its type.
 
 const KINDS = ["server", "client", "producer", "consumer", "internal"];
@@ -22,8 +22,8 @@ export function readSummary(summary) {
 }
 
 /**
- * Returns the first trace of a response as `{ traceID, spans, warnings }`, or null if there is none. `logs` is another
- * response.
+ * Returns the first trace of a response as `{ traceID, spans, warnings }`, or null if the response has no trace. `logs`
+ * is the response with the trace's log records.
  */
 export function readTrace(answer, logs) {
   const trace = list(answer?.data)[0];

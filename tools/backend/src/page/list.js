@@ -8,7 +8,7 @@ import { onKeys } from "./keys.js";
 import { traceRow } from "./list_row.js";
 import { criteria, isSearching, searchForm } from "./search.js";
 
-/** The most traces in the list, unless the URL has another limit. */
+/** How many traces the list shows at most, unless the URL has another limit. */
 const LIMIT = 100;
 
 const table = byId("traces");
@@ -25,12 +25,12 @@ const refresh = coalesced(async () => {
     latest = await recentTraces({ limit: LIMIT, ...criteria() });
     show(held());
   } catch (error) {
-    // `follow` shows that the backend doesn't respond.
+    // `follow` already shows when the backend doesn't respond.
     if (error instanceof Refused) setText(byId("count"), error.message);
   }
 }, 250);
 
-/** Returns whether the reader points at the list, walks through it, or has scrolled down. Then no row may move. */
+/** Returns whether the user points at the list, moves through it by keys, or has scrolled. Then no row may move. */
 function held() {
   return rows.size > 0 && (hovered || body.contains(document.activeElement) || scrollY > 0);
 }

@@ -5,7 +5,7 @@ import { count, duration, percent, short } from "./format.js";
 import { serviceGraph } from "./graph.js";
 import { calls, colour, totals } from "./services.js";
 
-/** The most services in the graph. More would be unreadable, and the table lists all of them. */
+/** With more services than this, there is no graph, which would be unreadable. The table lists all services. */
 const MOST_IN_GRAPH = 40;
 
 /** Fills `side`. */

@@ -28,10 +28,10 @@ export function selfTime(span) {
 }
 
 /**
- * Adds to `critical` of the spans below `root`, as `[from, to]`, the parts of the critical path that were spent in
- * them. The critical path is the chain of work that the end of `root` waited for, so that making any part of it shorter
- * makes `root` shorter. The path is followed backwards: from the end of a parent to the end of the child that ended
- * last, then through this child in the same way, and from the child's start on in the parent again.
+ * Divides the critical path among the spans below `root`: adds to each span's `critical`, as `[from, to]`, the parts
+ * that were spent in the span. The critical path is the chain of work that the end of `root` waited for. If any part of
+ * the path were shorter, `root` would be shorter. The path is followed backwards: from the end of a parent to the end
+ * of the child that ended last, then through this child in the same way, and before the child's start in the parent.
  */
 export function markCriticalPath(root) {
   const todo = [{ span: root, from: root.start, until: root.end }];

@@ -29,7 +29,7 @@ const refresh = coalesced(async () => {
     byId("missing").hidden = trace !== null;
     byId("failure").hidden = true;
   } catch (error) {
-    // `follow` shows that the backend doesn't respond.
+    // `follow` already shows when the backend doesn't respond.
     if (!(error instanceof api.Refused)) return;
     setText(byId("failure"), error.message);
     byId("failure").hidden = false;
@@ -72,7 +72,7 @@ function showSummary() {
   );
 }
 
-/** Shows the details of the span that the reader moved to, if details are open. */
+/** If details are open, shows those of the span that the user moved to. */
 function moveTo(span) {
   if (selected) select(span);
 }
@@ -93,7 +93,7 @@ function go(span) {
   select(span);
 }
 
-/** Moves the focus to the waterfall, because the pressed button is gone, and the focus with it. */
+/** Moves the focus to the waterfall, because the pressed button, which had the focus, is gone. */
 function goFromSide(span) {
   if (span) go(span);
   else select(null);

@@ -25,7 +25,7 @@ export class Waterfall {
   #chosen;
   #scheduled = false;
 
-  /** Calls `activated(span)` when the reader moves to a span, and `chosen(span or null)` on a click or Enter. */
+  /** Calls `activated(span)` when the user moves to a span, and `chosen(span or null)` on a click or Enter. */
   constructor(grid, { activated, chosen }) {
     this.#grid = grid;
     this.#activated = activated;

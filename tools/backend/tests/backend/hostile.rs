@@ -1,4 +1,4 @@
-//! Queries that no sane client sends. Each must get a response, and harm nobody.
+//! Queries that no sane client sends. Each query must get a response, and harm nobody.
 
 use crate::{Fixture, attribute, span, text};
 use opentelemetry_proto::tonic::{common::v1::any_value::Value, trace::v1::Span};
@@ -70,7 +70,7 @@ fn every_query_is_answered_or_refused() {
     let outcome = runner.run(&queries, |(path, with_service, parameters)| {
         let mut query = form_urlencoded::Serializer::new(String::new());
         if with_service {
-            // With a service, the query gets further than the check for a missing service.
+            // With this parameter, the query passes the check for a missing service.
             query.append_pair("service", "shop");
         }
         let query = query.extend_pairs(parameters).finish();

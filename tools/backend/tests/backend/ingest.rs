@@ -1,4 +1,5 @@
-//! OTLP's three encodings, with compression and without. A malformed request gets the protocol's own error.
+//! OTLP's three encodings, with compression and without. A malformed request gets an error as the protocol
+//! defines it.
 
 use crate::{Fixture, GZIP, JSON, PROTOBUF, ZSTD, request, span, trace_id};
 use anyhow::{Context, Result};

@@ -1,4 +1,4 @@
-//! What is stored and what is evicted: late spans, spans sent twice, eviction and limits.
+//! Late spans, spans that are sent twice, and the limits of the store, beyond which traces are evicted.
 
 use crate::{Fixture, attribute, request, span, text, trace_id};
 use anyhow::Result;
@@ -117,7 +117,7 @@ async fn everything_that_a_span_brings_is_counted() -> Result<()> {
     {
         fixture.export("shop", [span]).await?;
         let grown = grown(fixture.backend.statistics().bytes);
-        // The name is stored twice, once for searches.
+        // The span's name is stored twice, once for searches.
         let expected = if name == "name" { 2 * MEGABYTE } else { MEGABYTE };
         assert!((expected..expected + 3000).contains(&grown), "{name}: {grown}");
     }

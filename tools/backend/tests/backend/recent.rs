@@ -105,7 +105,7 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
         ("tags=%7B%22n%22%3A%221%22%7D", &[3, 1]),
         ("tag=user:ann&tag=n:0", &[4, 2]),
         ("minDuration=30ms", &[4, 3]),
-        // The duration is the trace's, not that of one of its spans.
+        // The duration of the whole trace counts, not that of a span.
         ("maxDuration=10ms", &[1]),
         ("minDuration=20ms&maxDuration=30ms", &[3, 2]),
         ("start=1769860800003000", &[4, 3]),
@@ -130,7 +130,7 @@ async fn each_client_is_told_of_a_changed_trace_once_for_many_changes() -> Resul
         fixture.export("shop", [span(1, id, id - 1, "step")]).await?;
     }
     for client in &mut clients {
-        // One event comes for each pause of 250 ms, however many changes there are.
+        // A trace gets one event for each pause of 250 ms, however many changes there are.
         let mut told = 1;
         while client.next().await?["spans"] != 20 {
             told += 1;
@@ -141,7 +141,8 @@ async fn each_client_is_told_of_a_changed_trace_once_for_many_changes() -> Resul
     for client in &mut clients {
         let mut summary = client.next().await?;
         while summary["traceID"] == json!(trace_id(1)) {
-            // An event showed the last change of trace 1 already, but one more event of it may follow.
+            // The last event already showed the last change of trace 1, but one more event of this trace may
+            // follow.
             summary = client.next().await?;
         }
         assert_eq!(
@@ -164,8 +165,8 @@ async fn of_more_changes_than_a_client_is_told_some_are_lost_and_not_kept() -> R
         fixture.export("shop", (0..5000).map(|i| span(traces + i + 1, 1, 0, "root"))).await?;
         traces += 5000;
     }
-    // The client starts to read only now. It must soon be told of the present changes, and not of all earlier
-    // ones.
+    // The client starts to read only now. It must soon be told of the latest changes, and not of all earlier
+    // changes.
     let (mut told, last) = (0, trace_id(traces + 1));
     let told_of_last = async {
         for id in 1.. {

@@ -15,8 +15,8 @@ use opentelemetry_proto::tonic::{
 use serde_json::json;
 use std::collections::BTreeSet;
 
-/// Makes a backend with three traces of `shop`, a second apart, and one of `bank`. Each trace is named by its
-/// number.
+/// Makes a backend with three traces of `shop`, a second apart, and one trace of `bank`. The name of a trace is
+/// its number.
 async fn searchable() -> Result<Fixture> {
     let fixture = Fixture::start().await?;
     let second = 1000 * MILLISECOND;

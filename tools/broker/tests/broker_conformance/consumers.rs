@@ -103,7 +103,7 @@ async fn a_prefetch_count_limits_what_each_consumer_has_in_hand() -> Result<()> 
     a.ack(BasicAckOptions::default()).await?;
     assert_eq!(body(&next(&mut one).await?), "c");
     client.expect_counts(&queue, (2, 1)).await;
-    // Each consumer has its own prefetch count.
+    // The prefetch count applies to each consumer separately.
     let mut two = client.consume(&queue, "two").await?;
     assert_eq!(body(&next(&mut two).await?), "d");
     client.expect_counts(&queue, (0, 2)).await;

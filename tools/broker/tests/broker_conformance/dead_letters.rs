@@ -1,7 +1,7 @@
 //! Times to live and dead letters.
 //!
-//! For AMQP 0-9-1 clients, RabbitMQ 4 writes `x-death` as 3.10 does. It also adds `x-last-death-*`, and
-//! ignores an `x-death` that a publisher has set; no check here looks at either.
+//! For AMQP 0-9-1 clients, RabbitMQ 4 writes `x-death` as 3.10 does. RabbitMQ 4 also adds `x-last-death-*`, and
+//! ignores an `x-death` that a publisher has set. No check here covers these two differences.
 
 use crate::client::{Client, bind, body, long_string, next};
 use anyhow::{Context, Result};

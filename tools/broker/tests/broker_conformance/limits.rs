@@ -47,7 +47,7 @@ async fn a_full_queue_that_rejects_has_the_publisher_nacked() -> Result<()> {
         client.publish("", &queue, body.as_bytes(), BasicProperties::default()).await
     };
     assert_eq!(publish("a").await?, Confirmation::Ack(None));
-    // RabbitMQ may notice a moment later that the queue is full.
+    // RabbitMQ may notice only a moment later that the queue is full.
     let nacked = loopback::poll(loopback::PATIENCE, async || {
         (publish("b").await.ok() == Some(Confirmation::Nack(None))).then_some(())
     });

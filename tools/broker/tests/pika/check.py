@@ -192,7 +192,7 @@ def errors_have_their_codes(channel):
 
 def signs_of_life_keep_a_connection():
     connection = connect(heartbeat=4)
-    # pika sends its own while it waits.
+    # pika sends heartbeats while it waits.
     connection.sleep(10)
     connection.channel().close()
     connection.close()

@@ -29,7 +29,7 @@ use view::View;
 /// How to run.
 #[derive(Args)]
 pub struct Options {
-    /// Use any free ports instead of the usual ones.
+    /// Use any free ports instead of the usual ports.
     #[arg(long)]
     free_ports: bool,
     /// Show every log line of the services, not only warnings and errors.
@@ -44,10 +44,10 @@ pub struct Options {
 /// How often new traces and log lines are printed.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Runs until a signal, until no service is left, or until nobody reads the output.
+/// Runs until a signal comes, until no service is left, or until nobody reads the output.
 ///
 /// # Errors
-/// If a part can't be started; the error says which part, and what helps.
+/// If a part can't be started. The error names the part and a remedy.
 pub async fn run(options: Options) -> Result<ExitCode> {
     // Signals are caught before anything is started, so that Ctrl-C or a closed terminal leaves no process
     // behind.
@@ -95,8 +95,8 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     Ok(exit)
 }
 
-/// Prints a line; returns whether that was possible. It is not after the reader has ended, as with `cargo dev
-/// | head`, and then it is time to stop.
+/// Prints a line; returns whether that succeeded. It fails after the reader of the output has ended (as with
+/// `cargo dev | head`). Then `cargo dev` stops.
 fn say(line: &str) -> bool {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).is_ok()

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 /// The time from SIGTERM until services that have not ended are killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How many of the last lines of a service that ended are printed.
+/// When a service has ended, this many of its last lines are printed.
 const LAST_LINES: usize = 10;
 
 /// The running parts of the system.
@@ -28,7 +28,7 @@ pub struct Parts {
     pub services: Vec<Process>,
     /// The trace backend, or `None` if the spans are sent elsewhere.
     pub backend: Option<Backend>,
-    /// The embedded broker, or `None` if another one is used.
+    /// The embedded broker, or `None` if another broker is used.
     broker: Option<Broker>,
     amqp_url: String,
     otlp_endpoint: String,
@@ -38,7 +38,7 @@ impl Parts {
     /// Starts every part that doesn't run elsewhere, and waits until a login would succeed.
     ///
     /// # Errors
-    /// If a part doesn't start; the error says which part, why, and what helps.
+    /// If a part doesn't start. The error names the part, the reason and a remedy.
     pub async fn start(options: &Options) -> Result<Self> {
         let address = |port, part| if options.free_ports { free_address() } else { usual(port, part) };
         // A port in use must be reported before anything is built or started.
@@ -81,10 +81,11 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp_endpoint),
             ("SHUTDOWN_TIMEOUT", "3s"),
         ];
-        // Whoever tries a login wants to see its trace within five seconds.
+        // By default, spans wait for five seconds, which is too long for a person who tries a login and wants
+        // to see its trace.
         let mut defaults = vec![("OTEL_BSP_SCHEDULE_DELAY", "200")];
         if backend.is_some() {
-            // Unlike a plain Jaeger, this backend takes log records.
+            // Unlike Jaeger, this backend accepts log records.
             defaults.extend([("OTEL_LOGS_EXPORTER", "otlp"), ("OTEL_BLRP_SCHEDULE_DELAY", "200")]);
         }
         variables.extend(defaults.into_iter().filter(|(variable, _)| env::var_os(variable).is_none()));
@@ -115,7 +116,7 @@ impl Parts {
         }
     }
 
-    /// Returns a text that says what to do now, and where every part is.
+    /// Returns a text with the address of every part, and with what to do next.
     pub fn summary(&self) -> String {
         let of = |name| self.services.iter().find(|service| service.name == name).map(|s| s.address);
         let address = |name| of(name).map(|address| address.to_string()).unwrap_or_default();
@@ -188,7 +189,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
     /// Stops the services, all at once. The other parts stop when they are dropped.
     pub async fn stop(&mut self) {
         let ends = join_all(self.services.iter_mut().map(Process::stop));
-        // A service that has not ended by then is killed when it is dropped.
+        // A service that has not ended after this time is killed when it is dropped.
         let _ = timeout(STOP_TIMEOUT, ends).await;
         self.services.clear();
     }

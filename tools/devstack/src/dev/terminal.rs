@@ -10,13 +10,13 @@ const BAR: usize = 24;
 /// The width of the column of names, indentation included, in characters.
 const NAMES: usize = 52;
 
-/// The most spans of a trace that are drawn. The page shows larger traces.
+/// How many spans of a trace are drawn at most. The page shows larger traces.
 const MAX_SPANS: usize = 200;
 
 const RED: u8 = 31;
 const DIM: u8 = 2;
 const BOLD: u8 = 1;
-/// ANSI codes of the services' colours, in the order of their first span. Red is for errors.
+/// ANSI codes of the services' colours, in the order of the services' first spans. Red is left for errors.
 const COLOURS: [u8; 5] = [36, 33, 35, 32, 34];
 
 /// Draws traces, with colour or without.
@@ -27,7 +27,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Draws the whole trace: a line about it, then one for each span. `url` is the trace's page.
+    /// Draws the whole trace: a line about the trace, then a line for each span. `url` is the trace's page.
     pub fn draw(&self, spans: &[Span], url: &str) -> String {
         let start = spans.iter().map(|span| span.start).min().unwrap_or_default();
         let end = spans.iter().map(|span| span.end.max(span.start)).max().unwrap_or_default();
@@ -80,8 +80,8 @@ struct Drawing<'a> {
 }
 
 impl Drawing<'_> {
-    /// Draws a span and the spans below it. `lead` is drawn before its name, `below` before the names of its
-    /// children.
+    /// Draws a span and the spans below it. `lead` is drawn before the span's name, `below` before the names of
+    /// its children.
     fn span(&self, out: &mut String, span: &Span, lead: &str, below: &str) {
         let terminal = self.terminal;
         let position = self.services.iter().position(|service| *service == span.service).unwrap_or(0);
@@ -115,7 +115,8 @@ impl Drawing<'_> {
         }
     }
 
-    /// Draws a bar that begins and lasts as the span does within its trace. A bar is at least a thin mark.
+    /// Draws a bar that shows when the span began within its trace and how long it lasted. The shortest bar is
+    /// a thin mark.
     fn bar(&self, span: &Span) -> String {
         let cells = |nanoseconds: u64| nanoseconds as f64 / self.length as f64 * BAR as f64;
         let from = (cells(span.start.saturating_sub(self.start)) as usize).min(BAR - 1);

@@ -9,15 +9,15 @@ use std::{
 };
 use tokio::sync::broadcast::{self, error::TryRecvError};
 
-/// How long a trace must not have changed. The spans of one request come from three processes, in separate
-/// batches.
+/// How long a trace must be unchanged before it is drawn. The spans of one request come from three processes,
+/// in separate batches.
 const QUIET: Duration = Duration::from_millis(500);
 
 /// How long to wait for a missing root or parent. After that, the trace is drawn without it.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// The most traces that are drawn at a time. Others are only counted, because under load nobody reads every
-/// trace.
+/// The largest number of traces that are drawn at a time. Further traces are only counted, because under load
+/// nobody reads every trace.
 const MAX_AT_ONCE: usize = 4;
 
 /// The traces that have changed and are not drawn yet.
@@ -74,7 +74,7 @@ impl View {
     }
 }
 
-/// Returns whether exactly one span has no parent among the spans. That parent may be the caller's span.
+/// Returns whether exactly one span has no parent among the spans. Its missing parent may be the caller's span.
 fn is_complete(spans: &[Span]) -> bool {
     let ids: HashSet<&str> = spans.iter().map(|span| span.span_id.as_str()).collect();
     let without_parent = spans.iter().filter(|span| !ids.contains(span.parent_span_id.as_str())).count();

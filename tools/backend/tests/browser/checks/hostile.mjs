@@ -186,7 +186,7 @@ export default {
       );
       answers.push({ data: [{ traceID: value, spans: [whole] }] });
     }
-    // All answers are read and drawn without loading the page for each, which would take minutes.
+    // The page is not loaded again for each answer, because that would take minutes.
     shown = await page.evaluate(async (answers) => {
       const { readTrace } = await import("/page/jaeger.js");
       const { arrange } = await import("/page/tree.js");

@@ -122,7 +122,7 @@ export default {
       ),
       ["3001", "10", "1", "1"],
     );
-    // When the active row has scrolled out of sight, the keyboard still moves from it.
+    // After the active row has scrolled out of sight, the arrow keys still move from this row.
     await page.$eval("#waterfall", (grid) => (grid.scrollTop = 0));
     await page.waitForSelector("#row-0");
     assert.equal(await active(page), "operation 2999");

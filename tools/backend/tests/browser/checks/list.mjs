@@ -49,7 +49,7 @@ export default {
     await post(first);
     const page = await open("/");
     await page.waitForSelector("[data-state=live]");
-    // The page is live before it has its list.
+    // The page says that it is connected before it has read the list.
     await eventually(async () => (await listed(page))[0], first.traceID);
     const before = await listed(page);
     const added = login();
@@ -117,7 +117,7 @@ export default {
         expected.map((trace) => trace.traceID),
       );
       const link = new URL(page.url());
-      // Another reader who follows the link sees the same.
+      // Another person who follows the link sees the same list.
       const again = await open(link.pathname + link.search);
       await eventually(
         () => listed(again),
