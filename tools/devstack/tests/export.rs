@@ -78,6 +78,7 @@ async fn a_full_queue_drops_and_counts_and_memory_stays_bounded() -> Result<()> 
         ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"),
         ("*", "OTEL_BSP_MAX_QUEUE_SIZE", "100"),
         ("*", "OTEL_BSP_EXPORT_TIMEOUT", "60000"),
+        ("*", "SHUTDOWN_TIMEOUT", "2s"),
         ("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn"),
     ];
     let mut stack = Stack::start(&variables).await?;
