@@ -47,6 +47,8 @@ pub const TRACE_CONTEXT_SOURCE: &str = "throughline.trace_context.source";
 pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
 /// Our own: the number of the attempt at processing a message, from 1.
 pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
+/// Our own: the longest headers of the message are missing, because they did not fit into a frame.
+pub const MESSAGE_HEADERS_LEFT_OUT: &str = "throughline.message.headers_left_out";
 /// Our own: the time since the message was last published, in milliseconds.
 pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";
 /// Our own: what happened to a message, as `applied`, `duplicate`, `retry` or `dead_letter`. If the attribute
