@@ -7,7 +7,10 @@ use crate::{
     properties,
     publisher::Publisher,
 };
-use ::amqp::Topology;
+use ::amqp::{
+    Topology,
+    properties::{HEADERS_LEFT_OUT, header},
+};
 use futures_util::FutureExt as _;
 use lapin::{message::Delivery, types::AMQPValue};
 use opentelemetry::{
@@ -126,6 +129,9 @@ where
             let queue = &self.topology.queue;
             span.set_attributes(self.broker.consumer_attributes(delivery, queue, source, &message_id));
             span.set_attribute(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
+            if header(&delivery.properties, HEADERS_LEFT_OUT).is_some() {
+                span.set_attribute(KeyValue::new(semconv::MESSAGE_HEADERS_LEFT_OUT, true));
+            }
         }
         if let Some(published_at) = properties::published_at(&delivery.properties) {
             // By this machine's clock, the time of publishing may be in the future.
@@ -137,6 +143,7 @@ where
 
         let login = match message {
             _ if properties::are_unreadable(&delivery.properties) => Err(Failure::unreadable_properties()),
+            _ if properties::is_body_cut(&delivery.properties) => Err(Failure::body_too_long()),
             Ok(message) => Ok(Login {
                 message_id: message_id.clone(),
                 trace_id: producer_span.is_valid().then(|| producer_span.trace_id().to_string()),
@@ -220,7 +227,8 @@ where
                 (self.topology.dead_letter_queue.clone(), headers)
             }
         };
-        let properties = properties::again(&delivery.properties, &message_id, headers);
+        let frame_max = self.publisher.frame_max();
+        let properties = properties::again(&delivery.properties, &message_id, headers, frame_max);
         let published = self.publisher.publish_until_confirmed(&queue, &properties, &delivery.data);
         published.with_context(cx.clone()).await;
 

@@ -157,7 +157,8 @@ impl Replay {
         let mut headers = FieldTable::default();
         telemetry::inject(&cx, &mut HeadersMut(&mut headers));
         let headers = headers.inner().iter().map(|(name, value)| (name.as_str(), value.clone()));
-        let properties = properties::again(&letter.properties, &message_id, headers);
+        let frame_max = self.publisher.frame_max();
+        let properties = properties::again(&letter.properties, &message_id, headers, frame_max);
         let publish = self.publisher.publish(exchange, routing_key, properties, &letter.data);
         let published = timeout(PATIENCE, publish).await;
         let published = published.context("waiting for the broker's confirm").flatten();

@@ -1,6 +1,6 @@
 //! Why an attempt failed, as its span, the log and the dead letter show it.
 
-use crate::history::Refused;
+use crate::{consumer::LONGEST_BODY, history::Refused};
 use proto::login::LoginMessageError;
 use std::error::Error;
 use telemetry::semconv;
@@ -41,6 +41,12 @@ impl Failure {
     pub fn unreadable_properties() -> Self {
         let text = "the properties of the message can't be read".to_owned();
         Self { reason: "unreadable_properties", text, is_final: true }
+    }
+
+    /// The message has a body longer than [`LONGEST_BODY`], of which only the start is kept.
+    pub fn body_too_long() -> Self {
+        let text = format!("the body has more than {LONGEST_BODY} bytes");
+        Self { reason: "body_too_long", text, is_final: true }
     }
 
     fn passing(reason: &'static str, text: &str) -> Self {

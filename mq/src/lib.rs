@@ -71,7 +71,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let (consuming, is_consuming) = watch::channel(false);
     let available = history.available();
     let consumer = Consumer {
-        server: server.clone(),
+        server: server.clone().with_longest_body(consumer::LONGEST_BODY),
         prefetch: config.prefetch,
         consuming,
         attempts: Attempts {

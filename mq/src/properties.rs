@@ -1,14 +1,12 @@
 //! The properties of a message: what a consumer reads from them, and how they change when the message is
 //! published again, to a retry queue, to the dead-letter queue or back.
 
-use amq_protocol::frame::WriteContext;
-use amqp::properties::{PERSISTENT, UNREADABLE, header, integer};
+use amqp::properties::{BODY_CUT, PERSISTENT, UNREADABLE, fit, header, integer};
 use lapin::{
     BasicProperties,
-    protocol::basic::gen_properties,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, HEADERS_LEFT_OUT, PUBLISHED_AT};
+use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, PUBLISHED_AT};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -24,6 +22,11 @@ pub fn attempt(properties: &BasicProperties) -> u32 {
 /// Whether these properties replace others that can't be read ([`amqp::inbound`]).
 pub fn are_unreadable(properties: &BasicProperties) -> bool {
     header(properties, UNREADABLE).is_some()
+}
+
+/// Whether only the start of the body is there ([`amqp::inbound`]).
+pub fn is_body_cut(properties: &BasicProperties) -> bool {
+    header(properties, BODY_CUT).is_some()
 }
 
 /// Returns how many attempts a dead letter has had.
@@ -59,12 +62,17 @@ pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
 /// - `user-id`, because the broker refuses any user but that of the connection.
 /// - the headers `CC` and `BCC`, because they would send each copy to more queues.
 ///
-/// If the message's own headers leave no room for ours, they are left out, and a header says so.
+/// If there is no room for all headers in a frame of `frame_max` bytes, the longest of the message's own are
+/// left out, and a header says so.
 pub fn again<'a>(
     original: &BasicProperties,
     message_id: &str,
     headers: impl IntoIterator<Item = (&'a str, AMQPValue)>,
+    frame_max: usize,
 ) -> BasicProperties {
+    /// The room for what the broker adds to `x-death` when the message has waited in a retry queue.
+    const X_DEATH: usize = 2048;
+
     let mut kept = BasicProperties::default();
     for (value, set) in [
         (original.content_type(), BasicProperties::with_content_type as fn(_, _) -> _),
@@ -88,17 +96,11 @@ pub fn again<'a>(
     let mut added: Vec<_> = headers.into_iter().collect();
     added.push((PUBLISHED_AT, now()));
     let kept = kept.with_delivery_mode(PERSISTENT).with_message_id(message_id.into());
-    let full = kept.clone().with_headers(with_headers_of(original, &added));
-    if fits(&full) {
-        return full;
-    }
-    // If the message were published with all headers, that would end the connection each time.
-    added.push((HEADERS_LEFT_OUT, AMQPValue::Boolean(true)));
-    kept.with_headers(with_headers_of(&BasicProperties::default(), &added))
+    fit(kept.with_headers(own_headers(original, &added)), &added, frame_max.saturating_sub(X_DEATH))
 }
 
-/// Returns the headers in `added`, and those of `original` that may stay beside them.
-fn with_headers_of(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
+/// Returns the headers of `original` that may stay beside those in `added`.
+fn own_headers(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
     const LEFT_OUT: [&str; 5] = ["CC", "BCC", ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];
 
     let had = original.headers().iter().flat_map(FieldTable::inner);
@@ -106,19 +108,9 @@ fn with_headers_of(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> F
     // malformed.
     let is_replaced = |name: &str| added.iter().any(|(added, _)| added.eq_ignore_ascii_case(name));
     let kept = had.filter(|(name, _)| !LEFT_OUT.contains(&name.as_str()) && !is_replaced(name.as_str()));
-    let added = added.iter().map(|(name, value)| ((*name).into(), value.clone()));
-    let headers: BTreeMap<ShortString, AMQPValue> =
-        kept.map(|(name, value)| (name.clone(), value.clone())).chain(added).collect();
-    headers.into()
-}
-
-/// Whether the properties fit into one frame, as they must, and leave room for the header `x-death` of the
-/// retry queues. A frame has 128 KiB by default.
-fn fits(properties: &BasicProperties) -> bool {
-    const LONGEST: usize = 120 * 1024;
-
-    let written = gen_properties(properties)(WriteContext::from(Vec::new()));
-    written.is_ok_and(|written| written.write.len() <= LONGEST)
+    let kept: BTreeMap<ShortString, AMQPValue> =
+        kept.map(|(name, value)| (name.clone(), value.clone())).collect();
+    kept.into()
 }
 
 fn now() -> AMQPValue {
@@ -188,7 +180,7 @@ mod tests {
             .with_expiration("1000".into())
             .with_user_id("somebody".into());
 
-        let copy = again(&acted_upon, "id", []);
+        let copy = again(&acted_upon, "id", [], 4096);
         let headers = copy.headers().clone().unwrap();
         assert!(headers.contains_key(PUBLISHED_AT));
         assert_eq!(headers.inner().len(), 2, "{headers:?}");

@@ -32,6 +32,11 @@ impl Publisher {
         Self { broker, server, topology, retry_delays, session: Mutex::default() }
     }
 
+    /// Returns the longest frame in bytes, as the last connection negotiated it.
+    pub fn frame_max(&self) -> usize {
+        self.server.frame_max()
+    }
+
     /// Publishes a message again and again until the broker has confirmed it. The broker may then have it
     /// more than once.
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {

@@ -14,7 +14,3 @@ pub const DEAD_LETTER_REASON: &str = "x-dead-letter-reason";
 
 /// How many attempts a dead letter has had (long-int).
 pub const DEAD_LETTER_ATTEMPTS: &str = "x-dead-letter-attempts";
-
-/// Says (boolean) that the message's own headers are missing, because together with ours they would not have
-/// fitted into a frame.
-pub const HEADERS_LEFT_OUT: &str = "x-headers-left-out";

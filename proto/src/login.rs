@@ -48,6 +48,9 @@ pub enum LoginMessageError {
     /// `Msg` is there, but is not a string.
     #[error("the member Msg is not a string")]
     MsgNotAString,
+    /// `Msg` is a string, but not a mobile number.
+    #[error("the member Msg is not a mobile number of 7 to 15 digits")]
+    NotAMobileNumber,
 }
 
 impl LoginMessageError {
@@ -57,6 +60,7 @@ impl LoginMessageError {
             Self::NotAnObject => "not_a_json_object",
             Self::NoMsg => "no_msg",
             Self::MsgNotAString => "msg_not_a_string",
+            Self::NotAMobileNumber => "not_a_mobile_number",
         }
     }
 }
@@ -81,7 +85,10 @@ impl LoginMessage {
 
         let carrier = HeaderCarrier::from_json(member("Carrier", "carrier"));
         let message = match member("Msg", "msg") {
-            Some(Value::String(msg)) => Ok(LoginMessage { carrier: carrier.clone(), msg: msg.clone() }),
+            Some(Value::String(msg)) if is_mobile_number(msg) => {
+                Ok(LoginMessage { carrier: carrier.clone(), msg: msg.clone() })
+            }
+            Some(Value::String(_)) => Err(LoginMessageError::NotAMobileNumber),
             Some(Value::Null) | None => Err(LoginMessageError::NoMsg),
             Some(_) => Err(LoginMessageError::MsgNotAString),
         };

@@ -11,6 +11,9 @@
 //! task opens another session. Until then, new messages go to the spool. When the service stops, the task
 //! publishes the rest of the spool, if there is a session, and ends.
 //!
+//! A message that the broker does not accept, even alone in its round, must not stop all later ones. It is
+//! set aside, that is, it stays in the spool, but is not published again before the next start.
+//!
 //! ```text
 //!   connecting ──────▶ publishing the spool ──────▶ publishing directly
 //!       ▲                       │     the spool is empty      │
@@ -83,7 +86,7 @@ struct Backlog {
     spool: Spool,
     /// The spool was empty when it was last read, and nothing was appended since.
     is_empty: bool,
-    /// Entries up to this one are confirmed.
+    /// Entries up to this one are confirmed, or set aside.
     confirmed: u64,
     /// The number of entries in the next round. It is small after a failure, because a slow network may not
     /// carry many in time.
@@ -270,14 +273,24 @@ impl Dispatcher {
         let messages = entries.iter().map(|(_, message)| message);
         let publishing = publisher.publish(session, messages);
         pin!(publishing);
-        loop {
+        let published = loop {
             select! {
-                published = &mut publishing => break published?,
+                published = &mut publishing => break published,
                 Some(request) = requests.recv(), if !is_last_round => {
                     backlog.append(request, Unconfirmed::BehindSpool);
                 }
             }
+        };
+        if let (Err(amqp::Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
+            // The message was alone, so it is the one to blame.
+            let message_id = message.id();
+            tracing::error!(
+                message_id,
+                "the broker does not accept a login; it stays in the spool, and is published again at the next start"
+            );
+            backlog.set_aside(*number);
         }
+        published?;
         self.log.confirmed();
         backlog.confirm(*last, entries.len());
         Ok(())
@@ -301,6 +314,11 @@ impl Backlog {
     /// Reads the entries of the next round; `None` if they can't be read.
     async fn next(&self) -> Option<Vec<(u64, Message)>> {
         self.spool.read(self.confirmed, self.round).await
+    }
+
+    fn set_aside(&mut self, number: u64) {
+        self.confirmed = number;
+        self.spool.set_aside(number);
     }
 
     fn confirm(&mut self, last: u64, count: usize) {

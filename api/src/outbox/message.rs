@@ -49,6 +49,11 @@ impl Message {
         Self { id, taken_at, headers, body: String::from_utf8(body).expect("JSON is UTF-8") }
     }
 
+    /// Returns the message id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Returns when the login was taken.
     pub fn taken_at(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(self.taken_at)

@@ -169,6 +169,7 @@ fn observe(spool: spool::State) {
     };
     gauge("throughline.spool.entries", "{login}", "Logins in the spool.", spool::State::entries);
     gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", spool::State::bytes);
+    gauge("throughline.spool.set_aside", "{login}", "Logins that were set aside.", spool::State::set_aside);
     gauge("throughline.spool.age", "s", "Time since the oldest login in the spool was taken.", |spool| {
         spool.oldest().map_or(0, |taken| taken.elapsed().unwrap_or_default().as_secs())
     });

@@ -43,6 +43,7 @@ pub struct State(Arc<Shared>);
 struct Shared {
     entries: AtomicU64,
     bytes: AtomicU64,
+    set_aside: AtomicU64,
     oldest: Mutex<Option<SystemTime>>,
     takes: AtomicBool,
 }
@@ -65,6 +66,7 @@ enum Command {
     Append(Message, OnAppended),
     Read { after: u64, count: usize, entries: oneshot::Sender<Result<Vec<(u64, Message)>, StoreError>> },
     Remove { through: u64 },
+    SetAside { number: u64 },
 }
 
 impl State {
@@ -76,6 +78,11 @@ impl State {
     /// Bytes of the logins in the spool.
     pub fn bytes(&self) -> u64 {
         self.0.bytes.load(Relaxed)
+    }
+
+    /// Logins in the spool that were set aside.
+    pub fn set_aside(&self) -> u64 {
+        self.0.set_aside.load(Relaxed)
     }
 
     /// Returns when the oldest login in the spool was taken; `None` if the spool is empty.
@@ -134,7 +141,13 @@ impl Spool {
         read.await.ok()?.ok()
     }
 
-    /// Removes all entries up to this number, sooner or later. Until then they take up room.
+    /// Sets an entry aside, which is then not removed with others, and is published again at the next start.
+    pub fn set_aside(&self, number: u64) {
+        let _ = self.commands.send(Command::SetAside { number });
+    }
+
+    /// Removes all entries up to this number, sooner or later, except for those that were set aside. Until
+    /// then they take up room.
     pub fn remove(&self, through: u64) {
         let _ = self.commands.send(Command::Remove { through });
     }
@@ -185,6 +198,10 @@ impl Keeper {
                 Command::Append(message, on_appended) => appended.push((message, on_appended)),
                 Command::Read { after, count, entries } => reads.push((after, count, entries)),
                 Command::Remove { through: number } => through = through.max(Some(number)),
+                Command::SetAside { number } => {
+                    self.store.set_aside(number);
+                    self.state.0.set_aside.fetch_add(1, Relaxed);
+                }
             }
         }
         if !appended.is_empty() || through.is_some() || self.is_failing {

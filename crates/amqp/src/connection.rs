@@ -1,6 +1,6 @@
 //! Connecting to the broker, with TLS or without.
 
-use crate::inbound::{self, Checked, Socket};
+use crate::inbound::{self, Checked, LONGEST_FRAME, Limits, Socket};
 use async_compat::CompatExt;
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties,
@@ -10,7 +10,7 @@ use std::{
     io,
     net::{self, Shutdown},
     os::fd::AsFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::Relaxed},
     time::Duration,
 };
 use tokio::{net::TcpStream, time::timeout};
@@ -27,6 +27,9 @@ pub const DEFAULT_URL: &str = "amqp://guest:guest@127.0.0.1:5672/%2f";
 /// broker that froze is noticed within 20 seconds.
 const HEARTBEAT_SECONDS: u16 = 10;
 
+/// The longest frame in bytes that is asked for, unless the URL says `frame_max`. It is RabbitMQ's default.
+const FRAME_MAX: u32 = 128 * 1024;
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where the broker is, and how to speak to it.
@@ -36,6 +39,7 @@ pub struct Server {
     pub uri: AMQPUri,
     /// The TLS configuration, for `amqps`.
     tls: Option<TlsConnector>,
+    limits: Limits,
 }
 
 /// Reads `amqp://user:password@host:port/vhost`, or the same with `amqps`, which also needs
@@ -57,7 +61,9 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
         return Err("a certificate can't have this host's name");
     }
     uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
-    Ok(Server { uri, tls: None })
+    let frame_max = uri.query.frame_max.filter(|bytes| *bytes > 0).unwrap_or(FRAME_MAX);
+    uri.query.frame_max = Some(frame_max.min(LONGEST_FRAME as u32));
+    Ok(Server { uri, tls: None, limits: Limits::default() })
 }
 
 impl Server {
@@ -70,6 +76,18 @@ impl Server {
     pub fn with_tls(self, config: Arc<ClientConfig>) -> Self {
         let tls = self.wants_tls().then(|| config.into());
         Self { tls, ..self }
+    }
+
+    /// On connections to this server, only the start of a longer body is passed on, and
+    /// [`BODY_CUT`](crate::properties::BODY_CUT) says so. The rest is read, but not kept.
+    pub fn with_longest_body(mut self, bytes: usize) -> Self {
+        self.limits.longest_body = bytes;
+        self
+    }
+
+    /// Returns the longest frame in bytes, as the last connection negotiated it.
+    pub fn frame_max(&self) -> usize {
+        self.limits.frame_max.load(Relaxed)
     }
 
     /// Opens a connection to the broker. A second handle to its socket is put into `handle`, so that the
@@ -111,13 +129,17 @@ pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Conne
                 timeout(CONNECT_TIMEOUT, server.open(&socket)).await.map_err(io::Error::from).flatten();
             // The bytes are checked, because those that lapin can't read would end the connection, or the
             // process.
-            Ok(AsyncTcpStream::Plain(Checked::new(opened.map_err(lapin_error)?)))
+            Ok(AsyncTcpStream::Plain(Checked::new(opened.map_err(lapin_error)?, server.limits.clone())))
         }
     };
     let connecting =
         Connection::connector(server.uri.clone(), inbound::runtime(), connect_socket, properties);
     let connected = timeout(CONNECT_TIMEOUT, connecting).await;
     let socket = lock(&socket).take();
+    if let Ok(Ok(connection)) = &connected {
+        // No content comes before this, because there is no channel yet.
+        server.limits.frame_max.store(connection.configuration().frame_max() as usize, Relaxed);
+    }
     connected.unwrap_or_else(|_| {
         // The socket may be closed already.
         let _ = socket.map(|socket| socket.shutdown(Shutdown::Both));

@@ -4,11 +4,15 @@
 //! broker has, so the caller gives the session up, opens another, declares its queues again, and publishes
 //! again whatever was not confirmed.
 
-use crate::connection::{self, Server};
+use crate::{
+    connection::{self, Server},
+    properties,
+};
 use futures_util::{Stream, StreamExt, future::join_all};
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, Event,
+    BasicProperties, Channel, Confirmation, Connection, ErrorKind, Event,
     options::{BasicPublishOptions, ConfirmSelectOptions},
+    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
 };
 use std::{
     pin::{Pin, pin},
@@ -37,6 +41,9 @@ pub enum Unconfirmed {
     /// The broker refused a message (`basic.nack`).
     #[error("the broker refused the message")]
     Nacked,
+    /// The broker closed the channel or the connection because of a message, and would do so again.
+    #[error("the broker does not accept the message")]
+    NotAccepted,
     /// There is no queue for a message (`basic.return`).
     #[error("no queue takes the message")]
     Unroutable,
@@ -52,6 +59,7 @@ impl Unconfirmed {
             Self::Blocked => "blocked",
             Self::Timeout => "timeout",
             Self::Nacked => "nacked",
+            Self::NotAccepted => "not_accepted",
             Self::Unroutable => "unroutable",
             Self::ConnectionBroken => "connection_broken",
         }
@@ -86,7 +94,8 @@ impl Session {
         &self.channel
     }
 
-    /// Publishes messages in this order, and waits for at most `limit` until all are confirmed.
+    /// Publishes messages in this order, and waits for at most `limit` until all are confirmed. Headers that
+    /// don't fit into a frame are left out ([`properties::fit`]).
     ///
     /// # Errors
     /// If one is not. Then the session is of no use any more.
@@ -98,9 +107,11 @@ impl Session {
         if_blocked: IfBlocked,
     ) -> Result<(), Unconfirmed> {
         let Self { connection, channel, events } = self;
+        let frame_max = connection.configuration().frame_max() as usize;
         let publish_one = async |(properties, body)| {
             // Without `mandatory`, a message that no queue takes would vanish.
             let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+            let properties = properties::fit(properties, &[], frame_max);
             channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties).await?.await
         };
         let mut confirmations = pin!(async {
@@ -154,9 +165,28 @@ async fn trouble(events: &mut Events) -> Unconfirmed {
         match events.next().await {
             // lapin would keep this message, and all after it, until the broker takes messages again.
             Some(Event::ConnectionBlocked(_)) => return Unconfirmed::Blocked,
-            Some(Event::Error(_)) | None => return Unconfirmed::ConnectionBroken,
+            Some(Event::Error(error)) => return broken(&error),
+            None => return Unconfirmed::ConnectionBroken,
             Some(_) => {}
         }
+    }
+}
+
+/// Returns why a message is not confirmed after this error. The broker closes the channel or the connection
+/// with some codes because of what a message is like, such as a body that is longer than the broker takes.
+fn broken(error: &lapin::Error) -> Unconfirmed {
+    use AMQPErrorKind::{Hard, Soft};
+    use AMQPHardError::{FRAMEERROR, SYNTAXERROR};
+    use AMQPSoftError::{CONTENTTOOLARGE, PRECONDITIONFAILED};
+
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => match error.kind() {
+            Soft(CONTENTTOOLARGE | PRECONDITIONFAILED) | Hard(FRAMEERROR | SYNTAXERROR) => {
+                Unconfirmed::NotAccepted
+            }
+            _ => Unconfirmed::ConnectionBroken,
+        },
+        _ => Unconfirmed::ConnectionBroken,
     }
 }
 
@@ -173,7 +203,7 @@ fn all_confirmed(confirmations: Vec<lapin::Result<Confirmation>>) -> Result<(), 
             Ok(Confirmation::Nack(None) | Confirmation::NotRequested) => result = Err(Unconfirmed::Nacked),
             Err(error) => {
                 tracing::debug!(%error, "publishing failed");
-                result = Err(Unconfirmed::ConnectionBroken);
+                result = Err(broken(&error));
             }
         }
     }

@@ -56,6 +56,8 @@ pub const RETRY_PAUSE: &str = "throughline.retry.pause_ms";
 pub const CIRCUIT_RETRY_AFTER: &str = "throughline.circuit.retry_after_ms";
 /// Our own: the number of the attempt at processing a message, from 1.
 pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
+/// Our own: the longest headers of the message are missing, because they did not fit into a frame.
+pub const MESSAGE_HEADERS_LEFT_OUT: &str = "throughline.message.headers_left_out";
 /// Our own: the time since the message was last published, in milliseconds.
 pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";
 /// Our own: what happened to a message, as `applied`, `duplicate`, `retry` or `dead_letter`. If the attribute

@@ -36,10 +36,20 @@ fn header_names_that_differ_in_case_are_the_same_header() {
 #[test]
 fn malformed_carrier_does_not_cost_the_message() {
     for carrier in ["7", "null", "[]", "\"x\"", r#"{"Traceparent":7}"#, r#"{"Traceparent":[7,null]}"#] {
-        let body = format!(r#"{{"Carrier":{carrier},"Msg":"m"}}"#);
+        let body = format!(r#"{{"Carrier":{carrier},"Msg":"13800138000"}}"#);
         let (carrier, message) = LoginMessage::from_json(body.as_bytes());
         assert_eq!(carrier.get("traceparent"), None, "{body}");
-        assert_eq!(message.unwrap().msg, "m", "{body}");
+        assert_eq!(message.unwrap().msg, "13800138000", "{body}");
+    }
+}
+
+#[test]
+fn only_a_mobile_number_is_a_login() {
+    for msg in
+        ["", "123456", "1234567890123456", "1380013800x", "\\u0000", "13800138000\\u0000", "+13800138000"]
+    {
+        let (_, message) = LoginMessage::from_json(format!(r#"{{"Msg":"{msg}"}}"#).as_bytes());
+        assert_eq!(message.unwrap_err(), LoginMessageError::NotAMobileNumber, "{msg}");
     }
 }
 
@@ -56,7 +66,7 @@ proptest! {
     }
 
     #[test]
-    fn what_we_write_we_read(msg in ".*", tracestate in ".*") {
+    fn what_we_write_we_read(msg in "[0-9]{7,15}", tracestate in ".*") {
         let mut carrier = HeaderCarrier::default();
         carrier.set("traceparent", TRACEPARENT.to_owned());
         carrier.set("tracestate", tracestate);

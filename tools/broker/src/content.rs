@@ -7,7 +7,7 @@ use super::{
 use amq_protocol::protocol::{BasicProperties, basic};
 
 /// The largest body of a message, in bytes, as in RabbitMQ 4.
-const MAX_BODY: u64 = 16 * 1024 * 1024;
+pub const MAX_BODY: u64 = 16 * 1024 * 1024;
 
 /// How many bytes of incomplete messages a connection may have at most, on all its channels together.
 const MAX_ASSEMBLING: usize = 2 * MAX_BODY as usize;
@@ -73,8 +73,9 @@ impl VirtualHost {
         let Some(content) = channel.content.as_mut().filter(|content| content.size.is_none()) else {
             return Err(Exception::unexpected_frame("a content header, but no content is due"));
         };
-        if size > MAX_BODY {
-            let text = format!("message size {size} is larger than configured max size {MAX_BODY}");
+        let longest = self.memory.longest_body();
+        if size > longest {
+            let text = format!("message size {size} is larger than configured max size {longest}");
             return Err(Exception::precondition_failed(text));
         }
         peer.assembling += raw_properties.len();

@@ -1,8 +1,9 @@
 //! The memory that the broker's state takes, in bytes, and its limit.
 
+use super::content::MAX_BODY;
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
 };
 use tokio::sync::Notify;
 
@@ -13,6 +14,7 @@ pub struct Memory {
     held: AtomicUsize,
     limit: usize,
     alarm: AtomicBool,
+    longest_body: AtomicU64,
     relieved: Notify,
 }
 
@@ -27,7 +29,7 @@ impl Memory {
     /// Creates an empty account with a limit of `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
         let (held, alarm) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Arc::new(Self { held, limit, alarm, relieved: Notify::new() })
+        Arc::new(Self { held, limit, alarm, longest_body: MAX_BODY.into(), relieved: Notify::new() })
     }
 
     /// Takes `bytes` bytes, even beyond the limit. Callers that can wait call [`Memory::is_full`] first.
@@ -50,6 +52,16 @@ impl Memory {
     pub fn set_alarm(&self, on: bool) {
         self.alarm.store(on, Relaxed);
         self.relieved.notify_waiters();
+    }
+
+    /// Returns the longest body that a message may have.
+    pub fn longest_body(&self) -> u64 {
+        self.longest_body.load(Relaxed)
+    }
+
+    /// Sets the longest body that a message may have.
+    pub fn set_longest_body(&self, bytes: u64) {
+        self.longest_body.store(bytes, Relaxed);
     }
 
     /// Waits until the memory is not full.

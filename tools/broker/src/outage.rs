@@ -28,6 +28,11 @@ impl Broker {
     pub fn set_alarm(&self, on: bool) {
         self.shared.memory.set_alarm(on);
     }
+
+    /// Refuses longer bodies from now on, as RabbitMQ does by its setting `max_message_size`.
+    pub fn set_longest_body(&self, bytes: u64) {
+        self.shared.memory.set_longest_body(bytes);
+    }
 }
 
 impl VirtualHost {

@@ -4,7 +4,8 @@ use amqp::properties::UNREADABLE;
 use anyhow::{Context, Result};
 use broker::raw::{Raw, publish_with};
 use harness::{
-    stack::{KNOWN_MOBILE, Stack},
+    database::Database,
+    stack::{KNOWN_MOBILE, Stack, TestBroker},
     trace::Span,
 };
 use lapin::{
@@ -217,6 +218,125 @@ async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> 
     stack.mq.said("login recorded").await?;
     assert!(!stack.mq.output().contains("lost the connection"), "{}", stack.mq.output());
     assert!(stack.mq.stop().await?.success());
+    Ok(())
+}
+
+async fn consumed(stack: &Stack, id: &str) -> Span {
+    let of_message =
+        |span: &Span| span.attributes.get("messaging.message.id").is_some_and(|other| other == id);
+    stack.receiver.expect_span(of_message).await
+}
+
+/// A producer whose frames are longer can publish such a message, and brokers deliver it.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothing() -> Result<()> {
+    let broker = TestBroker::connect().await?;
+    let url = format!("{}?frame_max=4096", broker.url);
+    let stack = Stack::start_on(broker, &[("mq", "AMQP_URL", &url)]).await?;
+    let mut headers = FieldTable::default();
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+    headers.insert("x-long".into(), AMQPValue::LongString("x".repeat(6000).into()));
+    publish(&stack, "long", headers.clone(), br#"{"Msg":"13800138000"}"#).await?;
+    for id in ["one", "two", "three"] {
+        publish(&stack, id, FieldTable::default(), br#"{"Msg":"13800138000"}"#).await?;
+    }
+    // The first one lost a header, but neither its trace nor its login.
+    let span = consumed(&stack, "long").await;
+    assert_eq!((span.status, span.parent_span_id.as_str()), ("UNSET", "00f067aa0ba902b7"));
+    assert_eq!(span.attributes["throughline.message.headers_left_out"], "true");
+    for id in ["one", "two", "three"] {
+        let span = consumed(&stack, id).await;
+        assert_eq!(span.attributes["throughline.message.outcome"], "applied");
+        assert!(!span.attributes.contains_key("throughline.message.headers_left_out"));
+    }
+
+    // Headers that just fit leave no room for those of a dead letter.
+    headers.insert("x-long".into(), AMQPValue::LongString("x".repeat(3900).into()));
+    publish(&stack, "bad", headers, b"not json").await?;
+    let letter = stack.dead_letter().await?;
+    assert_eq!(reason(&letter), "not_a_json_object");
+    let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+    assert_eq!(headers["x-headers-left-out"], AMQPValue::Boolean(true));
+    assert_eq!(headers["traceparent"], AMQPValue::LongString(traceparent.into()));
+    assert!(!headers.contains_key("x-long"));
+    assert!(!stack.mq.output().contains("lost the connection"), "{}", stack.mq.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_context_longer_than_a_frame_of_the_producer_costs_no_login() -> Result<()> {
+    let broker = TestBroker::connect().await?;
+    let url = format!("{}?frame_max=4096", broker.url);
+    let stack = Stack::start_on(broker, &[("api", "AMQP_URL", &url)]).await?;
+    // There are many members, so that some are left wherever the baggage is cut.
+    let baggage = (0..80).map(|i| format!("k{i:02}={}", "x".repeat(97))).collect::<Vec<_>>().join(",");
+    let tracestate = format!("a={0},b={0}", "x".repeat(247));
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let context = [("traceparent", traceparent), ("tracestate", &tracestate), ("baggage", &baggage)];
+    let mut logins = vec![stack.login(KNOWN_MOBILE, &context).await?];
+    for _ in 0..3 {
+        logins.push(stack.login(KNOWN_MOBILE, &[]).await?);
+    }
+    for login in logins {
+        assert_eq!(login.status, 200);
+        let (trace, applied) = (login.trace_id(), "applied".to_owned());
+        let of_login = |span: &Span| span.trace_id == trace && span.kind == "CONSUMER";
+        let span = stack.receiver.expect_span(of_login).await;
+        assert_eq!(span.attributes.get("throughline.message.outcome"), Some(&applied));
+    }
+    assert!(!stack.api.output().contains("lost the connection"), "{}", stack.api.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_no_login_is_a_dead_letter_and_not_in_the_history() -> Result<()> {
+    let database = Database::new()?;
+    let stack = Stack::start(&[("mq", "MQ_DATABASE_URL", &database.url)]).await?;
+    let text = |length| "a".repeat(length);
+    for (id, msg, reason_expected) in [
+        ("empty", String::new(), "not_a_mobile_number"),
+        ("a null", "\\u0000".to_owned(), "not_a_mobile_number"),
+        ("a null at the end", "13800138000\\u0000".to_owned(), "not_a_mobile_number"),
+        ("text", text(100_000), "not_a_mobile_number"),
+        ("long text", text(2_000_000), "body_too_long"),
+    ] {
+        let body = format!(r#"{{"Msg":"{msg}"}}"#);
+        publish(&stack, id, FieldTable::default(), body.as_bytes()).await?;
+        let letter = stack.dead_letter().await?;
+        assert_eq!(reason(&letter), reason_expected, "{id}");
+        let kept = body.len().min(256 * 1024);
+        assert!(letter.data == body.as_bytes()[..kept], "{id}: {} bytes", letter.data.len());
+        let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+        let size = AMQPValue::LongLongInt(body.len() as i64);
+        assert_eq!(headers.get("x-body-cut-from"), (kept < body.len()).then_some(&size), "{id}");
+    }
+    publish(&stack, "good", FieldTable::default(), br#"{"Msg":"13800138000"}"#).await?;
+    assert_eq!(consumed(&stack, "good").await.attributes["throughline.message.outcome"], "applied");
+    for (mobile, logins) in [("", 0), (&*text(100_000), 0), (KNOWN_MOBILE, 1)] {
+        assert_eq!(database.logins(mobile).await?, (logins, logins));
+    }
+    assert!(!stack.mq.output().contains("lost the connection"), "{}", stack.mq.output());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_long_bodies_take_no_more_memory_than_their_bound() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    // It would be a login, if it were not so long.
+    let mut body = br#"{"Msg":"13800138000"}"#.to_vec();
+    body.resize(8_000_000, b' ');
+    for i in 0..32 {
+        publish(&stack, &format!("long-{i}"), FieldTable::default(), &body).await?;
+    }
+    for _ in 0..32 {
+        assert_eq!(reason(&stack.dead_letter().await?), "body_too_long");
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", stack.mq.id()))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+    let kilobytes: u64 = peak.trim().trim_end_matches(" kB").parse()?;
+    assert!(kilobytes < 100_000, "{kilobytes} kB");
+    assert!(!stack.mq.output().contains("lost the connection"), "{}", stack.mq.output());
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use harness::{
     poll,
     process::Process,
     proxy::Proxy,
-    stack::{KNOWN_MOBILE, Stack},
+    stack::{KNOWN_MOBILE, Stack, TestBroker},
 };
 use lapin::{
     options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions},
@@ -324,5 +324,38 @@ async fn the_bytes_of_the_spool_are_bounded_as_well() -> Result<()> {
     let refused = refused.await.context("it takes everything")?;
     assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-full");
     assert!(spooled(&stack).await.is_some_and(|entries| (1..5).contains(&entries)));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_that_the_broker_does_not_accept_is_set_aside_and_stops_no_other() -> Result<()> {
+    let mut stack = Stack::start_on(TestBroker::embedded().await?, &[]).await?;
+    let data = TempDir::new()?;
+    let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
+    let _proxy = behind_proxy(&mut stack, &variables).await?;
+    // A login has about 110 bytes, and its baggage comes on top.
+    stack.broker.set_longest_body(300);
+    let baggage = format!("k={}", "x".repeat(400));
+    let long = stack.login(KNOWN_MOBILE, &[("baggage", &baggage)]).await?;
+    assert_eq!(long.status, 200);
+    for _ in 0..3 {
+        let login = stack.login(KNOWN_MOBILE, &[]).await?;
+        assert_eq!(login.status, 200);
+        let trace = login.trace_id();
+        stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
+    }
+    stack.api.said("the broker does not accept a login").await?;
+    assert_eq!(stack.api.output().matches("the broker does not accept a login").count(), 1);
+    // Waits until the others are removed.
+    let kept = poll(PATIENCE, async || (spooled(&stack).await? == 1).then_some(()));
+    kept.await.context("it is not kept")?;
+    stack.api.kill().await?;
+
+    // The operator lets the broker take it, and starts api again.
+    stack.broker.set_longest_body(1000);
+    let _proxy = behind_proxy(&mut stack, &variables).await?;
+    drained(&stack).await?;
+    let trace = long.trace_id();
+    stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
     Ok(())
 }

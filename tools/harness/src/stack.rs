@@ -358,6 +358,14 @@ impl TestBroker {
         self.embedded.as_ref().expect("an embedded broker").set_alarm(on);
     }
 
+    /// Lets an embedded broker refuse longer bodies.
+    ///
+    /// # Panics
+    /// If the broker is not embedded, because other tests use it too.
+    pub fn set_longest_body(&self, bytes: u64) {
+        self.embedded.as_ref().expect("an embedded broker").set_longest_body(bytes);
+    }
+
     /// Returns whether the broker has told the test's connection that it accepts no messages.
     pub fn is_blocked(&self) -> bool {
         self.connection.status().blocked()

@@ -6,6 +6,7 @@ use redb::{
     backends::FileBackend,
 };
 use std::{
+    collections::BTreeSet,
     fs::{DirBuilder, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -60,6 +61,8 @@ pub struct Store {
     opened: Instant,
     held: Held,
     last: u64,
+    /// The entries that are not removed with others.
+    set_aside: BTreeSet<u64>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -76,11 +79,9 @@ impl Store {
         let database = open(&path)?;
         // The file's name must survive a loss of power as well.
         File::open(directory)?.sync_all()?;
-        let mut store =
-            Self { path, limits, database: None, opened: Instant::now(), held: Held::default(), last: 0 };
-        (store.held, store.last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
-        store.database = Some(database);
-        Ok(store)
+        let (held, last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
+        let (database, opened, set_aside) = (Some(database), Instant::now(), BTreeSet::new());
+        Ok(Self { path, limits, database, opened, held, last, set_aside })
     }
 
     /// Returns the number of entries.
@@ -96,6 +97,11 @@ impl Store {
     /// Whether there is room for a small message.
     pub fn has_room(&self) -> bool {
         self.held.entries < self.limits.entries && self.held.bytes < self.limits.bytes
+    }
+
+    /// Keeps this entry, whatever is removed, until the store is opened again by [`Store::open`].
+    pub fn set_aside(&mut self, number: u64) {
+        self.set_aside.insert(number);
     }
 
     /// Appends the messages, and removes the entries up to `through`. All of that is on disk when it returns.
@@ -121,7 +127,10 @@ impl Store {
         {
             let mut table = transaction.open_table(ENTRIES)?;
             if let Some(through) = through {
-                table.retain_in(..=through, |_, message| {
+                table.retain_in(..=through, |number, message| {
+                    if self.set_aside.contains(&number) {
+                        return true;
+                    }
                     held.entries -= 1;
                     held.bytes -= message.len() as u64;
                     false
@@ -269,6 +278,22 @@ mod tests {
         assert!(entries == [(2, message("b")), (3, message("c"))]);
         append(&mut store, &["d"]);
         assert_eq!(numbers(&mut store, 3), [4]);
+    }
+
+    #[test]
+    fn what_is_set_aside_stays_until_the_next_start_and_then_comes_first() {
+        let directory = TempDir::new().unwrap();
+        let mut store = Store::open(directory.path(), LARGE).unwrap();
+        append(&mut store, &["a", "b", "c"]);
+        store.set_aside(1);
+        store.change(std::iter::empty(), Some(2)).unwrap();
+        assert_eq!((store.entries(), numbers(&mut store, 0)), (2, vec![1, 3]));
+        drop(store);
+
+        let mut store = Store::open(directory.path(), LARGE).unwrap();
+        assert_eq!((store.entries(), numbers(&mut store, 0)), (2, vec![1, 3]));
+        store.change(std::iter::empty(), Some(3)).unwrap();
+        assert_eq!(store.entries(), 0);
     }
 
     #[test]
