@@ -42,7 +42,8 @@ pub const CLIENT_ID: &str = "mq";
 const MAX_CHUNK: usize = 64;
 
 /// The longest body of a message that is taken whole, in bytes. With 8 KiB of baggage and the longest
-/// `tracestate`, a login has less than a quarter of that. Bodies take at most the prefetch times this.
+/// `tracestate`, a login has less than a quarter of that. lapin allocates
+/// up to twice a body's length, so bodies take at most twice the prefetch times this.
 pub const LONGEST_BODY: usize = 256 * 1024;
 
 /// Consumes login messages.
