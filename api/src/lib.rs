@@ -44,7 +44,7 @@ use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;
 use tokio::net::TcpListener;
 use tonic::transport::Endpoint;
-use usercenter::Reported;
+use usercenter::Connection;
 
 /// Makes the hand-written spans of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
@@ -55,21 +55,13 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
 /// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the
 /// broker are made in the background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
-    // The longest silence before a ping is sent while a call waits for its answer, and the longest wait for
-    // the ping's answer. Both together are no longer than a call, so that later calls have another
-    // connection.
-    let keep_alive = config.usercenter_timeout / 2;
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
-        .tcp_nodelay(true)
-        // Otherwise calls would wait for a peer that has gone silently, one after the other, until TCP gives
-        // up.
-        .http2_keep_alive_interval(keep_alive)
-        .keep_alive_timeout(keep_alive);
+        .tcp_nodelay(true);
     if let Some(tls) = config.usercenter_tls().map_err(anyhow::Error::msg)? {
         endpoint = endpoint.tls_config(tls).context("TLS to usercenter")?;
     }
-    let channel = Reported::new(&config.usercenter_url, endpoint.connect_lazy());
+    let channel = Connection::new(endpoint, config.usercenter_timeout / 2);
     let limits = usercenter::Limits {
         timeout: config.usercenter_timeout,
         attempts: config.usercenter_attempts,
