@@ -29,7 +29,7 @@ pub mod token;
 pub mod usercenter;
 
 use amqp::Topology;
-use anyhow::Context;
+use anyhow::{Context, bail};
 use app::App;
 use config::Config;
 use opentelemetry::global::{self, BoxedTracer};
@@ -42,7 +42,7 @@ use publisher::Publisher;
 use serving::{listener::reserve_files, shutdown::Shutdown};
 use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, select};
 use tonic::transport::Endpoint;
 use usercenter::Connection;
 
@@ -52,8 +52,8 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| global::tracer("api"));
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the
-/// broker are made in the background, as often as needed.
+/// If the configuration can't be used, the spool can't be opened, or a part panics. Connections to usercenter
+/// and to the broker are made in the background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
@@ -70,7 +70,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let layered = usercenter::in_layers(&config.usercenter_url, limits, channel.clone());
     let spool = Spool::open(&config.data_dir, config.spool_limits())
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
-    let (publisher, publishing) = Publisher::start(
+    let (publisher, mut publishing) = Publisher::start(
         config.broker().map_err(anyhow::Error::msg)?,
         Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
         config.publish_timeout,
@@ -88,7 +88,10 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let limits = router::Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let router = router::router(app, limits);
     let max_connections = reserve_files(config.max_connections);
-    let schedule = server::serve(listener, router, max_connections, shutdown.clone()).await;
+    let schedule = select! {
+        schedule = server::serve(listener, router, max_connections, shutdown.clone()) => schedule,
+        part = publishing.failed() => bail!("{part} panicked"),
+    };
     publishing.close(schedule.close_by).await;
     Ok(())
 }
