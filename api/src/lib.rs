@@ -29,7 +29,7 @@ pub mod token;
 pub mod usercenter;
 
 use amqp::Topology;
-use anyhow::Context;
+use anyhow::{Context, bail};
 use app::App;
 use config::Config;
 use opentelemetry::global::BoxedTracer;
@@ -42,9 +42,9 @@ use publisher::Publisher;
 use serving::{listener::reserve_files, shutdown::Shutdown};
 use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, select};
 use tonic::transport::Endpoint;
-use usercenter::Reported;
+use usercenter::Connection;
 
 /// Makes the hand-written spans of this service.
 static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));
@@ -52,24 +52,16 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("api",
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the configuration can't be used, or the spool can't be opened. Connections to usercenter and to the
-/// broker are made in the background, as often as needed.
+/// If the configuration can't be used, the spool can't be opened, or a part panics. Connections to usercenter
+/// and to the broker are made in the background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
-    // The longest silence before a ping is sent while a call waits for its answer, and the longest wait for
-    // the ping's answer. Both together are no longer than a call, so that later calls have another
-    // connection.
-    let keep_alive = config.usercenter_timeout / 2;
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)
-        .tcp_nodelay(true)
-        // Otherwise calls would wait for a peer that has gone silently, one after the other, until TCP gives
-        // up.
-        .http2_keep_alive_interval(keep_alive)
-        .keep_alive_timeout(keep_alive);
+        .tcp_nodelay(true);
     if let Some(tls) = config.usercenter_tls().map_err(anyhow::Error::msg)? {
         endpoint = endpoint.tls_config(tls).context("TLS to usercenter")?;
     }
-    let channel = Reported::new(&config.usercenter_url, endpoint.connect_lazy());
+    let channel = Connection::new(endpoint, config.usercenter_timeout / 2);
     let limits = usercenter::Limits {
         timeout: config.usercenter_timeout,
         attempts: config.usercenter_attempts,
@@ -78,7 +70,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let layered = usercenter::in_layers(&config.usercenter_url, limits, channel.clone());
     let spool = Spool::open(&config.data_dir, config.spool_limits())
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
-    let (publisher, publishing) = Publisher::start(
+    let (publisher, mut publishing) = Publisher::start(
         config.amqp.server().map_err(anyhow::Error::msg)?,
         Topology::new(&config.amqp.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
         config.publish_timeout,
@@ -96,7 +88,10 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let limits = router::Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let router = router::router(app, limits);
     let max_connections = reserve_files(config.max_connections);
-    let schedule = server::serve(listener, router, max_connections, shutdown.clone()).await;
+    let schedule = select! {
+        schedule = server::serve(listener, router, max_connections, shutdown.clone()) => schedule,
+        part = publishing.failed() => bail!("{part} panicked"),
+    };
     publishing.close(schedule.close_by).await;
     Ok(())
 }

@@ -24,7 +24,7 @@ use amqp::{
     Backoff, Server,
     connection::{self, connect, open_channel},
 };
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use futures_util::{FutureExt, StreamExt, future::join_all, stream::FuturesUnordered};
 use lapin::{
     Channel,
@@ -32,7 +32,12 @@ use lapin::{
     options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
-use tokio::{select, sync::watch, time::Instant};
+use std::time::Duration;
+use tokio::{
+    select,
+    sync::watch,
+    time::{Instant, sleep},
+};
 use tower::{BoxError, Service};
 
 /// The name of this service's connection on the broker.
@@ -109,7 +114,11 @@ where
         };
         tracing::info!(broker = %self.attempts.broker, queue = self.attempts.topology.queue, "consuming");
         self.consuming.send_replace(true);
-        let ended = self.consume(&channel, deliveries, stop).await;
+        let ended = select! {
+            biased;
+            ended = self.consume(&channel, deliveries, stop) => ended,
+            () = lost(&connection) => Err(anyhow!("it ended while deliveries were processed")),
+        };
         self.consuming.send_replace(false);
         if ended.is_ok() {
             // Messages that are not acknowledged go back to the queue.
@@ -219,6 +228,14 @@ where
             }
         }
         Ok(failed)
+    }
+}
+
+/// Waits until the connection is lost. Processing may wait for the database much longer than that. (lapin has
+/// no event for a connection that the broker closes in an orderly way.)
+async fn lost(connection: &lapin::Connection) {
+    while connection.status().connected() {
+        sleep(Duration::from_secs(1)).await;
     }
 }
 

@@ -10,6 +10,7 @@ use std::{fmt, future, time::Duration};
 use store::{Change, Store};
 use tokio::{
     sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
     time::sleep,
 };
 
@@ -80,12 +81,13 @@ struct Request {
 }
 
 impl History {
-    /// Opens the database in the background, and again whenever it fails.
-    pub fn start(options: SqliteConnectOptions) -> Self {
+    /// Opens the database in the background, and again whenever it fails. If the returned task panics, the
+    /// history can't be used any more.
+    pub fn start(options: SqliteConnectOptions) -> (Self, JoinHandle<()>) {
         let (requests, receiver) = mpsc::channel(MAX_GROUP);
         let (sender, available) = watch::channel(false);
-        tokio::spawn(keep(Store::new(options), receiver, sender));
-        Self { requests, available }
+        let task = tokio::spawn(keep(Store::new(options), receiver, sender));
+        (Self { requests, available }, task)
     }
 
     /// Returns a receiver that tells whether the database can be used.
@@ -124,7 +126,7 @@ impl History {
         let sent = self.requests.send(Request { change, reply }).await;
         match (sent, answer.await) {
             (Ok(()), Ok(answer)) => answer,
-            // The task ends only with the runtime, so the process is ending.
+            // The task has panicked or the runtime ends, so the process is ending.
             _ => future::pending().await,
         }
     }
@@ -136,6 +138,9 @@ async fn keep(mut store: Store, mut requests: mpsc::Receiver<Request>, available
     commit(&mut store, &[], &available).await;
     let mut group = Vec::new();
     while requests.recv_many(&mut group, MAX_GROUP).await > 0 {
+        // If a caller is gone, its message will be delivered again, and must not be counted twice for one
+        // delivery.
+        group.retain(|request| !request.reply.is_closed());
         let (changes, replies): (Vec<_>, Vec<_>) = group.drain(..).map(|r| (r.change, r.reply)).unzip();
         let answers = commit(&mut store, &changes, &available).await;
         for (reply, answer) in replies.into_iter().zip(answers) {
@@ -170,5 +175,30 @@ async fn commit(
                 sleep(PAUSE).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use tempfile::TempDir;
+    use tokio::time::timeout;
+
+    #[tokio::test]
+    async fn a_redelivery_whose_caller_is_gone_before_the_database_comes_is_not_counted() {
+        let directory = TempDir::new().unwrap();
+        // There is a file where the folder should be.
+        let folder = directory.path().join("data");
+        fs::write(&folder, "").unwrap();
+        let url = format!("sqlite://{}/mq.db", folder.display());
+        let (history, _) = History::start(parse_url(&url).unwrap());
+        // The first try, which is without a request, is under way before any of these.
+        for _ in 0..30 {
+            let counted = history.count_redelivery("id".to_owned());
+            assert!(timeout(Duration::from_millis(1), counted).await.is_err());
+        }
+        fs::remove_file(&folder).unwrap();
+        assert_eq!(history.count_redelivery("id".to_owned()).await, Ok(1));
     }
 }

@@ -20,7 +20,7 @@ pub mod properties;
 pub mod publisher;
 
 use amqp::Topology;
-use anyhow::Context;
+use anyhow::{Context, bail};
 use attempt::Attempts;
 use config::Config;
 use consumer::Consumer;
@@ -56,8 +56,8 @@ fn topology(config: &Config) -> Topology {
 /// Consumes until `shutdown`. Answers health checks on `listener`.
 ///
 /// # Errors
-/// If the configuration can't be used, or if health checks can't be served. An unavailable broker is not an
-/// error, because mq waits until it is back.
+/// If the configuration can't be used, health checks can't be served, or a part panics. An unavailable broker
+/// is not an error, because mq waits until it is back.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
@@ -66,7 +66,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
 
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let topology = topology(config);
-    let history = History::start(config.database().map_err(anyhow::Error::msg)?);
+    let (history, keeping) = History::start(config.database().map_err(anyhow::Error::msg)?);
     let retry_delays = config.retry_delays.0.clone();
     let (consuming, is_consuming) = watch::channel(false);
     let available = history.available();
@@ -89,6 +89,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         served = health => served.context("serving health checks"),
         () = report(reporter, is_consuming, available, shutdown) => Ok(()),
         () = consumer.run(shutdown.stopped().map(drop)) => Ok(()),
+        _ = keeping => bail!("the task of the login history panicked"),
         () = deadline => {
             tracing::warn!("deliveries in hand were cut off at the deadline");
             Ok(())

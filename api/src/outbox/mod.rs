@@ -10,8 +10,9 @@ mod spool;
 
 use amqp::{Server, Topology};
 use dispatch::{Dispatcher, Request};
-use std::{sync::Arc, time::Duration};
+use std::{future, sync::Arc, time::Duration};
 use tokio::{
+    select,
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::{Instant, timeout, timeout_at},
@@ -128,8 +129,14 @@ impl Outbox {
         };
         let spool_state = spool.state();
         observe(spool.state());
+        let spool_panicked = spool.panicked();
         let dispatcher = Dispatcher::new(server, topology, timeout, spool, incoming, stopped, connected);
-        let task = tokio::spawn(dispatcher.run());
+        let task = tokio::spawn(async move {
+            select! {
+                () = dispatcher.run() => Ok(()),
+                () = spool_panicked => Err("the spool's thread"),
+            }
+        });
         (Self { requests, shared: Arc::new(shared) }, Publishing { stop, task, spool: spool_state })
     }
 
@@ -178,11 +185,22 @@ fn observe(spool: spool::State) {
 /// The task that runs behind an [`Outbox`].
 pub struct Publishing {
     stop: oneshot::Sender<()>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Result<(), &'static str>>,
     spool: spool::State,
 }
 
 impl Publishing {
+    /// Waits until the task or the spool's thread panics. Returns which of them did. Without it, logins would
+    /// be refused while `/readyz` goes on telling the last state.
+    pub async fn failed(&mut self) -> &'static str {
+        match (&mut self.task).await {
+            Err(_) => "the dispatcher",
+            Ok(Err(part)) => part,
+            // It was stopped.
+            Ok(Ok(())) => future::pending().await,
+        }
+    }
+
     /// Publishes the logins in the spool until `deadline`, if there is a connection. The rest stays in the
     /// spool for the next start. Call it when no more logins will be published.
     pub async fn close(mut self, deadline: Instant) {

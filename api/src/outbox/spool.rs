@@ -8,6 +8,7 @@
 mod store;
 
 use super::message::Message;
+use futures_util::{FutureExt, future};
 use std::{
     iter,
     path::Path,
@@ -31,8 +32,8 @@ const MAX_TOGETHER: usize = 4096;
 pub struct Spool {
     commands: mpsc::Sender<Command>,
     state: State,
-    /// Nothing is sent on this channel; it closes when the thread ends.
-    closed: oneshot::Receiver<()>,
+    /// Is ready when the thread has ended; it is an error if the thread panicked.
+    closed: future::Shared<oneshot::Receiver<()>>,
 }
 
 /// The state of the spool that everybody may read.
@@ -117,9 +118,19 @@ impl Spool {
         let (open, closed) = oneshot::channel();
         thread::Builder::new().name("spool".to_owned()).spawn(move || {
             keeper.run(received);
-            drop(open);
+            let _ = open.send(());
         })?;
-        Ok(Self { commands, state, closed })
+        Ok(Self { commands, state, closed: closed.shared() })
+    }
+
+    /// Waits until the thread panics.
+    pub fn panicked(&self) -> impl Future<Output = ()> + use<> {
+        let closed = self.closed.clone();
+        async {
+            if closed.await.is_ok() {
+                future::pending().await
+            }
+        }
     }
 
     /// Returns the state of the spool that everybody may read.

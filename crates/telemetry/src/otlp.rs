@@ -1,5 +1,5 @@
 //! Builds the published OTLP exporters on connections that are made here, so that TLS has one provider,
-//! gRPC has keep-alive, and failures report their cause.
+//! a silent connection is given up, and failures report their cause.
 
 use crate::{
     config::{ConfigError, OtlpConfig, Protocol},
@@ -8,6 +8,8 @@ use crate::{
 use async_trait::async_trait;
 use http::header;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+#[cfg(feature = "otlp-grpc")]
+use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::connect::HttpConnector;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response, hyper::HyperClient};
 use opentelemetry_otlp::{
@@ -19,10 +21,10 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection may be silent before a ping, and how long the ping's answer may take. Each is less
-/// than half of the default time-out of a request.
+/// How long a connection may be silent after a request, as a part of the request's time-out. It is less than
+/// the whole, because a request that times out writes to the connection, which begins the wait anew.
 #[cfg(feature = "otlp-grpc")]
-const KEEP_ALIVE: Duration = Duration::from_secs(4);
+const MAX_SILENCE: f64 = 0.95;
 
 /// Builds the exporter that sends spans.
 pub(crate) fn span_exporter(config: &OtlpConfig) -> Result<SpanExporter, ConfigError> {
@@ -90,18 +92,26 @@ fn http<B: WithExportConfig + WithHttpConfig>(builder: B, config: &OtlpConfig) -
 
 #[cfg(feature = "otlp-grpc")]
 fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
-    let endpoint = Endpoint::from(config.endpoint.clone())
-        .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(config.timeout)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE);
+    let endpoint =
+        Endpoint::from(config.endpoint.clone()).connect_timeout(CONNECT_TIMEOUT).timeout(config.timeout);
     let endpoint = match &config.tls {
         Some(tls) => endpoint
             .tls_config(tls.tonic.clone())
             .map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP_CERTIFICATE", error.to_string()))?,
         None => endpoint,
     };
-    Ok(endpoint.connect_lazy())
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    connector.enforce_http(false);
+    // A connection that died without a word is closed, and the next request gets another one. HTTP/2 pings
+    // would tell that too, but gRPC servers close a connection on which they come more often than every five
+    // minutes.
+    let mut connector = TimeoutConnector::new(connector);
+    // Without a time-out, the maximum stands for it, which would be an overflow.
+    let silence = (config.timeout < Duration::MAX).then(|| config.timeout.mul_f64(MAX_SILENCE));
+    connector.set_read_timeout(silence);
+    connector.set_reset_reader_on_write(true);
+    Ok(endpoint.connect_with_connector_lazy(connector))
 }
 
 /// Makes an HTTP client for the exporters of this crate.

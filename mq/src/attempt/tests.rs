@@ -13,7 +13,7 @@ where
     let topology = Topology::new("", "e", "k", "q");
     let attempts = Attempts {
         processing,
-        history: History::start(crate::history::parse_url(&database).unwrap()),
+        history: History::start(crate::history::parse_url(&database).unwrap()).0,
         broker: Broker::new(&server.uri, "test"),
         publisher: Publisher::new(server, topology.clone(), Vec::new()),
         topology,

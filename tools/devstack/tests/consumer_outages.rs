@@ -158,6 +158,25 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_it_waits_for_its_database_mq_notices_that_its_connection_is_gone() -> Result<()> {
+    let database = Database::new()?;
+    let (stack, proxy) = with_proxy(&database).await?;
+    let lock = database.lock().await?;
+    stack.login(KNOWN_MOBILE, &[]).await?;
+    // The message has come, and waits.
+    stack.mq.said("the database is unavailable").await?;
+    proxy.cut();
+    stack.mq.said("lost the connection to the broker").await?;
+    let again = poll(PATIENCE, async || (stack.mq.output().matches(" consuming").count() == 2).then_some(()));
+    again.await.with_context(|| stack.mq.output())?;
+
+    drop(lock);
+    let applied =
+        poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (1, 1)).then_some(()));
+    applied.await.with_context(|| stack.mq.output())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_comes_later_is_consumed_from() -> Result<()> {
     let database = Database::new()?;
     let (mut stack, proxy) = with_proxy(&database).await?;

@@ -168,7 +168,7 @@ async fn around_the_processing_of_a_message() -> Result<()> {
     let ([outer, inner], times) = timed(["outer", "inner"]);
     let data = tempfile::tempdir()?;
     let url = format!("sqlite://{}", data.path().join("mq.db").display());
-    let history = History::start(history::parse_url(&url).map_err(anyhow::Error::msg)?);
+    let (history, _) = History::start(history::parse_url(&url).map_err(anyhow::Error::msg)?);
 
     let processing = ServiceBuilder::new().layer(outer).layer(inner).service(RecordLogin::new(history));
 

@@ -209,7 +209,11 @@ async fn a_file_that_cannot_be_used_ends_a_service_with_2_and_a_line_that_names_
         (&[(certificate, &empty), (key, &good.key)], certificate, "empty.pem: there is no certificate in it"),
         (&[(certificate, &good.certificate), (key, &empty)], key, "empty.pem: no items found"),
         (&[(certificate, &good.certificate), (key, &other.key)], certificate, "Good.pem: keys may not be"),
-        (&[("SSL_CERT_FILE", &empty), ("SSL_CERT_DIR", "/nowhere")], authority, "not set, and the system's authorities"),
+        (
+            &[("SSL_CERT_FILE", &empty), ("SSL_CERT_DIR", "/nowhere")],
+            authority,
+            "not set, and the system's authorities",
+        ),
     ];
     for (files, variable, problem) in cases {
         for protocol in ["grpc", "http/json"] {

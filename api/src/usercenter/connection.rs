@@ -1,0 +1,98 @@
+//! The connection to usercenter, below all layers of the client.
+
+use serving::seldom::Seldom;
+use std::{
+    error::Error,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+use tonic::{
+    body::Body,
+    codegen::http::{Request, Response},
+    transport::{self, Channel, Endpoint},
+};
+use tower::{Service, ServiceExt};
+
+/// A channel that gives up a silent connection. It logs why usercenter can't be reached, at most once a
+/// minute, because in an outage every call fails. The layers around it know only the status that the failure
+/// stands for, but not its cause.
+#[derive(Clone)]
+pub struct Connection {
+    endpoint: Endpoint,
+    patience: Duration,
+    current: Arc<Mutex<Current>>,
+    warnings: Seldom,
+}
+
+/// The connection for new calls.
+struct Current {
+    channel: Channel,
+    /// When the first call began after the last answer.
+    unanswered_since: Option<Instant>,
+}
+
+impl Connection {
+    /// Makes a channel to `endpoint`. If no call has been answered for longer than `patience`, new calls get
+    /// another connection, because a connection may die without a word. HTTP/2 pings would tell that too,
+    /// but gRPC servers close a connection on which they come more often than every five minutes.
+    pub fn new(endpoint: Endpoint, patience: Duration) -> Self {
+        let current = Current { channel: endpoint.connect_lazy(), unanswered_since: None };
+        Self { endpoint, patience, current: Arc::new(Mutex::new(current)), warnings: Seldom::default() }
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the channel for a call that begins now.
+    fn channel(&self) -> Channel {
+        let mut current = self.current();
+        if current.unanswered_since.is_some_and(|since| since.elapsed() > self.patience) {
+            self.warn("no call is answered; new calls get another connection");
+            // Earlier calls keep the old connection, in case usercenter is only slow.
+            *current = Current { channel: self.endpoint.connect_lazy(), unanswered_since: None };
+        }
+        current.unanswered_since.get_or_insert_with(Instant::now);
+        current.channel.clone()
+    }
+
+    fn warn(&self, why: &str) {
+        if self.warnings.is_due() {
+            tracing::warn!(endpoint = %self.endpoint.uri(), "can't reach usercenter: {why}");
+        }
+    }
+}
+
+impl Service<Request<Body>> for Connection {
+    type Response = Response<Body>;
+    type Error = transport::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, transport::Error>> + Send>>;
+
+    /// Is always ready, because each call waits for a connection by itself.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), transport::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let answer = self.channel().oneshot(request);
+        let this = self.clone();
+        Box::pin(async move {
+            let answer = answer.await;
+            match &answer {
+                Ok(_) => this.current().unanswered_since = None,
+                // One such error is that the call's time is over, so it is no sign of life.
+                Err(error) => this.warn(&chain(error)),
+            }
+            answer
+        })
+    }
+}
+
+/// Joins an error and its causes to one text. Of a TLS failure, only the last cause tells the reason.
+fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
