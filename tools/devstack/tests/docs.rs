@@ -2,15 +2,17 @@
 
 use anyhow::{Context, Result};
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
 
-const DOCUMENTS: [&str; 8] = [
+const DOCUMENTS: [&str; 9] = [
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "docs/adding.md",
     "docs/benchmarks.md",
     "docs/chaos.md",
     "docs/configuration.md",
@@ -58,7 +60,7 @@ fn files_in_backticks_exist() -> Result<()> {
                 && (code.ends_with(".rs") || code.ends_with(".md") || code.ends_with(".proto"))
                 && code.contains('/')
         };
-        for file in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(is_file) {
+        for file in text.lines().flat_map(in_backticks).filter(is_file) {
             assert!(root().join(file).exists(), "{}: {file}", path.display());
         }
     }
@@ -140,6 +142,41 @@ fn the_reading_list_is_what_it_says() -> Result<()> {
     let (lines, words) = (readme.lines().count(), readme.split_whitespace().count());
     assert!(lines <= 120 && words <= 900, "README.md has {lines} lines and {words} words");
     Ok(())
+}
+
+/// `.ci/run` applies the diffs and compiles the result. This says sooner what has changed below the page.
+#[test]
+fn the_page_on_adding_names_the_files_that_it_changes_and_its_diffs_fit() -> Result<()> {
+    let page = fs::read_to_string(root().join("docs/adding.md"))?;
+    let mut sections = page.split("\n## ");
+    let table = sections.next().unwrap_or_default();
+    let mut hunks = 0;
+    for section in sections {
+        let title = section.lines().next().unwrap_or_default();
+        let link = format!("](#{})", title.to_lowercase().replace(' ', "-"));
+        let row = table.lines().find(|row| row.contains(&link)).with_context(|| link.clone())?;
+        let changed = section.lines().filter_map(|line| line.strip_prefix("+++ b/"));
+        assert_eq!(in_backticks(row).collect::<BTreeSet<_>>(), changed.collect(), "{title}");
+
+        for file in section.split("\n--- a/").skip(1) {
+            let (path, diff) = file.split_once('\n').context("a diff")?;
+            let source = format!("\n{}", fs::read_to_string(root().join(path))?);
+            for hunk in diff.split("\n```").next().unwrap_or_default().split("\n@@ ").skip(1) {
+                let old = hunk.lines().skip(1).filter(|line| !line.starts_with('+'));
+                let old = old.map(|line| format!("\n{}", line.get(1..).unwrap_or_default()));
+                let old: String = old.collect();
+                // In one place only, so that it can't be added in another when the file has changed.
+                assert_eq!(source.matches(&format!("{old}\n")).count(), 1, "{path} has changed:{old}");
+                hunks += 1;
+            }
+        }
+    }
+    assert!(hunks > 20, "{hunks}");
+    Ok(())
+}
+
+fn in_backticks(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
 }
 
 fn is_variable(name: &str) -> bool {
