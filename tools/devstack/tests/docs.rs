@@ -2,18 +2,21 @@
 
 use anyhow::{Context, Result};
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
 
-const DOCUMENTS: [&str; 8] = [
+const DOCUMENTS: [&str; 10] = [
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "docs/adding.md",
     "docs/benchmarks.md",
     "docs/chaos.md",
     "docs/configuration.md",
+    "docs/copying.md",
     "docs/layers.md",
 ];
 
@@ -58,7 +61,7 @@ fn files_in_backticks_exist() -> Result<()> {
                 && (code.ends_with(".rs") || code.ends_with(".md") || code.ends_with(".proto"))
                 && code.contains('/')
         };
-        for file in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(is_file) {
+        for file in text.lines().flat_map(in_backticks).filter(is_file) {
             assert!(root().join(file).exists(), "{}: {file}", path.display());
         }
     }
@@ -143,6 +146,98 @@ fn the_reading_list_is_what_it_says() -> Result<()> {
     let (lines, words) = (readme.lines().count(), readme.split_whitespace().count());
     assert!(lines <= 120 && words <= 900, "README.md has {lines} lines and {words} words");
     Ok(())
+}
+
+/// A row of the map is `| purpose | code and links |`.
+#[test]
+fn the_map_quotes_the_files_that_it_links() -> Result<()> {
+    let readme = fs::read_to_string(root().join("README.md"))?;
+    let (_, map) = readme.split_once("## How do I trace …").context("no map")?;
+    let (map, _) = map.split_once("\n## ").context("nothing after the map")?;
+    let mut quotes = 0;
+    for row in map.lines() {
+        let linked = between(row, "](", ')').map(|link| fs::read_to_string(root().join(link)));
+        let linked = linked.collect::<Result<String, _>>().with_context(|| row.to_owned())?;
+        for quote in in_backticks(row).flat_map(|code| code.split('…')) {
+            assert!(linked.contains(quote), "{quote} is in no file of {row}");
+            quotes += 1;
+        }
+    }
+    assert!(quotes > 5, "{quotes}");
+    Ok(())
+}
+
+/// A row of the table is `| [folder](link) | lines, about | folders | sentence |`.
+#[test]
+fn the_page_on_copying_knows_the_size_and_the_needs_of_each_crate() -> Result<()> {
+    let page = fs::read_to_string(root().join("docs/copying.md"))?;
+    let mut crates = BTreeSet::new();
+    for row in page.lines().filter(|row| row.starts_with("| [`crates/")) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let ["", folder, told, needs, _, ""] = cells.as_slice() else { panic!("{row}") };
+        let folder = in_backticks(folder).next().context("no folder")?;
+
+        let told: usize = told.replace(',', "").parse()?;
+        let lines = lines(&root().join(folder).join("src"))?;
+        assert!(told.abs_diff(lines) * 10 <= lines, "{folder} has {lines} lines, not about {told}");
+
+        let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml"))?;
+        let (_, dependencies) = manifest.split_once("\n[dependencies]\n").context("no dependencies")?;
+        let dependencies = dependencies.split("\n[").next().unwrap_or_default();
+        let names = dependencies.lines().filter_map(|line| line.split(['.', ' ']).next());
+        let ours = names.map(|name| format!("crates/{name}")).filter(|path| root().join(path).exists());
+        assert_eq!(in_backticks(needs).map(str::to_owned).collect::<BTreeSet<_>>(), ours.collect(), "{row}");
+        crates.insert(folder.to_owned());
+    }
+    let all = fs::read_dir(root().join("crates"))?.map(|entry| Ok(entry?.file_name()));
+    let all = all.collect::<Result<Vec<_>>>()?;
+    assert_eq!(crates, all.iter().map(|name| format!("crates/{}", name.display())).collect());
+    Ok(())
+}
+
+/// `.ci/run` applies the diffs and compiles the result. This says sooner what has changed below the page.
+#[test]
+fn the_page_on_adding_names_the_files_that_it_changes_and_its_diffs_fit() -> Result<()> {
+    let page = fs::read_to_string(root().join("docs/adding.md"))?;
+    let mut sections = page.split("\n## ");
+    let table = sections.next().unwrap_or_default();
+    let mut hunks = 0;
+    for section in sections {
+        let title = section.lines().next().unwrap_or_default();
+        let link = format!("](#{})", title.to_lowercase().replace(' ', "-"));
+        let row = table.lines().find(|row| row.contains(&link)).with_context(|| link.clone())?;
+        let changed = section.lines().filter_map(|line| line.strip_prefix("+++ b/"));
+        assert_eq!(in_backticks(row).collect::<BTreeSet<_>>(), changed.collect(), "{title}");
+
+        for file in section.split("\n--- a/").skip(1) {
+            let (path, diff) = file.split_once('\n').context("a diff")?;
+            let source = format!("\n{}", fs::read_to_string(root().join(path))?);
+            for hunk in diff.split("\n```").next().unwrap_or_default().split("\n@@ ").skip(1) {
+                let old = hunk.lines().skip(1).filter(|line| !line.starts_with('+'));
+                let old = old.map(|line| format!("\n{}", line.get(1..).unwrap_or_default()));
+                let old: String = old.collect();
+                // In one place only, so that it can't be added in another when the file has changed.
+                assert_eq!(source.matches(&format!("{old}\n")).count(), 1, "{path} has changed:{old}");
+                hunks += 1;
+            }
+        }
+    }
+    assert!(hunks > 20, "{hunks}");
+    Ok(())
+}
+
+fn in_backticks(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
+/// Counts the lines of all files in a folder.
+fn lines(folder: &Path) -> Result<usize> {
+    let mut count = 0;
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        count += if path.is_dir() { lines(&path)? } else { fs::read_to_string(&path)?.lines().count() };
+    }
+    Ok(count)
 }
 
 fn is_variable(name: &str) -> bool {
