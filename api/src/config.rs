@@ -4,8 +4,10 @@
 use crate::outbox::Limits;
 use amqp::Server;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use proto::topology;
 use serving::{
-    arguments, shutdown,
+    arguments::{self, positive_duration},
+    shutdown,
     tls::{BrokerFiles, Client, PemFile},
 };
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -74,7 +76,7 @@ pub struct Config {
     amqp_files: BrokerFiles,
 
     /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "")]
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix)]
     pub amqp_prefix: String,
 
     /// How long the broker may take to confirm a message, before the message goes to the spool.
@@ -189,13 +191,6 @@ fn at_least_one(number: &str) -> Result<usize, &'static str> {
     match number.parse() {
         Ok(number) if number > 0 => Ok(number),
         _ => Err("expected a number, at least 1"),
-    }
-}
-
-fn positive_duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("must be more than 0".to_owned()),
-        duration => duration.map_err(|error| error.to_string()),
     }
 }
 

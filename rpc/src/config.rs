@@ -3,7 +3,8 @@
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use serving::{
-    arguments, shutdown,
+    arguments::{self, duration, positive_duration},
+    shutdown,
     tls::{PemFile, Server},
 };
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -34,7 +35,7 @@ pub struct Config {
         long,
         env = "USERCENTER_MAX_CONNECTION_AGE",
         default_value = "5m",
-        value_parser = humantime::parse_duration
+        value_parser = duration
     )]
     pub max_connection_age: Duration,
 
@@ -83,12 +84,5 @@ impl Config {
             PemFile("USERCENTER_TLS_KEY", &self.tls_key),
             PemFile("USERCENTER_TLS_CLIENT_CA", &self.tls_client_ca),
         ])
-    }
-}
-
-fn positive_duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("must be more than 0".to_owned()),
-        duration => duration.map_err(|error| error.to_string()),
     }
 }
