@@ -1,9 +1,8 @@
 //! tonic's server, with bounds on what a connection may take. tonic itself accepts any number of connections,
 //! and waits for ever for the first bytes of each.
 //!
-//! The library sets the other bounds by default: at most 200 streams at once, 16 KiB of headers in a request
-//! (which also ends a flood of CONTINUATION frames), and 20 streams that were reset before the server looked
-//! at them ("rapid reset", CVE-2023-44487).
+//! The library sets another bound by default: 20 streams that were reset before the server looked at them
+//! ("rapid reset", CVE-2023-44487).
 
 use crate::{
     listener::Listener,
@@ -44,11 +43,17 @@ const AGE_GRACE: Duration = Duration::from_secs(30);
 /// made explicit.
 const MAX_STREAMS: u32 = 200;
 
+/// The most bytes of headers in a request, which also ends a flood of CONTINUATION frames. Each header counts
+/// as its name, its value and 32 bytes (RFC 9113, section 6.5.2). This is the library's default, made explicit,
+/// because whatever api passes on must fit (docs/bounds.md).
+pub const MAX_HEADERS: u32 = 16 * 1024;
+
 /// Makes a server for connections from [`incoming`]. A connection that reaches `max_connection_age` is asked
 /// to go. Its client then makes a new one, which a balancer may lead to another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADERS)
         .max_connection_age(max_connection_age)
         // These pings detect a client that vanished silently, or that does not speak HTTP/2 after all.
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
