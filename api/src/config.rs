@@ -3,7 +3,11 @@
 
 use crate::outbox::Limits;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use serving::{arguments, shutdown};
+use proto::topology;
+use serving::{
+    arguments::{self, positive_duration},
+    shutdown,
+};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use tls::{Client, PemFile};
 use tonic::{
@@ -65,6 +69,10 @@ pub struct Config {
     /// The broker.
     #[command(flatten)]
     pub amqp: amqp::Arguments,
+
+    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix)]
+    pub amqp_prefix: String,
 
     /// How long the broker may take to confirm a message, before the message goes to the spool.
     #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
@@ -166,13 +174,6 @@ fn at_least_one(number: &str) -> Result<usize, &'static str> {
     match number.parse() {
         Ok(number) if number > 0 => Ok(number),
         _ => Err("expected a number, at least 1"),
-    }
-}
-
-fn positive_duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("must be more than 0".to_owned()),
-        duration => duration.map_err(|error| error.to_string()),
     }
 }
 

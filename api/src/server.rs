@@ -31,7 +31,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most bytes of one connection that are buffered, and so also the longest headers. A request with longer
 /// headers gets the status 431. (hyper's own limit is 400 KiB, which would be multiplied by 10,000
 /// connections. hyper also allows at most 100 headers.)
-const MAX_BUFFER: usize = 32 * 1024;
+pub const MAX_BUFFER: usize = 32 * 1024;
 
 /// Serves `router` until `shutdown`, on at most `max_connections` connections at once. Requests that are not
 /// finished in time after that are cut off, which is logged. Returns the times by which the rest of the

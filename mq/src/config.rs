@@ -2,7 +2,7 @@
 //! `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use proto::topology::DEFAULT_RETRY_DELAYS;
+use proto::topology::{self, DEFAULT_RETRY_DELAYS};
 use serving::{arguments, shutdown};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{net::SocketAddr, str::FromStr, time::Duration};
@@ -24,6 +24,10 @@ pub struct Config {
     /// The broker.
     #[command(flatten)]
     pub amqp: amqp::Arguments,
+
+    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix, global = true)]
+    pub amqp_prefix: String,
 
     /// How many messages the broker may send before they are acknowledged.
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
@@ -132,5 +136,28 @@ impl Config {
     /// If the URL is malformed. [`Config::load`] has already checked that.
     pub fn database(&self) -> Result<SqliteConnectOptions, String> {
         crate::history::parse_url(&self.database_url).map_err(|problem| format!("MQ_DATABASE_URL: {problem}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use amqp::Topology;
+    use proto::topology::{EXCHANGE, MAX_PREFIX, QUEUE, ROUTING_KEY};
+
+    #[test]
+    fn with_the_longest_prefix_every_name_is_a_short_string() {
+        let prefix = topology::prefix(&"p".repeat(MAX_PREFIX)).unwrap();
+        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
+        // No delay that is allowed has a longer name.
+        let delays: RetryDelays = "1month 18days 23h 59m 59s 999ms 999us 999ns".parse().unwrap();
+        let names = [
+            topology.exchange.clone(),
+            topology.dead_letter_queue.clone(),
+            topology.retry_queue(delays.0[0]),
+        ];
+        assert!(names.iter().all(|name| name.len() <= 255), "{names:?}");
+        // Bytes count, not characters.
+        assert!(topology::prefix(&"é".repeat(MAX_PREFIX / 2 + 1)).is_err());
     }
 }

@@ -2,7 +2,10 @@
 //! `telemetry`.
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use serving::{arguments, shutdown};
+use serving::{
+    arguments::{self, duration, positive_duration},
+    shutdown,
+};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use tls::{PemFile, Server};
 
@@ -32,7 +35,7 @@ pub struct Config {
         long,
         env = "USERCENTER_MAX_CONNECTION_AGE",
         default_value = "5m",
-        value_parser = humantime::parse_duration
+        value_parser = duration
     )]
     pub max_connection_age: Duration,
 
@@ -82,12 +85,5 @@ impl Config {
             PemFile("USERCENTER_TLS_CLIENT_CA", self.tls_client_ca.as_deref()),
         ]);
         tls.map_err(|error| error.to_string())
-    }
-}
-
-fn positive_duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("must be more than 0".to_owned()),
-        duration => duration.map_err(|error| error.to_string()),
     }
 }

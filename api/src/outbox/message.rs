@@ -1,4 +1,5 @@
-//! A login message, encoded once, so that a message from the spool is the same as one that is sent directly.
+//! A login message. It holds its context and the mobile number once, in memory and in the spool, and is encoded
+//! when it is published. So a message from the spool is the same as one that is sent directly.
 
 use amqp::properties::PERSISTENT;
 use lapin::{
@@ -10,12 +11,12 @@ use proto::{
     headers,
     login::{HeaderCarrier, LoginMessage},
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use telemetry::amqp::HeadersMut;
 
 /// A login message.
-// It has no `Debug`, because the body holds a mobile number.
+// It has no `Debug`, because a mobile number is personal.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     id: String,
@@ -24,7 +25,17 @@ pub struct Message {
     taken_at: u64,
     /// The trace context of its producer span.
     headers: Carrier,
-    body: String,
+    /// The mobile number that has logged in.
+    #[serde(alias = "body", deserialize_with = "mobile")]
+    mobile: String,
+}
+
+/// Reads the mobile number. An entry that an earlier version wrote has the whole body instead, which holds the
+/// number.
+fn mobile<'de, D: Deserializer<'de>>(entry: D) -> Result<String, D::Error> {
+    let text = String::deserialize(entry)?;
+    let (_, body) = LoginMessage::from_json(text.as_bytes());
+    Ok(body.map_or(text, |body| body.msg))
 }
 
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,14 +50,10 @@ impl Injector for Carrier {
 impl Message {
     /// Makes the message that `mobile` has logged in, in the trace of `cx`.
     pub fn new(cx: &Context, id: String, mobile: String) -> Self {
-        // The context travels twice: in the headers for every consumer, and in the body for the Go original.
         let mut headers = Carrier::default();
         telemetry::inject(cx, &mut headers);
-        let mut carrier = HeaderCarrier::default();
-        telemetry::inject(cx, &mut carrier);
-        let body = LoginMessage { carrier, msg: mobile }.to_json();
         let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Self { id, taken_at, headers, body: String::from_utf8(body).expect("JSON is UTF-8") }
+        Self { id, taken_at, headers, mobile }
     }
 
     /// Returns the message id.
@@ -59,9 +66,14 @@ impl Message {
         UNIX_EPOCH + Duration::from_secs(self.taken_at)
     }
 
-    /// Returns the body of the message.
-    pub fn body(&self) -> &[u8] {
-        self.body.as_bytes()
+    /// Returns the body of the message. The context travels twice: in the headers for every consumer, and in
+    /// the body for the Go original.
+    pub fn body(&self) -> Vec<u8> {
+        let mut carrier = HeaderCarrier::default();
+        for (name, value) in &self.headers.0 {
+            carrier.set(name, value.clone());
+        }
+        LoginMessage { carrier, msg: self.mobile.clone() }.to_json()
     }
 
     /// Returns the properties of the message if it is published at `now`.
@@ -101,7 +113,7 @@ mod tests {
     #[test]
     fn a_hand_over_says_when_it_is() {
         let message =
-            Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), body: String::new() };
+            Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), mobile: String::new() };
         let properties = message.properties(UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         let headers = properties.headers().clone().unwrap();
@@ -112,12 +124,25 @@ mod tests {
         );
     }
 
+    #[test]
+    fn an_entry_of_an_earlier_version_is_read() {
+        let body = r#"{"Carrier":{"Traceparent":["00-1"],"Tracestate":["a=\"b"]},"Msg":"13800138000"}"#;
+        let headers = [["traceparent", "00-1"], ["tracestate", "a=\"b"]];
+        let entry = serde_json::json!({ "id": "i", "taken_at": 7, "headers": headers, "body": body });
+        let message = Message::from_bytes(entry.to_string().as_bytes()).unwrap();
+        assert_eq!(message.taken_at(), UNIX_EPOCH + Duration::from_secs(7));
+        assert_eq!(message.body(), body.as_bytes());
+        let headers = message.properties(UNIX_EPOCH).headers().clone().unwrap();
+        assert_eq!(headers.inner()["tracestate"], AMQPValue::LongString("a=\"b".into()));
+        assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
+    }
+
     proptest! {
         #[test]
         fn what_the_spool_gives_back_is_what_it_got(
-            id in ".*", body in ".*", headers in proptest::collection::vec((".*", ".*"), 0..4)
+            id in ".*", mobile in ".*", headers in proptest::collection::vec((".*", ".*"), 0..4)
         ) {
-            let message = Message { id, taken_at: 7, headers: Carrier(headers), body };
+            let message = Message { id, taken_at: 7, headers: Carrier(headers), mobile };
             prop_assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
         }
 

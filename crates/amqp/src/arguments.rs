@@ -13,10 +13,6 @@ pub struct Arguments {
     #[arg(long, env = "AMQP_URL", default_value = DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
 
-    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "", global = true)]
-    pub amqp_prefix: String,
-
     /// For amqps: a PEM file with the certificates of the authorities that the broker's certificate is
     /// checked with; by default the system's.
     #[arg(long, env = "AMQP_CA", global = true)]

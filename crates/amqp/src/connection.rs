@@ -60,6 +60,10 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     if uri.scheme == AMQPScheme::AMQPS && ServerName::try_from(uri.authority.host.as_str()).is_err() {
         return Err("a certificate can't have this host's name");
     }
+    if uri.vhost.len() > 255 {
+        // AMQP carries the name as a short string, and lapin panics if a short string is longer.
+        return Err("expected a virtual host of at most 255 bytes");
+    }
     uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
     let frame_max = uri.query.frame_max.filter(|bytes| *bytes > 0).unwrap_or(FRAME_MAX);
     uri.query.frame_max = Some(frame_max.min(LONGEST_FRAME as u32));
@@ -181,6 +185,13 @@ mod tests {
         for url in ["", "amqp//user:secret@host", "http://user:secret@host", "amqps://user:secret@ho st"] {
             assert!(!parse_url(url).err().unwrap().contains("secret"), "{url}");
         }
+    }
+
+    #[test]
+    fn a_virtual_host_is_a_short_string_whose_bytes_count() {
+        let with_host = |host: String| parse_url(&format!("amqp://localhost/{host}")).is_ok();
+        assert!(with_host("v".repeat(255)) && with_host("%C3%A9".repeat(127)));
+        assert!(!with_host("v".repeat(256)) && !with_host("%C3%A9".repeat(128)));
     }
 
     /// Returns the number of lapin's threads in this process.

@@ -99,20 +99,21 @@ impl Session {
     ///
     /// # Errors
     /// If one is not. Then the session is of no use any more.
-    pub async fn publish<'a>(
+    pub async fn publish<B: AsRef<[u8]>>(
         &mut self,
         (exchange, routing_key): (&str, &str),
-        messages: impl Iterator<Item = (BasicProperties, &'a [u8])>,
+        messages: impl Iterator<Item = (BasicProperties, B)>,
         limit: Duration,
         if_blocked: IfBlocked,
     ) -> Result<(), Unconfirmed> {
         let Self { connection, channel, events } = self;
         let frame_max = connection.configuration().frame_max() as usize;
-        let publish_one = async |(properties, body)| {
+        let publish_one = async |(properties, body): (BasicProperties, B)| {
             // Without `mandatory`, a message that no queue takes would vanish.
             let options = BasicPublishOptions { mandatory: true, ..Default::default() };
             let properties = properties::fit(properties, &[], frame_max);
-            channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties).await?.await
+            let (exchange, routing_key) = (exchange.into(), routing_key.into());
+            channel.basic_publish(exchange, routing_key, options, body.as_ref(), properties).await?.await
         };
         let mut confirmations = pin!(async {
             // Each message is handed over when its future is polled first, so in order.

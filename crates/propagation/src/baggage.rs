@@ -13,8 +13,9 @@ use std::sync::LazyLock;
 
 const BAGGAGE: &str = "baggage";
 
-/// The limits of this propagator, which are the sizes that every platform must support (section 3.3.2).
-const MAX_BYTES: usize = 8192;
+/// The longest `baggage` that is read, and so sent on, in bytes. A platform must be able to propagate this
+/// much, and 64 members (section 3.3.2). These are also the limits here.
+pub const MAX_BAGGAGE: usize = 8192;
 const MAX_MEMBERS: usize = 64;
 
 /// In a value, all characters except letters, digits and `-._~` are percent-encoded.
@@ -31,7 +32,7 @@ impl TextMapPropagator for BaggagePropagator {
             let encoded = utf8_percent_encode(value.as_str(), ENCODED);
             let properties = if metadata.as_str().is_empty() { "" } else { ";" };
             let member = format!("{key}={encoded}{properties}{}", metadata.as_str());
-            if header.len() + member.len() < MAX_BYTES {
+            if header.len() + member.len() < MAX_BAGGAGE {
                 if !header.is_empty() {
                     header.push(',');
                 }
@@ -45,10 +46,12 @@ impl TextMapPropagator for BaggagePropagator {
 
     fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
         let lines = extractor.get_all(BAGGAGE).unwrap_or_default();
-        if lines.iter().map(|line| line.len()).sum::<usize>() > MAX_BYTES {
-            return cx.clone();
-        }
-        let members = lines.iter().flat_map(|line| line.split(','));
+        let mut length = 0;
+        // A list that is too long ends before the first member that doesn't fit.
+        let members = lines.iter().flat_map(|line| line.split(',')).take_while(|member| {
+            length += member.len() + ",".len();
+            length <= MAX_BAGGAGE + ",".len()
+        });
         let mut baggage = Baggage::new();
         for (key, value, properties) in members.filter_map(parse_member).take(MAX_MEMBERS) {
             baggage.insert_with_metadata(key.to_owned(), value, properties);
@@ -63,7 +66,7 @@ impl TextMapPropagator for BaggagePropagator {
 }
 
 /// Parses `key=value;property;property`. The key must be a token, the value is percent-decoded, and the
-/// properties are kept as they are.
+/// properties are kept as they are. Like the value, they have no `"` and no `\`, which JSON would escape.
 fn parse_member(member: &str) -> Option<(&str, String, String)> {
     let (pair, properties) = member.split_once(';').unwrap_or((member, ""));
     let (key, value) = pair.split_once('=')?;
@@ -71,11 +74,11 @@ fn parse_member(member: &str) -> Option<(&str, String, String)> {
 
     let is_token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
     let is_octet = |b: u8| matches!(b, 0x21..=0x7e) && !b"\",;\\".contains(&b);
-    let is_printable = |b: u8| matches!(b, 0x20..=0x7e);
+    let is_of_properties = |b: u8| is_octet(b) || b" ;".contains(&b);
     let is_legal = !key.is_empty()
         && key.bytes().all(is_token)
         && value.bytes().all(is_octet)
-        && properties.bytes().all(is_printable);
+        && properties.bytes().all(is_of_properties);
 
     // Octets that are not UTF-8 become U+FFFD (section 3.3.1.3).
     let value = percent_decode_str(value).decode_utf8_lossy().into_owned();
@@ -115,9 +118,20 @@ mod tests {
 
     #[test]
     fn malformed_members_are_skipped() {
-        for malformed in
-            ["", "x", "=v", "a b=v", "k=v v", "k=\"v\"", "k=a\\b", "k=é", "k(=v", "k=v;p\r\nx: y"]
-        {
+        for malformed in [
+            "",
+            "x",
+            "=v",
+            "a b=v",
+            "k=v v",
+            "k=\"v\"",
+            "k=a\\b",
+            "k=é",
+            "k(=v",
+            "k=v;p\r\nx: y",
+            "k=v;p=\"",
+            "k=v;\\",
+        ] {
             let cx = extract(&[malformed, "ok=1"]);
             assert_eq!(members(&cx), [("ok".to_owned(), "1".to_owned())].into(), "{malformed:?}");
         }
@@ -136,13 +150,20 @@ mod tests {
 
     #[test]
     fn limits_hold_in_both_directions() {
-        let too_long = format!("k={}", "v".repeat(MAX_BYTES));
+        let too_long = format!("k={}", "v".repeat(MAX_BAGGAGE));
         assert!(members(&extract(&[&too_long])).is_empty());
+        let member = |key: &str, length: usize| format!("{key}={}", "v".repeat(length - key.len() - 1));
+        let exact = [member("a", 4000), member("b", MAX_BAGGAGE - 4001)];
+        assert_eq!(members(&extract(&[&exact.join(",")])).len(), 2);
+        for beyond in [[&exact[0], &format!("{}v", exact[1])], [&exact[0], &format!("{} ", exact[1])]] {
+            let cut = extract(&[beyond[0], beyond[1], "c=1"]);
+            assert_eq!(members(&cut).into_keys().collect::<Vec<_>>(), ["a"]);
+        }
         let too_many = (0..100).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
         // When the values are encoded again, they are three times as long. Members that don't fit are left out.
         let grows = (0..64).map(|i| format!("k{i}={}", "!".repeat(100))).collect::<Vec<_>>().join(",");
-        assert!(injected(&extract(&[&grows])).len() <= MAX_BYTES);
+        assert!(injected(&extract(&[&grows])).len() <= MAX_BAGGAGE);
     }
 
     #[test]

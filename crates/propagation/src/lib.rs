@@ -10,9 +10,9 @@ mod jaeger;
 mod trace_context;
 
 pub use b3::{AskedBy, B3Encoding, B3Propagator};
-pub use baggage::BaggagePropagator;
+pub use baggage::{BaggagePropagator, MAX_BAGGAGE};
 pub use jaeger::JaegerPropagator;
-pub use trace_context::{TraceContextPropagator, traceparent};
+pub use trace_context::{MAX_TRACESTATE, TraceContextPropagator, traceparent};
 
 use opentelemetry::{
     Context,

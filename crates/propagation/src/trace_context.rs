@@ -23,6 +23,10 @@ const RANDOM: TraceFlags = TraceFlags::new(0b10);
 /// Flags with a meaning in level 2: sampled, and random. All other flags are sent as zero.
 const KNOWN_FLAGS: u8 = 0b11;
 
+/// The longest `tracestate` that is read, and so sent on, in bytes. The Recommendation asks for at least this
+/// much (section "tracestate Limits").
+pub const MAX_TRACESTATE: usize = 512;
+
 /// Reads and writes `traceparent` and `tracestate`.
 #[derive(Debug, Clone, Copy)]
 pub struct TraceContextPropagator;
@@ -57,7 +61,7 @@ impl TextMapPropagator for TraceContextPropagator {
         };
         // A tracestate that can't be parsed is dropped, because it must not harm the traceparent.
         let lines = extractor.get_all(TRACESTATE).unwrap_or_default();
-        let members = parse_tracestate(&lines).unwrap_or_default();
+        let members = parse_tracestate(&lines).map(cut).unwrap_or_default();
         let trace_state = TraceState::from_key_value(members.iter().copied());
         let remote =
             |state| cx.with_remote_span_context(SpanContext::new(trace_id, span_id, flags, true, state));
@@ -156,6 +160,17 @@ fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
         }
     }
     Some(members)
+}
+
+/// Cuts a list to [`MAX_TRACESTATE`], by whole members: first those of more than 128 bytes, then any, each
+/// time the last one (section "tracestate Limits").
+fn cut<'a>(mut members: Vec<(&'a str, &'a str)>) -> Vec<(&'a str, &'a str)> {
+    let length = |(key, value): &(&str, &str)| key.len() + "=".len() + value.len();
+    while members.iter().map(length).sum::<usize>() + members.len().saturating_sub(1) > MAX_TRACESTATE {
+        let last_long = members.iter().rposition(|member| length(member) > 128);
+        members.remove(last_long.unwrap_or(members.len() - 1));
+    }
+    members
 }
 
 /// Checks a key (section "Key" of level 2), in which `@` has no special meaning.

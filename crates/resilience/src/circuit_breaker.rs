@@ -130,21 +130,18 @@ fn refusal(open: CircuitOpen) -> Status {
 }
 
 /// Whether a status shows that the server does not work. Any other status shows that the server works, because
-/// the server has judged the request.
+/// the server has judged the request. RESOURCE_EXHAUSTED does not count, because a caller can cause it: gRPC
+/// libraries answer so to headers or a message that are too large.
 fn is_failure(code: Code) -> bool {
     match code {
-        Code::Unknown
-        | Code::DeadlineExceeded
-        | Code::ResourceExhausted
-        | Code::Internal
-        | Code::Unavailable
-        | Code::DataLoss => true,
+        Code::Unknown | Code::DeadlineExceeded | Code::Internal | Code::Unavailable | Code::DataLoss => true,
         Code::Ok
         | Code::Cancelled
         | Code::InvalidArgument
         | Code::NotFound
         | Code::AlreadyExists
         | Code::PermissionDenied
+        | Code::ResourceExhausted
         | Code::FailedPrecondition
         | Code::Aborted
         | Code::OutOfRange

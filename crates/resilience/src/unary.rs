@@ -6,7 +6,7 @@
 
 use crate::Deadline;
 use bytes::Bytes;
-use grpc_protocol::{code_of_http, transport_status};
+use grpc_protocol::{code_of_http, status_code, transport_status};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body;
 use http_body_util::{BodyExt, Collected, Full, LengthLimitError, Limited};
@@ -64,9 +64,17 @@ where
         }
         let response = self.inner.call(request);
         Box::pin(async move {
-            let (head, body) = response.await.map_err(|error| transport_status(error.into()))?.into_parts();
+            let answer = response.await.map_err(|error| transport_status(error.into()))?;
+            let (mut head, body) = answer.into_parts();
+            keep_code(&mut head.headers);
             // If the answer has no message, its status is in the headers.
             outcome(&head.headers).unwrap_or(Ok(()))?;
+            let body = body.map_frame(|mut frame| {
+                if let Some(trailers) = frame.trailers_mut() {
+                    keep_code(trailers);
+                }
+                frame
+            });
             let body = Limited::new(body, MAX_MESSAGE).collect().await.map_err(|error| match error
                 .is::<LengthLimitError>(
             ) {
@@ -82,17 +90,25 @@ where
 
 /// Reads the status from headers or trailers, if there is one.
 fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
-    let code = headers.get(Status::GRPC_STATUS)?;
-    if Code::from_bytes(code.as_bytes()) == Code::Ok {
-        return Some(Ok(()));
-    }
-    // tonic panics if the details are not base64. Nothing here reads them, so they are removed.
-    let mut headers = headers.clone();
+    Some(match status_code(headers)? {
+        Code::Ok => Ok(()),
+        code => Err(Status::new(code, "")),
+    })
+}
+
+/// Removes the message and the details of a status, so that its code stands, whatever they are. tonic's client
+/// takes a message that is not UTF-8 for the code UNKNOWN, and panics if the details are not base64.
+fn keep_code(headers: &mut HeaderMap) {
+    headers.remove(Status::GRPC_MESSAGE);
     headers.remove(Status::GRPC_STATUS_DETAILS);
-    Status::from_header_map(&headers).map(Err)
 }
 
 /// Makes the status for an answer that is not gRPC, or that broke off.
 fn no_status(http: StatusCode) -> Status {
-    Status::new(code_of_http(http), format!("no gRPC status, HTTP {http}"))
+    let code = match http {
+        // This judges the request, so it must not count as a failure of the server.
+        StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => Code::OutOfRange,
+        _ => code_of_http(http),
+    };
+    Status::new(code, format!("no gRPC status, HTTP {http}"))
 }

@@ -1,7 +1,10 @@
 //! Reads flags and environment variables.
 
 use clap::Parser;
-use std::env;
+use std::{env, time::Duration};
+
+/// The longest duration, a year. The sum of a time and a longer one may overflow, which panics.
+const LONGEST: Duration = Duration::from_secs(31_557_600);
 
 /// Reads flags and environment variables. An empty variable counts as unset, as for OpenTelemetry's own
 /// variables, because a compose file can't unset a variable, only leave it empty. Ends the process with exit
@@ -15,4 +18,42 @@ pub fn parse<C: Parser>() -> C {
         }
     });
     C::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+}
+
+/// Reads a duration like `500ms`, of at most a year.
+///
+/// # Errors
+/// If the duration is longer, or malformed. The error says what is expected.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration > LONGEST => Err("must be at most 1year".to_owned()),
+        duration => duration.map_err(|error| error.to_string()),
+    }
+}
+
+/// Reads a duration like [`duration`] does, but refuses 0.
+///
+/// # Errors
+/// As for [`duration`], or if the duration is 0.
+pub fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("must be more than 0".to_owned()),
+        duration => Ok(duration),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duration_is_at_most_a_year() {
+        assert_eq!(duration("1year"), Ok(LONGEST));
+        assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        for refused in ["1year 1ns", "500000000000y", "99999999999999999999y", "-1s", "soon", ""] {
+            assert!(duration(refused).is_err(), "{refused}");
+            assert!(positive_duration(refused).is_err(), "{refused}");
+        }
+        assert!(positive_duration("0s").is_err());
+    }
 }

@@ -1,9 +1,8 @@
 //! tonic's server, with limits on connections. tonic itself accepts any number of connections, and waits for
 //! ever for the first bytes of each connection.
 //!
-//! hyper and h2, on which tonic is built, set other limits by default: at most 200 streams at once, 16 KiB of
-//! headers in a request (which also ends a flood of CONTINUATION frames), and 20 streams that were reset before
-//! the server looked at them ("rapid reset", CVE-2023-44487).
+//! h2, on which tonic is built, sets another limit by default: at most 20 streams that were reset before the
+//! server looked at them ("rapid reset", CVE-2023-44487).
 
 use crate::{
     listener::Listener,
@@ -43,12 +42,18 @@ const AGE_GRACE: Duration = Duration::from_secs(30);
 /// How many streams a client may have open at once on a connection. This is hyper's default, made explicit.
 const MAX_STREAMS: u32 = 200;
 
+/// The most bytes of headers in a request, which also ends a flood of CONTINUATION frames. Each header counts
+/// as its name, its value and 32 bytes (RFC 9113, section 6.5.2). This is the library's default, made explicit,
+/// because whatever api passes on must fit (docs/bounds.md).
+pub const MAX_HEADERS: u32 = 16 * 1024;
+
 /// Makes a server for connections from [`incoming`]. The client of a connection that reaches
 /// `max_connection_age` is asked to close it. The client then opens a new connection, which a balancer may lead
 /// to another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADERS)
         .max_connection_age(max_connection_age)
         // These pings detect a client that vanished silently, or that does not speak HTTP/2 after all.
         .http2_keepalive_interval(Some(Duration::from_secs(30)))

@@ -12,6 +12,7 @@
 //! A step that ends early leaves its time to the next steps. A step that takes too long is cut off, so that the
 //! next steps have their time. `SHUTDOWN_TIMEOUT` bounds all steps together.
 
+use crate::arguments::duration;
 use clap::Args;
 use std::{io, time::Duration};
 use tokio::{
@@ -25,12 +26,12 @@ use tokio::{
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Options {
     /// The longest time from the signal to stop until the exit.
-    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = duration)]
     pub shutdown_timeout: Duration,
 
     /// How long to go on serving after the signal to stop, while reporting not ready, so that a balancer turns
     /// to other instances first. This delay is a part of the time-out.
-    #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = duration)]
     pub shutdown_delay: Duration,
 }
 

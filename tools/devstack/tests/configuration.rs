@@ -17,7 +17,28 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
     // This port is taken, so a service that tried to listen would exit with 1.
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let listen = taken.local_addr()?.to_string();
+    // A duration of 500,000,000,000 years can be written, but not added to a time.
+    let (eternity, eternal_millis) = ("500000000000y", "9000000000000000000");
+    let prefixes = ["p".repeat(236), "p".repeat(300), "é".repeat(118)];
+    let long_virtual_host = format!("amqp://user:s3cr3t@host/{}", "v".repeat(300));
     let cases = [
+        ("API_DEADLINE", eternity),
+        ("USERCENTER_TIMEOUT", eternity),
+        ("USERCENTER_CIRCUIT_PAUSE", eternity),
+        ("PUBLISH_TIMEOUT", eternity),
+        ("ACCESS_EXPIRE", eternity),
+        ("USERCENTER_DEADLINE", eternity),
+        ("USERCENTER_MAX_CONNECTION_AGE", eternity),
+        ("SHUTDOWN_TIMEOUT", eternity),
+        ("SHUTDOWN_DELAY", eternity),
+        ("MQ_RETRY_DELAYS", eternity),
+        ("OTEL_BSP_SCHEDULE_DELAY", eternal_millis),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", eternal_millis),
+        ("OTEL_METRIC_EXPORT_INTERVAL", eternal_millis),
+        ("AMQP_PREFIX", &prefixes[0]),
+        ("AMQP_PREFIX", &prefixes[1]),
+        ("AMQP_PREFIX", &prefixes[2]),
+        ("AMQP_URL", &long_virtual_host),
         ("OTEL_TRACES_EXPORTER", "jaeger"),
         ("OTEL_TRACES_EXPORTER", "otlp,none"),
         ("OTEL_TRACES_SAMPLER", "sometimes"),
@@ -56,10 +77,10 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
     for (variable, value) in cases {
         let of_one = |prefix: &str| variable.starts_with(prefix);
         let services: &[&str] = match variable {
-            "AMQP_URL" => &["api", "mq"],
-            "USERCENTER_URL" | "ACCESS_SECRET" | "PUBLISH_TIMEOUT" => &["api"],
-            "API_LISTEN" | "API_MAX_CONNECTIONS" => &["api"],
-            "USERCENTER_MAX_CONNECTION_AGE" => &["rpc"],
+            "AMQP_URL" | "AMQP_PREFIX" => &["api", "mq"],
+            "USERCENTER_DEADLINE" | "USERCENTER_MAX_CONNECTION_AGE" => &["rpc"],
+            "ACCESS_SECRET" | "ACCESS_EXPIRE" | "PUBLISH_TIMEOUT" => &["api"],
+            _ if of_one("API_") || of_one("USERCENTER_") => &["api"],
             _ if of_one("MQ_") => &["mq"],
             _ => &["api", "rpc", "mq"],
         };
@@ -81,6 +102,37 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
             assert!(variable == "API_LISTEN" || !said.contains("s3cr3t"), "{said}");
         }
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_longest_durations_a_login_is_served_and_the_services_end() -> Result<()> {
+    let durations = [
+        "API_DEADLINE",
+        "USERCENTER_TIMEOUT",
+        "USERCENTER_CIRCUIT_PAUSE",
+        "PUBLISH_TIMEOUT",
+        "ACCESS_EXPIRE",
+        "USERCENTER_DEADLINE",
+        "USERCENTER_MAX_CONNECTION_AGE",
+        "SHUTDOWN_TIMEOUT",
+    ];
+    let millis = [
+        "OTEL_BSP_SCHEDULE_DELAY",
+        "OTEL_BSP_EXPORT_TIMEOUT",
+        "OTEL_EXPORTER_OTLP_TIMEOUT",
+        "OTEL_METRIC_EXPORT_INTERVAL",
+        "OTEL_METRIC_EXPORT_TIMEOUT",
+    ];
+    let mut variables = durations.map(|variable| ("*", variable, "1year")).to_vec();
+    variables.extend(millis.map(|variable| ("*", variable, "31557600000")));
+    variables.extend([("*", "OTEL_METRICS_EXPORTER", "otlp"), ("mq", "MQ_RETRY_DELAYS", "49days")]);
+    let mut stack = Stack::start(&variables).await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200, "{:?}", answer.json());
+    stack.mq.said("login recorded").await?;
+    stack.stop().await?;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     Ok(())
 }
 

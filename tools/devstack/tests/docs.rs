@@ -7,13 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const DOCUMENTS: [&str; 10] = [
+const DOCUMENTS: [&str; 11] = [
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/adding.md",
     "docs/benchmarks.md",
+    "docs/bounds.md",
     "docs/chaos.md",
     "docs/configuration.md",
     "docs/copying.md",
@@ -89,9 +90,11 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     }
 
     let mut tests = 0;
+    let text = text + &fs::read_to_string(root().join("docs/bounds.md"))?;
     for (file, test) in text.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")) {
         let source = match file {
             "telemetry" => root().join("crates/telemetry/src/config/tests.rs"),
+            "bounds" => root().join("api/tests/bounds.rs"),
             file => root().join(format!("tools/devstack/tests/{file}.rs")),
         };
         let source = fs::read_to_string(&source).with_context(|| source.display().to_string())?;

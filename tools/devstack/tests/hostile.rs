@@ -122,6 +122,35 @@ async fn hostile_headers_reach_neither_the_log_nor_the_message() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_large_legal_context_is_cut_at_a_member_and_opens_no_circuit() -> Result<()> {
+    let stack = Stack::start(&[("*", "BAGGAGE_SPAN_ATTRIBUTES", "first,last")]).await?;
+    // 8.3 kB of tracestate, and 7.7 kB of baggage.
+    let member = format!("k00={}", "\"".repeat(256));
+    let tracestate =
+        (0..32).map(|i| member.replace("k00", &format!("k{i:02}"))).collect::<Vec<_>>().join(",");
+    let baggage = format!("first=1,k={},last=1", "v".repeat(7700));
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let headers = [("traceparent", parent), ("tracestate", &tracestate), ("baggage", &baggage)];
+    // The circuit opens after 20 calls of which half failed.
+    for _ in 0..40 {
+        let refused = stack.login("13900139000", &headers).await?;
+        assert_eq!(refused.status, 401, "{:?}", refused.json());
+    }
+    assert_unharmed(&stack, "a large context").await?;
+    assert!(!stack.api.output().contains("circuit opened"), "{}", stack.api.output());
+
+    // The consumer has the baggage, which is of a legal size, and as much of tracestate as is passed on.
+    assert_eq!(stack.login(KNOWN_MOBILE, &headers).await?.status, 200);
+    let trace = &parent[3..35];
+    let consumer = stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
+    assert_eq!(consumer.trace_state, member);
+    for key in ["first", "last"] {
+        assert_eq!(consumer.attributes.get(key).map(String::as_str), Some("1"), "{key}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     for garbage in [

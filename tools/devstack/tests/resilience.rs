@@ -2,6 +2,8 @@
 //! answers, the calls that reach usercenter, and the trace.
 
 use anyhow::Result;
+use axum::{Router, body::Body, response::Response};
+use bytes::Bytes;
 use futures_util::{future::join_all, stream};
 use harness::{
     PATIENCE,
@@ -12,7 +14,8 @@ use harness::{
     stand_in::{Reply, StandIn},
     trace::Span,
 };
-use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, uri::PathAndQuery};
+use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -25,7 +28,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::Semaphore;
+use tokio::{net::TcpListener, sync::Semaphore};
 use tonic::{Code, Request, Status, transport::Channel};
 use tonic_prost::ProstCodec;
 
@@ -285,6 +288,66 @@ async fn usercenter_ends_a_call_at_its_own_deadline_or_the_callers() -> Result<(
         assert_eq!(spans[0].attributes["rpc.status_code"], "DEADLINE_EXCEEDED");
         let took = (spans[0].end - spans[0].start) / 1_000_000;
         assert!(millis.contains(&took), "{took}");
+    }
+    Ok(())
+}
+
+type Fields = &'static [(&'static str, &'static str)];
+
+fn header_map(fields: Fields) -> HeaderMap {
+    let field = |(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value));
+    fields.iter().copied().map(field).collect()
+}
+
+/// Starts the services, with api calling a server that answers every call like this. With trailers, the answer
+/// has a user as its message.
+async fn answered(status: u16, headers: Fields, trailers: Fields) -> Result<Stack> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let routes = Router::new().fallback(async move || {
+        let mut answer = Response::new(match trailers {
+            [] => Body::empty(),
+            trailers => {
+                let user = Full::new(Bytes::from_static(b"\0\0\0\0\x04\x0a\x02\x08\x01"));
+                Body::new(user.with_trailers(std::future::ready(Some(Ok(header_map(trailers))))))
+            }
+        });
+        *answer.status_mut() = status.try_into().expect("a status");
+        *answer.headers_mut() = header_map(headers);
+        answer
+    });
+    tokio::spawn(axum::serve(listener, routes).into_future());
+    Stack::start(&[("api", "USERCENTER_URL", &url)]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_code_of_a_status_stands_and_what_a_caller_can_cause_opens_no_circuit() -> Result<()> {
+    const GRPC: (&str, &str) = ("content-type", "application/grpc");
+    // A message that is not UTF-8, and details that are not base64.
+    const MESSAGE: (&str, &str) = ("grpc-message", "caf%E9");
+    const DETAILS: (&str, &str) = ("grpc-status-details-bin", "%%%");
+    const OK: (&str, &str) = ("grpc-status", "0");
+    const NOT_FOUND: (&str, &str) = ("grpc-status", "5");
+    const EXHAUSTED: (&str, &str) = ("grpc-status", "8");
+    let cases: [(u16, Fields, Fields, u16, &str); 6] = [
+        (200, &[GRPC, NOT_FOUND, MESSAGE, DETAILS], &[], 401, "unknown-user"),
+        (200, &[GRPC], &[NOT_FOUND, MESSAGE, DETAILS], 401, "unknown-user"),
+        (200, &[GRPC], &[OK, MESSAGE, DETAILS], 200, ""),
+        // The answer has no user.
+        (200, &[GRPC, OK, MESSAGE, DETAILS], &[], 502, "usercenter-failed"),
+        (200, &[GRPC, EXHAUSTED], &[], 502, "usercenter-failed"),
+        (431, &[], &[], 502, "usercenter-failed"),
+    ];
+    for (status, headers, trailers, expected, kind) in cases {
+        let stack = answered(status, headers, trailers).await?;
+        // The circuit opens after 20 calls of which half failed.
+        for _ in 0..40 {
+            let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+            match expected {
+                200 => assert_eq!(answer.status, 200, "{:?}", answer.json()),
+                _ => assert_problem(&answer, expected, kind),
+            }
+        }
     }
     Ok(())
 }

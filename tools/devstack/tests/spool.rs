@@ -315,7 +315,7 @@ async fn bounds_of_the_spool_that_are_none_end_the_service_with_2() -> Result<()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_bytes_of_the_spool_are_bounded_as_well() -> Result<()> {
-    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "1000")]).await?;
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "500")]).await?;
     proxy.refuse();
     let refused = poll(PATIENCE, async || {
         let login = stack.login(KNOWN_MOBILE, &[]).await.ok()?;
@@ -358,4 +358,22 @@ async fn a_login_that_the_broker_does_not_accept_is_set_aside_and_stops_no_other
     let trace = long.trace_id();
     stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_context_takes_its_own_room_in_the_spool_and_little_more() -> Result<()> {
+    let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "20000")]).await?;
+    proxy.refuse();
+    // Each of these characters takes two bytes in JSON, and four if JSON is stored in JSON.
+    let tracestate = (10..42).map(|i| format!("k{i}={}", "\"".repeat(12))).collect::<Vec<_>>().join(",");
+    let baggage = format!("k=v;{}", "\"".repeat(7000));
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let headers = [("traceparent", parent), ("tracestate", tracestate.as_str()), ("baggage", &baggage)];
+    for n in 0..10 {
+        let login = stack.login(KNOWN_MOBILE, &headers).await?;
+        assert_eq!(login.status, 200, "login {n}: {:?}", login.json());
+    }
+    assert_eq!(spooled(&stack).await, Some(10));
+    proxy.restore();
+    drained(&stack).await
 }

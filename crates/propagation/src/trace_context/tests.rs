@@ -257,6 +257,23 @@ fn limits_of_tracestate_are_kept_to_the_character() {
     assert_eq!(tracestate_of(&[&value(257)]), "");
 }
 
+#[test]
+fn a_long_tracestate_is_cut_by_whole_members_long_ones_first() {
+    let short =
+        |n: usize| (0..n).map(|i| format!("k{i:02}={}", "v".repeat(28))).collect::<Vec<_>>().join(",");
+    let long = |key| format!("{key}={}", "\"".repeat(127));
+    // Fifteen members of 32 bytes have 494 bytes with their commas, and sixteen have 527.
+    assert_eq!(tracestate_of(&[&short(32)]), short(15));
+    assert_eq!(tracestate_of(&[&long("a"), &short(11), &long("b")]), format!("{},{}", long("a"), short(11)));
+    assert_eq!(tracestate_of(&[&long("a"), &long("b"), &short(30)]), short(15));
+    let exact = format!("{},k={}", short(15), "v".repeat(MAX_TRACESTATE - short(15).len() - 3));
+    assert_eq!(tracestate_of(&[&exact]), exact);
+    assert_eq!(tracestate_of(&[&format!("{exact}v")]), short(15));
+    // A key that the API refuses is cut as well.
+    let vendors = format!("x@y@z=1,{},{}", "k".repeat(256) + "=1", "l".repeat(256) + "=1");
+    assert_eq!(tracestate_of(&[&vendors]), format!("x@y@z=1,{}=1", "k".repeat(256)));
+}
+
 proptest! {
     #[test]
     fn hostile_headers_never_panic_and_are_never_sent_on_as_they_came(

@@ -38,11 +38,25 @@ impl Environment<'_> {
         }
     }
 
+    /// Reads a time in milliseconds, of at most a year, because the sum of a time and a longer one may
+    /// overflow.
+    pub fn milliseconds(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
+        const LONGEST: u64 = 31_557_600_000;
+
+        let Some((variable, value)) = self.first(variables)? else {
+            return Ok(Duration::from_millis(default));
+        };
+        match parse(variable, &value, "a whole number")? {
+            milliseconds @ 0..=LONGEST => Ok(Duration::from_millis(milliseconds)),
+            _ => Err(ConfigError::new(variable, format!("expected at most {LONGEST}"))),
+        }
+    }
+
     /// Reads a time-out in milliseconds, for which zero means no limit.
     pub fn timeout(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
-        Ok(match self.number(variables, default)? {
-            0 => Duration::MAX,
-            milliseconds => Duration::from_millis(milliseconds),
+        Ok(match self.milliseconds(variables, default)? {
+            Duration::ZERO => Duration::MAX,
+            timeout => timeout,
         })
     }
 

@@ -268,9 +268,11 @@ fn metrics(env: &Environment) -> Result<MetricsConfig, ConfigError> {
     };
     Ok(MetricsConfig {
         exporters: exporter_names(env, VARIABLE, "none")?.iter().map(exporter).collect::<Result<_, _>>()?,
-        interval: match env.number(&["OTEL_METRIC_EXPORT_INTERVAL"], 60_000)? {
-            0 => return Err(ConfigError::new("OTEL_METRIC_EXPORT_INTERVAL", "expected a number above 0")),
-            milliseconds => Duration::from_millis(milliseconds),
+        interval: match env.milliseconds(&["OTEL_METRIC_EXPORT_INTERVAL"], 60_000)? {
+            Duration::ZERO => {
+                return Err(ConfigError::new("OTEL_METRIC_EXPORT_INTERVAL", "expected a number above 0"));
+            }
+            interval => interval,
         },
         timeout: env.timeout(&["OTEL_METRIC_EXPORT_TIMEOUT"], 30_000)?,
     })
@@ -394,7 +396,7 @@ fn batch(env: &Environment, prefix: &str, [delay, queue]: [u64; 2]) -> Result<Ba
         return Err(ConfigError::new(&batch_variable, problem));
     }
     Ok(BatchConfig {
-        schedule_delay: Duration::from_millis(env.number(&[&variable("SCHEDULE_DELAY")], delay)?),
+        schedule_delay: env.milliseconds(&[&variable("SCHEDULE_DELAY")], delay)?,
         export_timeout: env.timeout(&[&variable("EXPORT_TIMEOUT")], 30_000)?,
         max_queue_size,
         max_export_batch_size,
