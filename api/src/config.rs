@@ -1,7 +1,7 @@
 //! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
 //! `telemetry`.
 
-use crate::outbox::Limits;
+use crate::outbox::Capacity;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use proto::topology;
 use serving::{
@@ -151,8 +151,8 @@ impl Config {
     }
 
     /// Returns how much the spool may hold.
-    pub fn spool_limits(&self) -> Limits {
-        Limits { entries: self.spool_max_entries, bytes: self.spool_max_bytes }
+    pub fn spool_capacity(&self) -> Capacity {
+        Capacity { entries: self.spool_max_entries, bytes: self.spool_max_bytes }
     }
 
     /// Returns the key for access tokens, if one is set.

@@ -62,13 +62,13 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         endpoint = endpoint.tls_config(tls).context("TLS to usercenter")?;
     }
     let channel = Connection::new(endpoint, config.usercenter_timeout / 2);
-    let limits = usercenter::Limits {
+    let limits = usercenter::CallLimits {
         timeout: config.usercenter_timeout,
         attempts: config.usercenter_attempts,
         circuit_pause: config.usercenter_circuit_pause,
     };
     let layered = usercenter::in_layers(&config.usercenter_url, limits, channel.clone());
-    let spool = Spool::open(&config.data_dir, config.spool_limits())
+    let spool = Spool::open(&config.data_dir, config.spool_capacity())
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, mut publishing) = Publisher::start(
         config.amqp.server().map_err(anyhow::Error::msg)?,
@@ -85,7 +85,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         usercenter_health: usercenter::health(channel),
     });
 
-    let limits = router::Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
+    let limits = router::RequestLimits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let router = router::router(app, limits);
     let max_connections = reserve_files(config.max_connections);
     let schedule = select! {

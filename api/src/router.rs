@@ -18,7 +18,7 @@ use tower::ServiceBuilder;
 
 /// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct RequestLimits {
     /// How many requests may be in flight.
     pub max_in_flight: u32,
     /// How long a request may take.
@@ -26,7 +26,7 @@ pub struct Limits {
 }
 
 /// Makes the service, which can be served on a socket or called in memory.
-pub fn router(app: Arc<App>, limits: Limits) -> Router {
+pub fn router(app: Arc<App>, limits: RequestLimits) -> Router {
     let routes = Router::new()
         .route("/usercenter/v1/user/login", post(login::login))
         .method_not_allowed_fallback(async || Problem::MethodNotAllowed)
@@ -41,7 +41,7 @@ pub fn router(app: Arc<App>, limits: Limits) -> Router {
 
 /// Puts the layers around routes. A request passes them from the first to the last, and its answer from the
 /// last to the first. (With one call of [`Router::layer`] for each layer, the order would be the opposite.)
-pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Limits) -> Router<S> {
+pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: RequestLimits) -> Router<S> {
     routes.layer(
         ServiceBuilder::new()
             .layer(HttpServerLayer::new()) // the server span, around all that follows

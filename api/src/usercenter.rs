@@ -23,7 +23,7 @@ pub type Layered<C> = GrpcClient<CallDeadline<Retry<CircuitBreaker<Unary<C>>>>>;
 
 /// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct CallLimits {
     /// How long a call may take, including its retries.
     pub timeout: Duration,
     /// How many attempts a call may have.
@@ -47,7 +47,7 @@ pub fn health(channel: Connection) -> Health {
 
 /// Puts the layers around a channel to `endpoint`. A call passes them from the first to the last, and its
 /// outcome from the last to the first.
-pub fn in_layers<C>(endpoint: &Uri, limits: Limits, channel: C) -> Layered<C> {
+pub fn in_layers<C>(endpoint: &Uri, limits: CallLimits, channel: C) -> Layered<C> {
     let circuit = Circuit::new("usercenter", limits.circuit_pause, limits.timeout);
     ServiceBuilder::new()
         .layer(GrpcClientLayer::new(endpoint)) // one client span, around all attempts and refusals

@@ -4,7 +4,7 @@ use amq_protocol::frame::WriteContext;
 use api::{
     outbox::Message,
     server::MAX_BUFFER,
-    usercenter::{self, Limits},
+    usercenter::{self, CallLimits},
 };
 use http::{HeaderMap, Request};
 use lapin::protocol::basic::gen_properties;
@@ -69,7 +69,7 @@ async fn the_largest_context_fits_into_each_hop_with_room_to_spare() {
         async { Ok::<_, Infallible>(Status::not_found("").into_http::<Body>()) }
     });
     let limits =
-        Limits { timeout: Duration::from_secs(2), attempts: 1, circuit_pause: Duration::from_secs(1) };
+        CallLimits { timeout: Duration::from_secs(2), attempts: 1, circuit_pause: Duration::from_secs(1) };
     let endpoint = "http://127.0.0.1:50051".parse().unwrap();
     let mut client = UsercenterClient::new(usercenter::in_layers(&endpoint, limits, channel));
     {

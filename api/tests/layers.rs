@@ -73,12 +73,13 @@ fn attribute<'a>(span: &'a SpanData, key: &str) -> &'a Value {
     &found[0].value
 }
 
-fn layered(routes: Router, limits: router::Limits) -> Router {
+fn layered(routes: Router, limits: router::RequestLimits) -> Router {
     LazyLock::force(&ENDED);
     router::in_layers(routes, limits)
 }
 
-const LIMITS: router::Limits = router::Limits { max_in_flight: 10, deadline: Duration::from_secs(3) };
+const LIMITS: router::RequestLimits =
+    router::RequestLimits { max_in_flight: 10, deadline: Duration::from_secs(3) };
 
 fn request(path: &str) -> Request<Body> {
     Request::get(path).header("host", "api").body(Body::empty()).expect("a request")
@@ -120,7 +121,7 @@ async fn a_handler_runs_inside_of_the_span_and_of_the_deadline() {
 
 #[tokio::test]
 async fn a_panic_is_an_answer_closes_its_span_and_frees_its_place() {
-    let limits = router::Limits { max_in_flight: 1, ..LIMITS };
+    let limits = router::RequestLimits { max_in_flight: 1, ..LIMITS };
     let routes = Router::new()
         .route("/panic", get(async || -> &'static str { panic!("on purpose") }))
         .route("/after-panic", get(async || "served"));
@@ -141,7 +142,7 @@ async fn a_handler_that_takes_too_long_is_dropped_and_the_caller_told() {
 
 #[tokio::test]
 async fn what_is_one_too_many_is_refused_in_a_span_and_never_seen_by_a_handler() {
-    let limits = router::Limits { max_in_flight: 1, deadline: Duration::from_secs(3600) };
+    let limits = router::RequestLimits { max_in_flight: 1, deadline: Duration::from_secs(3600) };
     let release = Arc::new(Notify::new());
     let released = release.clone();
     let routes = Router::new()
@@ -198,7 +199,7 @@ type Seen = Arc<Mutex<Vec<HeaderMap>>>;
 /// answers with `outcome`.
 fn client(
     outcome: impl Fn(usize) -> Code + Clone + Send + 'static,
-    limits: usercenter::Limits,
+    limits: usercenter::CallLimits,
 ) -> (Seen, UsercenterClient<Layered<impl Channel>>) {
     LazyLock::force(&ENDED);
     let seen = Seen::default();
@@ -240,7 +241,7 @@ impl<S> Channel for S where
 
 #[tokio::test(start_paused = true)]
 async fn a_client_has_one_span_around_all_attempts_and_one_deadline() {
-    let limits = usercenter::Limits {
+    let limits = usercenter::CallLimits {
         timeout: Duration::from_secs(2),
         attempts: 3,
         circuit_pause: Duration::from_secs(1),

@@ -3,9 +3,9 @@
 
 use crate::{
     failure::Failure,
+    forwarder::Forwarder,
     history::{History, Login, Processed},
     properties,
-    publisher::Publisher,
 };
 use ::amqp::{
     Topology,
@@ -72,7 +72,7 @@ pub struct Attempts<S> {
     /// Where redeliveries are counted.
     pub history: History,
     /// Publishes messages that failed.
-    pub publisher: Publisher,
+    pub forwarder: Forwarder,
     /// The names of the queues.
     pub topology: Topology,
     /// How consumer spans relate to producer spans.
@@ -227,9 +227,9 @@ where
                 (self.topology.dead_letter_queue.clone(), headers)
             }
         };
-        let frame_max = self.publisher.frame_max();
+        let frame_max = self.forwarder.frame_max();
         let properties = properties::again(&delivery.properties, &message_id, headers, frame_max);
-        let published = self.publisher.publish_until_confirmed(&queue, &properties, &delivery.data);
+        let published = self.forwarder.publish_until_confirmed(&queue, &properties, &delivery.data);
         published.with_context(cx.clone()).await;
 
         let span = cx.span();

@@ -123,7 +123,7 @@ where
         if ended.is_ok() {
             // Messages that are not acknowledged go back to the queue.
             connection::close(&connection).await;
-            self.attempts.publisher.close().await;
+            self.attempts.forwarder.close().await;
         }
         (true, ended)
     }

@@ -6,8 +6,8 @@
 use crate::{
     attempt,
     config::{Config, DeadLetters},
+    forwarder::Forwarder,
     properties,
-    publisher::Publisher,
 };
 use ::amqp::{Topology, connection};
 use anyhow::{Context as _, bail, ensure};
@@ -54,11 +54,11 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         DeadLetters::List => list(&mut letters).await,
         DeadLetters::Show { message_id, body } => show(&mut letters, message_id, *body).await,
         DeadLetters::Replay { message_id, .. } => {
-            // The publisher needs no retry queues, because it publishes only to the main exchange.
-            let publisher = Publisher::new(server, topology.clone(), Vec::new());
-            let replay = Replay { publisher, topology, broker };
+            // The forwarder needs no retry queues, because it publishes only to the main exchange.
+            let forwarder = Forwarder::new(server, topology.clone(), Vec::new());
+            let replay = Replay { forwarder, topology, broker };
             let done = replay.run(&mut letters, message_id.as_deref()).await;
-            replay.publisher.close().await;
+            replay.forwarder.close().await;
             done
         }
     };
@@ -119,7 +119,7 @@ async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyho
 
 /// Publishes dead letters to the exchange that they came from first.
 struct Replay {
-    publisher: Publisher,
+    forwarder: Forwarder,
     topology: Topology,
     broker: Broker,
 }
@@ -157,9 +157,9 @@ impl Replay {
         let mut headers = FieldTable::default();
         telemetry::inject(&cx, &mut HeadersMut(&mut headers));
         let headers = headers.inner().iter().map(|(name, value)| (name.as_str(), value.clone()));
-        let frame_max = self.publisher.frame_max();
+        let frame_max = self.forwarder.frame_max();
         let properties = properties::again(&letter.properties, &message_id, headers, frame_max);
-        let publish = self.publisher.publish(exchange, routing_key, properties, &letter.data);
+        let publish = self.forwarder.publish(exchange, routing_key, properties, &letter.data);
         let published = timeout(PATIENCE, publish).await;
         let published = published.context("waiting for the broker's confirm").flatten();
         if let Err(error) = &published {

@@ -1,20 +1,20 @@
-//! The login history in SQLite. Other modules hold a [`History`]; the connection is in `store`.
+//! The login history in SQLite. Other modules hold a [`History`]; the connection is in `database`.
 //!
 //! Callers that come at the same time share a transaction (group commit). Making a transaction durable is
 //! expensive, and costs the same for one change as for fifty.
 
-mod store;
+mod database;
 
+use database::{Change, Database};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{fmt, future, time::Duration};
-use store::{Change, Store};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::sleep,
 };
 
-pub use store::parse_url;
+pub use database::parse_url;
 
 /// The pause between two attempts to reach the database.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -86,7 +86,7 @@ impl History {
     pub fn start(options: SqliteConnectOptions) -> (Self, JoinHandle<()>) {
         let (requests, receiver) = mpsc::channel(MAX_GROUP);
         let (sender, available) = watch::channel(false);
-        let task = tokio::spawn(keep(Store::new(options), receiver, sender));
+        let task = tokio::spawn(keep(Database::new(options), receiver, sender));
         (Self { requests, available }, task)
     }
 
@@ -133,16 +133,16 @@ impl History {
 }
 
 /// Commits the requested changes, until nobody can request any more.
-async fn keep(mut store: Store, mut requests: mpsc::Receiver<Request>, available: watch::Sender<bool>) {
+async fn keep(mut database: Database, mut requests: mpsc::Receiver<Request>, available: watch::Sender<bool>) {
     // Try before there is a request, so that health checks tell the truth from the start.
-    commit(&mut store, &[], &available).await;
+    commit(&mut database, &[], &available).await;
     let mut group = Vec::new();
     while requests.recv_many(&mut group, MAX_GROUP).await > 0 {
         // If a caller is gone, its message will be delivered again, and must not be counted twice for one
         // delivery.
         group.retain(|request| !request.reply.is_closed());
         let (changes, replies): (Vec<_>, Vec<_>) = group.drain(..).map(|r| (r.change, r.reply)).unzip();
-        let answers = commit(&mut store, &changes, &available).await;
+        let answers = commit(&mut database, &changes, &available).await;
         for (reply, answer) in replies.into_iter().zip(answers) {
             // The caller may be gone, because of a deadline, or because its connection was lost.
             let _ = reply.send(answer);
@@ -153,13 +153,13 @@ async fn keep(mut store: Store, mut requests: mpsc::Receiver<Request>, available
 /// Tries until the database has committed these changes. No change is lost, and none fails because the
 /// database is unavailable.
 async fn commit(
-    store: &mut Store,
+    database: &mut Database,
     changes: &[Change],
     available: &watch::Sender<bool>,
 ) -> Vec<Result<i64, Refused>> {
     let mut was_told = false;
     loop {
-        match store.commit(changes).await {
+        match database.commit(changes).await {
             Ok(answers) => {
                 if available.send_if_modified(|available| !std::mem::replace(available, true)) {
                     tracing::info!("the database is available");

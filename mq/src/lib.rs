@@ -6,7 +6,7 @@
 //!   failed
 //! - [`processing`]: processes a login, and knows no AMQP
 //! - [`history`]: the database in which each login takes effect once
-//! - [`publisher`]: publishes messages again; [`properties`]: what these messages carry
+//! - [`forwarder`]: publishes messages again; [`properties`]: what these messages carry
 //! - [`dead_letters`]: lets an operator look at dead letters and replay them
 
 pub mod attempt;
@@ -14,21 +14,21 @@ pub mod config;
 pub mod consumer;
 pub mod dead_letters;
 pub mod failure;
+pub mod forwarder;
 pub mod history;
 pub mod processing;
 pub mod properties;
-pub mod publisher;
 
 use amqp::Topology;
 use anyhow::{Context, bail};
 use attempt::Attempts;
 use config::Config;
 use consumer::Consumer;
+use forwarder::Forwarder;
 use futures_util::FutureExt;
 use history::{History, Login, Processed};
 use processing::RecordLogin;
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
-use publisher::Publisher;
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
 use std::time::Duration;
 use telemetry::amqp::Broker;
@@ -78,7 +78,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
             processing: processing_stack(history.clone()),
             history,
             broker: Broker::new(&server.uri, consumer::CLIENT_ID),
-            publisher: Publisher::new(server, topology.clone(), retry_delays.clone()),
+            forwarder: Forwarder::new(server, topology.clone(), retry_delays.clone()),
             topology,
             relation: config.relation,
             retry_delays,

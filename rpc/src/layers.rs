@@ -10,7 +10,7 @@ use tower::layer::util::{Identity, Stack};
 
 /// The limits that the layers enforce.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct RequestLimits {
     /// How many calls may be in flight.
     pub max_in_flight: u32,
     /// How long a call may take.
@@ -31,7 +31,7 @@ pub type Answer = fn(Rejection) -> Response<Body>;
 /// Puts the layers around the services that are added after this. A call passes them from the first to the
 /// last, and its answer from the last to the first. Health and reflection are also inside of them, but they
 /// are neither traced nor refused.
-pub fn in_layers(server: Server, limits: Limits) -> Layered {
+pub fn in_layers(server: Server, limits: RequestLimits) -> Layered {
     let answer: Answer = rejected;
     server
         .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span, around all that follows

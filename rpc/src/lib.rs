@@ -14,7 +14,7 @@ use anyhow::Context;
 use config::Config;
 use directory::Directory;
 use futures_util::FutureExt;
-use layers::Limits;
+use layers::RequestLimits;
 use proto::usercenter::v1::{FILE_DESCRIPTOR_SET, usercenter_server::UsercenterServer};
 use service::Service;
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
@@ -57,7 +57,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let usercenter = UsercenterServer::new(Service::new(Directory::demo()));
     let tls = config.tls().map_err(anyhow::Error::msg)?.map(|tls| tls.rustls);
     let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), config.max_connection_age, tls);
-    let limits = Limits { max_in_flight: config.max_in_flight, deadline: config.deadline };
+    let limits = RequestLimits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let server = layers::in_layers(grpc::builder(config.max_connection_age), limits)
         .add_service(usercenter.max_decoding_message_size(MAX_MESSAGE))
         .add_service(health)

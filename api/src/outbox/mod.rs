@@ -19,7 +19,7 @@ use tokio::{
 };
 
 pub use message::Message;
-pub use spool::{Limits, OpenError, Spool};
+pub use spool::{Capacity, OpenError, Spool};
 
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "api";

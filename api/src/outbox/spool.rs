@@ -23,7 +23,7 @@ use std::{
 use store::{RETRY, Store, StoreError};
 use tokio::sync::oneshot;
 
-pub use store::{Limits, OpenError};
+pub use store::{Capacity, OpenError};
 
 /// The most commands that one transaction takes together.
 const MAX_TOGETHER: usize = 4096;
@@ -102,8 +102,8 @@ impl Spool {
     ///
     /// # Errors
     /// If the file can't be opened, is in use by another process, or is damaged.
-    pub fn open(directory: &Path, limits: Limits) -> Result<Self, OpenError> {
-        let store = Store::open(directory, limits)?;
+    pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
+        let store = Store::open(directory, capacity)?;
         let (commands, received) = mpsc::channel();
         let state = State::default();
         let mut keeper = Keeper {

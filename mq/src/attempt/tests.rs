@@ -15,7 +15,7 @@ where
         processing,
         history: History::start(crate::history::parse_url(&database).unwrap()).0,
         broker: Broker::new(&server.uri, "test"),
-        publisher: Publisher::new(server, topology.clone(), Vec::new()),
+        forwarder: Forwarder::new(server, topology.clone(), Vec::new()),
         topology,
         relation: Relation::Parent,
         retry_delays: vec![Duration::from_secs(1)],

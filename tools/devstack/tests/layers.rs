@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use api::{
-    outbox::{Limits, Spool},
+    outbox::{Capacity, Spool},
     publisher::{LoginEvent, Publisher},
     router, usercenter,
 };
@@ -95,7 +95,7 @@ fn assert_ended(times: &Receiver<(&'static str, Duration)>, names: &[&str]) {
 #[tokio::test]
 async fn around_the_http_service() -> Result<()> {
     let ([outer, inner], times) = timed(["outer", "inner"]);
-    let limits = router::Limits { max_in_flight: 10, deadline: PATIENCE };
+    let limits = router::RequestLimits { max_in_flight: 10, deadline: PATIENCE };
     let routes: Router = Router::new().route("/hello", get(async || "hello"));
 
     let app = router::in_layers(routes.layer(ServiceBuilder::new().layer(outer).layer(inner)), limits);
@@ -121,7 +121,7 @@ impl Usercenter for Unwell {
 #[tokio::test]
 async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
     let ([outer, inner], served) = timed(["outer", "inner"]);
-    let limits = rpc::layers::Limits { max_in_flight: 10, deadline: PATIENCE };
+    let limits = rpc::layers::RequestLimits { max_in_flight: 10, deadline: PATIENCE };
     let service = UsercenterServer::new(Unwell);
 
     let server =
@@ -133,7 +133,8 @@ async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
 
     let ([call, attempt], called) = timed(["call", "attempt"]);
     let endpoint = Endpoint::from_shared(url)?;
-    let limits = usercenter::Limits { timeout: PATIENCE, attempts: 2, circuit_pause: Duration::from_secs(1) };
+    let limits =
+        usercenter::CallLimits { timeout: PATIENCE, attempts: 2, circuit_pause: Duration::from_secs(1) };
 
     let channel = attempt.layer(endpoint.connect_lazy());
     let client = call.layer(usercenter::in_layers(endpoint.uri(), limits, channel));
@@ -151,7 +152,7 @@ async fn around_the_publisher() -> Result<()> {
     let ([outer, inner], times) = timed(["outer", "inner"]);
     let (broker, data) = (TestBroker::connect().await?, tempfile::tempdir()?);
     let server = amqp::connection::parse_url(&broker.url).map_err(anyhow::Error::msg)?;
-    let spool = Spool::open(data.path(), Limits { entries: 10, bytes: 10_000 })?;
+    let spool = Spool::open(data.path(), Capacity { entries: 10, bytes: 10_000 })?;
     let limit = PATIENCE;
     let (publisher, publishing) = Publisher::start(server, broker.topology.clone(), limit, spool);
 

@@ -25,7 +25,7 @@ pub const RETRY: Duration = Duration::from_secs(1);
 
 /// The most that the spool may hold. The file may take more than twice the bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct Capacity {
     /// The most messages.
     pub entries: u64,
     /// The most bytes of all messages together.
@@ -54,7 +54,7 @@ pub struct StoreError(#[from] redb::Error);
 /// The open file, and what is in it.
 pub struct Store {
     path: PathBuf,
-    limits: Limits,
+    capacity: Capacity,
     /// `None` after an error, because redb then refuses everything until the file is opened again.
     database: Option<Database>,
     /// When the file was last opened.
@@ -73,7 +73,7 @@ struct Held {
 
 impl Store {
     /// Opens or makes the file in this directory, and reads it once.
-    pub fn open(directory: &Path, limits: Limits) -> Result<Self, OpenError> {
+    pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let path = directory.join("spool.redb");
         let database = open(&path)?;
@@ -81,7 +81,7 @@ impl Store {
         File::open(directory)?.sync_all()?;
         let (held, last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
         let (database, opened, set_aside) = (Some(database), Instant::now(), BTreeSet::new());
-        Ok(Self { path, limits, database, opened, held, last, set_aside })
+        Ok(Self { path, capacity, database, opened, held, last, set_aside })
     }
 
     /// Returns the number of entries.
@@ -96,7 +96,7 @@ impl Store {
 
     /// Whether there is room for a small message.
     pub fn has_room(&self) -> bool {
-        self.held.entries < self.limits.entries && self.held.bytes < self.limits.bytes
+        self.held.entries < self.capacity.entries && self.held.bytes < self.capacity.bytes
     }
 
     /// Keeps this entry, whatever is removed, until the store is opened again by [`Store::open`].
@@ -138,7 +138,8 @@ impl Store {
             }
             for message in messages {
                 let size = message.len() as u64;
-                let has_room = held.entries < self.limits.entries && held.bytes + size <= self.limits.bytes;
+                let has_room =
+                    held.entries < self.capacity.entries && held.bytes + size <= self.capacity.bytes;
                 is_taken.push(has_room);
                 if has_room {
                     last += 1;
@@ -249,7 +250,7 @@ mod tests {
     use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
     use tempfile::TempDir;
 
-    const LARGE: Limits = Limits { entries: 1000, bytes: 1_000_000 };
+    const LARGE: Capacity = Capacity { entries: 1000, bytes: 1_000_000 };
 
     fn message(id: &str) -> Message {
         Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned())
@@ -300,9 +301,9 @@ mod tests {
     fn neither_bound_is_passed_and_what_is_removed_makes_room() {
         let directory = TempDir::new().unwrap();
         let size = message("a").to_bytes().len() as u64;
-        for limits in [Limits { entries: 2, ..LARGE }, Limits { bytes: 2 * size, ..LARGE }] {
-            let directory = directory.path().join(limits.entries.to_string());
-            let mut store = Store::open(&directory, limits).unwrap();
+        for capacity in [Capacity { entries: 2, ..LARGE }, Capacity { bytes: 2 * size, ..LARGE }] {
+            let directory = directory.path().join(capacity.entries.to_string());
+            let mut store = Store::open(&directory, capacity).unwrap();
             assert_eq!(append(&mut store, &["a", "b", "c"]), [true, true, false]);
             assert!(!store.has_room());
             assert_eq!(append(&mut store, &["c"]), [false]);
@@ -361,14 +362,14 @@ mod tests {
         #[test]
         fn it_holds_what_a_map_would_hold(steps in steps()) {
             let directory = TempDir::new().unwrap();
-            let limits = Limits { entries: 8, ..LARGE };
-            let mut store = Store::open(directory.path(), limits).unwrap();
+            let capacity = Capacity { entries: 8, ..LARGE };
+            let mut store = Store::open(directory.path(), capacity).unwrap();
             let (mut model, mut last) = (BTreeMap::new(), 0);
             for (step_number, step) in steps.into_iter().enumerate() {
                 match step {
                     Step::Start => {
                         drop(store);
-                        store = Store::open(directory.path(), limits).unwrap();
+                        store = Store::open(directory.path(), capacity).unwrap();
                         last = model.keys().last().copied().unwrap_or_default();
                     }
                     Step::Change { appended, through } => {

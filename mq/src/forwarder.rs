@@ -1,6 +1,6 @@
 //! Publishes messages again. Each one is confirmed before its original is acknowledged.
 //!
-//! The publisher has its own connection, because a broker that is short of memory or disk stops reading from
+//! The forwarder has its own connection, because a broker that is short of memory or disk stops reading from
 //! connections that publish, and would then not read the acknowledgements on them.
 
 use amqp::{Backoff, IfBlocked, Server, Session, Topology, Unconfirmed};
@@ -16,7 +16,7 @@ const CLIENT_ID: &str = "mq-publisher";
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Publishes to the queues of a topology.
-pub struct Publisher {
+pub struct Forwarder {
     broker: Broker,
     server: Server,
     topology: Topology,
@@ -25,8 +25,8 @@ pub struct Publisher {
     session: Mutex<Option<Session>>,
 }
 
-impl Publisher {
-    /// Makes a publisher, which opens no connection yet.
+impl Forwarder {
+    /// Makes a forwarder, which opens no connection yet.
     pub fn new(server: Server, topology: Topology, retry_delays: Vec<Duration>) -> Self {
         let broker = Broker::new(&server.uri, CLIENT_ID);
         Self { broker, server, topology, retry_delays, session: Mutex::default() }

@@ -38,7 +38,7 @@ pub enum Change {
 }
 
 /// The database, opened when it is needed.
-pub struct Store {
+pub struct Database {
     options: SqliteConnectOptions,
     connection: Option<SqliteConnection>,
 }
@@ -66,8 +66,8 @@ pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
         .disable_statement_logging())
 }
 
-impl Store {
-    /// Makes a store whose database is not open yet.
+impl Database {
+    /// Makes a database that is not open yet.
     pub fn new(options: SqliteConnectOptions) -> Self {
         Self { options, connection: None }
     }
