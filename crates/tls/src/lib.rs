@@ -95,6 +95,7 @@ pub fn without_authorities() -> ClientConfig {
 /// A certificate with its key.
 struct Pair {
     /// The contents of both files.
+    #[cfg_attr(not(feature = "tonic"), expect(dead_code, reason = "tonic's client and server read PEM"))]
     pem: [Vec<u8>; 2],
     /// The certificate, followed by its intermediate certificates, if any.
     chain: Vec<CertificateDer<'static>>,
