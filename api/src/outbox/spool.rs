@@ -179,7 +179,7 @@ struct Keeper {
     /// It was logged that a change failed, and nothing was appended since.
     is_failure_told: bool,
     is_full: bool,
-    /// Entries up to this number were to be removed, but could not be yet.
+    /// Entries up to this number must still be removed, because an earlier removal failed.
     through: Option<u64>,
 }
 

@@ -141,7 +141,7 @@ pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Conne
     let connected = timeout(CONNECT_TIMEOUT, connecting).await;
     let socket = lock(&socket).take();
     if let Ok(Ok(connection)) = &connected {
-        // No content comes before this, because there is no channel yet.
+        // No content frame has been checked against this limit yet, because no channel is open.
         server.limits.frame_max.store(connection.configuration().frame_max() as usize, Relaxed);
     }
     connected.unwrap_or_else(|_| {

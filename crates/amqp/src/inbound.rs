@@ -53,7 +53,7 @@ pub const LONGEST_FRAME: usize = 1024 * 1024;
 /// follow (AMQP 0-9-1, section 4.2.3).
 pub const FRAME_HEAD: usize = 7;
 
-/// The most that lapin is given.
+/// The longest frame and the longest body that are passed on to lapin.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// The longest frame in bytes, as it was negotiated. Until then, there is no content.
@@ -169,7 +169,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Checked<S> {
 #[derive(Debug, Default)]
 struct Frames {
     limits: Limits,
-    /// The bytes that may be read.
+    /// The bytes that lapin may read.
     checked: BytesMut,
     /// The start of a frame: its head, or all bytes so far if it is looked at.
     held: BytesMut,

@@ -3,7 +3,7 @@
 use clap::Parser;
 use std::{env, time::Duration};
 
-/// The longest duration, a year. The sum of a time and a longer one may overflow, which panics.
+/// The longest duration, a year. Adding a much longer duration to an `Instant` may overflow, which panics.
 const LONGEST: Duration = Duration::from_secs(31_557_600);
 
 /// Reads flags and environment variables. An empty variable counts as unset, as for OpenTelemetry's own

@@ -44,7 +44,7 @@ pub struct Options {
     #[arg(long, default_value_t = 2)]
     seconds: u64,
     /// Keep all files of the broker and of the services in memory (/dev/shm), and start a RabbitMQ for this. A
-    /// disk's time to sync varies more than the costs measured here.
+    /// disk's time to sync varies by more than the costs measured here.
     #[arg(long)]
     in_memory: bool,
     /// Run only this part: paced or closed.

@@ -166,8 +166,8 @@ impl VirtualHost {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] is due earlier than its last call
-    /// returned.
+    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] must be called sooner than at the time
+    /// that it last returned.
     pub fn clock(&self) -> Arc<Notify> {
         Arc::clone(&self.clock)
     }

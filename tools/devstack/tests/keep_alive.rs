@@ -83,8 +83,8 @@ async fn a_usercenter_that_does_not_answer_gets_no_ping_and_no_flood_of_connecti
     assert_eq!(usercenter.counts(PING).1, 0);
     assert!(answers.iter().all(|answer| answer.status == 504), "{}", stack.api.output());
     let (connections, calls) = usercenter.counts(HEADERS);
-    // The calls begin within the two seconds after which later ones would get another connection, unless this
-    // machine is very slow.
+    // After two seconds without an answer, a new call gets another connection. All calls begin before that,
+    // unless this machine is very slow.
     assert!(calls == 10 && connections <= 2, "{calls} calls on {connections} connections");
     Ok(())
 }

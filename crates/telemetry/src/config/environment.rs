@@ -38,8 +38,8 @@ impl Environment<'_> {
         }
     }
 
-    /// Reads a time in milliseconds, of at most a year, because the sum of a time and a longer one may
-    /// overflow.
+    /// Reads a time in milliseconds, of at most a year, because adding a longer time to an
+    /// `Instant` may overflow.
     pub fn milliseconds(&self, variables: &[&str], default: u64) -> Result<Duration, ConfigError> {
         const LONGEST: u64 = 31_557_600_000;
 

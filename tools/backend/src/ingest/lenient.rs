@@ -57,7 +57,7 @@ const REQUIRED: [(&str, &[&str]); 7] = [
     ("attributes", &["key"]),
     ("filteredAttributes", &["key"]),
     ("metadata", &["key"]),
-    // In a list, `values` holds values instead of key-value pairs. A value has no `key`, and ignores it.
+    // In a list, `values` holds values instead of key-value pairs. A `key` added to such a value is ignored.
     ("values", &["key"]),
     ("entityRefs", &["schemaUrl", "type", "idKeys", "descriptionKeys"]),
 ];
