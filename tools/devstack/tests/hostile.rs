@@ -198,7 +198,7 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
         assert_eq!(found, status, "{method} {header:?} {body:?}");
 
         if header.0 != "traceparent" {
-            let name = if method == known { known } else { "_OTHER" };
+            let name = if method == known { known } else { "grpc" };
             let span = stack.receiver.expect_span(|span| span.trace_id == trace).await;
             assert_eq!((span.service.as_str(), span.name.as_str()), ("usercenter", name));
             let original = span.attributes.get("rpc.method_original").map(String::as_str);
