@@ -20,10 +20,12 @@ use tower::{Service, ServiceExt};
 /// minute, because in an outage every call fails. The layers around it know only the status that the failure
 /// stands for, but not its cause.
 #[derive(Clone)]
-pub struct Connection {
+pub struct Connection(Arc<Shared>);
+
+struct Shared {
     endpoint: Endpoint,
     patience: Duration,
-    current: Arc<Mutex<Current>>,
+    current: Mutex<Current>,
     warnings: Seldom,
 }
 
@@ -40,9 +42,12 @@ impl Connection {
     /// but gRPC servers close a connection on which they come more often than every five minutes.
     pub fn new(endpoint: Endpoint, patience: Duration) -> Self {
         let current = Current { channel: endpoint.connect_lazy(), unanswered_since: None };
-        Self { endpoint, patience, current: Arc::new(Mutex::new(current)), warnings: Seldom::default() }
+        let current = Mutex::new(current);
+        Self(Arc::new(Shared { endpoint, patience, current, warnings: Seldom::default() }))
     }
+}
 
+impl Shared {
     fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -77,14 +82,14 @@ impl Service<Request<Body>> for Connection {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let answer = self.channel().oneshot(request);
-        let this = self.clone();
+        let answer = self.0.channel().oneshot(request);
+        let shared = self.0.clone();
         Box::pin(async move {
             let answer = answer.await;
             match &answer {
-                Ok(_) => this.current().unanswered_since = None,
+                Ok(_) => shared.current().unanswered_since = None,
                 // One such error is that the call's time is over, so it is no sign of life.
-                Err(error) => this.warn(&chain(error)),
+                Err(error) => shared.warn(&chain(error)),
             }
             answer
         })

@@ -26,12 +26,10 @@ pub(crate) struct Outage {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The last attempt failed, and another may succeed.
-    is_on: bool,
     /// A warning that exports fail was logged since the last success.
     is_told: bool,
     warned: Option<Instant>,
-    /// The number of dropped spans when the outage began.
+    /// The number of spans that were dropped until the last success.
     dropped_before: u64,
 }
 
@@ -95,7 +93,7 @@ impl Outage {
         if std::mem::take(&mut state.is_told) {
             tracing::info!(dropped = dropped - state.dropped_before, "{what} are exported again");
         }
-        state.is_on = false;
+        state.dropped_before = dropped + rejected;
         if rejected > 0 && state.may_warn() {
             tracing::warn!(rejected, reason, endpoint, "{what} were rejected; at most one warning a minute");
         }
@@ -114,10 +112,6 @@ impl Outage {
         };
         let failure = classify(&reason);
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
-        if !state.is_on {
-            state.dropped_before = dropped;
-        }
-        state.is_on = failure == Failure::Temporary;
         if state.may_warn() {
             let reason = short(&reason) + guess(&reason);
             match failure {

@@ -180,6 +180,9 @@ async fn every_process_describes_itself() -> Result<()> {
         for key in described {
             assert!(!of(key).is_empty(), "{key}");
         }
+        // For example 2026-11-26T12:00:00.000Z.
+        let created = of("process.creation.time");
+        assert!(created.starts_with("20") && created.len() == 24 && created.ends_with('Z'), "{created}");
         let is_mq = span.service == "mq";
         assert_eq!(of("service.version"), if is_mq { "9" } else { env!("CARGO_PKG_VERSION") });
         assert_eq!(of("team"), if is_mq { "a b" } else { "" });

@@ -105,6 +105,7 @@ async fn a_context_in_byte_arrays_is_continued_and_a_timestamp_of_zero_is_none()
     for (id, timestamp) in [("at-zero", 0), ("at-one", 1)] {
         let properties = BasicProperties::default()
             .with_message_id(id.into())
+            .with_correlation_id("order-7 of 13800138000".into())
             .with_headers(headers.clone())
             .with_timestamp(timestamp);
         stack.publish(properties, br#"{"Msg":"13800138000"}"#).await?;
@@ -117,6 +118,7 @@ async fn a_context_in_byte_arrays_is_continued_and_a_timestamp_of_zero_is_none()
             ("00f067aa0ba902b7", "vendor=a")
         );
         assert_eq!(span.attributes["throughline.trace_context.source"], "headers");
+        assert_eq!(span.attributes["messaging.message.conversation_id"], "order-7 of REDACTED");
         let has_time = span.attributes.contains_key("throughline.message.time_in_queue_ms");
         assert_eq!(has_time, timestamp > 0, "{span:#?}");
     }

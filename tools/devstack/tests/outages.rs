@@ -40,6 +40,8 @@ async fn producer(stack: &Stack, login: &Answer) -> Span {
 fn why_spooled(producer: &Span) -> &str {
     assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
     assert_eq!(producer.status, "UNSET");
+    // Nobody was contacted.
+    assert!(!producer.attributes.contains_key("network.peer.address"), "{producer:#?}");
     let spooled = producer.events.iter().find(|(name, _)| name == "spooled");
     &spooled.expect("an event").1["throughline.spool.reason"]
 }

@@ -166,7 +166,11 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
           api usercenter.v1.Usercenter/GetUserByMobile CLIENT ERROR error.type=circuit_open
     ";
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
-    assert_eq!(client_span(&spans).events[0].0, "circuit_open");
+    let refused = client_span(&spans);
+    assert_eq!(refused.events[0].0, "circuit_open");
+    assert!(refused.events[0].1.contains_key("throughline.circuit.retry_after_ms"));
+    // Nobody was contacted.
+    assert!(!refused.attributes.contains_key("network.peer.address"), "{refused:#?}");
 
     // When the circuit is half-open, one call passes and fails. Then no call passes for another pause.
     let probed = poll(PATIENCE, async || {
@@ -266,7 +270,9 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
             {refusal}
         "
     );
-    stack.receiver.expect_tree(&answer.trace_id(), &tree).await;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), &tree).await;
+    let refused = spans.iter().filter(|span| span.service == "usercenter");
+    assert!(refused.map(|span| span.status_message.as_str()).eq(["overloaded"; 3]), "{spans:#?}");
     in_flight.abort();
     Ok(())
 }
