@@ -11,7 +11,7 @@ use amqp::{Server, Topology};
 use futures_util::future::BoxFuture;
 use opentelemetry::{
     Context, KeyValue,
-    trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
+    trace::{SpanKind, Status, TraceContextExt, Tracer},
 };
 use std::{
     sync::Arc,
@@ -58,10 +58,11 @@ impl Publisher {
         let message_id = Uuid::new_v4().to_string();
         let (broker, Topology { exchange, routing_key, .. }) = &*self.destination;
 
-        let mut span = TRACER.span_builder("send_msg_mq").with_kind(SpanKind::Producer).start(&*TRACER);
-        if span.is_recording() {
-            span.set_attributes(broker.producer_attributes(exchange, routing_key, &message_id));
-        }
+        let span = TRACER
+            .span_builder("send_msg_mq")
+            .with_kind(SpanKind::Producer)
+            .with_attributes(broker.producer_attributes(exchange, routing_key, &message_id))
+            .start(&*TRACER);
         let cx = Context::current_with_span(span);
         // If this future is dropped, at the request's deadline or because the caller hung up, the span ends
         // as cancelled.

@@ -123,16 +123,14 @@ where
         let message_id = message_id(delivery, &producer_span);
         let attempt = properties::attempt(&delivery.properties);
 
-        let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
-        let mut span = TRACER.build_with_context(builder, &parent);
-        if span.is_recording() {
-            let queue = &self.topology.queue;
-            span.set_attributes(self.broker.consumer_attributes(delivery, queue, source, &message_id));
-            span.set_attribute(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
-            if header(&delivery.properties, HEADERS_LEFT_OUT).is_some() {
-                span.set_attribute(KeyValue::new(semconv::MESSAGE_HEADERS_LEFT_OUT, true));
-            }
+        let queue = &self.topology.queue;
+        let mut attributes = self.broker.consumer_attributes(delivery, queue, source, &message_id);
+        attributes.push(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
+        if header(&delivery.properties, HEADERS_LEFT_OUT).is_some() {
+            attributes.push(KeyValue::new(semconv::MESSAGE_HEADERS_LEFT_OUT, true));
         }
+        let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
+        let mut span = TRACER.build_with_context(builder.with_attributes(attributes), &parent);
         if let Some(published_at) = properties::published_at(&delivery.properties) {
             // By this machine's clock, the time of publishing may be in the future.
             let time = published_at.elapsed().unwrap_or_default();

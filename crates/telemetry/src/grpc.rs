@@ -20,7 +20,7 @@
 use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
-    headers::{Headers, HeadersMut, host_attribute, peer_attributes},
+    headers::{Headers, HeadersMut, peer_attributes, server_attributes},
     metrics::{self, Measurement},
     redaction::without_long_numbers,
     semconv::{self, OTHER},
@@ -33,7 +33,7 @@ use opentelemetry::{
     context::FutureExt,
     global::{BoxedSpan, BoxedTracer},
     metrics::Histogram,
-    trace::{Span, SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
+    trace::{SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
 };
 use prost::Message;
 use std::{
@@ -117,25 +117,16 @@ where
         let GrpcClientLayer { tracer, server, duration } = &self.layer;
         let parent = Context::current();
         let method = request.uri().path().trim_start_matches('/').to_owned();
-        let builder = SpanBuilder::from_name(method.clone()).with_kind(SpanKind::Client);
-        let measured = duration.as_ref().map(|duration| {
-            let mut attributes = vec![
-                KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
-                KeyValue::new(semconv::RPC_METHOD, method.clone()),
-                KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()),
-            ];
-            attributes.extend(server.port.map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port))));
-            Measurement::start(duration, attributes)
-        });
-        let mut span = tracer.build_with_context(builder, &parent);
-        if span.is_recording() {
-            span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
-            span.set_attribute(KeyValue::new(semconv::RPC_METHOD, method));
-            span.set_attribute(KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()));
-            if let Some(port) = server.port {
-                span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
-            }
-        }
+        let mut attributes = Vec::with_capacity(8);
+        attributes.extend([
+            KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
+            KeyValue::new(semconv::RPC_METHOD, method.clone()),
+            KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()),
+        ]);
+        attributes.extend(server.port.map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port))));
+        let measured = duration.as_ref().map(|duration| Measurement::start(duration, attributes.clone()));
+        let builder = SpanBuilder::from_name(method).with_kind(SpanKind::Client).with_attributes(attributes);
+        let span = tracer.build_with_context(builder, &parent);
         let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
@@ -265,27 +256,25 @@ impl GrpcServerLayer {
         let path = request.uri().path().trim_start_matches('/');
         let method = self.method(request);
         let name = if method == OTHER { "grpc" } else { method };
-        let builder = SpanBuilder::from_name(name.to_owned()).with_kind(SpanKind::Server);
-        let mut span = self.tracer.build_with_context(builder, parent);
-        if span.is_recording() {
-            span.set_attribute(KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"));
-            span.set_attribute(KeyValue::new(semconv::RPC_METHOD, method.to_owned()));
-            if method == OTHER {
-                let original = without_long_numbers(&path.chars().take(200).collect::<String>());
-                span.set_attribute(KeyValue::new(semconv::RPC_METHOD_ORIGINAL, original));
-            }
-            if let Some(authority) = request.uri().authority() {
-                span.set_attribute(KeyValue::new(semconv::SERVER_ADDRESS, host_attribute(authority)));
-                if let Some(port) = authority.port_u16() {
-                    span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
-                }
-            }
-            let connection = request.extensions().get::<TcpConnectInfo>();
-            if let Some(peer) = connection.and_then(TcpConnectInfo::remote_addr) {
-                peer_attributes(&mut span, peer);
-            }
+        let mut attributes = Vec::with_capacity(12);
+        attributes.extend([
+            KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
+            KeyValue::new(semconv::RPC_METHOD, method.to_owned()),
+        ]);
+        if method == OTHER {
+            let original = without_long_numbers(&path.chars().take(200).collect::<String>());
+            attributes.push(KeyValue::new(semconv::RPC_METHOD_ORIGINAL, original));
         }
-        span
+        if let Some(authority) = request.uri().authority() {
+            attributes.extend(server_attributes(authority));
+        }
+        let connection = request.extensions().get::<TcpConnectInfo>();
+        if let Some(peer) = connection.and_then(TcpConnectInfo::remote_addr) {
+            attributes.extend(peer_attributes(peer));
+        }
+        let builder =
+            SpanBuilder::from_name(name.to_owned()).with_kind(SpanKind::Server).with_attributes(attributes);
+        self.tracer.build_with_context(builder, parent)
     }
 }
 
@@ -294,19 +283,20 @@ impl GrpcServerLayer {
 #[derive(Debug)]
 pub struct GrpcSpan {
     cx: Context,
-    ended: bool,
     kind: SpanKind,
     deadline: Option<Instant>,
     /// The status that counts if the answer turns out to have no gRPC status.
     status: Code,
     measured: Option<Measurement>,
+    /// The status of the call, and why this side refused it, if it did.
+    outcome: Option<(Code, Option<ErrorType>)>,
 }
 
 impl GrpcSpan {
     fn new(cx: Context, kind: SpanKind, request: &HeaderMap, measured: Option<Measurement>) -> Self {
         let timeout = request.get("grpc-timeout").and_then(|value| parse_timeout(value.to_str().ok()?));
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        Self { cx, ended: false, kind, deadline, status: Code::Unknown, measured }
+        Self { cx, kind, deadline, status: Code::Unknown, measured, outcome: None }
     }
 
     fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
@@ -326,38 +316,7 @@ impl GrpcSpan {
     }
 
     fn end(mut self, code: Code, reason: Option<ErrorType>) {
-        self.end_once(code, reason);
-    }
-
-    /// `reason` says why this side refused the call. A client that refuses has no status from a server, so its
-    /// reason is the error's type. A server's error has its status as type, and the reason as description.
-    fn end_once(&mut self, code: Code, reason: Option<ErrorType>) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let span = self.cx.span();
-        let name = code_name(code);
-        let (error_type, description) = match reason {
-            Some(ErrorType(reason)) if self.kind == SpanKind::Client => (reason, ""),
-            Some(ErrorType(reason)) if !reason.eq_ignore_ascii_case(name) => (name, reason),
-            _ => (name, ""),
-        };
-        let error_type = is_error(code, &self.kind).then_some(error_type);
-        if let Some(mut measured) = self.measured.take() {
-            measured.set(semconv::RPC_STATUS_CODE, name);
-            if let Some(error_type) = error_type {
-                measured.set(semconv::ERROR_TYPE, error_type);
-            }
-            measured.record();
-        }
-        if span.is_recording() {
-            span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
-            if let Some(error_type) = error_type {
-                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
-                span.set_status(SpanStatus::error(description));
-            }
-        }
-        span.end();
+        self.outcome = Some((code, reason));
     }
 }
 
@@ -377,12 +336,39 @@ impl AwaitsBody for GrpcSpan {
     }
 }
 
+/// Ends the span. A client that refuses a call has no status from a server, so its reason is the error's type.
+/// A server's error has its status as type, and the reason as description.
 impl Drop for GrpcSpan {
     fn drop(&mut self) {
-        // The timer that drops a span at its deadline is exact to a millisecond, and was started a little
-        // earlier.
-        let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now() + TIMER_SLACK);
-        self.end_once(if expired { Code::DeadlineExceeded } else { Code::Cancelled }, None);
+        let (code, reason) = self.outcome.unwrap_or_else(|| {
+            // The timer that drops a span at its deadline is exact to a millisecond, and was started a little
+            // earlier.
+            let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now() + TIMER_SLACK);
+            (if expired { Code::DeadlineExceeded } else { Code::Cancelled }, None)
+        });
+        let name = code_name(code);
+        let (error_type, description) = match reason {
+            Some(ErrorType(reason)) if self.kind == SpanKind::Client => (reason, ""),
+            Some(ErrorType(reason)) if !reason.eq_ignore_ascii_case(name) => (name, reason),
+            _ => (name, ""),
+        };
+        let error_type = is_error(code, &self.kind).then_some(error_type);
+        if let Some(measured) = &mut self.measured {
+            measured.set(semconv::RPC_STATUS_CODE, name);
+            if let Some(error_type) = error_type {
+                measured.set(semconv::ERROR_TYPE, error_type);
+            }
+            measured.record();
+        }
+        let span = self.cx.span();
+        if span.is_recording() {
+            span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
+            if let Some(error_type) = error_type {
+                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
+                span.set_status(SpanStatus::error(description));
+            }
+        }
+        span.end();
     }
 }
 

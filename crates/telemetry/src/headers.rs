@@ -1,27 +1,31 @@
 //! HTTP headers, which gRPC calls metadata: the carrier of a context, and attributes that both boundaries have.
 
 use crate::{redaction::without_long_numbers, semconv};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, uri::Authority};
 use opentelemetry::{
     KeyValue, StringValue,
     propagation::{Extractor, Injector},
-    trace::Span,
 };
-use std::net::SocketAddr;
+use std::{iter, net::SocketAddr};
 
-/// Sets the attributes of the connection's peer, which counts as the client. Headers like `x-forwarded-for`
-/// are ignored, because anybody can send them.
-pub(crate) fn peer_attributes(span: &mut impl Span, peer: SocketAddr) {
-    let address = StringValue::from(peer.ip().to_string());
-    span.set_attribute(KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()));
-    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address));
-    span.set_attribute(KeyValue::new(semconv::CLIENT_PORT, i64::from(peer.port())));
-    span.set_attribute(KeyValue::new(semconv::NETWORK_PEER_PORT, i64::from(peer.port())));
+/// Returns the attributes of the connection's peer, which counts as the client. Headers like
+/// `x-forwarded-for` are ignored, because anybody can send them.
+pub(crate) fn peer_attributes(peer: SocketAddr) -> [KeyValue; 4] {
+    let (address, port) = (StringValue::from(peer.ip().to_string()), i64::from(peer.port()));
+    [
+        KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()),
+        KeyValue::new(semconv::CLIENT_PORT, port),
+        KeyValue::new(semconv::NETWORK_PEER_ADDRESS, address),
+        KeyValue::new(semconv::NETWORK_PEER_PORT, port),
+    ]
 }
 
-/// Returns the host that a caller named, without long numbers, because callers can name anything.
-pub(crate) fn host_attribute(authority: &http::uri::Authority) -> String {
-    without_long_numbers(authority.host().trim_matches(['[', ']']))
+/// Returns the attributes of the server that a caller named. Long numbers are left out of its name, because
+/// callers can name anything.
+pub(crate) fn server_attributes(authority: &Authority) -> impl Iterator<Item = KeyValue> {
+    let address = without_long_numbers(authority.host().trim_matches(['[', ']']));
+    let port = authority.port_u16().map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
+    iter::once(KeyValue::new(semconv::SERVER_ADDRESS, address)).chain(port)
 }
 
 pub(crate) static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");

@@ -18,7 +18,7 @@ use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
     config::KNOWN_METHODS_VARIABLE,
-    headers::{Headers, TRACEPARENT, host_attribute, peer_attributes},
+    headers::{Headers, TRACEPARENT, peer_attributes, server_attributes},
     metrics::{self, Measurement},
     redaction::{user_agent, without_long_numbers},
     semconv::{self, CANCELLED, OTHER, PANIC},
@@ -27,11 +27,11 @@ use axum::extract::{ConnectInfo, MatchedPath};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body::Body;
 use opentelemetry::{
-    Context, KeyValue, StringValue,
+    Context, KeyValue, StringValue, Value,
     context::FutureExt,
     global::{BoxedSpan, BoxedTracer},
     metrics::{Histogram, UpDownCounter},
-    trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer},
+    trace::{SpanBuilder, SpanKind, Status, TraceContextExt, Tracer},
 };
 use std::{
     borrow::Cow,
@@ -114,9 +114,9 @@ where
         let cx = crate::with_span(&parent, start_span(&self.layer.tracer, &request, &parent));
         let span = HttpServerSpan {
             cx: cx.clone(),
-            ended: false,
             is_head: request.method() == Method::HEAD,
             measured: self.layer.metrics.as_ref().map(|metrics| Measured::start(metrics, &request)),
+            outcome: None,
         };
 
         let response = {
@@ -127,7 +127,7 @@ where
             match response.with_context(cx).await {
                 Ok(response) => Ok(span.respond(response)),
                 Err(error) => {
-                    span.end(Outcome::Error(OTHER));
+                    span.end(Err(OTHER));
                     Err(error)
                 }
             }
@@ -144,21 +144,20 @@ fn start_span<B>(tracer: &BoxedTracer, request: &Request<B>, parent: &Context) -
         (Some(method), None) => Cow::Borrowed(method),
         (None, None) => Cow::Borrowed("HTTP"),
     };
-    let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Server);
-    let mut span = tracer.build_with_context(builder, parent);
-    if span.is_recording() {
-        request_attributes(&mut span, request, method, route);
-    }
-    span
+    // Samplers see the attributes that a span has from its start.
+    let builder = SpanBuilder::from_name(name)
+        .with_kind(SpanKind::Server)
+        .with_attributes(request_attributes(request, method, route));
+    tracer.build_with_context(builder, parent)
 }
 
 fn request_attributes<B>(
-    span: &mut impl Span,
     request: &Request<B>,
     method: Option<&'static str>,
     route: Option<&str>,
-) {
-    let mut set = |key: &'static str, value: StringValue| span.set_attribute(KeyValue::new(key, value));
+) -> Vec<KeyValue> {
+    let mut attributes = Vec::with_capacity(16);
+    let mut set = |key: &'static str, value: Value| attributes.push(KeyValue::new(key, value));
 
     set(semconv::HTTP_REQUEST_METHOD, method.unwrap_or(OTHER).into());
     if method.is_none() {
@@ -182,23 +181,22 @@ fn request_attributes<B>(
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let authority = request.uri().authority().map(|authority| authority.as_str()).or(host);
     if let Some(authority) = authority.and_then(|authority| authority.parse::<http::uri::Authority>().ok()) {
-        set(semconv::SERVER_ADDRESS, host_attribute(&authority).into());
-        if let Some(port) = authority.port_u16() {
-            span.set_attribute(KeyValue::new(semconv::SERVER_PORT, i64::from(port)));
-        }
+        attributes.extend(server_attributes(&authority));
     }
     if let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() {
-        peer_attributes(span, *peer);
+        attributes.extend(peer_attributes(*peer));
     }
+    attributes
 }
 
 /// A server span that ends with the response's body. If it is dropped before that, it ends with an error.
 #[derive(Debug)]
 pub struct HttpServerSpan {
     cx: Context,
-    ended: bool,
     is_head: bool,
     measured: Option<Measured>,
+    /// How the request ended. An error has its `error.type`; the status of a response tells the rest.
+    outcome: Option<Result<(), &'static str>>,
 }
 
 /// Measures one request, which counts as active until this is dropped.
@@ -232,12 +230,6 @@ impl Drop for Measured {
     fn drop(&mut self) {
         self.active.add(-1, &self.of_active);
     }
-}
-
-enum Outcome {
-    /// The request ended normally, and its status tells the rest.
-    Complete,
-    Error(&'static str),
 }
 
 impl HttpServerSpan {
@@ -274,7 +266,7 @@ impl HttpServerSpan {
             || length == Some(0)
             || response.body().is_end_stream();
         let span = if has_no_body {
-            self.end(Outcome::Complete);
+            self.end(Ok(()));
             None
         } else {
             Some(self)
@@ -282,27 +274,8 @@ impl HttpServerSpan {
         response.map(|body| TracedBody::new(body, span, length))
     }
 
-    fn end(mut self, outcome: Outcome) {
-        self.end_once(outcome);
-    }
-
-    fn end_once(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let span = self.cx.span();
-        let mut measured = self.measured.take();
-        if let Outcome::Error(error_type) = outcome {
-            span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
-            span.set_status(Status::error(""));
-            if let Some(Measured { duration, .. }) = &mut measured {
-                duration.set(semconv::ERROR_TYPE, error_type);
-            }
-        }
-        if let Some(Measured { duration, .. }) = measured.as_ref() {
-            duration.record();
-        }
-        span.end();
+    fn end(mut self, outcome: Result<(), &'static str>) {
+        self.outcome = Some(outcome);
     }
 }
 
@@ -313,16 +286,28 @@ impl AwaitsBody for HttpServerSpan {
 
     fn end_of_body(self, end: BodyEnd<'_>) {
         self.end(match end {
-            BodyEnd::Complete | BodyEnd::Trailers(_) => Outcome::Complete,
-            BodyEnd::Error => Outcome::Error("body_error"),
+            BodyEnd::Complete | BodyEnd::Trailers(_) => Ok(()),
+            BodyEnd::Error => Err("body_error"),
         });
     }
 }
 
-/// A span is dropped when the caller hung up, or when the handler panicked.
+/// Ends the span. If it has no outcome yet, the caller hung up, or the handler panicked.
 impl Drop for HttpServerSpan {
     fn drop(&mut self) {
-        self.end_once(Outcome::Error(if thread::panicking() { PANIC } else { CANCELLED }));
+        let lost = if thread::panicking() { PANIC } else { CANCELLED };
+        let span = self.cx.span();
+        if let Err(error_type) = self.outcome.unwrap_or(Err(lost)) {
+            span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
+            span.set_status(Status::error(""));
+            if let Some(Measured { duration, .. }) = &mut self.measured {
+                duration.set(semconv::ERROR_TYPE, error_type);
+            }
+        }
+        if let Some(Measured { duration, .. }) = &self.measured {
+            duration.record();
+        }
+        span.end();
     }
 }
 
