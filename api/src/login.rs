@@ -6,17 +6,16 @@ use axum::{
     extract::{self, FromRequest, State, rejection::JsonRejection},
 };
 use opentelemetry::trace::Tracer;
-use proto::{login::is_mobile_number, usercenter::v1::GetUserByMobileRequest};
+use proto::{login::MobileNumber, usercenter::v1::GetUserByMobileRequest};
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use std::sync::Arc;
 use tonic::Code;
 use tower::ServiceExt;
 
 /// The body of a login.
-// It has no `Debug`, because a mobile number is personal.
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 pub struct LoginRequest {
-    mobile: String,
+    mobile: MobileNumber,
     /// Other members are allowed. Because this field reads them, serde refuses an array as a login. Without
     /// the field, serde would take `["13800138000"]` for this struct.
     #[serde(flatten)]
@@ -43,7 +42,7 @@ pub async fn login(
     // A layer has already opened the server span.
 
     // Layers also make the client span, the server span at the other end, the deadline and the retries.
-    let mobile = request.mobile.clone();
+    let mobile = request.mobile.as_str().to_owned();
     let found = app.usercenter.clone().get_user_by_mobile(GetUserByMobileRequest { mobile }).await;
     let found = found.map_err(|status| match status.code() {
         Code::NotFound => Problem::UnknownUser,
@@ -79,6 +78,6 @@ impl<S: Send + Sync> FromRequest<S> for LoginRequest {
             JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
             _ => Problem::UnreadableBody,
         })?;
-        if is_mobile_number(&login.mobile) { Ok(login) } else { Err(Problem::InvalidMobile) }
+        Ok(login)
     }
 }

@@ -13,6 +13,7 @@ use opentelemetry::{
     Context, KeyValue,
     trace::{SpanKind, Status, TraceContextExt, Tracer},
 };
+use proto::login::MobileNumber;
 use std::{
     sync::Arc,
     task::{self, Poll},
@@ -23,10 +24,10 @@ use tower::Service;
 use uuid::Uuid;
 
 /// A login that happened.
-// It has no `Debug`, because a mobile number is personal.
+#[derive(Debug)]
 pub struct LoginEvent {
     /// Who logged in.
-    pub mobile: String,
+    pub mobile: MobileNumber,
 }
 
 /// Publishes logins. All clones share one connection.

@@ -84,7 +84,7 @@ async fn the_largest_context_fits_into_each_hop_with_room_to_spare() {
 
     // A message has properties that leave room for those of retries, and an entry in the spool takes the context
     // once.
-    let message = Message::new(&cx, "0".repeat(36), "13800138000".to_owned());
+    let message = Message::new(&cx, "0".repeat(36), "13800138000".to_owned().try_into().unwrap());
     let properties = message.properties(SystemTime::now());
     let written = gen_properties(&properties)(WriteContext::from(Vec::new())).unwrap().write.len();
     assert!((baggage..=FRAME / 8).contains(&written), "{written}");

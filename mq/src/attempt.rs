@@ -117,7 +117,7 @@ where
     /// be delivered again.
     pub async fn process(&self, delivery: &Delivery) -> Outcome {
         let started = Instant::now();
-        let (carrier, message) = LoginMessage::from_json(&delivery.data);
+        let (carrier, mobile) = LoginMessage::from_json(&delivery.data);
         let (producer, source) = amqp::extract(delivery.properties.headers().as_ref(), &carrier);
         let producer_span = producer.span().span_context().clone();
         let message_id = message_id(delivery, &producer_span);
@@ -139,13 +139,13 @@ where
         }
         let cx = parent.with_span(span);
 
-        let login = match message {
+        let login = match mobile {
             _ if properties::are_unreadable(&delivery.properties) => Err(Failure::unreadable_properties()),
             _ if properties::is_body_cut(&delivery.properties) => Err(Failure::body_too_long()),
-            Ok(message) => Ok(Login {
+            Ok(mobile) => Ok(Login {
                 message_id: message_id.clone(),
                 trace_id: producer_span.is_valid().then(|| producer_span.trace_id().to_string()),
-                mobile: message.msg,
+                mobile,
                 attempt,
             }),
             Err(error) => Err(error.into()),

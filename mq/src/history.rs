@@ -6,8 +6,9 @@
 mod database;
 
 use database::{Change, Database};
+use proto::login::MobileNumber;
 use sqlx::sqlite::SqliteConnectOptions;
-use std::{fmt, future, time::Duration};
+use std::{future, time::Duration};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -23,27 +24,16 @@ const PAUSE: Duration = Duration::from_millis(200);
 const MAX_GROUP: usize = 256;
 
 /// A login to record.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Login {
     /// The id of the message, which is the same for every delivery of the same login.
     pub message_id: String,
     /// The trace in which it happened, as 32 hex digits.
     pub trace_id: Option<String>,
-    /// Who logged in. This is personal, so it stays out of spans, logs and errors.
-    pub mobile: String,
+    /// Who logged in.
+    pub mobile: MobileNumber,
     /// Which attempt this is, from 1.
     pub attempt: u32,
-}
-
-/// Shows which login it is, but not whose.
-impl fmt::Debug for Login {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { message_id, attempt, .. } = self;
-        f.debug_struct("Login")
-            .field("message_id", message_id)
-            .field("attempt", attempt)
-            .finish_non_exhaustive()
-    }
 }
 
 /// The result of recording a login.

@@ -10,30 +10,51 @@
 //! We write exactly this form, but read other forms as well: see [`LoginMessage::from_json`].
 
 use opentelemetry::propagation::{Extractor, Injector};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt};
 
-/// Whether this is a mobile number: 7 to 15 digits.
-pub fn is_mobile_number(text: &str) -> bool {
-    (7..=15).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit())
+/// A mobile number: 7 to 15 digits. It is personal, so it stays out of spans, logs and errors.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MobileNumber(String);
+
+/// The error for a text that is not a mobile number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a mobile number must be 7 to 15 digits")]
+pub struct NotAMobileNumber;
+
+impl TryFrom<String> for MobileNumber {
+    type Error = NotAMobileNumber;
+
+    fn try_from(text: String) -> Result<Self, NotAMobileNumber> {
+        let is_one = (7..=15).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
+        if is_one { Ok(Self(text)) } else { Err(NotAMobileNumber) }
+    }
+}
+
+impl MobileNumber {
+    /// Returns the digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Hides the digits, so that whatever holds a mobile number can be logged.
+impl fmt::Debug for MobileNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MobileNumber(…)")
+    }
 }
 
 /// A login that happened, with the trace context of its producer span.
-#[derive(Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct LoginMessage {
     /// Where the trace context travels inside the body.
     pub carrier: HeaderCarrier,
-    /// The mobile number that logged in. It is personal, so it stays out of spans and logs.
-    pub msg: String,
-}
-
-/// Shows that there is a message, but not whose.
-impl fmt::Debug for LoginMessage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LoginMessage").field("carrier", &self.carrier).finish_non_exhaustive()
-    }
+    /// The mobile number that logged in.
+    pub msg: MobileNumber,
 }
 
 /// Why a body is not a login message. The error messages quote nothing from the body.
@@ -71,28 +92,27 @@ impl LoginMessage {
         serde_json::to_vec(self).expect("strings are always JSON")
     }
 
-    /// Reads a body as tolerantly as is safe.
+    /// Reads the carrier and the mobile number of a body, as tolerantly as is safe.
     ///
     /// It accepts member names that begin with an upper-case or lower-case letter, header names in any case,
     /// a bare string for an array, a missing or null carrier, and unknown members. A malformed carrier counts
     /// as an empty one, because it must never keep the message from being processed. The carrier is returned
     /// even if the message is unreadable, so that the failure is seen in the right trace.
-    pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<LoginMessage, LoginMessageError>) {
+    pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<MobileNumber, LoginMessageError>) {
         let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
             return (HeaderCarrier::default(), Err(LoginMessageError::NotAnObject));
         };
         let member = |name: &str, lower: &str| members.get(name).or_else(|| members.get(lower));
 
         let carrier = HeaderCarrier::from_json(member("Carrier", "carrier"));
-        let message = match member("Msg", "msg") {
-            Some(Value::String(msg)) if is_mobile_number(msg) => {
-                Ok(LoginMessage { carrier: carrier.clone(), msg: msg.clone() })
+        let mobile = match member("Msg", "msg") {
+            Some(Value::String(msg)) => {
+                MobileNumber::try_from(msg.clone()).map_err(|_| LoginMessageError::NotAMobileNumber)
             }
-            Some(Value::String(_)) => Err(LoginMessageError::NotAMobileNumber),
             Some(Value::Null) | None => Err(LoginMessageError::NoMsg),
             Some(_) => Err(LoginMessageError::MsgNotAString),
         };
-        (carrier, message)
+        (carrier, mobile)
     }
 }
 

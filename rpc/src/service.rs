@@ -2,7 +2,7 @@
 
 use crate::directory::Directory;
 use proto::{
-    login::is_mobile_number,
+    login::MobileNumber,
     usercenter::v1::{GetUserByMobileRequest, GetUserByMobileResponse, User, usercenter_server::Usercenter},
 };
 use tonic::{Request, Response, Status};
@@ -44,11 +44,9 @@ impl Usercenter for Service {
         &self,
         request: Request<GetUserByMobileRequest>,
     ) -> Result<Response<GetUserByMobileResponse>, Status> {
-        let mobile = request.into_inner().mobile;
-        if !is_mobile_number(&mobile) {
-            return Err(LookupError::NotAMobileNumber.into());
-        }
-        let user = self.directory.by_mobile(&mobile).ok_or(LookupError::UnknownUser)?;
+        let mobile = MobileNumber::try_from(request.into_inner().mobile);
+        let mobile = mobile.map_err(|_| LookupError::NotAMobileNumber)?;
+        let user = self.directory.by_mobile(mobile.as_str()).ok_or(LookupError::UnknownUser)?;
         tracing::debug!(user.id, "user found");
         let user = User { id: user.id, nickname: user.nickname.to_owned() };
         Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))

@@ -9,15 +9,14 @@ use lapin::{
 use opentelemetry::{Context, propagation::Injector};
 use proto::{
     headers,
-    login::{HeaderCarrier, LoginMessage},
+    login::{HeaderCarrier, LoginMessage, MobileNumber},
 };
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use telemetry::amqp::HeadersMut;
 
 /// A login message.
-// It has no `Debug`, because a mobile number is personal.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     id: String,
     /// When the login was taken, in seconds since 1970.
@@ -27,18 +26,18 @@ pub struct Message {
     headers: Carrier,
     /// The mobile number that has logged in.
     #[serde(alias = "body", deserialize_with = "mobile")]
-    mobile: String,
+    mobile: MobileNumber,
 }
 
 /// Reads the mobile number. An entry that an earlier version wrote has the whole body instead, which holds the
 /// number.
-fn mobile<'de, D: Deserializer<'de>>(entry: D) -> Result<String, D::Error> {
+fn mobile<'de, D: Deserializer<'de>>(entry: D) -> Result<MobileNumber, D::Error> {
     let text = String::deserialize(entry)?;
-    let (_, body) = LoginMessage::from_json(text.as_bytes());
-    Ok(body.map_or(text, |body| body.msg))
+    let (_, in_body) = LoginMessage::from_json(text.as_bytes());
+    in_body.or_else(|_| MobileNumber::try_from(text)).map_err(D::Error::custom)
 }
 
-#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Carrier(Vec<(String, String)>);
 
 impl Injector for Carrier {
@@ -49,7 +48,7 @@ impl Injector for Carrier {
 
 impl Message {
     /// Makes the message that `mobile` has logged in, in the trace of `cx`.
-    pub fn new(cx: &Context, id: String, mobile: String) -> Self {
+    pub fn new(cx: &Context, id: String, mobile: MobileNumber) -> Self {
         let mut headers = Carrier::default();
         telemetry::inject(cx, &mut headers);
         let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -112,8 +111,8 @@ mod tests {
 
     #[test]
     fn a_hand_over_says_when_it_is() {
-        let message =
-            Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), mobile: String::new() };
+        let mobile = MobileNumber::try_from("13800138000".to_owned()).unwrap();
+        let message = Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), mobile };
         let properties = message.properties(UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         let headers = properties.headers().clone().unwrap();
@@ -140,8 +139,9 @@ mod tests {
     proptest! {
         #[test]
         fn what_the_spool_gives_back_is_what_it_got(
-            id in ".*", mobile in ".*", headers in proptest::collection::vec((".*", ".*"), 0..4)
+            id in ".*", mobile in "[0-9]{7,15}", headers in proptest::collection::vec((".*", ".*"), 0..4)
         ) {
+            let mobile = MobileNumber::try_from(mobile).unwrap();
             let message = Message { id, taken_at: 7, headers: Carrier(headers), mobile };
             prop_assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
         }

@@ -177,7 +177,7 @@ async fn record(connection: &mut SqliteConnection, login: &Login) -> sqlx::Resul
     let recorded = sqlx::query(record)
         .bind(&login.message_id)
         .bind(&login.trace_id)
-        .bind(&login.mobile)
+        .bind(login.mobile.as_str())
         .bind(i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
         .execute(&mut *connection)
         .await?;
@@ -186,7 +186,7 @@ async fn record(connection: &mut SqliteConnection, login: &Login) -> sqlx::Resul
     }
     let count = "INSERT INTO login_count (mobile, logins) VALUES ($1, 1) \
                  ON CONFLICT (mobile) DO UPDATE SET logins = login_count.logins + 1";
-    sqlx::query(count).bind(&login.mobile).execute(connection).await?;
+    sqlx::query(count).bind(login.mobile.as_str()).execute(connection).await?;
     Ok(1)
 }
 

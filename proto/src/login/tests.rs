@@ -1,13 +1,17 @@
 use super::*;
 use proptest::prelude::*;
 
+fn mobile() -> MobileNumber {
+    MobileNumber::try_from("13800138000".to_owned()).unwrap()
+}
+
 const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 #[test]
 fn body_has_the_shape_of_the_go_original() {
     let mut carrier = HeaderCarrier::default();
     carrier.set("traceparent", TRACEPARENT.to_owned());
-    let message = LoginMessage { carrier, msg: "13800138000".to_owned() };
+    let message = LoginMessage { carrier, msg: mobile() };
     assert_eq!(
         String::from_utf8(message.to_json()).unwrap(),
         r#"{"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}"#
@@ -16,8 +20,8 @@ fn body_has_the_shape_of_the_go_original() {
 
 #[test]
 fn empty_carrier_is_an_object_never_null() {
-    let message = LoginMessage { carrier: HeaderCarrier::default(), msg: String::new() };
-    assert_eq!(message.to_json(), br#"{"Carrier":{},"Msg":""}"#);
+    let message = LoginMessage { carrier: HeaderCarrier::default(), msg: mobile() };
+    assert_eq!(message.to_json(), br#"{"Carrier":{},"Msg":"13800138000"}"#);
 }
 
 #[test]
@@ -39,7 +43,7 @@ fn malformed_carrier_does_not_cost_the_message() {
         let body = format!(r#"{{"Carrier":{carrier},"Msg":"13800138000"}}"#);
         let (carrier, message) = LoginMessage::from_json(body.as_bytes());
         assert_eq!(carrier.get("traceparent"), None, "{body}");
-        assert_eq!(message.unwrap().msg, "13800138000", "{body}");
+        assert_eq!(message.unwrap(), mobile(), "{body}");
     }
 }
 
@@ -55,7 +59,7 @@ fn only_a_mobile_number_is_a_login() {
 
 #[test]
 fn errors_and_debug_output_hold_nothing_of_the_body() {
-    let message = LoginMessage { carrier: HeaderCarrier::default(), msg: "13800138000".to_owned() };
+    let message = LoginMessage { carrier: HeaderCarrier::default(), msg: mobile() };
     assert!(!format!("{message:?}").contains("138"));
 }
 
@@ -70,8 +74,8 @@ proptest! {
         let mut carrier = HeaderCarrier::default();
         carrier.set("traceparent", TRACEPARENT.to_owned());
         carrier.set("tracestate", tracestate);
-        let message = LoginMessage { carrier, msg };
-        let (_, read) = LoginMessage::from_json(&message.to_json());
-        prop_assert_eq!(read.unwrap(), message);
+        let message = LoginMessage { carrier, msg: MobileNumber::try_from(msg).unwrap() };
+        let (carrier, mobile) = LoginMessage::from_json(&message.to_json());
+        prop_assert_eq!(LoginMessage { carrier, msg: mobile.unwrap() }, message);
     }
 }

@@ -124,8 +124,8 @@ async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnectio
 }
 
 async fn process(delivery: &lapin::message::Delivery, database: &mut SqliteConnection) -> Result<()> {
-    let (_, message) = LoginMessage::from_json(&delivery.data);
-    let message = message?;
+    let (_, mobile) = LoginMessage::from_json(&delivery.data);
+    let mobile = mobile?;
     let message_id = delivery.properties.message_id().as_ref().context("no message id")?.as_str().to_owned();
     let headers = delivery.properties.headers().as_ref().context("no headers")?;
     let trace = match headers.inner().get("traceparent") {
@@ -140,14 +140,14 @@ async fn process(delivery: &lapin::message::Delivery, database: &mut SqliteConne
     )
     .bind(message_id)
     .bind(trace)
-    .bind(&message.msg)
+    .bind(mobile.as_str())
     .execute(&mut *transaction)
     .await?;
     sqlx::query(
         "INSERT INTO login_count (mobile, logins) VALUES ($1, 1) \
          ON CONFLICT (mobile) DO UPDATE SET logins = login_count.logins + 1",
     )
-    .bind(&message.msg)
+    .bind(mobile.as_str())
     .execute(&mut *transaction)
     .await?;
     Ok(transaction.commit().await?)

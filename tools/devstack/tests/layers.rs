@@ -16,10 +16,13 @@ use mq::{
     history::{self, History, Login, Processed},
     processing::RecordLogin,
 };
-use proto::usercenter::v1::{
-    GetUserByMobileRequest, GetUserByMobileResponse,
-    usercenter_client::UsercenterClient,
-    usercenter_server::{Usercenter, UsercenterServer},
+use proto::{
+    login::{MobileNumber, NotAMobileNumber},
+    usercenter::v1::{
+        GetUserByMobileRequest, GetUserByMobileResponse,
+        usercenter_client::UsercenterClient,
+        usercenter_server::{Usercenter, UsercenterServer},
+    },
 };
 use std::{
     sync::mpsc::{self, Receiver, Sender},
@@ -32,6 +35,10 @@ use tonic::{
     transport::{Endpoint, Server, server::TcpIncoming},
 };
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
+
+fn known_mobile() -> Result<MobileNumber, NotAMobileNumber> {
+    KNOWN_MOBILE.to_owned().try_into()
+}
 
 /// Tells how long each request took.
 #[derive(Clone)]
@@ -158,7 +165,7 @@ async fn around_the_publisher() -> Result<()> {
 
     let publisher = ServiceBuilder::new().layer(outer).layer(inner).service(publisher);
 
-    publisher.oneshot(LoginEvent { mobile: KNOWN_MOBILE.to_owned() }).await?;
+    publisher.oneshot(LoginEvent { mobile: known_mobile()? }).await?;
     assert_ended(&times, &["inner", "outer"]);
     publishing.close(tokio::time::Instant::now() + limit).await;
     Ok(())
@@ -173,8 +180,7 @@ async fn around_the_processing_of_a_message() -> Result<()> {
 
     let processing = ServiceBuilder::new().layer(outer).layer(inner).service(RecordLogin::new(history));
 
-    let login =
-        Login { message_id: "1".to_owned(), trace_id: None, mobile: KNOWN_MOBILE.to_owned(), attempt: 1 };
+    let login = Login { message_id: "1".to_owned(), trace_id: None, mobile: known_mobile()?, attempt: 1 };
     for processed in [Processed::Applied, Processed::Duplicate] {
         assert_eq!(processing.clone().oneshot(login.clone()).await?, processed);
     }

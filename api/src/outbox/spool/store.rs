@@ -253,7 +253,7 @@ mod tests {
     const LARGE: Capacity = Capacity { entries: 1000, bytes: 1_000_000 };
 
     fn message(id: &str) -> Message {
-        Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned())
+        Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned().try_into().unwrap())
     }
 
     fn append(store: &mut Store, ids: &[&str]) -> Vec<bool> {
