@@ -3,8 +3,8 @@
 
 use crate::problem::Problem;
 use axum::{
-    body::Body,
-    extract::{Request, State},
+    body::{Body, HttpBody},
+    extract::{MatchedPath, Request, State},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -35,8 +35,16 @@ impl BodyMemory {
     }
 }
 
-/// Reads the body by the deadline of the request, and then passes the request on.
+/// Reads the body by the deadline of the request, and then passes the request on. The body is not read if the
+/// answer is known without it: a caller who waits with `Expect: 100-continue` then gets the final status at once
+/// (RFC 9110, section 10.1.1).
 pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next: Next) -> Response {
+    if request.extensions().get::<MatchedPath>().is_none() {
+        return next.run(request).await;
+    }
+    if request.body().size_hint().lower() > LIMIT as u64 {
+        return Problem::BodyTooLarge.into_response();
+    }
     let (head, body) = request.into_parts();
     let reading = read(body, memory);
     // If the deadline passes before the body has come, that is the caller's fault.

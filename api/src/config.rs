@@ -96,8 +96,8 @@ pub struct Config {
     #[arg(long, env = "ACCESS_SECRET", hide_env_values = true)]
     access_secret: Option<String>,
 
-    /// How long an access token is valid.
-    #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = positive_duration)]
+    /// How long an access token is valid, at least a second.
+    #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = whole_second)]
     pub access_expire: Duration,
 
     /// How many connections from callers there may be at once. Beyond that, each new connection closes the
@@ -177,12 +177,19 @@ fn at_least_one(number: &str) -> Result<usize, &'static str> {
     }
 }
 
+/// Reads a duration of at least a second, because the times in a token are whole seconds.
+fn whole_second(text: &str) -> Result<Duration, String> {
+    let duration = positive_duration(text)?;
+    if duration < Duration::from_secs(1) { Err("must be at least 1s".to_owned()) } else { Ok(duration) }
+}
+
 fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     match url.parse::<Uri>() {
-        // The parser accepts an invalid port as a missing one, so port 80 would be used.
+        // A path or a query would not be used, because a gRPC method has its own path.
         Ok(uri)
             if matches!(uri.scheme_str(), Some("http" | "https"))
-                && uri.authority().is_some_and(has_good_port) =>
+                && uri.authority().is_some_and(is_host_and_port)
+                && uri.path_and_query().is_none_or(|path| path == "/") =>
         {
             Ok(uri)
         }
@@ -190,6 +197,9 @@ fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     }
 }
 
-fn has_good_port(authority: &Authority) -> bool {
-    authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
+/// Whether there is no user, and no invalid port. (The parser accepts an invalid port as a missing one, so port
+/// 80 would be used.)
+fn is_host_and_port(authority: &Authority) -> bool {
+    let has_good_port = authority.port_u16().is_some() || authority.as_str().ends_with(authority.host());
+    has_good_port && !authority.as_str().contains('@')
 }

@@ -11,7 +11,9 @@ use std::{iter, net::SocketAddr};
 /// Returns the attributes of the connection's peer, which counts as the client. Headers like
 /// `x-forwarded-for` are ignored, because anybody can send them.
 pub(crate) fn peer_attributes(peer: SocketAddr) -> [KeyValue; 4] {
-    let (address, port) = (StringValue::from(peer.ip().to_string()), i64::from(peer.port()));
+    // A socket for IPv6 and IPv4 sees an IPv4 address as `::ffff:192.0.2.1`.
+    let address = StringValue::from(peer.ip().to_canonical().to_string());
+    let port = i64::from(peer.port());
     [
         KeyValue::new(semconv::CLIENT_ADDRESS, address.clone()),
         KeyValue::new(semconv::CLIENT_PORT, port),
@@ -83,6 +85,14 @@ mod tests {
         headers.append("traceparent", HeaderValue::from_bytes(b"\xff").unwrap());
         assert_eq!(Headers(&headers).get_all("traceparent"), Some(vec!["\u{fffd}"]));
         assert_eq!(Headers(&headers).get_all("tracestate"), None);
+    }
+
+    #[test]
+    fn an_ipv4_address_has_one_form_on_every_socket() {
+        for peer in ["192.0.2.1:7", "[::ffff:192.0.2.1]:7"] {
+            let [client, ..] = peer_attributes(peer.parse().unwrap());
+            assert_eq!(client, KeyValue::new(semconv::CLIENT_ADDRESS, "192.0.2.1"));
+        }
     }
 
     #[test]

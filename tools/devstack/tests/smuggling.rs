@@ -125,6 +125,17 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             &["200"],
         ),
         ("expect", format!("{LOGIN}{whole}expect: 100-continue\r\n\r\n{BODY}"), &["100", "200"]),
+        // The answer does not depend on the body, so the caller is not asked to send it.
+        (
+            "expect at an unknown path",
+            format!("{}{whole}expect: 100-continue\r\n\r\n", LOGIN.replace("/login", "/logout")),
+            &["404"],
+        ),
+        (
+            "expect with a body that is too long",
+            format!("{LOGIN}content-length: 9999999\r\nexpect: 100-continue\r\n\r\n"),
+            &["413"],
+        ),
     ] {
         let answer = raw(stack.api.address, request.as_bytes(), answers(expected.len())).await?;
         let statuses: Vec<_> = answer
