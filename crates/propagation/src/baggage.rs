@@ -162,8 +162,11 @@ mod tests {
         let too_many = (0..100).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
         // When the values are encoded again, they are three times as long. Members that don't fit are left out.
-        let grows = (0..64).map(|i| format!("k{i}={}", "!".repeat(100))).collect::<Vec<_>>().join(",");
-        assert!(injected(&extract(&[&grows])).len() <= MAX_BAGGAGE);
+        let grows = |key: &str, encoded: usize| format!("{key}=vv{}", "!".repeat((encoded - 4) / 3));
+        for (first, second, sent) in [(4096, 4093, 8190), (4096, 4096, 4096), (8194, 4, 4)] {
+            let cx = extract(&[&grows("a", first), &grows("b", second)]);
+            assert_eq!((members(&cx).len(), injected(&cx).len()), (2, sent));
+        }
     }
 
     #[test]

@@ -122,11 +122,10 @@ fn lower_hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
 
 /// Like [`lower_hex`], but in either case and padded with zeros on the left, for the ids of B3 and Jaeger.
 fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
-    if digits.is_empty() || !digits.is_ascii() || digits.len() > 2 * N {
-        return None;
-    }
     let width = 2 * N;
-    lower_hex(format!("{:0>width$}", digits.to_ascii_lowercase()).as_bytes())
+    // `lower_hex` refuses digits that are too many, or no digits.
+    let padded = (!digits.is_empty()).then(|| format!("{:0>width$}", digits.to_ascii_lowercase()))?;
+    lower_hex(padded.as_bytes())
 }
 
 #[cfg(test)]
@@ -149,5 +148,25 @@ mod testing {
             let lines: Vec<_> = self.0.iter().filter(|(name, _)| *name == key).map(|(_, v)| *v).collect();
             (!lines.is_empty()).then_some(lines)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_name_of_otel_propagators_stands_for_its_headers() {
+        for (name, headers) in [
+            ("tracecontext", &["traceparent", "tracestate"][..]),
+            ("baggage", &["baggage"]),
+            ("b3", &["b3"]),
+            ("b3multi", &["x-b3-traceid", "x-b3-spanid", "x-b3-sampled", "x-b3-flags"]),
+            ("jaeger", &["uber-trace-id"]),
+        ] {
+            let propagator = Propagator::from_name(name).unwrap().build();
+            assert_eq!(propagator.fields().collect::<Vec<_>>(), headers, "{name}");
+        }
+        assert_eq!(Propagator::from_name("ottrace"), None);
     }
 }

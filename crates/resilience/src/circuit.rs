@@ -293,6 +293,28 @@ mod tests {
         assert!(circuit.enter().is_ok());
     }
 
+    #[test]
+    fn a_call_counts_for_the_ten_tenths_of_the_window() {
+        let start = Instant::now();
+        let mut window = Window::new(start);
+        for (milliseconds, calls) in [
+            (0, 1),
+            (500, 2),
+            (5_500, 3),
+            (9_999, 4),
+            (10_000, 3),
+            (15_999, 3),
+            (19_999, 3),
+            (30_000, 1),
+            (39_999, 2),
+            (40_000, 2),
+        ] {
+            let counts = window.add(start + Duration::from_millis(milliseconds), milliseconds == 39_999);
+            let failures = u32::from(milliseconds >= 39_999);
+            assert_eq!(counts, Counts { calls, failures }, "{milliseconds} ms");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn one_probe_passes_after_the_pause_and_decides() {
         let circuit = opened();
@@ -309,6 +331,29 @@ mod tests {
         // The circuit is closed, and earlier failures are forgotten.
         circuit.enter().unwrap().failed();
         assert!(circuit.enter().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_began_before_it_opened_is_no_probe() {
+        let circuit = Arc::new(Circuit::new("test", PAUSE, TIMEOUT));
+        let early: Vec<_> = (0..3).map(|_| circuit.enter().unwrap()).collect();
+        for _ in 0..MIN_CALLS {
+            circuit.enter().unwrap().failed();
+        }
+        assert_eq!((circuit.name(), circuit.state_name()), ("test", "open"));
+        advance(PAUSE).await;
+        let probe = circuit.enter().unwrap();
+        for (i, early) in early.into_iter().enumerate() {
+            match i {
+                0 => early.succeeded(),
+                1 => early.failed(),
+                _ => drop(early),
+            }
+            assert_eq!(circuit.state_name(), "half_open");
+            assert_eq!(circuit.enter().unwrap_err(), CircuitOpen::new(PAUSE));
+        }
+        probe.succeeded();
+        assert_eq!(circuit.state_name(), "closed");
     }
 
     #[tokio::test(start_paused = true)]

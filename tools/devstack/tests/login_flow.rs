@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use harness::{
+    client::Answer,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
     trace::{self, Span},
 };
@@ -342,26 +343,41 @@ async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
     let otlp_headers = ("*", "OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20s3cr3t");
     let mut stack = Stack::start(&[loud, secret, otlp_headers]).await?;
     let bytes = format!("{:?}", KNOWN_MOBILE.as_bytes());
-    let answer =
+    let login =
         stack.login(KNOWN_MOBILE, &[("authorization", "Bearer s3cr3t"), ("cookie", "s3cr3t")]).await?;
-    assert_eq!(answer.status, 200);
-    let token = answer.json()["accessToken"].as_str().unwrap().to_owned();
+    assert_eq!(login.status, 200);
+    let token = login.json()["accessToken"].as_str().unwrap().to_owned();
     // These requests have the number in places where it does not belong.
     let url = format!("http://{}/users/{KNOWN_MOBILE}?mobile={KNOWN_MOBILE}", stack.api.address);
-    stack.client.send(http::Method::GET, &url, &[("user-agent", KNOWN_MOBILE)], "").await?;
-    stack.post(&format!(r#"{{"mobile":{KNOWN_MOBILE}}}"#), &[]).await?;
-    stack.login("13800138009", &[]).await?;
+    let number_in_headers = [("user-agent", KNOWN_MOBILE), ("x-request-id", KNOWN_MOBILE)];
+    let ready = format!("http://{}/readyz", stack.api.address);
+    let others = [
+        stack.client.send(http::Method::GET, &url, &number_in_headers, "").await?,
+        stack.client.send(http::Method::POST, &stack.login_url(), &number_in_headers, KNOWN_MOBILE).await?,
+        stack.post(&format!(r#"{{"mobile":{KNOWN_MOBILE}}}"#), &[]).await?,
+        stack.post(&format!(r#"{{"mobile":"{KNOWN_MOBILE}x"}}"#), &[]).await?,
+        stack.post(&format!(r#"{{"{KNOWN_MOBILE}":1}}"#), &[]).await?,
+        stack.login("13800138009", &[]).await?,
+        stack.client.get(&ready).await?,
+    ];
+    let statuses = others.each_ref().map(|answer| answer.status.as_u16());
+    assert_eq!(statuses, [404, 415, 422, 422, 422, 401, 200]);
 
     stack.mq.said("login recorded").await?;
     stack.stop().await?;
     let spans = format!("{:?}", stack.receiver.spans());
     let logs = [&stack.api, &stack.rpc, &stack.mq].map(|service| service.output()).join("\n");
+    let text = |answer: &Answer| format!("{:?}\n{}", answer.headers, String::from_utf8_lossy(&answer.body));
+    // The token belongs to the caller, but only as the answer to the login.
+    let answers = others.iter().map(text).collect::<String>() + &text(&login).replacen(&token, "", 1);
     assert!(spans.contains("REDACTED") && logs.contains("logged in"), "something must be there to look at");
+    assert!(answers.contains("accessToken") && answers.contains("problem+json"), "{answers}");
     for private in
         [KNOWN_MOBILE, bytes.trim_matches(['[', ']']), "13800138009", "s3cr3t", "this-is-a-secret", &token]
     {
         assert!(!spans.contains(private), "{private} is in a span");
         assert!(!logs.contains(private), "{private} is in a log");
+        assert!(!answers.contains(private), "{private} is in an answer:\n{answers}");
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use harness::{
 };
 use lapin::{
     BasicProperties,
-    options::{BasicGetOptions, BasicNackOptions, QueueDeleteOptions},
+    options::{BasicGetOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use std::time::Duration;
@@ -173,25 +173,26 @@ async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
 async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Result<()> {
     let (mut stack, database) = poisoned("60s").await?;
     stack.mq.stop().await?;
-    // By these counts, the messages were redelivered 19 and 20 times without a result. The limit is 20.
-    let mut connection = database.connect().await?;
-    for (id, redeliveries) in [("harmless", 19), ("deadly", 20)] {
+    database.make_deadly(POISONED).await?;
+    // The message that is behind the deadly one is delivered as often, but its turn does not come.
+    for (id, mobile) in [("deadly", POISONED), ("harmless", KNOWN_MOBILE)] {
         let properties = BasicProperties::default().with_message_id(id.into());
-        stack.publish(properties, format!(r#"{{"Msg":"{KNOWN_MOBILE}"}}"#).as_bytes()).await?;
-        let insert = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, $2)";
-        sqlx::query(insert).bind(id).bind(redeliveries).execute(&mut connection).await?;
+        stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
     }
-    // The test takes both messages and returns them, like a consumer that died.
-    let queue = stack.broker.topology.queue.as_str();
-    let mut taken = Vec::new();
-    for _ in 0..2 {
-        let got = stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await?;
-        taken.push(got.context("a message")?);
+    // The first delivery and 20 redeliveries end the process. The next redelivery is one too many.
+    let variables = [("MQ_DATABASE_URL", &*database.url), ("MQ_RETRY_DELAYS", "60s")];
+    for delivery in 1..=21 {
+        let died = match stack.another_by(Database::BOUND_FILES, "mq", &variables).await {
+            Ok(mut mq) => format!("{}\n{}", mq.exit().await?, mq.output()),
+            // It died before the test had read where it listens.
+            Err(error) => format!("{error:#}"),
+        };
+        assert!(died.contains("SIGXFSZ"), "delivery {delivery}: {died}");
+        let letter = stack.broker.topology.dead_letter_queue.as_str();
+        let letter = stack.broker.channel.basic_get(letter.into(), BasicGetOptions::default()).await?;
+        assert!(letter.is_none(), "delivery {delivery}: {letter:?}");
     }
-    for message in taken {
-        message.nack(BasicNackOptions { requeue: true, multiple: false }).await?;
-    }
-    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url), ("MQ_RETRY_DELAYS", "60s")]).await?;
+    let mq = stack.another_by(Database::BOUND_FILES, "mq", &variables).await?;
 
     let span = stack.receiver.expect_span(|span| span.attributes["messaging.message.id"] == "deadly").await;
     assert_eq!(
@@ -202,10 +203,10 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     assert_eq!((span.status, outcome(&span)), ("UNSET", "applied"));
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("deadly"));
-    assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
+    assert_eq!((database.logins(KNOWN_MOBILE).await?, database.logins(POISONED).await?), ((1, 1), (0, 0)));
     // Both messages have a result, so no count is left.
     let counts = "SELECT COUNT(*) FROM redelivery_count";
-    let counts: i64 = sqlx::query_scalar(counts).fetch_one(&mut connection).await?;
+    let counts: i64 = sqlx::query_scalar(counts).fetch_one(&mut database.connect().await?).await?;
     assert_eq!(counts, 0, "{}", mq.output());
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, sqlite::SqliteConnectOptions};
+use std::collections::HashSet;
 use tempfile::TempDir;
 
 /// A database that outlives the mq that uses it.
@@ -45,6 +46,24 @@ impl Database {
         Ok(())
     }
 
+    /// A script for [`Process::start_by`](crate::process::Process::start_by), by which a process dies when it
+    /// writes a file of more than 8 MiB. (`ulimit -f` counts in blocks of 512 bytes.)
+    pub const BOUND_FILES: &str = "ulimit -c 0; ulimit -f 16384; exec \"$0\"";
+
+    /// Makes every login of `mobile` write 32 MB, which kills an mq that has bound files.
+    ///
+    /// # Errors
+    /// If the database can't be used.
+    pub async fn make_deadly(&self, mobile: &str) -> Result<()> {
+        let trigger = format!(
+            "CREATE TABLE weight (bytes BLOB); \
+             CREATE TRIGGER deadly BEFORE INSERT ON login_history WHEN NEW.mobile = '{mobile}' \
+             BEGIN INSERT INTO weight VALUES (zeroblob(32000000)); END"
+        );
+        sqlx::raw_sql(AssertSqlSafe(trigger)).execute(&mut self.connect().await?).await?;
+        Ok(())
+    }
+
     /// Makes logins succeed again.
     ///
     /// # Errors
@@ -62,6 +81,18 @@ impl Database {
         let mut connection = self.connect().await?;
         sqlx::query("BEGIN EXCLUSIVE").execute(&mut connection).await?;
         Ok(connection)
+    }
+
+    /// Returns the trace ids of all logins in the history.
+    ///
+    /// # Errors
+    /// If the database can't be used.
+    pub async fn traces(&self) -> Result<HashSet<String>> {
+        let traces = "SELECT trace_id FROM login_history";
+        let mut connection = self.connect().await?;
+        let traces: Vec<Option<String>> = sqlx::query_scalar(traces).fetch_all(&mut connection).await?;
+        connection.close().await?;
+        Ok(traces.into_iter().flatten().collect())
     }
 
     /// Returns the number of logins of `mobile` in the table `login_count` and in the table `login_history`.

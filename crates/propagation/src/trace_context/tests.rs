@@ -15,6 +15,11 @@ fn joins_the_trace(traceparent: &str) -> bool {
 
 /// Returns the headers that a service sends on after it received `headers`.
 fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
+    sent(&extract(headers))
+}
+
+/// Returns the headers that are sent in this context.
+fn sent(cx: &Context) -> Vec<(String, String)> {
     struct Sent(Vec<(String, String)>);
     impl Injector for Sent {
         fn set(&mut self, key: &str, value: String) {
@@ -22,7 +27,7 @@ fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
         }
     }
     let mut sent = Sent(Vec::new());
-    TraceContextPropagator.inject_context(&extract(headers), &mut sent);
+    TraceContextPropagator.inject_context(cx, &mut sent);
     sent.0
 }
 
@@ -112,7 +117,11 @@ fn malformed_traceparents_are_refused() {
         "00-1234567890123456789012345678901é-123456789012345-01",
         "é0-12345678901234567890123456789012-1234567890123456-01",
     ] {
-        assert!(!joins_the_trace(malformed), "{malformed:?}");
+        // The parent that another propagator has read stays.
+        let other = SpanContext::new(1.into(), 2.into(), TraceFlags::SAMPLED, true, TraceState::NONE);
+        let cx = Context::new().with_remote_span_context(other.clone());
+        let cx = TraceContextPropagator.extract_with_context(&cx, &Lines(&[("traceparent", malformed)]));
+        assert_eq!(cx.span().span_context(), &other, "{malformed:?}");
     }
 }
 
@@ -185,6 +194,9 @@ fn a_key_that_the_api_refuses_is_sent_on_and_spans_show_the_others() {
     assert_eq!(tracestate_of(&[&header]), header);
     let cx = extract(&[("traceparent", VALID), ("tracestate", &header)]);
     assert_eq!(cx.span().span_context().trace_state().header(), "a=1,b=3");
+    // The caller's list is not sent on with another trace.
+    let other = SpanContext::new(1.into(), 2.into(), TraceFlags::SAMPLED, false, TraceState::NONE);
+    assert!(sent(&cx.with_remote_span_context(other)).iter().all(|(name, _)| name != "tracestate"));
 }
 
 /// Returns the `traceparent` that a span of this process sends. The SDK gives the span the caller's flags if
@@ -266,6 +278,9 @@ fn a_long_tracestate_is_cut_by_whole_members_long_ones_first() {
     assert_eq!(tracestate_of(&[&short(32)]), short(15));
     assert_eq!(tracestate_of(&[&long("a"), &short(11), &long("b")]), format!("{},{}", long("a"), short(11)));
     assert_eq!(tracestate_of(&[&long("a"), &long("b"), &short(30)]), short(15));
+    // A member of 128 bytes is not a long one.
+    let of_128 = format!("a={}", "v".repeat(126));
+    assert_eq!(tracestate_of(&[&of_128, &short(12)]), format!("{of_128},{}", short(11)));
     let exact = format!("{},k={}", short(15), "v".repeat(MAX_TRACESTATE - short(15).len() - 3));
     assert_eq!(tracestate_of(&[&exact]), exact);
     assert_eq!(tracestate_of(&[&format!("{exact}v")]), short(15));
