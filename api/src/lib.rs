@@ -72,7 +72,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, mut publishing) = Publisher::start(
         config.amqp.server().map_err(anyhow::Error::msg)?,
-        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
+        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type),
         config.publish_timeout,
         spool,
     );

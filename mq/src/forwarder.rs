@@ -3,7 +3,7 @@
 //! The forwarder has its own connection, because a broker that is short of memory or disk stops reading from
 //! connections that publish, and would then not read the acknowledgements on them.
 
-use amqp::{Backoff, IfBlocked, Server, Session, Topology, Unconfirmed};
+use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed, opening};
 use lapin::BasicProperties;
 use std::time::{Duration, Instant};
 use telemetry::amqp::Broker;
@@ -42,9 +42,12 @@ impl Forwarder {
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         let mut backoff = Backoff::new();
         let mut was_told = false;
+        let mut failures = Failures::default();
         while let Err(error) = self.publish("", queue, properties.clone(), body).await {
-            // This is logged once, not for every attempt.
-            if !std::mem::replace(&mut was_told, true) {
+            if let Some(error @ OpenError::Refused(_)) = error.downcast_ref() {
+                failures.log(&self.broker, error);
+            } else if !std::mem::replace(&mut was_told, true) {
+                // This is logged once, not for every attempt.
                 tracing::warn!(queue, "can't publish a message; still trying: {error:#}");
             }
             backoff.pause().await;
@@ -69,7 +72,7 @@ impl Forwarder {
         // may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
-            None => self.open().await?,
+            None => opening::open(self.open()).await?,
         };
         let started = Instant::now();
         let destination = (exchange, routing_key);
@@ -88,10 +91,9 @@ impl Forwarder {
         }
     }
 
-    async fn open(&self) -> lapin::Result<Session> {
+    async fn open(&self) -> Result<Session, OpenError> {
         let session = Session::open(&self.server, CLIENT_ID).await?;
-        self.topology.declare(session.channel()).await?;
-        self.topology.declare_retry_queues(session.channel(), &self.retry_delays).await?;
+        self.topology.declare(session.channel(), &self.retry_delays).await?;
         Ok(session)
     }
 }

@@ -43,6 +43,7 @@ pub struct Entry {
     pub message: Arc<Message>,
     /// Whether the message has been delivered before.
     pub redelivered: bool,
+    returns: usize,
     position: u64,
     expires: Option<Instant>,
     _held: Held,
@@ -106,7 +107,7 @@ impl Queue {
         };
         let expires = ttl.map(|ttl| Instant::now() + ttl);
         let position = self.next_position;
-        let entry = Entry { message, redelivered: false, position, expires, _held: held };
+        let entry = Entry { message, redelivered: false, returns: 0, position, expires, _held: held };
         if self.refuses() {
             return Err(entry);
         }
@@ -116,12 +117,18 @@ impl Queue {
         Ok(())
     }
 
-    /// Puts a delivered message back into its position in the queue.
-    pub fn requeue(&mut self, mut entry: Entry) {
+    /// Puts a delivered message back into its position in the queue, or returns it if it was returned too
+    /// often.
+    pub fn requeue(&mut self, mut entry: Entry) -> Result<(), Entry> {
         entry.redelivered = true;
+        entry.returns += 1;
+        if self.arguments.most_returns().is_some_and(|most| entry.returns > most) {
+            return Err(entry);
+        }
         self.ready_bytes += entry.message.body.len();
         let at = self.ready.partition_point(|other| other.position < entry.position);
         self.ready.insert(at, entry);
+        Ok(())
     }
 
     /// Takes the oldest waiting message.

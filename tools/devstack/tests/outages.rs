@@ -59,8 +59,7 @@ async fn ready(stack: &Stack) -> Result<(u16, Value)> {
 /// Waits until api is ready, and reports these values of `broker` and `spooled`. (usercenter has one second to
 /// answer api.)
 async fn ready_with(stack: &Stack, broker: bool, spooled: u64) -> Result<()> {
-    let expected =
-        json!({"usercenter": true, "broker": broker, "spool": true, "spooled": spooled, "stopping": false});
+    let expected = json!({"usercenter": true, "broker": broker, "topology": true, "spool": true, "spooled": spooled, "stopping": false});
     let told = poll(PATIENCE, async || (ready(stack).await.ok()? == (200, expected.clone())).then_some(()));
     told.await.with_context(|| format!("does not become {expected}:\n{}", stack.api.output()))
 }

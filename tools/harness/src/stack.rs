@@ -10,7 +10,7 @@ use crate::{
     receiver::Receiver,
     tls_front::TlsFront,
 };
-use amqp::Topology;
+use amqp::{QueueType, Topology};
 use anyhow::{Context, Result};
 use broker::Broker;
 use http::Method;
@@ -298,8 +298,9 @@ impl TestBroker {
         let connection = amqp::connection::connect(&server, "test").await?;
         let channel = connection.create_channel().await?;
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
-        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
-        topology.declare(&channel).await?;
+        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
+        topology.declare(&channel, &[]).await?;
+        topology.bind(&channel).await?;
         let retry_delays = delays(DEFAULT_RETRY_DELAYS);
         Ok(Self { url, prefix, topology, retry_delays, channel, connection, embedded })
     }
