@@ -64,6 +64,11 @@ pub struct Consumer<S> {
     pub consuming: watch::Sender<bool>,
 }
 
+/// The broker ended the consumer, because its queue was deleted for example.
+#[derive(Debug, thiserror::Error)]
+#[error("the broker cancelled the consumer")]
+struct Cancelled;
+
 impl<S> Consumer<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
@@ -75,9 +80,11 @@ where
         let broker = &self.attempts.broker;
         let mut backoff = Backoff::new();
         let mut failures = Failures::default();
+        // Whether other producers' messages are known to reach the queue.
+        let mut is_bound = false;
         loop {
             let opened = select! {
-                opened = opening::open(self.open()) => opened,
+                opened = opening::open(self.open(is_bound)) => opened,
                 () = stop.clone() => return,
             };
             match opened {
@@ -86,6 +93,8 @@ where
                     let Err(error) = self.session(session, stop.clone()).await else { return };
                     tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
                     failures = Failures::default();
+                    // A binding goes with its queue.
+                    is_bound = !error.is::<Cancelled>();
                     // The pauses start anew only if the connection lasted. If each one is lost at once, they
                     // keep growing.
                     if start.elapsed() > Backoff::LONGEST {
@@ -123,13 +132,17 @@ where
         ended
     }
 
-    async fn open(&self) -> Result<(lapin::Connection, Channel, lapin::Consumer), OpenError> {
+    async fn open(&self, is_bound: bool) -> Result<(lapin::Connection, Channel, lapin::Consumer), OpenError> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
         let connection = connect(&self.server, CLIENT_ID).await?;
         let channel = open_channel(&connection).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         topology.declare(&channel, retry_delays).await?;
-        topology.bind(&channel).await?;
+        // In a cluster of which a node froze, a binding may take longer than the connection lasts, even if it
+        // is there already.
+        if !is_bound || !topology.has_exchange(&connection).await? {
+            topology.bind(&channel).await?;
+        }
         let deliveries = channel
             .basic_consume(
                 topology.queue.as_str().into(),
@@ -163,7 +176,7 @@ where
                         let failed = self.deliver_all(channel, chunk, handing_on.is_empty()).await?;
                         handing_on.extend(failed.into_iter().map(hand_on));
                     }
-                    None => bail!("the broker cancelled the consumer"),
+                    None => bail!(Cancelled),
                 },
                 Some(acked) = handing_on.next() => acked?,
                 () = stop.clone() => break,

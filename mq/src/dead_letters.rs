@@ -54,7 +54,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         DeadLetters::List => list(&mut letters).await,
         DeadLetters::Show { message_id, body } => show(&mut letters, message_id, *body).await,
         DeadLetters::Replay { message_id, .. } => {
-            // The forwarder needs no retry queues, because it publishes only to the main exchange.
+            // The forwarder needs no retry queues, because it publishes only to the main queue.
             let forwarder = Forwarder::new(server, topology.clone(), Vec::new());
             let replay = Replay { forwarder, topology, broker };
             let done = replay.run(&mut letters, message_id.as_deref()).await;
@@ -117,7 +117,7 @@ async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyho
     bail!("there is no dead letter with this message id")
 }
 
-/// Publishes dead letters to the exchange that they came from first.
+/// Publishes dead letters to the main queue.
 struct Replay {
     forwarder: Forwarder,
     topology: Topology,
@@ -145,12 +145,12 @@ impl Replay {
     async fn publish(&self, letters: &Letters, Letter(letter): &Letter) -> anyhow::Result<()> {
         let producer = Letter::producer(letter);
         let message_id = attempt::message_id(letter, producer.span().span_context());
-        let Topology { exchange, routing_key, .. } = &self.topology;
+        let queue = self.topology.queue.as_str();
         let tracer = telemetry::tracer("mq", env!("CARGO_PKG_VERSION"));
         let builder = tracer.span_builder("replay_msg_mq").with_kind(SpanKind::Producer);
         let mut span = builder.start_with_context(&tracer, &producer);
         if span.is_recording() {
-            span.set_attributes(self.broker.producer_attributes(exchange, routing_key, &message_id));
+            span.set_attributes(self.broker.producer_attributes("", queue, &message_id));
         }
         let cx = producer.with_span(span);
 
@@ -159,7 +159,7 @@ impl Replay {
         let headers = headers.inner().iter().map(|(name, value)| (name.as_str(), value.clone()));
         let frame_max = self.forwarder.frame_max();
         let properties = properties::again(&letter.properties, &message_id, headers, frame_max);
-        let publish = self.forwarder.publish(exchange, routing_key, properties, &letter.data);
+        let publish = self.forwarder.publish(queue, properties, &letter.data);
         let published = timeout(PATIENCE, publish).await;
         let published = published.context("waiting for the broker's confirm").flatten();
         if let Err(error) = &published {

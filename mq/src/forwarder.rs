@@ -43,7 +43,7 @@ impl Forwarder {
         let mut backoff = Backoff::new();
         let mut was_told = false;
         let mut failures = Failures::default();
-        while let Err(error) = self.publish("", queue, properties.clone(), body).await {
+        while let Err(error) = self.publish(queue, properties.clone(), body).await {
             if let Some(error @ OpenError::Refused(_)) = error.downcast_ref() {
                 failures.log(&self.broker, error);
             } else if !std::mem::replace(&mut was_told, true) {
@@ -54,17 +54,11 @@ impl Forwarder {
         }
     }
 
-    /// Publishes a message; returns once the broker has confirmed it.
+    /// Publishes a message to a queue; returns once the broker has confirmed it.
     ///
     /// # Errors
     /// If the broker did not confirm it. The broker may have the message nevertheless.
-    pub async fn publish(
-        &self,
-        exchange: &str,
-        routing_key: &str,
-        properties: BasicProperties,
-        body: &[u8],
-    ) -> anyhow::Result<()> {
+    pub async fn publish(&self, queue: &str, properties: BasicProperties, body: &[u8]) -> anyhow::Result<()> {
         // Only one message is published at a time. With several under way, lapin may take the return of one
         // for that of another, and a message that no queue took would count as confirmed.
         let mut current = self.session.lock().await;
@@ -75,10 +69,9 @@ impl Forwarder {
             None => opening::open(self.open()).await?,
         };
         let started = Instant::now();
-        let destination = (exchange, routing_key);
         let message = std::iter::once((properties, body));
-        let published = session.publish(destination, message, CONFIRM_TIMEOUT, IfBlocked::Wait).await;
-        self.broker.sent(destination, 1, started, published.err().map(Unconfirmed::reason));
+        let published = session.publish(queue, message, CONFIRM_TIMEOUT, IfBlocked::Wait).await;
+        self.broker.sent(("", queue), 1, started, published.err().map(Unconfirmed::reason));
         published?;
         *current = Some(session);
         Ok(())

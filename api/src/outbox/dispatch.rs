@@ -23,12 +23,13 @@
 //! ```
 
 use super::{
-    BrokerState, CLIENT_ID, PublishError, Published, Unconfirmed,
+    BrokerState, CLIENT_ID, PublishError, PublishOptions, Published, Unconfirmed,
     message::Message,
     spool::{Appended, Spool},
 };
 use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, opening};
-use std::time::{Duration, Instant, SystemTime};
+use proto::topology::COPY_ROUTING_KEY;
+use std::time::{Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
     pin, select,
@@ -61,8 +62,7 @@ pub struct Dispatcher {
 /// Publishes rounds.
 struct RoundPublisher {
     topology: Topology,
-    /// Bounds the wait for the confirms of a round.
-    timeout: Duration,
+    options: PublishOptions,
     broker: Broker,
 }
 
@@ -70,13 +70,19 @@ impl RoundPublisher {
     async fn publish(
         &self,
         session: &mut Session,
-        messages: impl ExactSizeIterator<Item = &Message>,
+        messages: impl ExactSizeIterator<Item = &Message> + Clone,
     ) -> Result<(), amqp::Unconfirmed> {
-        let destination = (self.topology.exchange.as_str(), self.topology.routing_key.as_str());
+        let queue = self.topology.queue.as_str();
         let (started, count) = (Instant::now(), messages.len() as u64);
         let messages = messages.map(|message| (message.properties(SystemTime::now()), message.body()));
-        let result = session.publish(destination, messages, self.timeout, IfBlocked::Fail).await;
-        self.broker.sent(destination, count, started, result.err().map(amqp::Unconfirmed::reason));
+        let result = session.publish(queue, messages.clone(), self.options.timeout, IfBlocked::Fail).await;
+        self.broker.sent(("", queue), count, started, result.err().map(amqp::Unconfirmed::reason));
+        if self.options.copies && result.is_ok() {
+            let destination = (self.topology.exchange.as_str(), COPY_ROUTING_KEY);
+            if let Err(error) = session.copy(destination, messages).await {
+                tracing::debug!(%error, "copies of logins are not published");
+            }
+        }
         result
     }
 }
@@ -114,7 +120,7 @@ impl Dispatcher {
     pub fn new(
         server: Server,
         topology: Topology,
-        timeout: Duration,
+        options: PublishOptions,
         spool: Spool,
         requests: mpsc::Receiver<Request>,
         stopped: oneshot::Receiver<()>,
@@ -123,7 +129,7 @@ impl Dispatcher {
         let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
         let broker = Broker::new(&server.uri, CLIENT_ID);
         let (backoff, log) = (Backoff::new(), Log::new(broker.clone()));
-        let publisher = RoundPublisher { topology, timeout, broker };
+        let publisher = RoundPublisher { topology, options, broker };
         Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log }
     }
 

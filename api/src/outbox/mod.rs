@@ -82,6 +82,15 @@ impl PublishError {
     }
 }
 
+/// How messages are published.
+#[derive(Debug, Clone, Copy)]
+pub struct PublishOptions {
+    /// How long the broker may take to confirm a message. After that, the message goes to the spool.
+    pub timeout: Duration,
+    /// Whether a copy of each message goes to the topology's exchange, for other consumers.
+    pub copies: bool,
+}
+
 /// The broker, as far as the dispatcher knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BrokerState {
@@ -129,22 +138,26 @@ impl Readiness {
 }
 
 impl Outbox {
-    /// Connects in the background, and again whenever the connection breaks. If the broker does not confirm a
-    /// message within `timeout`, the message goes to the spool.
-    pub fn start(server: Server, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
+    /// Connects in the background, and again whenever the connection breaks.
+    pub fn start(
+        server: Server,
+        topology: Topology,
+        options: PublishOptions,
+        spool: Spool,
+    ) -> (Self, Publishing) {
         let (requests, incoming) = mpsc::channel(MAX_WAITING);
         let (stop, stopped) = oneshot::channel();
         let (broker_state, broker) = watch::channel(BrokerState::Away);
         let shared = Shared {
             // A message waits for the messages before it, then for its own confirmation, then for the disk.
-            limit: timeout.mul_f64(2.5),
+            limit: options.timeout.mul_f64(2.5),
             broker,
             spool: spool.state(),
         };
         let spool_state = spool.state();
         observe(spool.state());
         let spool_panicked = spool.panicked();
-        let dispatcher = Dispatcher::new(server, topology, timeout, spool, incoming, stopped, broker_state);
+        let dispatcher = Dispatcher::new(server, topology, options, spool, incoming, stopped, broker_state);
         let task = tokio::spawn(async move {
             select! {
                 () = dispatcher.run() => Ok(()),

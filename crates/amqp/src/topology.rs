@@ -1,10 +1,10 @@
 //! A work queue with its exchange, its dead letters and its delayed retries. Whichever side comes first declares
 //! them, so that no message is lost because a consumer was not there yet.
 
-use crate::opening::OpenError;
+use crate::{connection::open_channel, opening::OpenError};
 use clap::ValueEnum;
 use lapin::{
-    Channel, ExchangeKind,
+    Channel, Connection, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
@@ -30,9 +30,9 @@ pub enum QueueType {
 /// The names of an exchange and its queues, and the type of the queues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
-    /// The direct exchange that producers publish to.
+    /// The direct exchange that other producers publish to. The services here publish to the queue itself.
     pub exchange: String,
-    /// The routing key of the messages.
+    /// The routing key of other producers' messages.
     pub routing_key: String,
     /// The durable queue that consumers share.
     pub queue: String,
@@ -121,6 +121,25 @@ impl Topology {
         let expected = arguments.clone();
         let declared = channel.queue_declare(queue.into(), QueueDeclareOptions::durable(), arguments).await;
         declared.map(drop).map_err(|error| OpenError::of_declaring("queue", queue, &expected, error))
+    }
+
+    /// Returns whether the exchange exists.
+    ///
+    /// # Errors
+    /// If the connection is lost.
+    pub async fn has_exchange(&self, connection: &Connection) -> Result<bool, OpenError> {
+        // If the exchange is missing, the broker closes the channel.
+        let channel = open_channel(connection).await?;
+        let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
+        let none = FieldTable::default();
+        let found = channel
+            .exchange_declare(self.exchange.as_str().into(), ExchangeKind::Direct, passive, none)
+            .await;
+        match found {
+            Ok(()) => Ok(channel.close(200, "done".into()).await.map(|()| true)?),
+            Err(error) if error.is_amqp_soft_error() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Declares the exchange, and binds the main queue to it.

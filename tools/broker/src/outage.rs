@@ -29,6 +29,13 @@ impl Broker {
         self.shared.memory.set_alarm(on);
     }
 
+    /// Bounds the number of messages that wait in each queue there is, as a policy of RabbitMQ does.
+    pub fn set_longest_queue(&self, messages: Option<usize>) {
+        for queue in self.shared.lock().queues.values_mut() {
+            queue.longest = messages;
+        }
+    }
+
     /// Refuses longer bodies from now on, as RabbitMQ does by its setting `max_message_size`.
     pub fn set_longest_body(&self, bytes: u64) {
         self.shared.memory.set_longest_body(bytes);

@@ -23,6 +23,8 @@ pub struct Queue {
     pub owner: Option<ConnectionId>,
     /// The arguments of the queue's declaration.
     pub arguments: Arguments,
+    /// How many messages may wait, by the operator's policy.
+    pub longest: Option<usize>,
     /// The consumers. The first consumer is the next to get a delivery.
     pub consumers: VecDeque<Consumer>,
     /// When the queue was last declared, read with `basic.get`, or left by a consumer.
@@ -84,6 +86,7 @@ impl Queue {
             auto_delete,
             owner,
             arguments,
+            longest: None,
             consumers: VecDeque::new(),
             last_used: Instant::now(),
             due: None,
@@ -152,7 +155,7 @@ impl Queue {
     /// Takes the oldest waiting message if the queue is too long and drops its head (`x-overflow`).
     pub fn take_excess(&mut self) -> Option<Entry> {
         if matches!(self.arguments.overflow, None | Some(Overflow::DropHead))
-            && (self.arguments.max_length.is_some_and(|most| self.ready.len() > most)
+            && (self.max_length().is_some_and(|most| self.ready.len() > most)
                 || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes > most))
         {
             return self.take();
@@ -160,9 +163,13 @@ impl Queue {
         None
     }
 
+    fn max_length(&self) -> Option<usize> {
+        self.arguments.max_length.into_iter().chain(self.longest).min()
+    }
+
     fn refuses(&self) -> bool {
         matches!(self.arguments.overflow, Some(Overflow::RejectPublish | Overflow::RejectPublishDlx))
-            && (self.arguments.max_length.is_some_and(|most| self.ready.len() >= most)
+            && (self.max_length().is_some_and(|most| self.ready.len() >= most)
                 || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes >= most))
     }
 

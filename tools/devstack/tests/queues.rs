@@ -8,12 +8,14 @@ use harness::{
     database::Database,
     poll,
     process::Process,
-    stack::{KNOWN_MOBILE, Stack, TestBroker},
+    proxy::Side,
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
 };
 use lapin::{
     BasicProperties, Channel, Connection,
     options::{
-        BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions,
+        BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -239,7 +241,7 @@ async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_unt
     for service in [&api, &mq] {
         let line = service.said("ERROR").await?;
         let told = format!("the broker holds queue {queue} differently");
-        for part in [told.as_str(), "'x-queue-type'", "x-queue-type=quorum", "docs/queues.md"] {
+        for part in [told.as_str(), "inequivalent arg", "x-queue-type=quorum", "docs/queues.md"] {
             assert!(line.contains(part), "{part}: {line}");
         }
         assert!(!service.output().contains("can't connect"), "{}", service.output());
@@ -286,4 +288,96 @@ async fn a_retry_queue_that_the_broker_holds_differently_is_an_error_and_mq_is_n
     mq.said("consuming").await?;
     drop(mq);
     delete_all(&stack, &prefix).await
+}
+
+/// Binds a queue of the test's connection to the exchange.
+async fn tap(stack: &Stack, routing_key: &str, arguments: &[(&str, AMQPValue)]) -> Result<String> {
+    let (channel, tap) = (&stack.broker.channel, format!("{}tap", stack.broker.prefix));
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
+    channel.queue_declare(tap.as_str().into(), options, table(arguments)).await?;
+    let (exchange, bind) = (stack.broker.topology.exchange.as_str(), QueueBindOptions::default());
+    channel
+        .queue_bind(tap.as_str().into(), exchange.into(), routing_key.into(), bind, FieldTable::default())
+        .await?;
+    Ok(tap)
+}
+
+/// Logs in, and waits for the whole trace. The broker must have confirmed the login at once.
+async fn confirmed(stack: &Stack) -> Result<String> {
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200);
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let producer = spans.iter().find(|span| span.kind == "PRODUCER").context("a producer span")?;
+    assert_eq!(producer.attributes["throughline.publish.outcome"], "confirmed", "{producer:#?}");
+    Ok(answer.trace_id())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_confirm_means_that_the_main_queue_has_the_login_whoever_else_is_bound() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let topology = &stack.broker.topology;
+    tap(&stack, &topology.routing_key, &[]).await?;
+    let (queue, exchange, key) = (&topology.queue, &topology.exchange, &topology.routing_key);
+    let unbound = stack.broker.channel.queue_unbind(
+        queue.as_str().into(),
+        exchange.as_str().into(),
+        key.as_str().into(),
+        FieldTable::default(),
+    );
+    unbound.await?;
+    for _ in 0..3 {
+        confirmed(&stack).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_each_login_is_for_other_consumers_whose_queues_hold_up_nothing() -> Result<()> {
+    let stack = Stack::start(&[("api", "PUBLISH_COPIES", "true")]).await?;
+    // This queue has room for two messages.
+    let full = [("x-max-length", AMQPValue::LongInt(2)), ("x-overflow", text("reject-publish"))];
+    let tap = tap(&stack, "user.login.copy", &full).await?;
+    let mut logins = Vec::new();
+    for _ in 0..4 {
+        logins.push(confirmed(&stack).await?);
+    }
+    for login in &logins[..2] {
+        let get = async || {
+            let options = BasicGetOptions { no_ack: true };
+            stack.broker.channel.basic_get(tap.as_str().into(), options).await.ok().flatten()
+        };
+        let copy = poll(PATIENCE, get).await.context("no copy")?;
+        let headers = copy.properties.headers().clone().context("headers")?;
+        let Some(AMQPValue::LongString(traceparent)) = headers.inner().get("traceparent") else {
+            anyhow::bail!("{headers:?}");
+        };
+        assert!(traceparent.to_string().contains(login), "{traceparent:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opening_that_hangs_is_given_up_and_the_next_one_does_not_bind_again() -> Result<()> {
+    const DECLARE_OK: (u16, u16) = (50, 11);
+    const BIND: (u16, u16) = (50, 20);
+
+    let broker = TestBroker::connect().await?;
+    let (proxy, url) = broker.amqp_proxy()?;
+    // Without the interval in the URL, heartbeats would also end a connection that hangs.
+    let url = format!("{url}?heartbeat=0");
+    let stack = Stack::start_on(broker, &[("*", "AMQP_URL", &url)]).await?;
+    confirmed(&stack).await?;
+    let hung = proxy.withhold(Side::Server, DECLARE_OK);
+    proxy.cut();
+    // One of the services waits for this answer.
+    tokio::time::timeout(PATIENCE, hung).await??;
+    let mut bound = proxy.withhold(Side::Client, BIND);
+    let is_back = async || {
+        let is_ready = ready(&stack, &stack.api).await.ok()?.1["broker"] == true;
+        (is_ready && is_healthy(&stack.mq).await).then_some(())
+    };
+    poll(PATIENCE, is_back).await.context("a service does not come back")?;
+    confirmed(&stack).await?;
+    assert!(bound.try_recv().is_err(), "mq binds the queue again");
+    Ok(())
 }

@@ -10,10 +10,7 @@ use harness::{
     proxy::Proxy,
     stack::{KNOWN_MOBILE, Stack, TestBroker},
 };
-use lapin::{
-    options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable},
-};
+use lapin::{options::BasicGetOptions, types::AMQPValue};
 use serde_json::json;
 use std::{
     collections::HashSet,
@@ -139,18 +136,6 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     Ok(())
 }
 
-/// Declares a queue that gets all published messages, in addition to the consumer's queue.
-async fn tap(stack: &Stack) -> Result<String> {
-    let tap = format!("{}tap", stack.broker.prefix);
-    let (channel, topology) = (&stack.broker.channel, &stack.broker.topology);
-    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
-    channel.queue_declare(tap.as_str().into(), options, FieldTable::default()).await?;
-    let (exchange, key) = (topology.exchange.as_str(), topology.routing_key.as_str());
-    let bind = QueueBindOptions::default();
-    channel.queue_bind(tap.as_str().into(), exchange.into(), key.into(), bind, FieldTable::default()).await?;
-    Ok(tap)
-}
-
 /// Returns the trace ids of all messages in the queue, without duplicates.
 async fn trace_ids(stack: &Stack, queue: &str) -> Result<HashSet<String>> {
     let mut trace_ids = HashSet::new();
@@ -197,7 +182,8 @@ impl Load {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answered() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
-    let tap = tap(&stack).await?;
+    // The messages stay in the queue.
+    stack.mq.stop().await?;
     let data = TempDir::new()?;
     let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
     let answered = Arc::new(Mutex::new(HashSet::new()));
@@ -229,7 +215,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
     let _proxy = behind_proxy(&mut stack, &variables).await?;
     drained(&stack).await?;
     let answered = answered.lock().unwrap().clone();
-    let delivered = trace_ids(&stack, &tap).await?;
+    let delivered = trace_ids(&stack, &stack.broker.topology.queue).await?;
     let lost = answered.difference(&delivered).count();
     assert_eq!(lost, 0, "of {} answered", answered.len());
     Ok(())

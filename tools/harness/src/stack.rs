@@ -367,6 +367,14 @@ impl TestBroker {
         self.embedded.as_ref().expect("an embedded broker").set_longest_body(bytes);
     }
 
+    /// Bounds the number of messages that wait in each queue of an embedded broker, by a policy.
+    ///
+    /// # Panics
+    /// If the broker is not embedded, because a policy needs RabbitMQ's command line.
+    pub fn set_longest_queue(&self, messages: Option<usize>) {
+        self.embedded.as_ref().expect("an embedded broker").set_longest_queue(messages);
+    }
+
     /// Returns whether the broker has told the test's connection that it accepts no messages.
     pub fn is_blocked(&self) -> bool {
         self.connection.status().blocked()
