@@ -185,8 +185,10 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     let queue = stack.broker.topology.queue.as_str();
     let mut taken = Vec::new();
     for _ in 0..2 {
-        let got = stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await?;
-        taken.push(got.context("a message")?);
+        let get = async || {
+            stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await.ok().flatten()
+        };
+        taken.push(poll(PATIENCE, get).await.context("a message")?);
     }
     for message in taken {
         message.nack(BasicNackOptions { requeue: true, multiple: false }).await?;

@@ -345,7 +345,10 @@ impl TestBroker {
     }
 
     /// Returns the broker's URL with another address.
-    fn url_by(&self, address: SocketAddr) -> Result<String> {
+    ///
+    /// # Errors
+    /// If the broker's URL is malformed.
+    pub fn url_by(&self, address: SocketAddr) -> Result<String> {
         let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
         let from = format!("@{}:{}", authority.host, authority.port);
         Ok(self.url.replace(&from, &format!("@{address}")))
