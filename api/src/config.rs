@@ -74,6 +74,10 @@ pub struct Config {
     #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix)]
     pub amqp_prefix: String,
 
+    /// Whether a copy of each login goes to the exchange, for the queues of other consumers.
+    #[arg(long, env = "PUBLISH_COPIES", default_value_t = false, action = clap::ArgAction::Set)]
+    pub publish_copies: bool,
+
     /// How long the broker may take to confirm a message, before the message goes to the spool.
     #[arg(long, env = "PUBLISH_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
     pub publish_timeout: Duration,

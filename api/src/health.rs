@@ -15,7 +15,8 @@ use tokio::{
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
 /// Answers `GET /readyz` with 200 if logins can be taken, and otherwise with 503. The body tells each
-/// condition: a login needs usercenter, the broker or the spool, and an instance that is not stopping.
+/// condition: a login needs usercenter, the broker or the spool, and an instance that is not stopping. A broker
+/// that refuses the queues makes it not ready as well, because that does not pass by itself.
 pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
     // Ask for the service by its name. An instance of usercenter that is about to end reports for itself ("")
@@ -29,10 +30,11 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
 
     let is_ready = usercenter && publisher.is_ready() && !stopping;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let Readiness { broker, spool, spooled } = publisher;
+    let Readiness { broker, topology, spool, spooled } = publisher;
     let body = json!({
         "usercenter": usercenter,
         "broker": broker,
+        "topology": topology,
         "spool": spool,
         "spooled": spooled,
         "stopping": stopping,

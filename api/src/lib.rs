@@ -33,7 +33,7 @@ use anyhow::{Context, bail};
 use app::App;
 use config::Config;
 use opentelemetry::global::BoxedTracer;
-use outbox::Spool;
+use outbox::{PublishOptions, Spool};
 use proto::{
     topology::{EXCHANGE, QUEUE, ROUTING_KEY},
     usercenter::v1::usercenter_client::UsercenterClient,
@@ -72,8 +72,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, mut publishing) = Publisher::start(
         config.amqp.server().map_err(anyhow::Error::msg)?,
-        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE),
-        config.publish_timeout,
+        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type),
+        PublishOptions { timeout: config.publish_timeout, copies: config.publish_copies },
         spool,
     );
     let secret = config.access_secret().map_err(anyhow::Error::msg)?;

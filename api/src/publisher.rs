@@ -5,7 +5,9 @@
 
 use crate::{
     TRACER,
-    outbox::{CLIENT_ID, Message, Outbox, PublishError, Published, Publishing, Readiness, Spool},
+    outbox::{
+        CLIENT_ID, Message, Outbox, PublishError, PublishOptions, Published, Publishing, Readiness, Spool,
+    },
 };
 use amqp::{Server, Topology};
 use futures_util::future::BoxFuture;
@@ -17,7 +19,6 @@ use proto::login::MobileNumber;
 use std::{
     sync::Arc,
     task::{self, Poll},
-    time::Duration,
 };
 use telemetry::{OrCancelled, amqp::Broker, semconv};
 use tower::Service;
@@ -36,16 +37,20 @@ pub struct LoginEvent {
 #[derive(Clone)]
 pub struct Publisher {
     outbox: Outbox,
-    destination: Arc<(Broker, Topology)>,
+    destination: Arc<(Broker, String)>,
 }
 
 impl Publisher {
-    /// Connects in the background, and again whenever the connection breaks. If the broker does not confirm a
-    /// message within `timeout`, the message goes to the spool.
-    pub fn start(server: Server, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
+    /// Connects in the background, and again whenever the connection breaks.
+    pub fn start(
+        server: Server,
+        topology: Topology,
+        options: PublishOptions,
+        spool: Spool,
+    ) -> (Self, Publishing) {
         let broker = Broker::new(&server.uri, CLIENT_ID);
-        let destination = Arc::new((broker, topology.clone()));
-        let (outbox, publishing) = Outbox::start(server, topology, timeout, spool);
+        let destination = Arc::new((broker, topology.queue.clone()));
+        let (outbox, publishing) = Outbox::start(server, topology, options, spool);
         (Self { outbox, destination }, publishing)
     }
 
@@ -57,12 +62,12 @@ impl Publisher {
     /// Publishes a login in its span. If the future is dropped, the login may be published nevertheless.
     async fn publish(self, login: LoginEvent) -> Result<Published, PublishError> {
         let message_id = Uuid::new_v4().to_string();
-        let (broker, Topology { exchange, routing_key, .. }) = &*self.destination;
+        let (broker, queue) = &*self.destination;
 
         let span = TRACER
             .span_builder("send_msg_mq")
             .with_kind(SpanKind::Producer)
-            .with_attributes(broker.producer_attributes(exchange, routing_key, &message_id))
+            .with_attributes(broker.producer_attributes("", queue, &message_id))
             .start(&*TRACER);
         let cx = Context::current_with_span(span);
         // If this future is dropped, at the request's deadline or because the caller hung up, the span ends

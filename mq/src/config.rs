@@ -142,13 +142,13 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amqp::Topology;
+    use amqp::{QueueType, Topology};
     use proto::topology::{EXCHANGE, MAX_PREFIX, QUEUE, ROUTING_KEY};
 
     #[test]
     fn with_the_longest_prefix_every_name_is_a_short_string() {
         let prefix = topology::prefix(&"p".repeat(MAX_PREFIX)).unwrap();
-        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
+        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
         // No delay that is allowed has a longer name.
         let delays: RetryDelays = "1month 18days 23h 59m 59s 999ms 999us 999ns".parse().unwrap();
         let names = [

@@ -21,8 +21,9 @@ use crate::{
     history::{Login, Processed},
 };
 use amqp::{
-    Backoff, Server,
+    Backoff, Failures, OpenError, Server,
     connection::{self, connect, open_channel},
+    opening,
 };
 use anyhow::{anyhow, bail};
 use futures_util::{FutureExt, StreamExt, future::join_all, stream::FuturesUnordered};
@@ -63,6 +64,11 @@ pub struct Consumer<S> {
     pub consuming: watch::Sender<bool>,
 }
 
+/// The broker ended the consumer, because its queue was deleted for example.
+#[derive(Debug, thiserror::Error)]
+#[error("the broker cancelled the consumer")]
+struct Cancelled;
+
 impl<S> Consumer<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
@@ -73,27 +79,29 @@ where
         let stop = stop.shared();
         let broker = &self.attempts.broker;
         let mut backoff = Backoff::new();
-        let mut is_away = false;
+        let mut failures = Failures::default();
+        // Whether other producers' messages are known to reach the queue.
+        let mut is_bound = false;
         loop {
-            let start = Instant::now();
-            let (connected, ended) = self.session(stop.clone()).await;
-            match ended {
-                Ok(()) => return,
-                Err(error) if connected => {
+            let opened = select! {
+                opened = opening::open(self.open(is_bound)) => opened,
+                () = stop.clone() => return,
+            };
+            match opened {
+                Ok(session) => {
+                    let start = Instant::now();
+                    let Err(error) = self.session(session, stop.clone()).await else { return };
                     tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
-                    is_away = false;
+                    failures = Failures::default();
+                    // A binding goes with its queue.
+                    is_bound = !error.is::<Cancelled>();
                     // The pauses start anew only if the connection lasted. If each one is lost at once, they
                     // keep growing.
                     if start.elapsed() > Backoff::LONGEST {
                         backoff = Backoff::new();
                     }
                 }
-                // This is logged once, not for every attempt.
-                Err(error) if !is_away => {
-                    tracing::warn!(%broker, "can't connect to the broker; still trying: {error:#}");
-                    is_away = true;
-                }
-                Err(_) => {}
+                Err(error) => failures.log(broker, &error),
             }
             select! {
                 () = backoff.pause() => {}
@@ -102,16 +110,12 @@ where
         }
     }
 
-    /// Runs one connection from its opening to its end. Returns whether it came to consuming, and why it
-    /// ended, which is `Ok` if it was ended by `stop`.
-    async fn session(&self, stop: impl Future<Output = ()> + Clone) -> (bool, anyhow::Result<()>) {
-        let (connection, channel, deliveries) = select! {
-            opened = self.open() => match opened {
-                Ok(opened) => opened,
-                Err(error) => return (false, Err(error.into())),
-            },
-            () = stop.clone() => return (false, Ok(())),
-        };
+    /// Runs one connection to its end. Returns why it ended, which is `Ok` if it was ended by `stop`.
+    async fn session(
+        &self,
+        (connection, channel, deliveries): (lapin::Connection, Channel, lapin::Consumer),
+        stop: impl Future<Output = ()> + Clone,
+    ) -> anyhow::Result<()> {
         tracing::info!(broker = %self.attempts.broker, queue = self.attempts.topology.queue, "consuming");
         self.consuming.send_replace(true);
         let ended = select! {
@@ -125,16 +129,20 @@ where
             connection::close(&connection).await;
             self.attempts.forwarder.close().await;
         }
-        (true, ended)
+        ended
     }
 
-    async fn open(&self) -> lapin::Result<(lapin::Connection, Channel, lapin::Consumer)> {
+    async fn open(&self, is_bound: bool) -> Result<(lapin::Connection, Channel, lapin::Consumer), OpenError> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
         let connection = connect(&self.server, CLIENT_ID).await?;
         let channel = open_channel(&connection).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
-        topology.declare(&channel).await?;
-        topology.declare_retry_queues(&channel, retry_delays).await?;
+        topology.declare(&channel, retry_delays).await?;
+        // In a cluster of which a node froze, a binding may take longer than the connection lasts, even if it
+        // is there already.
+        if !is_bound || !topology.has_exchange(&connection).await? {
+            topology.bind(&channel).await?;
+        }
         let deliveries = channel
             .basic_consume(
                 topology.queue.as_str().into(),
@@ -168,7 +176,7 @@ where
                         let failed = self.deliver_all(channel, chunk, handing_on.is_empty()).await?;
                         handing_on.extend(failed.into_iter().map(hand_on));
                     }
-                    None => bail!("the broker cancelled the consumer"),
+                    None => bail!(Cancelled),
                 },
                 Some(acked) = handing_on.next() => acked?,
                 () = stop.clone() => break,

@@ -1,7 +1,8 @@
 //! Lets an operator handle messages that were given up: `mq dead-letters list|show|replay`.
 //!
-//! AMQP has no way to look into a queue. So messages are taken without an acknowledgement, and go back to
-//! their places when the connection ends. Meanwhile nobody else sees them.
+//! AMQP has no way to look into a queue. So all messages are taken without an acknowledgement, and go back in
+//! the end. (A quorum queue appends those that come back, so their order is kept only if all are taken.)
+//! Meanwhile nobody else sees them.
 
 use crate::{
     attempt,
@@ -10,11 +11,11 @@ use crate::{
     properties,
 };
 use ::amqp::{Topology, connection};
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use lapin::{
     Channel, Connection,
     message::Delivery,
-    options::{BasicAckOptions, BasicGetOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use opentelemetry::{
@@ -30,7 +31,7 @@ use telemetry::{
     amqp::{self, Broker, HeadersMut},
     semconv,
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// The name of the connection on the broker.
 const CLIENT_ID: &str = "mq-dead-letters";
@@ -54,7 +55,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
         DeadLetters::List => list(&mut letters).await,
         DeadLetters::Show { message_id, body } => show(&mut letters, message_id, *body).await,
         DeadLetters::Replay { message_id, .. } => {
-            // The forwarder needs no retry queues, because it publishes only to the main exchange.
+            // The forwarder needs no retry queues, because it publishes only to the main queue.
             let forwarder = Forwarder::new(server, topology.clone(), Vec::new());
             let replay = Replay { forwarder, topology, broker };
             let done = replay.run(&mut letters, message_id.as_deref()).await;
@@ -62,7 +63,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
             done
         }
     };
-    // Messages that were taken and not replayed go back to their places.
+    letters.give_back().await;
     connection::close(&connection).await;
     done
 }
@@ -86,10 +87,12 @@ async fn list(letters: &mut Letters) -> anyhow::Result<()> {
 }
 
 async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyhow::Result<()> {
+    let mut is_found = false;
     while let Some(letter) = letters.next().await? {
-        if !letter.has_id(message_id) {
+        if is_found || !letter.has_id(message_id) {
             continue;
         }
+        is_found = true;
         let mut out = io::stdout().lock();
         writeln!(out, "message id  {}", letter.message_id())?;
         writeln!(out, "reason      {}", letter.reason())?;
@@ -112,12 +115,12 @@ async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyho
         if with_body {
             writeln!(out, "\n{}", printable(&String::from_utf8_lossy(&letter.0.data)))?;
         }
-        return Ok(());
     }
-    bail!("there is no dead letter with this message id")
+    ensure!(is_found, "there is no dead letter with this message id");
+    Ok(())
 }
 
-/// Publishes dead letters to the exchange that they came from first.
+/// Publishes dead letters to the main queue.
 struct Replay {
     forwarder: Forwarder,
     topology: Topology,
@@ -142,15 +145,15 @@ impl Replay {
 
     /// Publishes a dead letter in the trace of its message. The span is a child of the last producer's span,
     /// and the parent of the next attempt's span.
-    async fn publish(&self, letters: &Letters, Letter(letter): &Letter) -> anyhow::Result<()> {
+    async fn publish(&self, letters: &mut Letters, Letter(letter): &Letter) -> anyhow::Result<()> {
         let producer = Letter::producer(letter);
         let message_id = attempt::message_id(letter, producer.span().span_context());
-        let Topology { exchange, routing_key, .. } = &self.topology;
+        let queue = self.topology.queue.as_str();
         let tracer = telemetry::tracer("mq", env!("CARGO_PKG_VERSION"));
         let builder = tracer.span_builder("replay_msg_mq").with_kind(SpanKind::Producer);
         let mut span = builder.start_with_context(&tracer, &producer);
         if span.is_recording() {
-            span.set_attributes(self.broker.producer_attributes(exchange, routing_key, &message_id));
+            span.set_attributes(self.broker.producer_attributes("", queue, &message_id));
         }
         let cx = producer.with_span(span);
 
@@ -159,7 +162,7 @@ impl Replay {
         let headers = headers.inner().iter().map(|(name, value)| (name.as_str(), value.clone()));
         let frame_max = self.forwarder.frame_max();
         let properties = properties::again(&letter.properties, &message_id, headers, frame_max);
-        let publish = self.forwarder.publish(exchange, routing_key, properties, &letter.data);
+        let publish = self.forwarder.publish(queue, properties, &letter.data);
         let published = timeout(PATIENCE, publish).await;
         let published = published.context("waiting for the broker's confirm").flatten();
         if let Err(error) = &published {
@@ -171,6 +174,7 @@ impl Replay {
         // If this fails, the message is in both queues, but its login is applied only once.
         let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
         acked.context("acknowledging the dead letter, which was published but may still be in its queue")?;
+        letters.taken -= 1;
         Ok(())
     }
 }
@@ -180,15 +184,15 @@ struct Letters {
     channel: Channel,
     queue: String,
     left: u32,
+    /// Messages that were taken and not acknowledged.
+    taken: u32,
 }
 
 impl Letters {
     async fn open(connection: &Connection, queue: String) -> anyhow::Result<Self> {
         let channel = connection::open_channel(connection).await?;
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        let declared = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
-        let left = declared.context("looking for the dead-letter queue")?.message_count();
-        Ok(Self { channel, queue, left })
+        let left = waiting(&channel, &queue).await.context("looking for the dead-letter queue")?;
+        Ok(Self { channel, queue, left, taken: 0 })
     }
 
     /// Takes the next dead letter. A replayed message may soon be back in the queue, but it is not among
@@ -200,8 +204,31 @@ impl Letters {
         self.left = left;
         let got = self.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
         let got = timeout(PATIENCE, got).await.context("waiting for the broker")??;
+        self.taken += u32::from(got.is_some());
         Ok(got.map(|message| Letter(message.delivery)))
     }
+
+    /// Gives the messages back that were taken and not replayed, and waits until the queue has them again. A
+    /// quorum queue answers before that, and the next command would not see them.
+    async fn give_back(&self) {
+        let everything = BasicNackOptions { multiple: true, requeue: true };
+        let given_back = async {
+            self.channel.basic_nack(0, everything).await?;
+            while waiting(&self.channel, &self.queue).await? < self.taken {
+                sleep(Duration::from_millis(20)).await;
+            }
+            lapin::Result::Ok(())
+        };
+        // If this fails, they go back when the connection ends.
+        let _ = timeout(Duration::from_secs(2), given_back).await;
+    }
+}
+
+/// Returns the number of messages that wait in a queue.
+async fn waiting(channel: &Channel, queue: &str) -> lapin::Result<u32> {
+    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+    let declared = channel.queue_declare(queue.into(), passive, FieldTable::default()).await?;
+    Ok(declared.message_count())
 }
 
 /// A dead letter, with methods that return its parts in a form that is safe to print.

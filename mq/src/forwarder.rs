@@ -3,7 +3,7 @@
 //! The forwarder has its own connection, because a broker that is short of memory or disk stops reading from
 //! connections that publish, and would then not read the acknowledgements on them.
 
-use amqp::{Backoff, IfBlocked, Server, Session, Topology, Unconfirmed};
+use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed, opening};
 use lapin::BasicProperties;
 use std::time::{Duration, Instant};
 use telemetry::amqp::Broker;
@@ -42,26 +42,23 @@ impl Forwarder {
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         let mut backoff = Backoff::new();
         let mut was_told = false;
-        while let Err(error) = self.publish("", queue, properties.clone(), body).await {
-            // This is logged once, not for every attempt.
-            if !std::mem::replace(&mut was_told, true) {
+        let mut failures = Failures::default();
+        while let Err(error) = self.publish(queue, properties.clone(), body).await {
+            if let Some(error @ OpenError::Refused(_)) = error.downcast_ref() {
+                failures.log(&self.broker, error);
+            } else if !std::mem::replace(&mut was_told, true) {
+                // This is logged once, not for every attempt.
                 tracing::warn!(queue, "can't publish a message; still trying: {error:#}");
             }
             backoff.pause().await;
         }
     }
 
-    /// Publishes a message; returns once the broker has confirmed it.
+    /// Publishes a message to a queue; returns once the broker has confirmed it.
     ///
     /// # Errors
     /// If the broker did not confirm it. The broker may have the message nevertheless.
-    pub async fn publish(
-        &self,
-        exchange: &str,
-        routing_key: &str,
-        properties: BasicProperties,
-        body: &[u8],
-    ) -> anyhow::Result<()> {
+    pub async fn publish(&self, queue: &str, properties: BasicProperties, body: &[u8]) -> anyhow::Result<()> {
         // Only one message is published at a time. With several under way, lapin may take the return of one
         // for that of another, and a message that no queue took would count as confirmed.
         let mut current = self.session.lock().await;
@@ -69,13 +66,12 @@ impl Forwarder {
         // may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
-            None => self.open().await?,
+            None => opening::open(self.open()).await?,
         };
         let started = Instant::now();
-        let destination = (exchange, routing_key);
         let message = std::iter::once((properties, body));
-        let published = session.publish(destination, message, CONFIRM_TIMEOUT, IfBlocked::Wait).await;
-        self.broker.sent(destination, 1, started, published.err().map(Unconfirmed::reason));
+        let published = session.publish(queue, message, CONFIRM_TIMEOUT, IfBlocked::Wait).await;
+        self.broker.sent(("", queue), 1, started, published.err().map(Unconfirmed::reason));
         published?;
         *current = Some(session);
         Ok(())
@@ -88,10 +84,9 @@ impl Forwarder {
         }
     }
 
-    async fn open(&self) -> lapin::Result<Session> {
+    async fn open(&self) -> Result<Session, OpenError> {
         let session = Session::open(&self.server, CLIENT_ID).await?;
-        self.topology.declare(session.channel()).await?;
-        self.topology.declare_retry_queues(session.channel(), &self.retry_delays).await?;
+        self.topology.declare(session.channel(), &self.retry_delays).await?;
         Ok(session)
     }
 }

@@ -50,7 +50,7 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 
 /// The queues of this deployment.
 fn topology(config: &Config) -> Topology {
-    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE)
+    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type)
 }
 
 /// Consumes until `shutdown`. Answers health checks on `listener`.

@@ -101,7 +101,10 @@ pub fn again<'a>(
 
 /// Returns the headers of `original` that may stay beside those in `added`.
 fn own_headers(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
-    const LEFT_OUT: [&str; 5] = ["CC", "BCC", ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];
+    // A quorum queue counts in this header how often it has delivered this very message.
+    const DELIVERY_COUNT: &str = "x-delivery-count";
+    const LEFT_OUT: [&str; 6] =
+        ["CC", "BCC", DELIVERY_COUNT, ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];
 
     let had = original.headers().iter().flat_map(FieldTable::inner);
     // Names are compared without regard to case, because a trace header that is there twice counts as

@@ -1,12 +1,16 @@
 //! The names under which login messages travel on the broker.
 
-/// The direct exchange that `api` publishes to.
+/// The direct exchange for other producers, whose logins go on to [`QUEUE`], and for other consumers.
 pub const EXCHANGE: &str = "usercenter";
 
-/// The routing key of a login.
+/// The routing key of a login that another producer publishes.
 pub const ROUTING_KEY: &str = "user.login";
 
-/// The durable queue that `mq` consumes. Dead letters are in another queue, whose name has `.dead` at the end.
+/// The routing key of the copies that `api` publishes for other consumers. It is not [`ROUTING_KEY`], because
+/// the copies would also go to [`QUEUE`].
+pub const COPY_ROUTING_KEY: &str = "user.login.copy";
+
+/// The durable queue that `api` publishes to, through the default exchange, and that `mq` consumes. Dead letters are in another queue, whose name has `.dead` at the end.
 pub const QUEUE: &str = "mq.user_login";
 
 /// The default of `MQ_RETRY_DELAYS`: how long a failed message waits before each further attempt. The delays

@@ -23,12 +23,13 @@
 //! ```
 
 use super::{
-    CLIENT_ID, PublishError, Published, Unconfirmed,
+    BrokerState, CLIENT_ID, PublishError, PublishOptions, Published, Unconfirmed,
     message::Message,
     spool::{Appended, Spool},
 };
-use amqp::{Backoff, IfBlocked, Server, Session, Topology};
-use std::time::{Duration, Instant, SystemTime};
+use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, opening};
+use proto::topology::COPY_ROUTING_KEY;
+use std::time::{Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
     pin, select,
@@ -52,7 +53,7 @@ pub struct Dispatcher {
     publisher: RoundPublisher,
     requests: mpsc::Receiver<Request>,
     stopped: oneshot::Receiver<()>,
-    is_connected: watch::Sender<bool>,
+    broker_state: watch::Sender<BrokerState>,
     backlog: Backlog,
     backoff: Backoff,
     log: Log,
@@ -61,8 +62,7 @@ pub struct Dispatcher {
 /// Publishes rounds.
 struct RoundPublisher {
     topology: Topology,
-    /// Bounds the wait for the confirms of a round.
-    timeout: Duration,
+    options: PublishOptions,
     broker: Broker,
 }
 
@@ -70,13 +70,19 @@ impl RoundPublisher {
     async fn publish(
         &self,
         session: &mut Session,
-        messages: impl ExactSizeIterator<Item = &Message>,
+        messages: impl ExactSizeIterator<Item = &Message> + Clone,
     ) -> Result<(), amqp::Unconfirmed> {
-        let destination = (self.topology.exchange.as_str(), self.topology.routing_key.as_str());
+        let queue = self.topology.queue.as_str();
         let (started, count) = (Instant::now(), messages.len() as u64);
         let messages = messages.map(|message| (message.properties(SystemTime::now()), message.body()));
-        let result = session.publish(destination, messages, self.timeout, IfBlocked::Fail).await;
-        self.broker.sent(destination, count, started, result.err().map(amqp::Unconfirmed::reason));
+        let result = session.publish(queue, messages.clone(), self.options.timeout, IfBlocked::Fail).await;
+        self.broker.sent(("", queue), count, started, result.err().map(amqp::Unconfirmed::reason));
+        if self.options.copies && result.is_ok() {
+            let destination = (self.topology.exchange.as_str(), COPY_ROUTING_KEY);
+            if let Err(error) = session.copy(destination, messages).await {
+                tracing::debug!(%error, "copies of logins are not published");
+            }
+        }
         result
     }
 }
@@ -114,25 +120,25 @@ impl Dispatcher {
     pub fn new(
         server: Server,
         topology: Topology,
-        timeout: Duration,
+        options: PublishOptions,
         spool: Spool,
         requests: mpsc::Receiver<Request>,
         stopped: oneshot::Receiver<()>,
-        is_connected: watch::Sender<bool>,
+        broker_state: watch::Sender<BrokerState>,
     ) -> Self {
         let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
         let broker = Broker::new(&server.uri, CLIENT_ID);
         let (backoff, log) = (Backoff::new(), Log::new(broker.clone()));
-        let publisher = RoundPublisher { topology, timeout, broker };
-        Self { server, publisher, requests, stopped, is_connected, backlog, backoff, log }
+        let publisher = RoundPublisher { topology, options, broker };
+        Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log }
     }
 
     /// Publishes until it is stopped. Then it publishes the rest of the spool, as long as there is a session.
     pub async fn run(mut self) {
         while let Some(mut session) = self.connect().await {
-            self.is_connected.send_replace(true);
+            self.broker_state.send_replace(BrokerState::Connected);
             let end = self.publish(&mut session).await;
-            self.is_connected.send_replace(false);
+            self.broker_state.send_replace(BrokerState::Away);
             self.log.ended(&end);
             match end {
                 End::Stopped => {
@@ -159,20 +165,26 @@ impl Dispatcher {
 
     /// Tries to open a session until that succeeds; `None` if it is stopped before.
     async fn connect(&mut self) -> Option<Session> {
-        let Self { server, publisher, requests, stopped, backlog, backoff, log, .. } = self;
+        let Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log } = self;
         let opening = async {
             loop {
-                let opened = async {
+                let opened = opening::open(async {
                     let session = Session::open(server, CLIENT_ID).await?;
-                    publisher.topology.declare(session.channel()).await?;
+                    publisher.topology.declare(session.channel(), &[]).await?;
                     Ok(session)
-                };
+                });
                 match opened.await {
                     Ok(session) => {
                         log.connected();
                         return session;
                     }
-                    Err(error) => log.away(&error),
+                    Err(error) => {
+                        broker_state.send_replace(match error {
+                            OpenError::Refused(_) => BrokerState::Refuses,
+                            OpenError::Connection(_) | OpenError::Timeout => BrokerState::Away,
+                        });
+                        log.failures.log(&log.broker, &error);
+                    }
                 }
                 backoff.pause().await;
             }
@@ -332,8 +344,8 @@ impl Backlog {
 /// Logs each change once, however long an outage lasts.
 struct Log {
     broker: Broker,
-    /// It was logged that there is no connection.
-    is_away: bool,
+    /// The failures to connect since the last session that was logged.
+    failures: Failures,
     /// The session has published something.
     is_useful: bool,
     /// A session published nothing. The next sessions may do the same, so they are not logged.
@@ -342,20 +354,13 @@ struct Log {
 
 impl Log {
     fn new(broker: Broker) -> Self {
-        Self { broker, is_away: false, is_useful: false, is_fruitless: false }
-    }
-
-    fn away(&mut self, error: &lapin::Error) {
-        if !self.is_away {
-            tracing::warn!(broker = %self.broker, %error, "can't connect to the broker; still trying");
-            self.is_away = true;
-        }
+        Self { broker, failures: Failures::default(), is_useful: false, is_fruitless: false }
     }
 
     fn connected(&mut self) {
         self.is_useful = false;
         if !self.is_fruitless {
-            self.is_away = false;
+            self.failures = Failures::default();
             tracing::info!(broker = %self.broker, "connected to the broker");
         }
     }

@@ -82,6 +82,27 @@ impl PublishError {
     }
 }
 
+/// How messages are published.
+#[derive(Debug, Clone, Copy)]
+pub struct PublishOptions {
+    /// How long the broker may take to confirm a message. After that, the message goes to the spool.
+    pub timeout: Duration,
+    /// Whether a copy of each message goes to the topology's exchange, for other consumers.
+    pub copies: bool,
+}
+
+/// The broker, as far as the dispatcher knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BrokerState {
+    /// It takes messages.
+    Connected,
+    /// There is no connection.
+    Away,
+    /// It refuses the declaration of a queue. That does not pass by itself, so every login would go to the
+    /// spool until the spool is full.
+    Refuses,
+}
+
 /// Takes messages. All clones share one connection to the broker.
 #[derive(Clone)]
 pub struct Outbox {
@@ -92,7 +113,7 @@ pub struct Outbox {
 struct Shared {
     /// The longest time that publishing may take, the spool included.
     limit: Duration,
-    is_connected: watch::Receiver<bool>,
+    broker: watch::Receiver<BrokerState>,
     spool: spool::State,
 }
 
@@ -101,6 +122,8 @@ struct Shared {
 pub struct Readiness {
     /// The broker takes messages.
     pub broker: bool,
+    /// The broker does not refuse the declaration of a queue.
+    pub topology: bool,
     /// The spool has room, and its disk works.
     pub spool: bool,
     /// Logins in the spool.
@@ -110,27 +133,31 @@ pub struct Readiness {
 impl Readiness {
     /// Whether a login would be published, either directly or through the spool.
     pub fn is_ready(&self) -> bool {
-        self.spool || (self.broker && self.spooled == 0)
+        self.topology && (self.spool || (self.broker && self.spooled == 0))
     }
 }
 
 impl Outbox {
-    /// Connects in the background, and again whenever the connection breaks. If the broker does not confirm a
-    /// message within `timeout`, the message goes to the spool.
-    pub fn start(server: Server, topology: Topology, timeout: Duration, spool: Spool) -> (Self, Publishing) {
+    /// Connects in the background, and again whenever the connection breaks.
+    pub fn start(
+        server: Server,
+        topology: Topology,
+        options: PublishOptions,
+        spool: Spool,
+    ) -> (Self, Publishing) {
         let (requests, incoming) = mpsc::channel(MAX_WAITING);
         let (stop, stopped) = oneshot::channel();
-        let (connected, is_connected) = watch::channel(false);
+        let (broker_state, broker) = watch::channel(BrokerState::Away);
         let shared = Shared {
             // A message waits for the messages before it, then for its own confirmation, then for the disk.
-            limit: timeout.mul_f64(2.5),
-            is_connected,
+            limit: options.timeout.mul_f64(2.5),
+            broker,
             spool: spool.state(),
         };
         let spool_state = spool.state();
         observe(spool.state());
         let spool_panicked = spool.panicked();
-        let dispatcher = Dispatcher::new(server, topology, timeout, spool, incoming, stopped, connected);
+        let dispatcher = Dispatcher::new(server, topology, options, spool, incoming, stopped, broker_state);
         let task = tokio::spawn(async move {
             select! {
                 () = dispatcher.run() => Ok(()),
@@ -142,8 +169,14 @@ impl Outbox {
 
     /// Whether messages can be published now.
     pub fn readiness(&self) -> Readiness {
-        let Shared { is_connected, spool, .. } = &*self.shared;
-        Readiness { broker: *is_connected.borrow(), spool: spool.takes(), spooled: spool.entries() }
+        let Shared { broker, spool, .. } = &*self.shared;
+        let broker = *broker.borrow();
+        Readiness {
+            broker: broker == BrokerState::Connected,
+            topology: broker != BrokerState::Refuses,
+            spool: spool.takes(),
+            spooled: spool.entries(),
+        }
     }
 
     /// Publishes a message. If the future is dropped, the message may be published nevertheless.

@@ -1,6 +1,9 @@
 //! The flags and environment variables of a client of the broker.
 
-use crate::connection::{DEFAULT_URL, Server, parse_url};
+use crate::{
+    QueueType,
+    connection::{DEFAULT_URL, Server, parse_url},
+};
 use clap::Args;
 use std::path::PathBuf;
 use tls::PemFile;
@@ -12,6 +15,10 @@ pub struct Arguments {
     /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
     #[arg(long, env = "AMQP_URL", default_value = DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
+
+    /// The type of all queues. All services that share queues need the same type.
+    #[arg(long, env = "AMQP_QUEUE_TYPE", default_value = "quorum", global = true)]
+    pub queue_type: QueueType,
 
     /// For amqps: a PEM file with the certificates of the authorities that the broker's certificate is
     /// checked with; by default the system's.

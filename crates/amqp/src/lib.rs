@@ -2,8 +2,10 @@
 //!
 //! - [`Arguments`]: flags and environment variables
 //! - [`connection`]: connecting, with TLS or without, by a deadline; [`Backoff`]: the pause before the next try
+//! - [`opening`]: a bound for opening a connection with all that is set up on it, and why that failed
 //! - [`Session`]: publishing with confirms
-//! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries
+//! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries, all of one
+//!   [`QueueType`]
 //! - [`properties`]: reading the properties of a message that anybody may have written
 //! - [`inbound`]: frames from the broker, checked before lapin reads them; [`content_header`]: how
 
@@ -12,6 +14,7 @@ mod backoff;
 pub mod connection;
 pub mod content_header;
 pub mod inbound;
+pub mod opening;
 pub mod properties;
 mod session;
 mod topology;
@@ -19,5 +22,6 @@ mod topology;
 pub use arguments::Arguments;
 pub use backoff::Backoff;
 pub use connection::Server;
+pub use opening::{Failures, OpenError};
 pub use session::{IfBlocked, Session, Unconfirmed};
-pub use topology::Topology;
+pub use topology::{QueueType, Topology};

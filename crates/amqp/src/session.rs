@@ -24,6 +24,8 @@ use tokio::{select, time::sleep};
 pub struct Session {
     connection: Connection,
     channel: Channel,
+    /// The channel of copies, which has no confirms. It is opened with the first copy.
+    copies: Option<Channel>,
     events: Events,
 }
 
@@ -44,8 +46,8 @@ pub enum Unconfirmed {
     /// The broker closed the channel or the connection because of a message, and would do so again.
     #[error("the broker does not accept the message")]
     NotAccepted,
-    /// There is no queue for a message (`basic.return`).
-    #[error("no queue takes the message")]
+    /// The queue is missing (`basic.return`).
+    #[error("the queue is missing")]
     Unroutable,
     /// The connection or the channel broke.
     #[error("the connection to the broker broke")]
@@ -86,7 +88,7 @@ impl Session {
         let events = Box::pin(connection.events_listener());
         let channel = connection::open_channel(&connection).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(Self { connection, channel, events })
+        Ok(Self { connection, channel, copies: None, events })
     }
 
     /// The channel, to declare queues on.
@@ -94,26 +96,28 @@ impl Session {
         &self.channel
     }
 
-    /// Publishes messages in this order, and waits for at most `limit` until all are confirmed. Headers that
-    /// don't fit into a frame are left out ([`properties::fit`]).
+    /// Publishes messages to a queue in this order, and waits for at most `limit` until all are confirmed.
+    /// Headers that don't fit into a frame are left out ([`properties::fit`]).
+    ///
+    /// The messages go through the default exchange. With any other exchange, a confirm would only mean that
+    /// some queue has the message, which may be a stranger's.
     ///
     /// # Errors
     /// If one is not. Then the session is of no use any more.
     pub async fn publish<B: AsRef<[u8]>>(
         &mut self,
-        (exchange, routing_key): (&str, &str),
+        queue: &str,
         messages: impl Iterator<Item = (BasicProperties, B)>,
         limit: Duration,
         if_blocked: IfBlocked,
     ) -> Result<(), Unconfirmed> {
-        let Self { connection, channel, events } = self;
+        let Self { connection, channel, events, .. } = self;
         let frame_max = connection.configuration().frame_max() as usize;
         let publish_one = async |(properties, body): (BasicProperties, B)| {
-            // Without `mandatory`, a message that no queue takes would vanish.
+            // Without `mandatory`, a message whose queue is missing would vanish.
             let options = BasicPublishOptions { mandatory: true, ..Default::default() };
             let properties = properties::fit(properties, &[], frame_max);
-            let (exchange, routing_key) = (exchange.into(), routing_key.into());
-            channel.basic_publish(exchange, routing_key, options, body.as_ref(), properties).await?.await
+            channel.basic_publish("".into(), queue.into(), options, body.as_ref(), properties).await?.await
         };
         let mut confirmations = pin!(async {
             // Each message is handed over when its future is polled first, so in order.
@@ -132,6 +136,30 @@ impl Session {
                 _ => return Err(why),
             }
         }
+    }
+
+    /// Publishes copies of messages to an exchange, for queues that others have bound to it. Nobody waits for
+    /// confirms, so these queues can't hold up anything, and a copy may get lost.
+    ///
+    /// # Errors
+    /// If the connection is lost, or if an earlier copy failed, because the exchange is missing for example.
+    pub async fn copy<B: AsRef<[u8]>>(
+        &mut self,
+        (exchange, routing_key): (&str, &str),
+        messages: impl Iterator<Item = (BasicProperties, B)>,
+    ) -> lapin::Result<()> {
+        let channel = match &mut self.copies {
+            Some(channel) => channel,
+            none => none.insert(connection::open_channel(&self.connection).await?),
+        };
+        let frame_max = self.connection.configuration().frame_max() as usize;
+        for (properties, body) in messages {
+            let properties = properties::fit(properties, &[], frame_max);
+            let (exchange, routing_key) = (exchange.into(), routing_key.into());
+            let options = BasicPublishOptions::default();
+            channel.basic_publish(exchange, routing_key, options, body.as_ref(), properties).await?;
+        }
+        Ok(())
     }
 
     /// Waits until this session can't be used any more.

@@ -1,34 +1,56 @@
 //! A work queue with its exchange, its dead letters and its delayed retries. Whichever side comes first declares
 //! them, so that no message is lost because a consumer was not there yet.
 
+use crate::{connection::open_channel, opening::OpenError};
+use clap::ValueEnum;
 use lapin::{
-    Channel, ExchangeKind,
+    Channel, Connection, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use std::time::Duration;
 
-/// The names of an exchange and its queues.
+/// How often a message may be delivered again from a quorum queue. RabbitMQ 4 drops a message after 20 times
+/// by default, although a cut connection is not the message's fault. No number means "without a limit" on
+/// all versions: RabbitMQ 4 takes -1 for that, and RabbitMQ 3.10 drops the message at the first return.
+const DELIVERY_LIMIT: i32 = 1_000_000_000;
+
+/// The type of all queues (`x-queue-type`). It is always declared, because the default of the virtual host
+/// may be either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum QueueType {
+    /// The queue is replicated if the broker is a cluster. A retry queue keeps each message until the main
+    /// queue has it.
+    Quorum,
+    /// The queue is on one node. A retry queue gives each message away once, whether or not the main queue is
+    /// there.
+    Classic,
+}
+
+/// The names of an exchange and its queues, and the type of the queues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
-    /// The direct exchange that producers publish to.
+    /// The direct exchange that other producers publish to. The services here publish to the queue itself.
     pub exchange: String,
-    /// The routing key of the messages.
+    /// The routing key of other producers' messages.
     pub routing_key: String,
     /// The durable queue that consumers share.
     pub queue: String,
     /// The durable queue of messages that were given up, each with its reason in a header.
     pub dead_letter_queue: String,
+    /// The type of all queues.
+    pub queue_type: QueueType,
 }
 
 impl Topology {
     /// The names, with `prefix` in front of all but the routing key, so that deployments can share a broker.
-    pub fn new(prefix: &str, exchange: &str, routing_key: &str, queue: &str) -> Self {
+    pub fn new(prefix: &str, exchange: &str, routing_key: &str, queue: &str, queue_type: QueueType) -> Self {
         Self {
             exchange: format!("{prefix}{exchange}"),
             routing_key: routing_key.to_owned(),
             queue: format!("{prefix}{queue}"),
             dead_letter_queue: format!("{prefix}{queue}.dead"),
+            queue_type,
         }
     }
 
@@ -38,48 +60,106 @@ impl Topology {
         format!("{}.retry.{}", self.queue, humantime::format_duration(delay).to_string().replace(' ', ""))
     }
 
-    /// Declares the queues for these delays. Nobody consumes them, and a message whose delay is over goes
-    /// back to the main queue. Each delay has its own queue, because only the first message of a queue
-    /// expires.
+    /// Declares the queues, with a retry queue for each of these delays. Declaring what exists already
+    /// changes nothing.
     ///
     /// # Errors
-    /// As for [`Topology::declare`].
-    pub async fn declare_retry_queues(&self, channel: &Channel, delays: &[Duration]) -> lapin::Result<()> {
-        for delay in delays {
+    /// If the connection is lost, or if the broker refuses a queue, for example because it holds the queue
+    /// with another type.
+    pub async fn declare(&self, channel: &Channel, retry_delays: &[Duration]) -> Result<(), OpenError> {
+        // The dead-letter queue comes first, because the others give messages to it.
+        self.declare_queue(channel, &self.dead_letter_queue, self.arguments(None)).await?;
+        // The main queue gives away only what a consumer or a policy of the operator drops. A classic queue
+        // is declared as it always was, because a queue that exists can't be changed.
+        let dead_letters = Some(&self.dead_letter_queue).filter(|_| self.queue_type == QueueType::Quorum);
+        self.declare_queue(channel, &self.queue, self.arguments(dead_letters)).await?;
+        for delay in retry_delays {
+            // Nobody consumes a retry queue, and a message whose delay is over goes back to the main queue.
+            // Each delay has its own queue, because only the first message of a queue expires.
+            let mut arguments = self.arguments(Some(&self.queue));
             let milliseconds = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX);
-            let mut arguments = FieldTable::default();
             arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(milliseconds));
-            // This is the default exchange, whose bindings nobody can delete.
-            arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("".into()));
-            let back = AMQPValue::LongString(self.queue.as_str().into());
-            arguments.insert("x-dead-letter-routing-key".into(), back);
-            let queue = self.retry_queue(*delay);
-            channel.queue_declare(queue.into(), QueueDeclareOptions::durable(), arguments).await?;
+            self.declare_queue(channel, &self.retry_queue(*delay), arguments).await?;
         }
         Ok(())
     }
 
-    /// Declares everything but the retry queues. Declaring what exists already changes nothing.
+    /// Returns the arguments of a queue whose dead letters go to the queue `dead_letters`.
+    fn arguments(&self, dead_letters: Option<&String>) -> FieldTable {
+        let text = |text: &str| AMQPValue::LongString(text.into());
+        let mut arguments = FieldTable::default();
+        let mut set = |name: &str, value| {
+            arguments.insert(name.into(), value);
+        };
+        match self.queue_type {
+            QueueType::Classic => set("x-queue-type", text("classic")),
+            QueueType::Quorum => {
+                set("x-queue-type", text("quorum"));
+                set("x-delivery-limit", AMQPValue::LongInt(DELIVERY_LIMIT));
+                // If a policy bounds the queue, the publisher gets a nack, and keeps the message. Without
+                // this argument, dead letters are given away at most once.
+                set("x-overflow", text("reject-publish"));
+            }
+        }
+        if let Some(queue) = dead_letters {
+            // This is the default exchange, whose bindings nobody can delete.
+            set("x-dead-letter-exchange", text(""));
+            set("x-dead-letter-routing-key", text(queue));
+            if self.queue_type == QueueType::Quorum {
+                set("x-dead-letter-strategy", text("at-least-once"));
+            }
+        }
+        arguments
+    }
+
+    async fn declare_queue(
+        &self,
+        channel: &Channel,
+        queue: &str,
+        arguments: FieldTable,
+    ) -> Result<(), OpenError> {
+        let expected = arguments.clone();
+        let declared = channel.queue_declare(queue.into(), QueueDeclareOptions::durable(), arguments).await;
+        declared.map(drop).map_err(|error| OpenError::of_declaring("queue", queue, &expected, error))
+    }
+
+    /// Returns whether the exchange exists.
     ///
     /// # Errors
-    /// If the connection is lost, or if the broker holds one of the names with other properties
-    /// (406 PRECONDITION_FAILED).
-    pub async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
+    /// If the connection is lost.
+    pub async fn has_exchange(&self, connection: &Connection) -> Result<bool, OpenError> {
+        // If the exchange is missing, the broker closes the channel.
+        let channel = open_channel(connection).await?;
+        let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
+        let none = FieldTable::default();
+        let found = channel
+            .exchange_declare(self.exchange.as_str().into(), ExchangeKind::Direct, passive, none)
+            .await;
+        match found {
+            Ok(()) => Ok(channel.close(200, "done".into()).await.map(|()| true)?),
+            Err(error) if error.is_amqp_soft_error() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Declares the exchange, and binds the main queue to it.
+    ///
+    /// # Errors
+    /// If the connection is lost, or if the broker refuses, for example because it holds the exchange with
+    /// another type.
+    pub async fn bind(&self, channel: &Channel) -> Result<(), OpenError> {
         let exchange = self.exchange.as_str();
-        channel
+        let declared = channel
             .exchange_declare(
                 exchange.into(),
                 ExchangeKind::Direct,
                 ExchangeDeclareOptions { durable: true, ..Default::default() },
                 FieldTable::default(),
             )
-            .await?;
-        for queue in [&self.queue, &self.dead_letter_queue] {
-            channel
-                .queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), FieldTable::default())
-                .await?;
-        }
-        channel
+            .await;
+        let none = FieldTable::default();
+        declared.map_err(|error| OpenError::of_declaring("exchange", exchange, &none, error))?;
+        let bound = channel
             .queue_bind(
                 self.queue.as_str().into(),
                 exchange.into(),
@@ -87,7 +167,8 @@ impl Topology {
                 QueueBindOptions::default(),
                 FieldTable::default(),
             )
-            .await
+            .await;
+        bound.map_err(OpenError::from)
     }
 }
 
@@ -97,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_retry_queue_is_named_for_its_delay() {
-        let topology = Topology::new("p.", "e", "k", "q");
+        let topology = Topology::new("p.", "e", "k", "q", QueueType::Quorum);
         for (delay, name) in [(1_000, "1s"), (120_000, "2m"), (1_500, "1s500ms")] {
             let queue = topology.retry_queue(Duration::from_millis(delay));
             assert_eq!(queue, format!("p.q.retry.{name}"));

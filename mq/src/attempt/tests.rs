@@ -1,4 +1,5 @@
 use super::*;
+use ::amqp::QueueType;
 use tempfile::TempDir;
 use tower::service_fn;
 
@@ -10,7 +11,7 @@ where
     let directory = TempDir::new().unwrap();
     let database = format!("sqlite://{}", directory.path().join("mq.db").display());
     let server = ::amqp::connection::parse_url(::amqp::connection::DEFAULT_URL).unwrap();
-    let topology = Topology::new("", "e", "k", "q");
+    let topology = Topology::new("", "e", "k", "q", QueueType::Quorum);
     let attempts = Attempts {
         processing,
         history: History::start(crate::history::parse_url(&database).unwrap()).0,

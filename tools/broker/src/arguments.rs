@@ -4,6 +4,17 @@ use super::exception::{Exception, Outcome};
 use amq_protocol::types::{AMQPValue, FieldTable, ShortString};
 use std::time::Duration;
 
+/// The type of a queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum QueueType {
+    /// The queue requeues a message as often as it is returned.
+    #[default]
+    Classic,
+    /// The queue counts how often a message is returned, and can keep dead letters until another queue has
+    /// them. It is not replicated here, because there is only one node.
+    Quorum,
+}
+
 /// What the broker does when a queue is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overflow {
@@ -19,6 +30,12 @@ pub enum Overflow {
 /// Like RabbitMQ, the broker ignores all other arguments.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Arguments {
+    /// `x-queue-type`: the type of the queue.
+    pub queue_type: QueueType,
+    /// `x-delivery-limit`, for a quorum queue: how often a message may be returned.
+    pub delivery_limit: Option<usize>,
+    /// `x-dead-letter-strategy`, for a quorum queue: whether it is `at-least-once`.
+    pub at_least_once: bool,
     /// `x-message-ttl`: how long a message may wait.
     pub message_ttl: Option<Duration>,
     /// `x-expires`: how long the queue may be unused.
@@ -55,12 +72,16 @@ impl Arguments {
             Some(value) => string(value).map(Some).ok_or_else(|| invalid(name)),
         };
 
-        match string("x-queue-type")? {
-            Some(kind) if kind.as_str() != "classic" => {
-                return Err(Exception::not_implemented(format!("queues of type '{kind}'")));
-            }
-            _ => {}
-        }
+        let queue_type = match string("x-queue-type")?.as_ref().map(ShortString::as_str) {
+            None | Some("classic") => QueueType::Classic,
+            Some("quorum") => QueueType::Quorum,
+            Some(other) => return Err(Exception::not_implemented(format!("queues of type '{other}'"))),
+        };
+        let at_least_once = match string("x-dead-letter-strategy")?.as_ref().map(ShortString::as_str) {
+            None | Some("at-most-once") => false,
+            Some("at-least-once") => true,
+            Some(_) => return Err(invalid("x-dead-letter-strategy")),
+        };
         if table.contains_key("x-max-priority") {
             return Err(Exception::not_implemented("priorities"));
         }
@@ -75,6 +96,9 @@ impl Arguments {
             Some(_) => return Err(invalid("x-overflow")),
         };
         let arguments = Self {
+            queue_type,
+            delivery_limit: number("x-delivery-limit")?.map(|n| n as usize),
+            at_least_once,
             message_ttl: milliseconds("x-message-ttl")?,
             expires: milliseconds("x-expires")?,
             dead_letter_exchange: string("x-dead-letter-exchange")?,
@@ -92,9 +116,27 @@ impl Arguments {
         Ok(arguments)
     }
 
+    /// Returns how often a message may be returned, if that has a limit. RabbitMQ 4 has this limit for quorum
+    /// queues that name none.
+    pub fn most_returns(&self) -> Option<usize> {
+        const DEFAULT: usize = 20;
+        (self.queue_type == QueueType::Quorum).then(|| self.delivery_limit.unwrap_or(DEFAULT))
+    }
+
+    /// Returns whether the queue keeps a dead letter until another queue has it. As in RabbitMQ, that needs a
+    /// quorum queue which refuses messages when it is full.
+    pub fn keeps_dead_letters(&self) -> bool {
+        self.queue_type == QueueType::Quorum
+            && self.at_least_once
+            && self.overflow == Some(Overflow::RejectPublish)
+    }
+
     /// Returns the name of the first argument that differs.
     pub fn difference(&self, other: &Self) -> Option<&'static str> {
         [
+            ("x-queue-type", self.queue_type == other.queue_type),
+            ("x-delivery-limit", self.delivery_limit == other.delivery_limit),
+            ("x-dead-letter-strategy", self.at_least_once == other.at_least_once),
             ("x-message-ttl", self.message_ttl == other.message_ttl),
             ("x-expires", self.expires == other.expires),
             ("x-dead-letter-exchange", self.dead_letter_exchange == other.dead_letter_exchange),
@@ -149,7 +191,8 @@ mod tests {
             ("x-dead-letter-exchange", AMQPValue::LongString(b"\xff"[..].into()), 406),
             ("x-dead-letter-routing-key", AMQPValue::LongString("without exchange".into()), 406),
             ("x-overflow", AMQPValue::LongString("spill".into()), 406),
-            ("x-queue-type", AMQPValue::LongString("quorum".into()), 540),
+            ("x-queue-type", AMQPValue::LongString("stream".into()), 540),
+            ("x-dead-letter-strategy", AMQPValue::LongString("twice".into()), 406),
             ("x-max-priority", AMQPValue::LongInt(10), 540),
             ("x-single-active-consumer", AMQPValue::Boolean(true), 540),
         ] {

@@ -1,7 +1,7 @@
 //! Declaring, finding and deleting exchanges, queues and bindings.
 
 use super::{
-    arguments::Arguments,
+    arguments::{Arguments, QueueType},
     exception::{Exception, Outcome},
     exchange::{Binding, Exchange, Kind},
     memory::Held,
@@ -139,6 +139,17 @@ impl VirtualHost {
     ) -> Outcome<QueueId> {
         check_reserved("queue", declare.queue.as_str())?;
         let arguments = Arguments::parse(name.as_str(), &declare.arguments)?;
+        if arguments.queue_type == QueueType::Quorum {
+            let unfit = [
+                ("durable", !is_durable(declare)),
+                ("exclusive-owner", declare.exclusive),
+                ("auto-delete", declare.auto_delete),
+            ];
+            if let Some((property, _)) = unfit.into_iter().find(|(_, is_unfit)| *is_unfit) {
+                let text = format!("invalid property '{property}' for queue '{name}' in vhost '/'");
+                return Err(Exception::precondition_failed(text));
+            }
+        }
         if self.queues.len() >= MAX_QUEUES {
             return Err(Exception::resource_error("too many queues"));
         }

@@ -1,6 +1,7 @@
 //! Outgoing messages: how they are delivered to consumers that have room, and how deliveries are settled.
 
 use super::{
+    arguments::QueueType,
     channel::Unacked,
     definitions::count,
     exception::{Exception, Outcome},
@@ -49,10 +50,14 @@ impl VirtualHost {
         if channel.consumes(tag.as_str()) {
             return Err(Exception::not_allowed(format!("attempt to reuse consumer tag '{tag}'")));
         }
-        let prefetch = channel.prefetch;
+        let (prefetch, is_global) = (channel.prefetch, channel.global_prefetch > 0);
         let Some(queue) = self.queues.get_mut(&id) else {
             return Ok(());
         };
+        if is_global && queue.arguments.queue_type == QueueType::Quorum {
+            let text = format!("queue '{}' in vhost '/' does not support global qos", queue.name);
+            return Err(Exception::not_implemented(text));
+        }
         if queue.has_exclusive_consumer() || (consume.exclusive && !queue.consumers.is_empty()) {
             let name = &queue.name;
             return Err(Exception::access_refused(format!("queue '{name}' in vhost '/' in exclusive use")));
@@ -201,7 +206,11 @@ impl VirtualHost {
             queues.insert(id);
             match fate {
                 Fate::Acked => {}
-                Fate::Requeued => queue.requeue(entry),
+                Fate::Requeued => {
+                    if let Err(entry) = queue.requeue(entry) {
+                        self.dead_letter(id, entry, Reason::DeliveryLimit);
+                    }
+                }
                 Fate::Rejected => self.dead_letter(id, entry, Reason::Rejected),
             }
         }

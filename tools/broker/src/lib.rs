@@ -5,7 +5,11 @@
 //! checks run on both brokers (`tests/broker_conformance/`). These features are refused with 540
 //! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate exchanges, the
 //! headers CC and BCC, priorities of messages and of consumers, single active consumers, direct reply-to, and
-//! queues that are not classic. There is one virtual host, `/`, and one user.
+//! streams. There is one virtual host, `/`, and one user.
+//!
+//! A quorum queue is what a client sees of one: it can keep dead letters until another queue has them, it
+//! counts how often a message is returned (without the header `x-delivery-count`), and it is always durable.
+//! But it is not replicated, because there is only this process.
 //!
 //! The broker's memory is bounded. A client that does not read gets no further deliveries. While the broker
 //! holds more than 256 MiB, it reads nothing from connections that publish, not even acknowledgements, and

@@ -35,6 +35,8 @@ pub enum Reason {
     Expired,
     /// The queue had reached its maximum length.
     MaxLen,
+    /// The message was returned more often than a quorum queue allows.
+    DeliveryLimit,
 }
 
 impl Reason {
@@ -44,6 +46,7 @@ impl Reason {
             Self::Rejected => "rejected",
             Self::Expired => "expired",
             Self::MaxLen => "maxlen",
+            Self::DeliveryLimit => "delivery_limit",
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Faults of the broker, for tests of its clients: the broker stops and starts again, and raises the alarm in
 //! which RabbitMQ accepts no messages.
 
-use super::{Broker, message::Message, virtual_host::VirtualHost};
+use super::{Broker, arguments::QueueType, message::Message, queue::Queue, virtual_host::VirtualHost};
 use loopback::poll;
 use std::time::Duration;
 
@@ -29,6 +29,13 @@ impl Broker {
         self.shared.memory.set_alarm(on);
     }
 
+    /// Bounds the number of messages that wait in each queue there is, as a policy of RabbitMQ does.
+    pub fn set_longest_queue(&self, messages: Option<usize>) {
+        for queue in self.shared.lock().queues.values_mut() {
+            queue.longest = messages;
+        }
+    }
+
     /// Refuses longer bodies from now on, as RabbitMQ does by its setting `max_message_size`.
     pub fn set_longest_body(&self, bytes: u64) {
         self.shared.memory.set_longest_body(bytes);
@@ -39,7 +46,9 @@ impl VirtualHost {
     fn lose_what_is_transient(&mut self) {
         let transient = self.queues.iter().filter(|(_, queue)| !queue.durable).map(|(id, _)| *id).collect();
         self.delete_queues(&transient);
-        for queue in self.queues.values_mut() {
+        // A quorum queue writes every message to its disk.
+        let is_classic = |queue: &&mut Queue| queue.arguments.queue_type == QueueType::Classic;
+        for queue in self.queues.values_mut().filter(is_classic) {
             queue.retain(Message::is_persistent);
         }
         self.exchanges.retain(|_, exchange| exchange.durable);

@@ -13,7 +13,7 @@ use amq_protocol::{
     protocol::{AMQPClass, AMQPSoftError, basic},
     types::ShortString,
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 /// A message that its queue has removed or refused, on its way to the queue's dead-letter exchange.
@@ -24,7 +24,13 @@ pub struct DeadLetter {
     reason: Reason,
     exchange: ShortString,
     routing_key: Option<ShortString>,
+    /// Whether the queue keeps the message until another queue has it.
+    is_kept: bool,
 }
+
+/// How long after a failed attempt a dead letter that is kept is published again. (RabbitMQ waits for three
+/// minutes, which is `dead_letter_worker_publisher_confirm_timeout`.)
+const KEPT_PAUSE: Duration = Duration::from_secs(1);
 
 impl VirtualHost {
     /// Routes a complete message to its queues, and records its confirm right away, because the message then
@@ -149,8 +155,20 @@ impl VirtualHost {
             return;
         };
         let routing_key = queue.arguments.dead_letter_routing_key.clone();
+        let is_kept = queue.arguments.keeps_dead_letters();
         let queue = queue.name.clone();
-        self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key });
+        self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key, is_kept });
+    }
+
+    /// Makes the dead letters that were kept until `now` due again, and returns when the next will be. Those of
+    /// queues that were deleted are gone with their queues.
+    pub(super) fn retry_kept(&mut self, now: Instant) -> Option<Instant> {
+        while self.kept.front().is_some_and(|(due, _)| *due <= now) {
+            let letter = self.kept.pop_front().map(|(_, letter)| letter);
+            let queues = &self.queue_ids;
+            self.dead_letters.extend(letter.filter(|letter| queues.contains_key(letter.queue.as_str())));
+        }
+        self.kept.front().map(|(due, _)| *due)
     }
 
     /// Publishes a few dead letters. Their new queues may dead-letter them at once, into ever more queues. So
@@ -162,26 +180,32 @@ impl VirtualHost {
             let Some(letter) = self.dead_letters.pop_front() else {
                 return;
             };
-            let DeadLetter { entry, queue, reason, exchange, routing_key } = letter;
+            let DeadLetter { entry, queue, reason, exchange, routing_key, is_kept } = &letter;
             let Some(message) =
-                entry.message.after_death(reason, queue.as_str(), &exchange, routing_key.as_ref())
+                entry.message.after_death(*reason, queue.as_str(), exchange, routing_key.as_ref())
             else {
                 continue;
             };
-            if self.memory.is_exhausted() {
-                continue;
-            }
-            // A rejected message may cycle, because each cycle needs a consumer that rejects the message again.
-            let gone_through =
-                if reason == Reason::Rejected { Vec::new() } else { message.queues_gone_through() };
-            let message = Arc::new(message);
-            // If the dead-letter exchange does not exist, the message is lost, as in RabbitMQ.
-            let queues = self.route(exchange.as_str(), message.routing_key.as_str()).unwrap_or_default();
-            for id in queues {
-                let name = self.queues.get(&id).map(|queue| queue.name.as_str().as_bytes());
-                if !gone_through.iter().any(|queue| Some(queue.as_bytes()) == name) {
-                    self.enqueue(id, &message);
+            let mut is_taken = false;
+            if !self.memory.is_exhausted() {
+                // A rejected message may cycle, because each cycle needs a consumer that rejects the message
+                // again.
+                let gone_through =
+                    if *reason == Reason::Rejected { Vec::new() } else { message.queues_gone_through() };
+                let message = Arc::new(message);
+                // If the dead-letter exchange does not exist, the message is lost, as in RabbitMQ.
+                let queues = self.route(exchange.as_str(), message.routing_key.as_str()).unwrap_or_default();
+                is_taken = !queues.is_empty();
+                for id in queues {
+                    let name = self.queues.get(&id).map(|queue| queue.name.as_str().as_bytes());
+                    if !gone_through.iter().any(|queue| Some(queue.as_bytes()) == name) {
+                        is_taken &= self.enqueue(id, &message);
+                    }
                 }
+            }
+            if *is_kept && !is_taken {
+                self.kept.push_back((Instant::now() + KEPT_PAUSE, letter));
+                self.wake_clock();
             }
         }
         self.wake_clock();

@@ -23,6 +23,8 @@ pub struct Queue {
     pub owner: Option<ConnectionId>,
     /// The arguments of the queue's declaration.
     pub arguments: Arguments,
+    /// How many messages may wait, by the operator's policy.
+    pub longest: Option<usize>,
     /// The consumers. The first consumer is the next to get a delivery.
     pub consumers: VecDeque<Consumer>,
     /// When the queue was last declared, read with `basic.get`, or left by a consumer.
@@ -43,6 +45,7 @@ pub struct Entry {
     pub message: Arc<Message>,
     /// Whether the message has been delivered before.
     pub redelivered: bool,
+    returns: usize,
     position: u64,
     expires: Option<Instant>,
     _held: Held,
@@ -83,6 +86,7 @@ impl Queue {
             auto_delete,
             owner,
             arguments,
+            longest: None,
             consumers: VecDeque::new(),
             last_used: Instant::now(),
             due: None,
@@ -106,7 +110,7 @@ impl Queue {
         };
         let expires = ttl.map(|ttl| Instant::now() + ttl);
         let position = self.next_position;
-        let entry = Entry { message, redelivered: false, position, expires, _held: held };
+        let entry = Entry { message, redelivered: false, returns: 0, position, expires, _held: held };
         if self.refuses() {
             return Err(entry);
         }
@@ -116,12 +120,18 @@ impl Queue {
         Ok(())
     }
 
-    /// Puts a delivered message back into its position in the queue.
-    pub fn requeue(&mut self, mut entry: Entry) {
+    /// Puts a delivered message back into its position in the queue, or returns it if it was returned too
+    /// often.
+    pub fn requeue(&mut self, mut entry: Entry) -> Result<(), Entry> {
         entry.redelivered = true;
+        entry.returns += 1;
+        if self.arguments.most_returns().is_some_and(|most| entry.returns > most) {
+            return Err(entry);
+        }
         self.ready_bytes += entry.message.body.len();
         let at = self.ready.partition_point(|other| other.position < entry.position);
         self.ready.insert(at, entry);
+        Ok(())
     }
 
     /// Takes the oldest waiting message.
@@ -145,7 +155,7 @@ impl Queue {
     /// Takes the oldest waiting message if the queue is too long and drops its head (`x-overflow`).
     pub fn take_excess(&mut self) -> Option<Entry> {
         if matches!(self.arguments.overflow, None | Some(Overflow::DropHead))
-            && (self.arguments.max_length.is_some_and(|most| self.ready.len() > most)
+            && (self.max_length().is_some_and(|most| self.ready.len() > most)
                 || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes > most))
         {
             return self.take();
@@ -153,9 +163,13 @@ impl Queue {
         None
     }
 
+    fn max_length(&self) -> Option<usize> {
+        self.arguments.max_length.into_iter().chain(self.longest).min()
+    }
+
     fn refuses(&self) -> bool {
         matches!(self.arguments.overflow, Some(Overflow::RejectPublish | Overflow::RejectPublishDlx))
-            && (self.arguments.max_length.is_some_and(|most| self.ready.len() >= most)
+            && (self.max_length().is_some_and(|most| self.ready.len() >= most)
                 || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes >= most))
     }
 

@@ -45,6 +45,8 @@ pub struct VirtualHost {
     pub(super) queues: HashMap<QueueId, Queue>,
     pub(super) queue_ids: HashMap<ShortString, QueueId>,
     pub(super) dead_letters: VecDeque<DeadLetter>,
+    /// Dead letters that no queue took, but that their queues keep, with the times of their next attempts.
+    pub(super) kept: VecDeque<(Instant, DeadLetter)>,
     pub(super) memory: Arc<Memory>,
     due: BTreeSet<(Instant, QueueId)>,
     clock: Arc<Notify>,
@@ -87,6 +89,7 @@ impl VirtualHost {
             queues: HashMap::new(),
             queue_ids: HashMap::new(),
             dead_letters: VecDeque::new(),
+            kept: VecDeque::new(),
             memory,
             due: BTreeSet::new(),
             clock: Arc::default(),
@@ -159,11 +162,12 @@ impl VirtualHost {
                 self.push(id);
             }
         }
+        let next_kept = self.retry_kept(now);
         self.settle_dead_letters();
         if !self.dead_letters.is_empty() {
             return Some(now);
         }
-        self.due.first().map(|(due, _)| *due)
+        self.due.first().map(|(due, _)| *due).into_iter().chain(next_kept).min()
     }
 
     /// Returns the `Notify` that is notified when [`VirtualHost::tick`] must be called sooner than at the time

@@ -5,7 +5,7 @@
 //!
 //! The control doesn't replace usercenter, because usercenter plays no part in the loss of logins.
 
-use amqp::{Server, Topology, connection};
+use amqp::{QueueType, Server, Topology, connection};
 use anyhow::{Context, Result};
 use axum::{Json, Router, extract::State, http::HeaderMap, routing::post};
 use clap::Subcommand;
@@ -71,7 +71,8 @@ async fn log_in(
 async fn publish(server: &Server, headers: &HeaderMap, login: &Value) -> Result<()> {
     let connection = connection::connect(server, "control api").await?;
     let channel = connection.create_channel().await?;
-    let Topology { exchange, routing_key, .. } = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE);
+    let Topology { exchange, routing_key, .. } =
+        Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
     let traceparent = headers.get("traceparent").context("no traceparent")?.to_str()?;
     let mut table = FieldTable::default();
     table.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
@@ -107,8 +108,9 @@ async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnectio
     let connection = connection::connect(server, "control mq").await?;
     let channel = connection.create_channel().await?;
     channel.basic_qos(64, BasicQosOptions::default()).await?;
-    let topology = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE);
-    topology.declare(&channel).await?;
+    let topology = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
+    topology.declare(&channel, &[]).await?;
+    topology.bind(&channel).await?;
     let (queue, tag) = (topology.queue.as_str().into(), "mq".into());
     let mut deliveries =
         channel.basic_consume(queue, tag, BasicConsumeOptions::default(), FieldTable::default()).await?;

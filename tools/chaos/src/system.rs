@@ -5,7 +5,7 @@ use super::{
     broker::{Broker, Kind},
     spans::Collector,
 };
-use amqp::Topology;
+use amqp::{QueueType, Topology};
 use anyhow::{Context, Result};
 use harness::{process::Process, proxy::Proxy};
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
@@ -85,7 +85,7 @@ impl System {
             mq_broker: Proxy::start_amqp(broker.address())?,
             api_usercenter: Proxy::start(nowhere)?,
             collector_link: Proxy::start(collector.address)?,
-            topology: Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE),
+            topology: Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum),
             broker,
             collector,
             api_address: watch::Sender::new(nowhere),

@@ -183,7 +183,7 @@ async fn a_broker_that_comes_later_is_consumed_from() -> Result<()> {
     stack.mq.kill().await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     proxy.refuse();
-    let url = format!("amqp://guest:guest@{}/%2f", proxy.address);
+    let url = stack.broker.url_by(proxy.address)?;
     let mq = stack.another("mq", &[("AMQP_URL", &url), ("MQ_DATABASE_URL", &database.url)]).await?;
     mq.said("can't connect to the broker").await?;
     assert!(!is_healthy(&mq).await);

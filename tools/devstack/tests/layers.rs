@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use api::{
-    outbox::{Capacity, Spool},
+    outbox::{Capacity, PublishOptions, Spool},
     publisher::{LoginEvent, Publisher},
     router, usercenter,
 };
@@ -160,14 +160,14 @@ async fn around_the_publisher() -> Result<()> {
     let (broker, data) = (TestBroker::connect().await?, tempfile::tempdir()?);
     let server = amqp::connection::parse_url(&broker.url).map_err(anyhow::Error::msg)?;
     let spool = Spool::open(data.path(), Capacity { entries: 10, bytes: 10_000 })?;
-    let limit = PATIENCE;
-    let (publisher, publishing) = Publisher::start(server, broker.topology.clone(), limit, spool);
+    let options = PublishOptions { timeout: PATIENCE, copies: false };
+    let (publisher, publishing) = Publisher::start(server, broker.topology.clone(), options, spool);
 
     let publisher = ServiceBuilder::new().layer(outer).layer(inner).service(publisher);
 
     publisher.oneshot(LoginEvent { mobile: known_mobile()? }).await?;
     assert_ended(&times, &["inner", "outer"]);
-    publishing.close(tokio::time::Instant::now() + limit).await;
+    publishing.close(tokio::time::Instant::now() + PATIENCE).await;
     Ok(())
 }
 

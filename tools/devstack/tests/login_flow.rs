@@ -1,14 +1,14 @@
 //! A login passes through three processes and a broker, and makes one trace.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use harness::{
     client::Answer,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
     trace::{self, Span},
 };
 use lapin::{
-    options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable},
+    options::{BasicGetOptions, BasicNackOptions},
+    types::AMQPValue,
 };
 use std::collections::{BTreeMap, HashSet};
 
@@ -105,7 +105,6 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
     );
     assert_eq!(stable(span(&spans, "api", "local"), &[]), expected([]));
 
-    let exchange = stack.broker.topology.exchange.clone();
     let queue = stack.broker.topology.queue.clone();
     let producer = span(&spans, "api", "send_msg_mq");
     assert_eq!(
@@ -114,8 +113,8 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
             ("messaging.system", "rabbitmq"),
             ("messaging.operation.name", "send"),
             ("messaging.operation.type", "send"),
-            ("messaging.destination.name", &format!("{exchange}:user.login")),
-            ("messaging.rabbitmq.destination.routing_key", "user.login"),
+            ("messaging.destination.name", &queue),
+            ("messaging.rabbitmq.destination.routing_key", &queue),
             ("messaging.client.id", "api"),
             ("server.address", &broker_host),
             ("server.port", &broker_port),
@@ -130,8 +129,8 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
             ("messaging.system", "rabbitmq"),
             ("messaging.operation.name", "process"),
             ("messaging.operation.type", "process"),
-            ("messaging.destination.name", &format!("{exchange}:user.login:{queue}")),
-            ("messaging.rabbitmq.destination.routing_key", "user.login"),
+            ("messaging.destination.name", &queue),
+            ("messaging.rabbitmq.destination.routing_key", &queue),
             ("messaging.rabbitmq.message.delivery_tag", "1"),
             ("messaging.client.id", "mq"),
             ("server.address", &broker_host),
@@ -266,26 +265,21 @@ async fn baggage_of_the_caller_reaches_the_consumer() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_message_is_what_the_contract_says() -> Result<()> {
-    let stack = Stack::start(&[]).await?;
-    // A second queue on the exchange gets the same messages as the consumer.
-    let channel = &stack.broker.channel;
-    let tap = format!("{}tap", stack.broker.prefix);
-    let options =
-        QueueDeclareOptions { durable: true, exclusive: true, auto_delete: true, ..Default::default() };
-    channel.queue_declare(tap.as_str().into(), options, FieldTable::default()).await?;
-    let exchange = stack.broker.topology.exchange.as_str();
-    let bind = QueueBindOptions::default();
-    channel
-        .queue_bind(tap.as_str().into(), exchange.into(), "user.login".into(), bind, FieldTable::default())
-        .await?;
+    let mut stack = Stack::start(&[]).await?;
+    // The message stays in the queue until another mq is started.
+    stack.mq.stop().await?;
 
     let headers = [("traceparent", REMOTE_PARENT), ("tracestate", "vendor=a"), ("baggage", "tenant=blue")];
     let answer = stack.login(KNOWN_MOBILE, &headers).await?;
     let trace = answer.trace_id();
+    let queue = stack.broker.topology.queue.as_str();
+    let got = stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await?;
+    let message = got.context("a message")?.delivery;
+    message.nack(BasicNackOptions { requeue: true, multiple: false }).await?;
+    let _mq = stack.another("mq", &[]).await?;
     let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", &trace, LOGIN_TREE).await;
     let producer = span(&spans, "api", "send_msg_mq");
 
-    let message = channel.basic_get(tap.as_str().into(), BasicGetOptions { no_ack: true }).await?.unwrap();
     let traceparent = format!("00-{trace}-{}-01", producer.span_id);
     assert_eq!(
         String::from_utf8(message.data.clone())?,

@@ -63,8 +63,7 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     }
     stack.api.said("the spool is full").await?;
     assert_eq!(stack.api.output().matches("the spool is full").count(), 1);
-    let unready =
-        json!({"usercenter": true, "broker": false, "spool": false, "spooled": 3, "stopping": false});
+    let unready = json!({"usercenter": true, "broker": false, "topology": true, "spool": false, "spooled": 3, "stopping": false});
     // usercenter has one second to answer, so a single try may fail.
     let said = poll(PATIENCE, async || {
         let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;

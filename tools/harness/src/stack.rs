@@ -10,7 +10,7 @@ use crate::{
     receiver::Receiver,
     tls_front::TlsFront,
 };
-use amqp::Topology;
+use amqp::{QueueType, Topology};
 use anyhow::{Context, Result};
 use broker::Broker;
 use http::Method;
@@ -298,8 +298,9 @@ impl TestBroker {
         let connection = amqp::connection::connect(&server, "test").await?;
         let channel = connection.create_channel().await?;
         let prefix = format!("test.{}.", Uuid::new_v4().simple());
-        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE);
-        topology.declare(&channel).await?;
+        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
+        topology.declare(&channel, &[]).await?;
+        topology.bind(&channel).await?;
         let retry_delays = delays(DEFAULT_RETRY_DELAYS);
         Ok(Self { url, prefix, topology, retry_delays, channel, connection, embedded })
     }
@@ -344,7 +345,10 @@ impl TestBroker {
     }
 
     /// Returns the broker's URL with another address.
-    fn url_by(&self, address: SocketAddr) -> Result<String> {
+    ///
+    /// # Errors
+    /// If the broker's URL is malformed.
+    pub fn url_by(&self, address: SocketAddr) -> Result<String> {
         let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
         let from = format!("@{}:{}", authority.host, authority.port);
         Ok(self.url.replace(&from, &format!("@{address}")))
@@ -364,6 +368,14 @@ impl TestBroker {
     /// If the broker is not embedded, because other tests use it too.
     pub fn set_longest_body(&self, bytes: u64) {
         self.embedded.as_ref().expect("an embedded broker").set_longest_body(bytes);
+    }
+
+    /// Bounds the number of messages that wait in each queue of an embedded broker, by a policy.
+    ///
+    /// # Panics
+    /// If the broker is not embedded, because a policy needs RabbitMQ's command line.
+    pub fn set_longest_queue(&self, messages: Option<usize>) {
+        self.embedded.as_ref().expect("an embedded broker").set_longest_queue(messages);
     }
 
     /// Returns whether the broker has told the test's connection that it accepts no messages.

@@ -96,7 +96,7 @@ export function login({ start = now(), traceID } = {}) {
   const peer = { "server.address": "127.0.0.1", "network.peer.address": "127.0.0.1" };
   const message = {
     "messaging.system": "rabbitmq",
-    "messaging.rabbitmq.destination.routing_key": "user.login",
+    "messaging.rabbitmq.destination.routing_key": "mq.user_login",
     "messaging.message.id": "19916ba1-e31f-4cf7-8498-bc334b32e45c",
     ...peer,
     "server.port": 5672,
@@ -150,7 +150,7 @@ export function login({ start = now(), traceID } = {}) {
         ...message,
         "messaging.operation.name": "send",
         "messaging.operation.type": "send",
-        "messaging.destination.name": "usercenter:user.login",
+        "messaging.destination.name": "mq.user_login",
       },
     },
     {
@@ -164,7 +164,7 @@ export function login({ start = now(), traceID } = {}) {
         ...message,
         "messaging.operation.name": "process",
         "messaging.operation.type": "process",
-        "messaging.destination.name": "usercenter:user.login:mq.user_login",
+        "messaging.destination.name": "mq.user_login",
         "messaging.rabbitmq.message.delivery_tag": 1,
         "throughline.trace_context.source": "headers",
       },

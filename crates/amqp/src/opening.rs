@@ -1,0 +1,102 @@
+//! Opening a connection with all that is set up on it: in how much time, and why it failed.
+
+use lapin::{
+    ErrorKind,
+    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    types::{AMQPValue, FieldTable},
+};
+use std::{
+    fmt::Display,
+    time::{Duration, Instant},
+};
+use tokio::time::timeout;
+
+/// How long an opening may take. A node of a cluster that froze may hold up a declaration for much longer,
+/// and another attempt may reach another node.
+const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An opening that keeps failing because somebody must change something is logged this often.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+
+/// Why a connection could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The broker can't be reached, or the connection broke.
+    #[error(transparent)]
+    Connection(#[from] lapin::Error),
+    /// The broker did not answer all steps in time.
+    #[error("the broker did not answer each step of the opening within {OPENING_TIMEOUT:?}")]
+    Timeout,
+    /// The broker refuses a declaration, and will do so until somebody changes something.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl OpenError {
+    /// Makes the error of a declaration from lapin's.
+    pub(crate) fn of_declaring(kind: &str, name: &str, expected: &FieldTable, error: lapin::Error) -> Self {
+        use AMQPErrorKind::{Hard, Soft};
+        use AMQPHardError::{NOTALLOWED, NOTIMPLEMENTED};
+        use AMQPSoftError::{ACCESSREFUSED, PRECONDITIONFAILED, RESOURCELOCKED};
+
+        let ErrorKind::ProtocolError(answer) = error.kind() else {
+            return Self::Connection(error);
+        };
+        let why = match answer.kind() {
+            Soft(PRECONDITIONFAILED | RESOURCELOCKED) => format!("holds {kind} {name} differently"),
+            Soft(ACCESSREFUSED) | Hard(NOTALLOWED | NOTIMPLEMENTED) => {
+                format!("does not let {kind} {name} be declared")
+            }
+            // The node that holds the queue may be down.
+            _ => return Self::Connection(error),
+        };
+        let expected = expected.inner().iter().map(|(name, value)| match value {
+            AMQPValue::LongString(text) => format!(", {name}={text}"),
+            AMQPValue::LongInt(number) => format!(", {name}={number}"),
+            AMQPValue::LongLongInt(number) => format!(", {name}={number}"),
+            other => format!(", {name}={other:?}"),
+        });
+        let expected: String = expected.collect();
+        let answer = answer.get_message();
+        Self::Refused(format!("the broker {why}: {answer}; expected durable{expected}"))
+    }
+}
+
+/// Carries out an opening, from connecting to the last declaration.
+///
+/// # Errors
+/// If a step fails, or if all steps together take longer than ten seconds.
+pub async fn open<T>(steps: impl Future<Output = Result<T, OpenError>>) -> Result<T, OpenError> {
+    timeout(OPENING_TIMEOUT, steps).await.unwrap_or(Err(OpenError::Timeout))
+}
+
+/// Logs why a connection can't be opened.
+#[derive(Debug, Default)]
+pub struct Failures {
+    /// It was logged that the broker is away, which is logged once.
+    is_away: bool,
+    /// When it was last logged that the broker refuses a declaration.
+    refused: Option<Instant>,
+}
+
+impl Failures {
+    /// Logs a failure, unless the same was logged before.
+    pub fn log(&mut self, broker: &impl Display, error: &OpenError) {
+        match error {
+            OpenError::Refused(why) => {
+                if self.refused.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
+                    tracing::error!(
+                        %broker,
+                        "{why}. docs/queues.md says what to do. Still trying, with one such line a minute"
+                    );
+                    self.refused = Some(Instant::now());
+                }
+            }
+            OpenError::Connection(_) | OpenError::Timeout => {
+                if !std::mem::replace(&mut self.is_away, true) {
+                    tracing::warn!(%broker, "can't connect to the broker; still trying: {error:#}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! The queues on the broker: their types and arguments, what they keep, and a broker that holds them
+//! differently.
+
+use anyhow::{Context, Result};
+use chaos::broker::{Broker, Kind};
+use harness::{
+    PATIENCE,
+    database::Database,
+    poll,
+    process::Process,
+    proxy::Side,
+    stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
+};
+use lapin::{
+    BasicProperties, Channel, Connection,
+    options::{
+        BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use std::time::Duration;
+
+/// The number of another known user, whose logins fail.
+const POISONED: &str = "13800138001";
+
+/// RabbitMQ publishes a dead letter that no queue took again after three minutes.
+const DEAD_LETTER_PATIENCE: Duration = Duration::from_secs(240);
+
+fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in arguments {
+        table.insert((*name).into(), value.clone());
+    }
+    table
+}
+
+fn text(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}
+
+/// Opens a connection for one declaration, because a refused one closes its channel.
+async fn connect(stack: &Stack) -> Result<(Connection, Channel)> {
+    let server = amqp::connection::parse_url(&stack.broker.url).map_err(anyhow::Error::msg)?;
+    let connection = amqp::connection::connect(&server, "test").await?;
+    let channel = connection.create_channel().await?;
+    Ok((connection, channel))
+}
+
+async fn declare(stack: &Stack, queue: &str, arguments: FieldTable) -> Result<()> {
+    let (_connection, channel) = connect(stack).await?;
+    let declared = channel.queue_declare(queue.into(), QueueDeclareOptions::durable(), arguments).await;
+    declared.map(drop).with_context(|| queue.to_owned())
+}
+
+async fn delete(stack: &Stack, queue: &str) -> Result<()> {
+    let (_connection, channel) = connect(stack).await?;
+    channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await?;
+    Ok(())
+}
+
+/// Deletes what services with this prefix have declared.
+async fn delete_all(stack: &Stack, prefix: &str) -> Result<()> {
+    let (_connection, channel) = connect(stack).await?;
+    for queue in ["mq.user_login", "mq.user_login.dead", "mq.user_login.retry.1s"] {
+        channel.queue_delete(format!("{prefix}{queue}").into(), QueueDeleteOptions::default()).await?;
+    }
+    channel.exchange_delete(format!("{prefix}usercenter").into(), Default::default()).await?;
+    Ok(())
+}
+
+async fn publish(channel: &Channel, queue: &str, mobile: &str, id: &str) -> Result<()> {
+    let properties = BasicProperties::default().with_message_id(id.into()).with_delivery_mode(2);
+    let body = format!(r#"{{"Msg":"{mobile}"}}"#);
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    channel.confirm_select(Default::default()).await?;
+    let confirm =
+        channel.basic_publish("".into(), queue.into(), options, body.as_bytes(), properties).await?.await?;
+    anyhow::ensure!(confirm.is_ack() && confirm.take_message().is_none(), "not confirmed");
+    Ok(())
+}
+
+/// Waits until this many logins are applied.
+async fn applied(database: &Database, mobile: &str, logins: i64, mq: &Process) -> Result<()> {
+    let is_applied = async || (database.logins(mobile).await.ok()? == (logins, logins)).then_some(());
+    let applied = poll(DEAD_LETTER_PATIENCE, is_applied).await;
+    applied
+        .with_context(|| format!("{logins} logins are not applied:\n{}", mq.output()))
+        .with_context(|| format!("mq of {}", mq.address))
+}
+
+/// Returns an answer to `GET /readyz`.
+async fn ready(stack: &Stack, api: &Process) -> Result<(u16, serde_json::Value)> {
+    let answer = stack.client.get(&format!("http://{}/readyz", api.address)).await?;
+    Ok((answer.status.as_u16(), answer.json()))
+}
+
+async fn is_healthy(mq: &Process) -> bool {
+    let address = mq.address.to_string();
+    let probe =
+        Process::command("mq", &[]).map(|mut probe| probe.args(["health", "--listen", &address]).output());
+    match probe {
+        Ok(probe) => probe.await.is_ok_and(|output| output.status.success()),
+        Err(_) => false,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_queue_has_its_type_and_arguments_whatever_the_default_of_the_virtual_host_is() -> Result<()> {
+    let stack = Stack::start(&[("mq", "MQ_RETRY_DELAYS", "1s")]).await?;
+    let queue = &stack.broker.topology.queue;
+    let quorum = [
+        ("x-queue-type", text("quorum")),
+        ("x-delivery-limit", AMQPValue::LongInt(1_000_000_000)),
+        ("x-overflow", text("reject-publish")),
+    ];
+    let dead_letters_to = |queue: &str| {
+        [
+            ("x-dead-letter-exchange", text("")),
+            ("x-dead-letter-routing-key", text(queue)),
+            ("x-dead-letter-strategy", text("at-least-once")),
+        ]
+    };
+    let ttl = [("x-message-ttl", AMQPValue::LongLongInt(1000))];
+    // A declaration succeeds only if all arguments are those of the queue.
+    let dead = format!("{queue}.dead");
+    declare(&stack, queue, table(&[&quorum[..], &dead_letters_to(&dead)].concat())).await?;
+    declare(&stack, &dead, table(&quorum)).await?;
+    let retry = format!("{queue}.retry.1s");
+    declare(&stack, &retry, table(&[&quorum[..], &dead_letters_to(queue), &ttl].concat())).await?;
+    assert!(declare(&stack, queue, table(&quorum)).await.is_err());
+
+    let prefix = format!("{}classic.", stack.broker.prefix);
+    let variables = [("AMQP_PREFIX", &*prefix), ("AMQP_QUEUE_TYPE", "classic"), ("MQ_RETRY_DELAYS", "1s")];
+    let mq = stack.another("mq", &variables).await?;
+    mq.said("consuming").await?;
+    let queue = format!("{prefix}mq.user_login");
+    let classic = [("x-queue-type", text("classic"))];
+    declare(&stack, &queue, table(&classic)).await?;
+    declare(&stack, &format!("{queue}.dead"), table(&classic)).await?;
+    let arguments = [&classic[..], &dead_letters_to(&queue)[..2], &ttl].concat();
+    declare(&stack, &format!("{queue}.retry.1s"), table(&arguments)).await?;
+    // Earlier versions declared classic queues without their type. That is the same on RabbitMQ, unless the
+    // virtual host's default is another type.
+    drop(mq);
+    delete_all(&stack, &prefix).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_a_retry_is_kept_while_the_main_queue_is_missing() -> Result<()> {
+    let database = Database::new()?;
+    let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", "1s")];
+    let mut stack = Stack::start(&variables).await?;
+    stack.mq.stop().await?;
+    let (_connection, channel) = connect(&stack).await?;
+    let queue = stack.broker.topology.queue.clone();
+    channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
+    // mq gives a message that failed to this queue.
+    let retry = stack.broker.topology.retry_queue(Duration::from_secs(1));
+    publish(&channel, &retry, KNOWN_MOBILE, "waiting").await?;
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+    let is_over = async || {
+        let retry = channel.queue_declare(retry.as_str().into(), passive, FieldTable::default()).await;
+        (retry.ok()?.message_count() == 0).then_some(())
+    };
+    poll(PATIENCE, is_over).await.context("the delay does not end")?;
+
+    let variables = [("MQ_DATABASE_URL", &*database.url), ("MQ_RETRY_DELAYS", "1s")];
+    let mq = stack.another("mq", &variables).await?;
+    applied(&database, KNOWN_MOBILE, 1, &mq).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_returned_more_than_20_times_is_not_dropped() -> Result<()> {
+    let database = Database::new()?;
+    let mut stack = Stack::start(&[("mq", "MQ_DATABASE_URL", &*database.url)]).await?;
+    stack.mq.stop().await?;
+    let (_connection, channel) = connect(&stack).await?;
+    let topology = &stack.broker.topology;
+    publish(&channel, &topology.queue, KNOWN_MOBILE, "returned").await?;
+    publish(&channel, &topology.dead_letter_queue, KNOWN_MOBILE, "dead").await?;
+    for queue in [&topology.queue, &topology.dead_letter_queue] {
+        for i in 0..25 {
+            let got = poll(PATIENCE, async || {
+                channel.basic_get(queue.as_str().into(), BasicGetOptions::default()).await.ok().flatten()
+            });
+            let got = got.await.with_context(|| format!("{queue} after {i} returns"))?;
+            got.nack(BasicNackOptions { requeue: true, multiple: false }).await?;
+        }
+    }
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
+    applied(&database, KNOWN_MOBILE, 1, &mq).await?;
+    let letter = stack.dead_letter().await?;
+    assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("dead"));
+    Ok(())
+}
+
+/// This test kills the broker, so it has one for itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_killed_while_messages_wait_for_a_retry_loses_none() -> Result<()> {
+    const LOGINS: i64 = 200;
+
+    let is_rabbitmq = std::env::var_os("AMQP_URL").is_some() && Kind::Rabbitmq.is_installed();
+    let kind = if is_rabbitmq { Kind::Rabbitmq } else { Kind::Embedded };
+    let mut broker = Broker::start(kind).await?;
+    let database = Database::new()?;
+    let url = format!("amqp://guest:guest@{}/%2f", broker.address());
+    // Most delays end while the broker is away.
+    let delays = "3s,3s,3s,3s,3s,3s,3s,3s,3s,3s,3s,3s";
+    let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", delays)];
+    let stack = Stack::start_on(TestBroker::at(url).await?, &variables).await?;
+    database.poison(POISONED).await?;
+    for _ in 0..LOGINS {
+        assert_eq!(stack.login(POISONED, &[]).await?.status, 200);
+    }
+    let waiting = async || {
+        let spans = stack.receiver.spans();
+        let is_retry = |outcome: Option<&String>| outcome.is_some_and(|outcome| outcome == "retry");
+        let attempts = spans.iter().filter(|s| is_retry(s.attributes.get("throughline.message.outcome")));
+        (attempts.count() as i64 >= LOGINS).then_some(())
+    };
+    poll(PATIENCE, waiting).await.context("not every login has failed once")?;
+    broker.down().await?;
+    // The delay of each message is over when the broker is back.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    broker.up().await?;
+    database.cure().await?;
+    applied(&database, POISONED, LOGINS, &stack.mq).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_until_it_is_deleted()
+-> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let (prefix, database) = (format!("{}other.", stack.broker.prefix), Database::new()?);
+    let variables = [("AMQP_PREFIX", prefix.as_str()), ("MQ_DATABASE_URL", &database.url)];
+    let queue = format!("{prefix}mq.user_login");
+    declare(&stack, &queue, table(&[("x-queue-type", text("classic"))])).await?;
+    let api = stack.another("api", &variables).await?;
+    let mq = stack.another("mq", &[&variables[..], &[("MQ_RETRY_DELAYS", "1s")]].concat()).await?;
+    for service in [&api, &mq] {
+        let line = service.said("ERROR").await?;
+        let told = format!("the broker holds queue {queue} differently");
+        for part in [told.as_str(), "inequivalent arg", "x-queue-type=quorum", "docs/queues.md"] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+        assert!(!service.output().contains("can't connect"), "{}", service.output());
+    }
+    let not_ready = poll(PATIENCE, async || {
+        let (status, body) = ready(&stack, &api).await.ok()?;
+        (status == 503 && body["topology"] == false && body["spool"] == true).then_some(())
+    });
+    not_ready.await.context("api is ready")?;
+    assert!(!is_healthy(&mq).await);
+    // A login is taken all the same, and kept.
+    let url = format!("http://{}/usercenter/v1/user/login", api.address);
+    let body = serde_json::json!({ "mobile": KNOWN_MOBILE }).to_string();
+    let headers = [("content-type", "application/json")];
+    let answer = stack.client.send(http::Method::POST, &url, &headers, body).await?;
+    assert_eq!(answer.status, 200);
+
+    delete(&stack, &queue).await?;
+    applied(&database, KNOWN_MOBILE, 1, &mq).await?;
+    let is_ready = poll(PATIENCE, async || (ready(&stack, &api).await.ok()?.0 == 200).then_some(()));
+    is_ready.await.context("api is not ready")?;
+    assert!(is_healthy(&mq).await);
+    // Each attempt failed, but not each of them was logged.
+    for service in [&api, &mq] {
+        assert_eq!(service.output().matches("ERROR").count(), 1, "{}", service.output());
+    }
+    drop((api, mq));
+    delete_all(&stack, &prefix).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_queue_that_the_broker_holds_differently_is_an_error_and_mq_is_not_healthy() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let prefix = format!("{}other.", stack.broker.prefix);
+    let retry = format!("{prefix}mq.user_login.retry.1s");
+    declare(&stack, &retry, table(&[("x-message-ttl", AMQPValue::LongInt(5))])).await?;
+    let mq = stack.another("mq", &[("AMQP_PREFIX", prefix.as_str()), ("MQ_RETRY_DELAYS", "1s")]).await?;
+    let line = mq.said("ERROR").await?;
+    for part in [&*format!("the broker holds queue {retry} differently"), "x-message-ttl=1000"] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    assert!(!is_healthy(&mq).await);
+    delete(&stack, &retry).await?;
+    mq.said("consuming").await?;
+    drop(mq);
+    delete_all(&stack, &prefix).await
+}
+
+/// Binds a queue of the test's connection to the exchange.
+async fn tap(stack: &Stack, routing_key: &str, arguments: &[(&str, AMQPValue)]) -> Result<String> {
+    let (channel, tap) = (&stack.broker.channel, format!("{}tap", stack.broker.prefix));
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
+    channel.queue_declare(tap.as_str().into(), options, table(arguments)).await?;
+    let (exchange, bind) = (stack.broker.topology.exchange.as_str(), QueueBindOptions::default());
+    channel
+        .queue_bind(tap.as_str().into(), exchange.into(), routing_key.into(), bind, FieldTable::default())
+        .await?;
+    Ok(tap)
+}
+
+/// Logs in, and waits for the whole trace. The broker must have confirmed the login at once.
+async fn confirmed(stack: &Stack) -> Result<String> {
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200);
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let producer = spans.iter().find(|span| span.kind == "PRODUCER").context("a producer span")?;
+    assert_eq!(producer.attributes["throughline.publish.outcome"], "confirmed", "{producer:#?}");
+    Ok(answer.trace_id())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_confirm_means_that_the_main_queue_has_the_login_whoever_else_is_bound() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let topology = &stack.broker.topology;
+    tap(&stack, &topology.routing_key, &[]).await?;
+    let (queue, exchange, key) = (&topology.queue, &topology.exchange, &topology.routing_key);
+    let unbound = stack.broker.channel.queue_unbind(
+        queue.as_str().into(),
+        exchange.as_str().into(),
+        key.as_str().into(),
+        FieldTable::default(),
+    );
+    unbound.await?;
+    for _ in 0..3 {
+        confirmed(&stack).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_each_login_is_for_other_consumers_whose_queues_hold_up_nothing() -> Result<()> {
+    let stack = Stack::start(&[("api", "PUBLISH_COPIES", "true")]).await?;
+    // This queue has room for two messages.
+    let full = [("x-max-length", AMQPValue::LongInt(2)), ("x-overflow", text("reject-publish"))];
+    let tap = tap(&stack, "user.login.copy", &full).await?;
+    let mut logins = Vec::new();
+    for _ in 0..4 {
+        logins.push(confirmed(&stack).await?);
+    }
+    for login in &logins[..2] {
+        let get = async || {
+            let options = BasicGetOptions { no_ack: true };
+            stack.broker.channel.basic_get(tap.as_str().into(), options).await.ok().flatten()
+        };
+        let copy = poll(PATIENCE, get).await.context("no copy")?;
+        let headers = copy.properties.headers().clone().context("headers")?;
+        let Some(AMQPValue::LongString(traceparent)) = headers.inner().get("traceparent") else {
+            anyhow::bail!("{headers:?}");
+        };
+        assert!(traceparent.to_string().contains(login), "{traceparent:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opening_that_hangs_is_given_up_and_the_next_one_does_not_bind_again() -> Result<()> {
+    const DECLARE_OK: (u16, u16) = (50, 11);
+    const BIND: (u16, u16) = (50, 20);
+
+    let broker = TestBroker::connect().await?;
+    let (proxy, url) = broker.amqp_proxy()?;
+    // Without the interval in the URL, heartbeats would also end a connection that hangs.
+    let url = format!("{url}?heartbeat=0");
+    let stack = Stack::start_on(broker, &[("*", "AMQP_URL", &url)]).await?;
+    confirmed(&stack).await?;
+    let hung = proxy.withhold(Side::Server, DECLARE_OK);
+    proxy.cut();
+    // One of the services waits for this answer.
+    tokio::time::timeout(PATIENCE, hung).await??;
+    let mut bound = proxy.withhold(Side::Client, BIND);
+    let is_back = async || {
+        let is_ready = ready(&stack, &stack.api).await.ok()?.1["broker"] == true;
+        (is_ready && is_healthy(&stack.mq).await).then_some(())
+    };
+    poll(PATIENCE, is_back).await.context("a service does not come back")?;
+    confirmed(&stack).await?;
+    assert!(bound.try_recv().is_err(), "mq binds the queue again");
+    Ok(())
+}
