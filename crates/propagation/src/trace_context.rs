@@ -94,11 +94,10 @@ struct LongVendorTraceState {
 
 /// Returns the `traceparent` of a context, in version 00, or `None` if there is no trace.
 pub fn traceparent(cx: &Context) -> Option<String> {
-    fn push_hex(out: &mut String, bytes: &[u8]) {
+    fn push_hex(out: &mut Vec<u8>, bytes: &[u8]) {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         for byte in bytes {
-            out.push(DIGITS[usize::from(byte >> 4)] as char);
-            out.push(DIGITS[usize::from(byte & 0xf)] as char);
+            out.extend([DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 0xf)]]);
         }
     }
     let span = cx.span();
@@ -110,14 +109,14 @@ pub fn traceparent(cx: &Context) -> Option<String> {
     // counts as random, unless it came from a caller that didn't mark it as random.
     let is_random = !span.is_remote() && !NotRandom::is_on(cx, span);
     let flags = if is_random { span.trace_flags() | RANDOM } else { span.trace_flags() };
-    let mut header = String::with_capacity(VERSION_00_LENGTH);
-    header.push_str("00-");
+    let mut header = Vec::with_capacity(VERSION_00_LENGTH);
+    header.extend(b"00-");
     push_hex(&mut header, &span.trace_id().to_bytes());
-    header.push('-');
+    header.push(b'-');
     push_hex(&mut header, &span.span_id().to_bytes());
-    header.push('-');
+    header.push(b'-');
     push_hex(&mut header, &[flags.to_u8() & KNOWN_FLAGS]);
-    Some(header)
+    String::from_utf8(header).ok()
 }
 
 /// Parses a `traceparent` (section 3.2.2, and section 3.2.4 for versions above 00).
