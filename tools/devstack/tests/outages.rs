@@ -6,6 +6,7 @@ use harness::{
     PATIENCE,
     client::Answer,
     poll,
+    proxy::{BASIC_ACK, Side},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
     trace::Span,
 };
@@ -17,6 +18,7 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
+use tokio::time::timeout;
 
 async fn login(stack: &Stack) -> Result<Answer> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -210,6 +212,27 @@ async fn a_frozen_network_delays_one_round_of_logins_and_no_more() -> Result<()>
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_does_not_wait_for_a_round_of_the_spool_that_another_one_will_follow() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let (proxy, url) = stack.broker.amqp_proxy()?;
+    stack.api = stack.another("api", &[("AMQP_URL", &url)]).await?;
+    stack.api.said("connected to the broker").await?;
+    proxy.refuse();
+    for _ in 0..2 {
+        login(&stack).await?;
+    }
+    let confirm = proxy.withhold(Side::Server, BASIC_ACK);
+    // This lets everything pass again, like `restore`, which would also forget what to withhold.
+    proxy.slow_down(Duration::ZERO);
+    timeout(PATIENCE, confirm).await.context("no round")??;
+    // The first round takes one login, so it is not known to be the last one.
+    let behind = login(&stack).await?;
+    assert_eq!(why_spooled(&producer(&stack, &behind).await), "behind_spool");
+    proxy.cut();
+    normal_again(&stack).await
+}
+
 /// This test runs only on the embedded broker, because an alarm of RabbitMQ would affect all its clients.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again() -> Result<()> {
@@ -296,16 +319,25 @@ async fn a_message_that_the_broker_refuses_is_offered_again_without_a_word_each_
     let tap = tap(&stack.broker, arguments).await?;
     login(&stack).await?;
     let refused = login(&stack).await?;
-    assert_eq!(why_spooled(&producer(&stack, &refused).await), "nacked");
+    let producer = producer(&stack, &refused).await;
+    assert_eq!(why_spooled(&producer), "nacked");
 
     // api publishes the message at least five more times, and the consumer's queue accepts it each time.
     let trace = refused.trace_id();
     let offered = poll(PATIENCE, async || {
         let spans = stack.receiver.trace(&trace);
-        (spans.iter().filter(|span| span.kind == "CONSUMER").count() > 5).then_some(())
+        let mut offers: Vec<_> =
+            spans.iter().filter(|span| span.kind == "CONSUMER").map(|span| span.start).collect();
+        offers.sort();
+        offers.get(5).copied()
     });
-    offered.await.context("it is not offered again")?;
+    let sixth = offered.await.context("it is not offered again")?;
+    // There was a pause before each of these five: of 50 ms at least, and each time at least twice as long.
+    let took = Duration::from_nanos(sixth - producer.start);
+    assert!(took >= Duration::from_millis(50 + 100 + 200 + 400 + 800), "{took:?}");
     assert!(complaints(&stack).len() < 5, "{:#?}", complaints(&stack));
+    // The first connection was useful, the second was not, and the others are not told.
+    assert_eq!(stack.api.output().matches("lost the connection to the broker").count(), 2);
 
     stack.broker.channel.queue_delete(tap.as_str().into(), QueueDeleteOptions::default()).await?;
     normal_again(&stack).await
