@@ -107,6 +107,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     let login = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(login.status, 200);
     answered.insert(login.trace_id());
+    assert!(!stack.api.output().contains("the spool works again"), "{}", stack.api.output());
 
     let size = fs::metadata(data.path().join("spool.redb"))?.len();
     limit_files(&stack.api, &size.to_string()).await?;
