@@ -388,3 +388,21 @@ impl Log {
         self.is_fruitless |= !self.is_useful && !broke;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::Capacity;
+    use tempfile::TempDir;
+
+    #[tokio::test]
+    async fn rounds_double_up_to_the_largest() {
+        let directory = TempDir::new().unwrap();
+        let spool = Spool::open(directory.path(), Capacity { entries: 1, bytes: 1 }).unwrap();
+        let mut backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
+        for expected in [2, 4, 8, 16, 32, 64, 128, 256, 512, 512] {
+            backlog.confirm(0, 1);
+            assert_eq!(backlog.round, expected);
+        }
+    }
+}

@@ -248,3 +248,24 @@ impl Publishing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_login_is_published_directly_only_if_the_spool_is_empty() {
+        for (spool, broker, spooled, expected) in [
+            (true, false, 1, true),
+            (false, true, 0, true),
+            (false, true, 1, false),
+            (false, false, 0, false),
+        ] {
+            assert_eq!(
+                Readiness { broker, spool, spooled }.is_ready(),
+                expected,
+                "{spool} {broker} {spooled}"
+            );
+        }
+    }
+}

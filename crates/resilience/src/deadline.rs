@@ -70,7 +70,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_written_is_what_is_read() {
-        for limit in [0, 1, 1999, 99_999, 100_000, 86_400_000].map(Duration::from_millis) {
+        let limits = [0, 1, 1999, 99_999_999, 100_000_000, 86_400_000_000];
+        for limit in limits.map(Duration::from_micros) {
             let mut headers = HeaderMap::new();
             Deadline(Instant::now() + limit).write(&mut headers);
             assert_eq!(Deadline::read(&headers), Some(limit));

@@ -10,7 +10,7 @@ use harness::{
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
 };
 use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 /// Starts all services, with a proxy between mq and the broker, by which the test disturbs their connections.
@@ -63,12 +63,16 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
     proxy.restore();
     becomes(&stack.mq, true).await?;
 
+    // However often mq tries to connect, it says only once that it can't.
+    let complaints = || stack.mq.output().matches("can't connect to the broker").count();
+    let earlier = complaints();
     proxy.refuse();
     becomes(&stack.mq, false).await?;
     for _ in 0..5 {
         login().await?;
     }
     sleep(Duration::from_secs(3)).await;
+    assert!(complaints() - earlier <= 1, "{}", stack.mq.output());
     proxy.restore();
     becomes(&stack.mq, true).await?;
 
@@ -190,4 +194,23 @@ async fn a_broker_that_comes_later_is_consumed_from() -> Result<()> {
     proxy.restore();
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     becomes(&mq, true).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pauses_grow_while_each_connection_is_lost_at_once() -> Result<()> {
+    let database = Database::new()?;
+    let (stack, proxy) = with_proxy(&database).await?;
+    let start = Instant::now();
+    for lost in 1..=5 {
+        proxy.cut();
+        let again = poll(PATIENCE, async || {
+            let consuming = stack.mq.output().lines().filter(|line| line.contains("consuming")).count();
+            (consuming > lost).then_some(())
+        });
+        again.await.with_context(|| format!("lost {lost} times:\n{}", stack.mq.output()))?;
+    }
+    // Pauses take from half of their time to all of it. They start anew only after two seconds.
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(50 + 100 + 200 + 400 + 800), "{took:?}");
+    Ok(())
 }

@@ -72,12 +72,13 @@ async fn without_an_id_the_producer_span_tells_messages_apart() -> Result<()> {
         stack.publish(BasicProperties::default().with_headers(headers), BODY).await?;
     }
     assert_eq!(outcomes(&stack, 3).await, ["applied", "duplicate", "applied"]);
-    // Messages without any id can't be recognized as duplicates.
+    // Messages without any id can't be recognized as duplicates. An empty id is no id.
     for _ in 0..2 {
         stack.publish(BasicProperties::default(), BODY).await?;
+        stack.publish(BasicProperties::default().with_message_id("".into()), BODY).await?;
     }
-    assert_eq!(outcomes(&stack, 5).await[3..], ["applied", "applied"]);
-    assert_eq!(database.logins(KNOWN_MOBILE).await?, (4, 4));
+    assert_eq!(outcomes(&stack, 7).await[3..], ["applied"; 4]);
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (6, 6));
     Ok(())
 }
 

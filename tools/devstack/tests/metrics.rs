@@ -91,16 +91,28 @@ async fn every_boundary_and_every_process_is_measured_as_the_conventions_say() -
         let exported = expect(&stack, service, "otel.sdk.exporter.span.exported", &[], 3.0).await;
         assert!(!exported.attributes.contains_key("error.type"), "{exported:#?}");
     }
-    expect(&stack, "api", "throughline.spool.entries", &[], 0.0).await;
-    let closed = [("throughline.circuit.state", "closed")];
-    expect(&stack, "api", "throughline.circuit.state", &closed, 1.0).await;
+    for name in ["entries", "size", "age", "set_aside"] {
+        let spool = expect(&stack, "api", &format!("throughline.spool.{name}"), &[], 0.0).await;
+        assert_eq!(spool.value, 0.0, "{name}");
+    }
+    for (state, value) in [("closed", 1.0), ("open", 0.0), ("half_open", 0.0)] {
+        let of_state = [("throughline.circuit.name", "usercenter"), ("throughline.circuit.state", state)];
+        let circuit = expect(&stack, "api", "throughline.circuit.state", &of_state, value).await;
+        assert_eq!(circuit.value, value, "{state}");
+    }
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_spool_a_retry_and_a_dead_letter_are_in_the_metrics() -> Result<()> {
     let variables = [&OTLP[..], &[("mq", "MQ_RETRY_DELAYS", "none")]].concat();
-    let mut stack = Stack::start(&variables).await?;
+    let (mut stack, proxy) = Stack::start_with_proxy(&variables).await?;
+    proxy.refuse();
+    assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    // A login takes about 180 bytes.
+    for (name, least) in [("entries", 1.0), ("size", 100.0), ("age", 1.0)] {
+        expect(&stack, "api", &format!("throughline.spool.{name}"), &[], least).await;
+    }
     stack.publish(BasicProperties::default(), b"not a message").await?;
     expect(&stack, "mq", "throughline.message.dead_letters", &[("error.type", "not_a_json_object")], 1.0)
         .await;

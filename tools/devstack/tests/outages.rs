@@ -6,6 +6,7 @@ use harness::{
     PATIENCE,
     client::Answer,
     poll,
+    proxy::{BASIC_ACK, Side},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
     trace::Span,
 };
@@ -15,6 +16,7 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
+use tokio::time::timeout;
 
 async fn login(stack: &Stack) -> Result<Answer> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
@@ -199,6 +201,27 @@ async fn a_frozen_network_delays_one_round_of_logins_and_no_more() -> Result<()>
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_does_not_wait_for_a_round_of_the_spool_that_another_one_will_follow() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let (proxy, url) = stack.broker.amqp_proxy()?;
+    stack.api = stack.another("api", &[("AMQP_URL", &url)]).await?;
+    stack.api.said("connected to the broker").await?;
+    proxy.refuse();
+    for _ in 0..2 {
+        login(&stack).await?;
+    }
+    let confirm = proxy.withhold(Side::Server, BASIC_ACK);
+    // This lets everything pass again, like `restore`, which would also forget what to withhold.
+    proxy.slow_down(Duration::ZERO);
+    timeout(PATIENCE, confirm).await.context("no round")??;
+    // The first round takes one login, so it is not known to be the last one.
+    let behind = login(&stack).await?;
+    assert_eq!(why_spooled(&producer(&stack, &behind).await), "behind_spool");
+    proxy.cut();
+    normal_again(&stack).await
+}
+
 /// This test runs only on the embedded broker, because an alarm of RabbitMQ would affect all its clients.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again() -> Result<()> {
@@ -258,11 +281,16 @@ async fn logins_that_a_full_queue_refuses_are_kept_and_offered_again_without_a_w
     stack.api.said("the broker refused the message").await?;
     ready_with(&stack, true, 1).await?;
     assert!(complaints(&stack).len() < 5, "{:#?}", complaints(&stack));
+    // The first connection was useful, the second was not, and the others are not told.
+    let losses = || stack.api.output().matches("lost the connection to the broker").count();
+    poll(PATIENCE, async || (losses() == 2).then_some(())).await.context("the second loss is not told")?;
 
     stack.broker.set_longest_queue(None);
     let _mq = stack.another("mq", &[]).await?;
     delivered(&stack, &refused).await;
-    normal_again(&stack).await
+    normal_again(&stack).await?;
+    assert_eq!(losses(), 2);
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

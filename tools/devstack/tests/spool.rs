@@ -71,10 +71,16 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     });
     assert_eq!(said.await.context("not as expected")?, 503);
 
+    for too_early in ["published the spooled logins", "the spool has room again"] {
+        assert!(!stack.api.output().contains(too_early), "{}", stack.api.output());
+    }
+
     proxy.restore();
     drained(&stack).await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
     stack.api.said("the spool has room again").await?;
+    let published = stack.api.said("published the spooled logins").await?;
+    assert!(published.contains("published=3"), "{published}");
     Ok(())
 }
 
@@ -119,14 +125,35 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-failed");
     assert_eq!(refused.header("retry-after"), "1");
     stack.api.said("the spool failed").await?;
+    let output = stack.api.output();
+    let before = output.split("the spool failed").next();
+    assert!(before.is_some_and(|before| !before.contains("the spool works again")), "{output}");
+    // Each login that fails makes api unready until it tries the disk again, a second later.
+    let spool_is = async |works: bool| {
+        let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
+        (ready.json()["spool"] == works).then_some(())
+    };
+    let unready = poll(PATIENCE, async || {
+        stack.login(KNOWN_MOBILE, &headers).await.ok()?;
+        spool_is(false).await
+    });
+    unready.await.context("it is ready")?;
 
     limit_files(&stack.api, "unlimited").await?;
+    // api tries the disk again by itself, because without it no balancer would send the next login.
+    let ready = poll(PATIENCE, async || spool_is(true).await).await;
+    ready.with_context(|| format!("not ready:\n{}", stack.api.output()))?;
     let taken = poll(PATIENCE, async || {
         let login = stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|login| login.status == 200);
         login.map(|login| login.trace_id())
     });
     answered.insert(taken.await.with_context(|| format!("still refused:\n{}", stack.api.output()))?);
     stack.api.said("the spool works again").await?;
+    // However many logins fail in a row, api says so once.
+    let output = stack.api.output();
+    let [failed, works] =
+        ["the spool failed", "the spool works again"].map(|text| output.matches(text).count());
+    assert!(failed <= works + 1, "{output}");
 
     proxy.restore();
     drained(&stack).await?;
@@ -231,6 +258,9 @@ async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next
         let trace = login.trace_id();
         stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
     }
+    drained(&stack).await?;
+    assert!(stack.api.stop().await?.success());
+    assert!(!stack.api.output().contains("logins stay in the spool"), "{}", stack.api.output());
     Ok(())
 }
 
