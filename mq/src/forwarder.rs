@@ -23,13 +23,15 @@ pub struct Forwarder {
     retry_delays: Vec<Duration>,
     /// The session is opened with the first message, and anew after a failure.
     session: Mutex<Option<Session>>,
+    /// The refused openings, which concern all messages.
+    failures: Mutex<Failures>,
 }
 
 impl Forwarder {
     /// Makes a forwarder, which opens no connection yet.
     pub fn new(server: Server, topology: Topology, retry_delays: Vec<Duration>) -> Self {
         let broker = Broker::new(&server.uri, CLIENT_ID);
-        Self { broker, server, topology, retry_delays, session: Mutex::default() }
+        Self { broker, server, topology, retry_delays, session: Mutex::default(), failures: Mutex::default() }
     }
 
     /// Returns the longest frame in bytes, as the last connection negotiated it.
@@ -42,10 +44,9 @@ impl Forwarder {
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         let mut backoff = Backoff::new();
         let mut was_told = false;
-        let mut failures = Failures::default();
         while let Err(error) = self.publish(queue, properties.clone(), body).await {
             if let Some(error @ OpenError::Refused(_)) = error.downcast_ref() {
-                failures.log(&self.broker, error);
+                self.failures.lock().await.log(&self.broker, error);
             } else if !std::mem::replace(&mut was_told, true) {
                 // This is logged once, not for every attempt.
                 tracing::warn!(queue, "can't publish a message; still trying: {error:#}");

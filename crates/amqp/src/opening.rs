@@ -7,6 +7,7 @@ use lapin::{
 };
 use std::{
     fmt::Display,
+    mem::{self, Discriminant},
     time::{Duration, Instant},
 };
 use tokio::time::timeout;
@@ -15,7 +16,7 @@ use tokio::time::timeout;
 /// and another attempt may reach another node.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An opening that keeps failing because somebody must change something is logged this often.
+/// An opening that keeps failing, although the broker can be reached, is logged this often.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
 /// Why a connection could not be opened.
@@ -73,29 +74,27 @@ pub async fn open<T>(steps: impl Future<Output = Result<T, OpenError>>) -> Resul
 /// Logs why a connection can't be opened.
 #[derive(Debug, Default)]
 pub struct Failures {
-    /// It was logged that the broker is away, which is logged once.
-    is_away: bool,
-    /// When it was last logged that the broker refuses a declaration.
-    refused: Option<Instant>,
+    /// The kind of failure that was logged last, and when.
+    logged: Option<(Discriminant<OpenError>, Instant)>,
 }
 
 impl Failures {
-    /// Logs a failure, unless the same was logged before.
+    /// Logs a failure that is of another kind than the one before. A broker that is away may come back by
+    /// itself, so only other failures are logged again, once a minute.
     pub fn log(&mut self, broker: &impl Display, error: &OpenError) {
+        let (kind, is_away) = (mem::discriminant(error), matches!(error, OpenError::Connection(_)));
+        let is_due = |at: Instant| !is_away && at.elapsed() >= LOG_EVERY;
+        if self.logged.is_some_and(|(last, at)| last == kind && !is_due(at)) {
+            return;
+        }
+        self.logged = Some((kind, Instant::now()));
         match error {
-            OpenError::Refused(why) => {
-                if self.refused.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
-                    tracing::error!(
-                        %broker,
-                        "{why}. docs/queues.md says what to do. Still trying, with one such line a minute"
-                    );
-                    self.refused = Some(Instant::now());
-                }
-            }
+            OpenError::Refused(why) => tracing::error!(
+                %broker,
+                "{why}. docs/queues.md says what to do. Still trying, with one such line a minute"
+            ),
             OpenError::Connection(_) | OpenError::Timeout => {
-                if !std::mem::replace(&mut self.is_away, true) {
-                    tracing::warn!(%broker, "can't connect to the broker; still trying: {error:#}");
-                }
+                tracing::warn!(%broker, "can't connect to the broker; still trying: {error:#}");
             }
         }
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use lapin::{
     BasicProperties, ExchangeKind,
     message::Delivery,
-    options::{BasicAckOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions},
+    options::{BasicAckOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use loopback::{PATIENCE, poll};
@@ -113,6 +113,34 @@ async fn a_message_that_was_delivered_does_not_expire_until_it_is_requeued() -> 
     client.channel.basic_cancel(consumer.tag(), Default::default()).await?;
     held.nack(BasicNackOptions { multiple: false, requeue: true }).await?;
     assert_eq!(body(&client.expect(&dead).await?), "held");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_message_that_is_returned_more_often_than_a_quorum_queue_allows_is_dead_lettered() -> Result<()> {
+    let client = Client::connect().await?;
+    client.confirm().await?;
+    let dead = client.queue("dead", &[]).await?;
+    let queue = client.name("q");
+    let mut arguments = FieldTable::default();
+    for (name, value) in [
+        ("x-queue-type", long_string("quorum")),
+        ("x-delivery-limit", AMQPValue::LongInt(2)),
+        ("x-dead-letter-exchange", long_string("")),
+        ("x-dead-letter-routing-key", long_string(&dead)),
+    ] {
+        arguments.insert(name.into(), value);
+    }
+    client.channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), arguments).await?;
+    client.publish("", &queue, b"m", BasicProperties::default()).await?;
+    for _ in 0..3 {
+        let got = client.expect(&queue).await?;
+        got.nack(BasicNackOptions { multiple: false, requeue: true }).await?;
+    }
+    let letter = client.expect(&dead).await?;
+    assert_eq!(body(&letter), "m");
+    assert_eq!(deaths(&letter)[0].inner()["reason"], long_string("delivery_limit"));
+    client.channel.queue_delete(queue.as_str().into(), Default::default()).await?;
     Ok(())
 }
 

@@ -269,6 +269,30 @@ async fn arguments_that_make_no_sense_are_a_406() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_quorum_queue_is_durable_and_shared_and_its_arguments_stay() -> Result<()> {
+    let client = Client::connect().await?;
+    let (name, other) = (client.name("q"), client.name("other"));
+    let quorum = ("x-queue-type", long_string("quorum"));
+    let limit = ("x-delivery-limit", AMQPValue::LongInt(5));
+    let arguments = [quorum.clone(), limit.clone(), ("x-overflow", long_string("reject-publish"))];
+    let durable = QueueDeclareOptions::durable();
+    declare(&client.channel, &name, durable, &arguments).await?;
+    declare(&client.channel, &name, durable, &arguments).await?;
+    for (queue, options, arguments) in [
+        (&name, durable, &[("x-queue-type", long_string("classic"))][..]),
+        (&name, durable, &arguments[..2]),
+        (&name, durable, &[quorum.clone(), ("x-delivery-limit", AMQPValue::LongInt(6))]),
+        (&other, exclusive(), std::slice::from_ref(&quorum)),
+        (&other, QueueDeclareOptions { auto_delete: true, ..durable }, std::slice::from_ref(&quorum)),
+    ] {
+        let refused = async |channel: lapin::Channel| declare(&channel, queue, options, arguments).await;
+        client.expect_channel_error(406, refused).await?;
+    }
+    client.channel.queue_delete(name.as_str().into(), Default::default()).await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_classic_queue_may_be_called_so() -> Result<()> {
     let client = Client::connect().await?;
     let queue = client.queue("q", &[("x-queue-type", long_string("classic"))]).await?;
