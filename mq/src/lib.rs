@@ -73,6 +73,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let consumer = Consumer {
         server: server.clone().with_longest_body(consumer::LONGEST_BODY),
         prefetch: config.prefetch,
+        commit_interval: config.commit_interval,
         consuming,
         attempts: Attempts {
             processing: processing_stack(history.clone()),
