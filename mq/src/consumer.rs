@@ -19,6 +19,7 @@
 
 use crate::{
     attempt::{Attempts, Chunk, Failed, Outcome, Redelivered},
+    claim::claim,
     history::{Login, Processed},
 };
 use amqp::{
@@ -33,6 +34,7 @@ use lapin::{
     options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
+use serving::seldom::Seldom;
 use std::time::Duration;
 use tokio::{
     select,
@@ -60,6 +62,8 @@ pub struct Consumer<S> {
     pub prefetch: u16,
     /// The time from the start of one chunk to the start of the next, in which deliveries gather.
     pub commit_interval: Duration,
+    /// Says when the log may tell that the queue belongs to another history.
+    pub refused_claims: Seldom,
     /// Processes each delivery.
     pub attempts: Attempts<S>,
     /// Is told whether there is a connection that consumes.
@@ -132,12 +136,13 @@ where
     }
 
     async fn open(&self) -> lapin::Result<(lapin::Connection, Channel, lapin::Consumer)> {
-        let Attempts { topology, retry_delays, .. } = &self.attempts;
+        let Attempts { topology, retry_delays, history, .. } = &self.attempts;
         let connection = connect(&self.server, CLIENT_ID).await?;
         let channel = open_channel(&connection).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         topology.declare(&channel).await?;
         topology.declare_retry_queues(&channel, retry_delays).await?;
+        claim(&channel, topology, history, &self.refused_claims).await?;
         let deliveries = channel
             .basic_consume(
                 topology.queue.as_str().into(),

@@ -1,7 +1,7 @@
 //! The consumer of login messages.
 //!
 //! - [`config`]: flags and environment variables
-//! - [`consumer`]: the delivery loop
+//! - [`consumer`]: the delivery loop; [`claim`]: for which history it may consume
 //! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why an attempt
 //!   failed
 //! - [`processing`]: processes a login, and knows no AMQP
@@ -10,6 +10,7 @@
 //! - [`dead_letters`]: lets an operator look at dead letters and replay them
 
 pub mod attempt;
+pub mod claim;
 pub mod config;
 pub mod consumer;
 pub mod dead_letters;
@@ -29,7 +30,7 @@ use futures_util::FutureExt;
 use history::{History, Login, Processed};
 use processing::RecordLogin;
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
-use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
+use serving::{grpc, listener::reserve_files, seldom::Seldom, shutdown::Shutdown};
 use std::time::Duration;
 use telemetry::amqp::Broker;
 use tokio::{net::TcpListener, select, sync::watch, time::sleep_until};
@@ -75,6 +76,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         prefetch: config.prefetch,
         commit_interval: config.commit_interval,
         consuming,
+        refused_claims: Seldom::default(),
         attempts: Attempts {
             processing: processing_stack(history.clone()),
             history,

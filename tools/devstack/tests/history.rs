@@ -13,7 +13,7 @@ use harness::{
 };
 use lapin::{
     BasicProperties,
-    options::{BasicGetOptions, BasicNackOptions},
+    options::{BasicGetOptions, BasicNackOptions, ExchangeDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use std::{fs::Permissions, os::unix::fs::PermissionsExt, time::Duration};
@@ -288,7 +288,7 @@ async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let folder = directory.path().join("data");
     std::fs::write(&folder, "")?;
     let url = format!("sqlite://{}/mq.db", folder.display());
-    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url)]).await?;
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url), ("AMQP_PREFIX", "another.")]).await?;
     mq.said("the database is unavailable").await?;
     assert!(!is_healthy(&mq).await?);
     std::fs::remove_file(&folder)?;
@@ -337,4 +337,31 @@ async fn nobody_else_may_read_the_history_wherever_it_is() -> Result<()> {
         assert_eq!(entry.metadata()?.permissions().mode() & 0o777, 0o600, "{:?}", entry.path());
     }
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_the_same_history_does()
+-> Result<()> {
+    let (mut stack, database) = stack().await?;
+    let another = Database::new()?;
+    let refused = stack.another("mq", &[("MQ_DATABASE_URL", &another.url)]).await?;
+    let said = refused.said("the queue belongs to another history").await?;
+    let claim = format!("{}.history", stack.broker.topology.queue);
+    assert!(said.contains("ERROR") && said.contains(&claim), "{said}");
+    becomes(&refused, false).await?;
+    // Nor does it when the other instances are away.
+    stack.mq.kill().await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let second = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
+    becomes(&mq, true).await?;
+    becomes(&second, true).await?;
+    assert_eq!((database.logins(KNOWN_MOBILE).await?, another.logins(KNOWN_MOBILE).await?), ((1, 1), (0, 0)));
+    assert!(!refused.output().contains(" consuming"), "{}", refused.output());
+
+    // If the history is lost, the operator gives the queue to another one.
+    let options = ExchangeDeleteOptions::default();
+    stack.broker.channel.exchange_delete(claim.into(), options).await?;
+    becomes(&refused, true).await
 }
