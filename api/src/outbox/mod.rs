@@ -45,7 +45,7 @@ pub enum Unconfirmed {
     /// The broker has not confirmed it.
     #[error(transparent)]
     Published(#[from] amqp::Unconfirmed),
-    /// Earlier logins are in the spool, and have to be published first.
+    /// Earlier logins have to be published first. They are in the spool, or in a round that is overdue.
     #[error("earlier logins go first")]
     BehindSpool,
 }
@@ -105,6 +105,10 @@ pub struct Readiness {
     pub spool: bool,
     /// Logins in the spool.
     pub spooled: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The time since the oldest of them was taken; zero if there is none.
+    pub age: Duration,
 }
 
 impl Readiness {
@@ -143,7 +147,13 @@ impl Outbox {
     /// Whether messages can be published now.
     pub fn readiness(&self) -> Readiness {
         let Shared { is_connected, spool, .. } = &*self.shared;
-        Readiness { broker: *is_connected.borrow(), spool: spool.takes(), spooled: spool.entries() }
+        Readiness {
+            broker: *is_connected.borrow(),
+            spool: spool.takes(),
+            spooled: spool.entries(),
+            bytes: spool.bytes(),
+            age: spool.age(),
+        }
     }
 
     /// Publishes a message. If the future is dropped, the message may be published nevertheless.
@@ -178,7 +188,7 @@ fn observe(spool: spool::State) {
     gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", spool::State::bytes);
     gauge("throughline.spool.set_aside", "{login}", "Logins that were set aside.", spool::State::set_aside);
     gauge("throughline.spool.age", "s", "Time since the oldest login in the spool was taken.", |spool| {
-        spool.oldest().map_or(0, |taken| taken.elapsed().unwrap_or_default().as_secs())
+        spool.age().as_secs()
     });
 }
 
