@@ -30,13 +30,15 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
 
     let is_ready = usercenter && publisher.is_ready() && !stopping;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let Readiness { broker, topology, spool, spooled } = publisher;
+    let Readiness { broker, topology, spool, spooled, bytes, age } = publisher;
     let body = json!({
         "usercenter": usercenter,
         "broker": broker,
         "topology": topology,
         "spool": spool,
         "spooled": spooled,
+        "spooledBytes": bytes,
+        "oldestSeconds": age.as_secs(),
         "stopping": stopping,
     });
     (status, Json(body))

@@ -4,7 +4,7 @@
 use crate::{
     failure::Failure,
     forwarder::Forwarder,
-    history::{History, Login, Processed},
+    history::{History, Login, Processed, Refused},
     properties,
 };
 use ::amqp::{
@@ -12,13 +12,13 @@ use ::amqp::{
     properties::{HEADERS_LEFT_OUT, header},
 };
 use futures_util::FutureExt as _;
-use lapin::{message::Delivery, types::AMQPValue};
+use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
 use opentelemetry::{
     Context, KeyValue,
     context::FutureExt as _,
     global::{self, BoxedTracer},
     metrics::{Counter, Histogram},
-    trace::{Span, SpanContext, Status, TraceContextExt, Tracer},
+    trace::{Span, Status, TraceContextExt, Tracer},
 };
 use proto::{
     headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON},
@@ -83,6 +83,29 @@ pub struct Attempts<S> {
     pub broker: Broker,
 }
 
+/// The deliveries that were taken together.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk {
+    /// Their number.
+    pub size: usize,
+    /// How long they gathered.
+    pub pause: Duration,
+}
+
+/// How often a message was delivered without a result before this delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Redelivered {
+    /// This is the first delivery.
+    No,
+    /// The message was delivered once without a result. That is marked on disk.
+    Once,
+    /// The message was delivered several times without a result, so it may be what killed the process.
+    Suspect {
+        /// The redeliveries that are counted on disk, without this one.
+        counted: i64,
+    },
+}
+
 /// What must be done with a delivery when its attempt is over.
 pub enum Outcome {
     /// It only has to be acknowledged.
@@ -113,19 +136,38 @@ impl<S> Attempts<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
 {
+    /// Finds out how often the message was delivered without a result. The first time is marked on disk before
+    /// this returns, so that the message is a suspect if this delivery has no result either.
+    pub async fn redelivered(&self, delivery: &Delivery) -> Redelivered {
+        if !delivery.redelivered {
+            return Redelivered::No;
+        }
+        let (_, key) = self.identity(delivery).await;
+        match self.history.mark_redelivery(key).await {
+            Ok(0) => Redelivered::Once,
+            Ok(counted) => Redelivered::Suspect { counted },
+            // The count that follows is refused as well, and then the message fails.
+            Err(Refused { .. }) => Redelivered::Suspect { counted: 0 },
+        }
+    }
+
     /// Processes a delivery in its span. If the future is dropped, the message stays in the queue, and will
     /// be delivered again.
-    pub async fn process(&self, delivery: &Delivery) -> Outcome {
+    pub async fn process(&self, delivery: &Delivery, redelivered: Redelivered, chunk: Chunk) -> Outcome {
         let started = Instant::now();
         let (carrier, mobile) = LoginMessage::from_json(&delivery.data);
         let (producer, source) = amqp::extract(delivery.properties.headers().as_ref(), &carrier);
         let producer_span = producer.span().span_context().clone();
-        let message_id = message_id(delivery, &producer_span);
+        let (message_id, key) = self.identity(delivery).await;
         let attempt = properties::attempt(&delivery.properties);
 
         let queue = &self.topology.queue;
         let mut attributes = self.broker.consumer_attributes(delivery, queue, source, &message_id);
-        attributes.push(KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)));
+        attributes.extend([
+            KeyValue::new(semconv::MESSAGE_ATTEMPT, i64::from(attempt)),
+            KeyValue::new(semconv::CHUNK_SIZE, chunk.size as i64),
+            milliseconds(semconv::CHUNK_PAUSE, chunk.pause),
+        ]);
         if header(&delivery.properties, HEADERS_LEFT_OUT).is_some() {
             attributes.push(KeyValue::new(semconv::MESSAGE_HEADERS_LEFT_OUT, true));
         }
@@ -150,7 +192,7 @@ where
             }),
             Err(error) => Err(error.into()),
         };
-        let processed = async { self.call(login?, delivery.redelivered).await };
+        let processed = async { self.call(login?, redelivered, key).await };
         match processed.with_context(cx.clone()).await {
             Ok(processed) => {
                 let outcome = match processed {
@@ -166,21 +208,37 @@ where
         }
     }
 
-    /// Calls the service. If an earlier delivery of the message had no result, that is first counted on disk.
-    async fn call(&self, login: Login, redelivered: bool) -> Result<Processed, Failure> {
-        let message_id = login.message_id.clone();
-        if redelivered && self.history.count_redelivery(message_id.clone()).await? > MAX_REDELIVERIES {
-            self.history.forget_redeliveries(message_id).await?;
+    /// Calls the service. A suspect is first counted on disk.
+    async fn call(&self, login: Login, redelivered: Redelivered, key: String) -> Result<Processed, Failure> {
+        let is_suspect = matches!(redelivered, Redelivered::Suspect { .. });
+        if is_suspect && self.history.count_redelivery(key.clone()).await? > MAX_REDELIVERIES {
+            self.history.forget_redeliveries(key).await?;
             return Err(Failure::redelivered_too_often());
         }
         let called = AssertUnwindSafe(self.processing.clone().oneshot(login)).catch_unwind().await;
-        if redelivered {
-            self.history.forget_redeliveries(message_id).await?;
+        if redelivered != Redelivered::No {
+            self.history.forget_redeliveries(key).await?;
         }
         match called {
             Ok(processed) => processed.map_err(|error| Failure::of_processing(&*error.into())),
             Err(_) => Err(Failure::panicked()),
         }
+    }
+
+    /// Returns the message's id, and the key under which its redeliveries are counted. Both are the id that the
+    /// producer gave it. Without one, both are derived from its content and the producer's span, which are the
+    /// same for each delivery. Without a span either, a second delivery can't be told from another login, so the
+    /// id is random, and only the key is derived.
+    async fn identity(&self, delivery: &Delivery) -> (String, String) {
+        if let Some(id) = own_id(&delivery.properties) {
+            return (id.clone(), id);
+        }
+        let (carrier, _) = LoginMessage::from_json(&delivery.data);
+        let (producer, _) = amqp::extract(delivery.properties.headers().as_ref(), &carrier);
+        let producer = producer.span().span_context().clone();
+        let span = format!("{}-{}", producer.trace_id(), producer.span_id());
+        let key = self.history.secret().await.id_of(&[span.as_bytes(), &delivery.data]);
+        (if producer.is_valid() { key.clone() } else { Uuid::new_v4().to_string() }, key)
     }
 
     /// Decides what happens to a message whose attempt failed.
@@ -248,14 +306,9 @@ where
     }
 }
 
-/// Returns the message's own id, or else an id from the producer's span. Both are the same for each delivery
-/// of the message. Without both, the id is random, and a second delivery can't be told from another login.
-pub fn message_id(delivery: &Delivery, producer: &SpanContext) -> String {
-    match delivery.properties.message_id() {
-        Some(id) if !id.as_str().is_empty() => id.to_string(),
-        _ if producer.is_valid() => format!("{}-{}", producer.trace_id(), producer.span_id()),
-        _ => Uuid::new_v4().to_string(),
-    }
+/// Returns the id that the message's producer gave it.
+pub fn own_id(properties: &BasicProperties) -> Option<String> {
+    properties.message_id().as_ref().map(ToString::to_string).filter(|id| !id.is_empty())
 }
 
 fn milliseconds(key: &'static str, duration: Duration) -> KeyValue {

@@ -33,6 +33,11 @@ pub struct Config {
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
 
+    /// The time from the start of one chunk to the start of the next, in which deliveries gather, so that
+    /// their logins share a commit; at most 1s, and 0s for none. After a full chunk there is no wait.
+    #[arg(long, env = "MQ_COMMIT_INTERVAL", default_value = "10ms", value_parser = commit_interval)]
+    pub commit_interval: Duration,
+
     /// How the consumer span relates to the producer span: parent (as its child), link (in a new trace, with
     /// a link) or both.
     #[arg(long, env = "MQ_RELATION", default_value = "parent")]
@@ -113,6 +118,14 @@ impl FromStr for RetryDelays {
                 .to_owned());
         }
         Ok(Self(delays))
+    }
+}
+
+/// Reads an interval. Each login may wait this long, so it has a bound.
+fn commit_interval(text: &str) -> Result<Duration, String> {
+    match arguments::duration(text)? {
+        interval if interval > Duration::from_secs(1) => Err("must be at most 1s".to_owned()),
+        interval => Ok(interval),
     }
 }
 

@@ -2,12 +2,13 @@
 //! delivery.
 //!
 //! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when it is
-//! lost. A session takes the deliveries that have come as one chunk. It first processes redelivered messages,
-//! one at a time, because one of them may have killed the process. Then it processes all others at the same
-//! time, so that the history commits them together. A delivery that succeeded is acknowledged at once. A
-//! delivery that failed is handed on, that is, published to a retry queue or to the dead-letter queue, and
-//! acknowledged after that. Handing on runs beside the loop, so that a failed delivery does not delay others.
-//! When the service stops, the session takes no more deliveries, and finishes those that have come.
+//! lost. A session takes the deliveries that have come as one chunk, and lets the next ones gather for a few
+//! milliseconds. It processes all deliveries of a chunk at the same time, so that the history commits them
+//! together. Only messages that were redelivered before are processed after the others, one at a time, because
+//! one of them may have killed the process. A delivery that succeeded is acknowledged at once. A delivery that
+//! failed is handed on, that is, published to a retry queue or to the dead-letter queue, and acknowledged after
+//! that. Handing on runs beside the loop, so that a failed delivery does not delay others. When the service
+//! stops, the session takes no more deliveries, and finishes those that have come.
 //!
 //! ```text
 //!   delivered ──▶ processing ──▶ settled ──────────────────────▶ acknowledged
@@ -17,7 +18,8 @@
 //! ```
 
 use crate::{
-    attempt::{Attempts, Failed, Outcome},
+    attempt::{Attempts, Chunk, Failed, Outcome, Redelivered},
+    claim::claim,
     history::{Login, Processed},
 };
 use amqp::{
@@ -37,7 +39,7 @@ use std::time::Duration;
 use tokio::{
     select,
     sync::watch,
-    time::{Instant, sleep},
+    time::{Instant, sleep, sleep_until},
 };
 use tower::{BoxError, Service};
 
@@ -58,6 +60,8 @@ pub struct Consumer<S> {
     pub server: Server,
     /// How many messages the broker may send before they are acknowledged.
     pub prefetch: u16,
+    /// The time from the start of one chunk to the start of the next, in which deliveries gather.
+    pub commit_interval: Duration,
     /// Processes each delivery.
     pub attempts: Attempts<S>,
     /// Is told whether there is a connection that consumes.
@@ -82,9 +86,14 @@ where
         let mut failures = Failures::default();
         // Whether other producers' messages are known to reach the queue.
         let mut is_bound = false;
+        // Nobody knows whose history it is before the database has been available.
+        let history = select! {
+            secret = self.attempts.history.secret() => secret.id_of(&[b"history"]),
+            () = stop.clone() => return,
+        };
         loop {
             let opened = select! {
-                opened = opening::open(self.open(is_bound)) => opened,
+                opened = opening::open(self.open(is_bound, &history)) => opened,
                 () = stop.clone() => return,
             };
             match opened {
@@ -132,7 +141,11 @@ where
         ended
     }
 
-    async fn open(&self, is_bound: bool) -> Result<(lapin::Connection, Channel, lapin::Consumer), OpenError> {
+    async fn open(
+        &self,
+        is_bound: bool,
+        history: &str,
+    ) -> Result<(lapin::Connection, Channel, lapin::Consumer), OpenError> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
         let connection = connect(&self.server, CLIENT_ID).await?;
         let channel = open_channel(&connection).await?;
@@ -143,6 +156,7 @@ where
         if !is_bound || !topology.has_exchange(&connection).await? {
             topology.bind(&channel).await?;
         }
+        claim(&channel, topology, history).await?;
         let deliveries = channel
             .basic_consume(
                 topology.queue.as_str().into(),
@@ -169,12 +183,27 @@ where
         };
         // Deliveries that failed are handed on apart from the others, which they must not delay.
         let mut handing_on = FuturesUnordered::new();
+        // A commit costs the same for one login as for many.
+        let (mut idle_since, mut not_before) = (Instant::now(), Instant::now());
         loop {
+            let gathered = async {
+                sleep_until(not_before).await;
+                match deliveries.next().now_or_never() {
+                    Some(chunk) => (chunk, not_before.saturating_duration_since(idle_since)),
+                    None => (deliveries.next().await, Duration::ZERO),
+                }
+            };
             select! {
-                chunk = deliveries.next() => match chunk {
+                (chunk, pause) = gathered => match chunk {
                     Some(chunk) => {
-                        let failed = self.deliver_all(channel, chunk, handing_on.is_empty()).await?;
+                        not_before = Instant::now();
+                        // After a full chunk, more deliveries are waiting already.
+                        if chunk.len() < MAX_CHUNK.min(self.prefetch.into()) {
+                            not_before += self.commit_interval;
+                        }
+                        let failed = self.deliver_all(channel, chunk, pause, handing_on.is_empty()).await?;
                         handing_on.extend(failed.into_iter().map(hand_on));
+                        idle_since = Instant::now();
                     }
                     None => bail!(Cancelled),
                 },
@@ -185,7 +214,7 @@ where
         tracing::info!("stopping: finishing deliveries in hand");
         channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
         while let Some(chunk) = deliveries.next().await {
-            let failed = self.deliver_all(channel, chunk, handing_on.is_empty()).await?;
+            let failed = self.deliver_all(channel, chunk, Duration::ZERO, handing_on.is_empty()).await?;
             handing_on.extend(failed.into_iter().map(hand_on));
         }
         while let Some(acked) = handing_on.next().await {
@@ -197,28 +226,31 @@ where
     /// Processes deliveries and acknowledges them, except for those that failed, which it returns. If the
     /// future is dropped, deliveries stay in the queue and will be delivered again.
     ///
-    /// `all_before` says whether all earlier deliveries are acknowledged.
+    /// `pause` is how long they gathered. `all_before` says whether all earlier deliveries are acknowledged.
     async fn deliver_all(
         &self,
         channel: &Channel,
         chunk: Vec<lapin::Result<Delivery>>,
+        pause: Duration,
         all_before: bool,
     ) -> anyhow::Result<Vec<(Delivery, Failed)>> {
         let deliveries = chunk.into_iter().collect::<lapin::Result<Vec<_>>>()?;
-        let (again, first): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(|d| d.redelivered);
+        let chunk = Chunk { size: deliveries.len(), pause };
+        // All are asked at the same time, so that the history commits their marks together.
+        let redelivered =
+            join_all(deliveries.iter().map(|delivery| self.attempts.redelivered(delivery))).await;
+        let (mut suspects, together): (Vec<_>, Vec<_>) = deliveries
+            .into_iter()
+            .zip(redelivered)
+            .partition(|(_, redelivered)| matches!(redelivered, Redelivered::Suspect { .. }));
+        let all_before = all_before && suspects.is_empty();
+        let processing = together
+            .iter()
+            .map(|(delivery, redelivered)| self.attempts.process(delivery, *redelivered, chunk));
+        let outcomes = join_all(processing).await;
         let mut failed = Vec::new();
-        // One of these messages may have killed the process. They are processed one by one, so that it is
-        // known which one.
-        for delivery in again {
-            match self.attempts.process(&delivery).await {
-                Outcome::Settled => acknowledge(channel, &delivery, false).await?,
-                Outcome::Failed(why) => failed.push((delivery, why)),
-            }
-        }
-        // The others are processed at the same time, so that the history commits them together.
-        let outcomes = join_all(first.iter().map(|delivery| self.attempts.process(delivery))).await;
-        let mut settled = Vec::with_capacity(first.len());
-        for (delivery, outcome) in first.into_iter().zip(outcomes) {
+        let mut settled = Vec::with_capacity(together.len());
+        for ((delivery, _), outcome) in together.into_iter().zip(outcomes) {
             match outcome {
                 Outcome::Settled => settled.push(delivery),
                 Outcome::Failed(why) => failed.push((delivery, why)),
@@ -233,6 +265,15 @@ where
         } else {
             for delivery in settled {
                 acknowledge(channel, &delivery, false).await?;
+            }
+        }
+        // One of these messages may have killed the process. They are processed one by one, so that it is known
+        // which one, and those that have done so least often first.
+        suspects.sort_by_key(|(_, redelivered)| *redelivered);
+        for (delivery, redelivered) in suspects {
+            match self.attempts.process(&delivery, redelivered, chunk).await {
+                Outcome::Settled => acknowledge(channel, &delivery, false).await?,
+                Outcome::Failed(why) => failed.push((delivery, why)),
             }
         }
         Ok(failed)

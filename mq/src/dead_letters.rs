@@ -32,6 +32,7 @@ use telemetry::{
     semconv,
 };
 use tokio::time::{sleep, timeout};
+use uuid::Uuid;
 
 /// The name of the connection on the broker.
 const CLIENT_ID: &str = "mq-dead-letters";
@@ -147,7 +148,7 @@ impl Replay {
     /// and the parent of the next attempt's span.
     async fn publish(&self, letters: &mut Letters, Letter(letter): &Letter) -> anyhow::Result<()> {
         let producer = Letter::producer(letter);
-        let message_id = attempt::message_id(letter, producer.span().span_context());
+        let message_id = attempt::own_id(&letter.properties).unwrap_or_else(|| Uuid::new_v4().to_string());
         let queue = self.topology.queue.as_str();
         let tracer = telemetry::tracer("mq", env!("CARGO_PKG_VERSION"));
         let builder = tracer.span_builder("replay_msg_mq").with_kind(SpanKind::Producer);

@@ -7,18 +7,23 @@ mod database;
 
 use database::{Change, Database};
 use proto::login::MobileNumber;
+use sha2::{Digest, Sha256};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{future, time::Duration};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
-    time::sleep,
+    time::{sleep, timeout},
 };
+use uuid::{Builder, Uuid};
 
 pub use database::parse_url;
 
 /// The pause between two attempts to reach the database.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// How long there may be no request until the database is looked at.
+const CHECK: Duration = Duration::from_secs(1);
 
 /// The most changes that share a transaction.
 const MAX_GROUP: usize = 256;
@@ -55,6 +60,25 @@ pub struct Refused {
     pub code: String,
 }
 
+/// A random number that is kept in the history, so that each history has its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Secret(Uuid);
+
+impl Secret {
+    /// Derives an id from these parts. It is the same for all who use this history, and does not tell anybody
+    /// else what the parts are, although a mobile number among them is easily guessed.
+    pub fn id_of(self, parts: &[&[u8]]) -> String {
+        let mut hash = Sha256::new_with_prefix(self.0);
+        for part in parts {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part);
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&hash.finalize()[..16]);
+        Builder::from_custom_bytes(id).into_uuid().to_string()
+    }
+}
+
 /// The history of logins, each recorded once.
 ///
 /// While the database is unavailable, calls wait. They don't fail, and all of them succeed when the database
@@ -63,6 +87,7 @@ pub struct Refused {
 pub struct History {
     requests: mpsc::Sender<Request>,
     available: watch::Receiver<bool>,
+    secret: watch::Receiver<Option<Secret>>,
 }
 
 struct Request {
@@ -76,13 +101,23 @@ impl History {
     pub fn start(options: SqliteConnectOptions) -> (Self, JoinHandle<()>) {
         let (requests, receiver) = mpsc::channel(MAX_GROUP);
         let (sender, available) = watch::channel(false);
-        let task = tokio::spawn(keep(Database::new(options), receiver, sender));
-        (Self { requests, available }, task)
+        let (secret_sender, secret) = watch::channel(None);
+        let task = tokio::spawn(keep(Database::new(options), receiver, sender, secret_sender));
+        (Self { requests, available, secret }, task)
     }
 
     /// Returns a receiver that tells whether the database can be used.
     pub fn available(&self) -> watch::Receiver<bool> {
         self.available.clone()
+    }
+
+    /// Returns what tells this history from others, once the database has been available.
+    pub async fn secret(&self) -> Secret {
+        match self.secret.clone().wait_for(Option::is_some).await.map(|secret| *secret) {
+            Ok(Some(secret)) => secret,
+            // The task has panicked or the runtime ends, so the process is ending.
+            _ => future::pending().await,
+        }
     }
 
     /// Records a login and counts it, unless that was done before. The login is durable when this returns.
@@ -92,6 +127,15 @@ impl History {
     pub async fn apply(&self, login: Login) -> Result<Processed, Refused> {
         let recorded = self.commit(Change::Apply(login)).await?;
         Ok(if recorded == 0 { Processed::Duplicate } else { Processed::Applied })
+    }
+
+    /// Marks that a message was delivered again, if no redelivery is counted yet. Returns how many are counted, so
+    /// 0 if it was not marked before.
+    ///
+    /// # Errors
+    /// If the database refuses this message.
+    pub async fn mark_redelivery(&self, message_id: String) -> Result<i64, Refused> {
+        self.commit(Change::MarkRedelivery(message_id)).await
     }
 
     /// Counts that a message was delivered again because the delivery before had no result. Returns how often
@@ -123,11 +167,18 @@ impl History {
 }
 
 /// Commits the requested changes, until nobody can request any more.
-async fn keep(mut database: Database, mut requests: mpsc::Receiver<Request>, available: watch::Sender<bool>) {
+async fn keep(
+    mut database: Database,
+    mut requests: mpsc::Receiver<Request>,
+    available: watch::Sender<bool>,
+    secret: watch::Sender<Option<Secret>>,
+) {
     // Try before there is a request, so that health checks tell the truth from the start.
     commit(&mut database, &[], &available).await;
+    secret.send_replace(database.secret());
     let mut group = Vec::new();
-    while requests.recv_many(&mut group, MAX_GROUP).await > 0 {
+    // Try when there is none for a while, too, because the file may have been deleted.
+    while timeout(CHECK, requests.recv_many(&mut group, MAX_GROUP)).await != Ok(0) {
         // If a caller is gone, its message will be delivered again, and must not be counted twice for one
         // delivery.
         group.retain(|request| !request.reply.is_closed());
@@ -174,6 +225,15 @@ mod tests {
     use std::fs;
     use tempfile::TempDir;
     use tokio::time::timeout;
+
+    #[test]
+    fn an_id_is_the_same_for_the_same_parts_of_the_same_history_only() {
+        let secret = Secret(Uuid::new_v4());
+        let id = secret.id_of(&[b"ab", b"c"]);
+        assert_eq!(id, secret.id_of(&[b"ab", b"c"]));
+        assert_ne!(id, secret.id_of(&[b"a", b"bc"]));
+        assert_ne!(id, Secret(Uuid::new_v4()).id_of(&[b"ab", b"c"]));
+    }
 
     #[tokio::test]
     async fn a_redelivery_whose_caller_is_gone_before_the_database_comes_is_not_counted() {

@@ -1,7 +1,7 @@
 //! The consumer of login messages.
 //!
 //! - [`config`]: flags and environment variables
-//! - [`consumer`]: the delivery loop
+//! - [`consumer`]: the delivery loop; [`claim`]: for which history it may consume
 //! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why an attempt
 //!   failed
 //! - [`processing`]: processes a login, and knows no AMQP
@@ -10,6 +10,7 @@
 //! - [`dead_letters`]: lets an operator look at dead letters and replay them
 
 pub mod attempt;
+pub mod claim;
 pub mod config;
 pub mod consumer;
 pub mod dead_letters;
@@ -73,6 +74,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let consumer = Consumer {
         server: server.clone().with_longest_body(consumer::LONGEST_BODY),
         prefetch: config.prefetch,
+        commit_interval: config.commit_interval,
         consuming,
         attempts: Attempts {
             processing: processing_stack(history.clone()),

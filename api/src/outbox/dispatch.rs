@@ -5,7 +5,8 @@
 //! spool has entries, a round takes the oldest of them, and new messages are appended to the spool. When the
 //! spool is empty, a round takes the messages that came during the last round. A round ends when the broker
 //! has confirmed all of its messages, and only then does the next one begin. So the outcome of a round is
-//! known for all of its messages, and a message that is answered later is sent later.
+//! known for all of its messages, and a message that is answered later is sent later. While a round is overdue,
+//! new messages are appended to the spool.
 //!
 //! If a round fails, its messages go to the spool, or stay there, and the session ends. After a pause the
 //! task opens another session. Until then, new messages go to the spool. When the service stops, the task
@@ -29,11 +30,12 @@ use super::{
 };
 use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, opening};
 use proto::topology::COPY_ROUTING_KEY;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
     pin, select,
     sync::{mpsc, oneshot, watch},
+    time::sleep,
 };
 
 /// The most messages in a round.
@@ -67,6 +69,11 @@ struct RoundPublisher {
 }
 
 impl RoundPublisher {
+    /// Returns how long a round may take before logins stop waiting for its end.
+    fn patience(&self) -> Duration {
+        self.options.timeout / 10
+    }
+
     async fn publish(
         &self,
         session: &mut Session,
@@ -249,8 +256,9 @@ impl Dispatcher {
             why = session.trouble() => return Err(why.into()),
             _ = &mut self.stopped => return Err(End::Stopped),
         }
-        let messages = round.iter().map(|request| &request.message);
-        match self.publisher.publish(session, messages).await {
+        let Self { backlog, requests, publisher, .. } = self;
+        let publishing = publisher.publish(session, round.iter().map(|request| &request.message));
+        match backlog.wait_for(publishing, publisher.patience(), requests).await {
             Ok(()) => {
                 self.log.confirmed();
                 for request in round {
@@ -261,7 +269,7 @@ impl Dispatcher {
             }
             Err(why) => {
                 for request in round {
-                    self.backlog.append(request, why.into());
+                    backlog.append(request, why.into());
                 }
                 Err(why.into())
             }
@@ -282,17 +290,9 @@ impl Dispatcher {
             return Ok(());
         };
         let is_last_round = entries.len() < backlog.round;
+        let patience = if is_last_round { publisher.patience() } else { Duration::ZERO };
         let messages = entries.iter().map(|(_, message)| message);
-        let publishing = publisher.publish(session, messages);
-        pin!(publishing);
-        let published = loop {
-            select! {
-                published = &mut publishing => break published,
-                Some(request) = requests.recv(), if !is_last_round => {
-                    backlog.append(request, Unconfirmed::BehindSpool);
-                }
-            }
-        };
+        let published = backlog.wait_for(publisher.publish(session, messages), patience, requests).await;
         if let (Err(amqp::Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
             // The message was alone, so it is the one to blame.
             let message_id = message.id();
@@ -310,6 +310,26 @@ impl Dispatcher {
 }
 
 impl Backlog {
+    /// Waits for the end of a round. Logins that come meanwhile wait as well, but once the round takes longer than
+    /// `patience`, they go to the spool. Otherwise a broker that does not answer would fill the room for requests
+    /// in flight with waiting logins, and further logins would be refused.
+    async fn wait_for(
+        &mut self,
+        round: impl Future<Output = Result<(), amqp::Unconfirmed>>,
+        patience: Duration,
+        requests: &mut mpsc::Receiver<Request>,
+    ) -> Result<(), amqp::Unconfirmed> {
+        let (overdue, mut is_overdue) = (sleep(patience), patience.is_zero());
+        pin!(round, overdue);
+        loop {
+            select! {
+                result = &mut round => return result,
+                () = &mut overdue, if !is_overdue => is_overdue = true,
+                Some(request) = requests.recv(), if is_overdue => self.append(request, Unconfirmed::BehindSpool),
+            }
+        }
+    }
+
     fn append(&mut self, request: Request, why: Unconfirmed) {
         self.is_empty = false;
         let Request { message, done } = request;

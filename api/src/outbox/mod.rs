@@ -45,7 +45,7 @@ pub enum Unconfirmed {
     /// The broker has not confirmed it.
     #[error(transparent)]
     Published(#[from] amqp::Unconfirmed),
-    /// Earlier logins are in the spool, and have to be published first.
+    /// Earlier logins have to be published first. They are in the spool, or in a round that is overdue.
     #[error("earlier logins go first")]
     BehindSpool,
 }
@@ -128,6 +128,10 @@ pub struct Readiness {
     pub spool: bool,
     /// Logins in the spool.
     pub spooled: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The time since the oldest of them was taken; zero if there is none.
+    pub age: Duration,
 }
 
 impl Readiness {
@@ -176,6 +180,8 @@ impl Outbox {
             topology: broker != BrokerState::Refuses,
             spool: spool.takes(),
             spooled: spool.entries(),
+            bytes: spool.bytes(),
+            age: spool.age(),
         }
     }
 
@@ -211,7 +217,7 @@ fn observe(spool: spool::State) {
     gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", spool::State::bytes);
     gauge("throughline.spool.set_aside", "{login}", "Logins that were set aside.", spool::State::set_aside);
     gauge("throughline.spool.age", "s", "Time since the oldest login in the spool was taken.", |spool| {
-        spool.oldest().map_or(0, |taken| taken.elapsed().unwrap_or_default().as_secs())
+        spool.age().as_secs()
     });
 }
 
@@ -261,11 +267,11 @@ mod tests {
             (false, true, 1, false),
             (false, false, 0, false),
         ] {
-            assert_eq!(
-                Readiness { broker, spool, spooled }.is_ready(),
-                expected,
-                "{spool} {broker} {spooled}"
-            );
+            let ready = |topology| {
+                Readiness { broker, topology, spool, spooled, bytes: 0, age: Duration::ZERO }.is_ready()
+            };
+            assert_eq!(ready(true), expected, "{spool} {broker} {spooled}");
+            assert!(!ready(false));
         }
     }
 }

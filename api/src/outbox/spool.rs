@@ -18,7 +18,7 @@ use std::{
         mpsc::{self, RecvTimeoutError},
     },
     thread,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 use store::{RETRY, Store, StoreError};
 use tokio::sync::oneshot;
@@ -86,9 +86,11 @@ impl State {
         self.0.set_aside.load(Relaxed)
     }
 
-    /// Returns when the oldest login in the spool was taken; `None` if the spool is empty.
-    pub fn oldest(&self) -> Option<SystemTime> {
-        *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns the time since the oldest login in the spool was taken; zero if the spool is empty.
+    pub fn age(&self) -> Duration {
+        let oldest = *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner);
+        // The clock may have been set back.
+        oldest.and_then(|taken| taken.elapsed().ok()).unwrap_or_default()
     }
 
     /// Whether the spool has room, and its disk works.
@@ -193,8 +195,11 @@ impl Keeper {
                     self.take(together);
                 }
                 // Try again even without commands, because none may come until it is known that the disk
-                // works again.
-                Err(RecvTimeoutError::Timeout) if self.is_failing => self.take(Vec::new()),
+                // works again, or that the file is gone.
+                Err(RecvTimeoutError::Timeout) if self.is_failing || self.store.is_gone() => {
+                    self.is_failing = true;
+                    self.take(Vec::new());
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }

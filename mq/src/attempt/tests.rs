@@ -23,7 +23,7 @@ where
     };
     let body = br#"{"Msg":"13800138000"}"#.to_vec();
     let delivery = Delivery::mock(1, "e".into(), "k".into(), false, body);
-    match attempts.process(&delivery).await {
+    match attempts.process(&delivery, Redelivered::No, Chunk { size: 1, pause: Duration::ZERO }).await {
         Outcome::Failed(failed) => failed.fate,
         Outcome::Settled => panic!("it is settled"),
     }

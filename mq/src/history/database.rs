@@ -1,19 +1,21 @@
 //! The connection to the database, and every statement. The statements run on SQLite, and also on PostgreSQL.
 
-use super::{Login, Refused};
-use anyhow::Context;
+use super::{Login, Refused, Secret};
+use anyhow::{Context, ensure};
 use sqlx::{
     ConnectOptions, Connection, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 use std::{
-    fs::DirBuilder,
-    os::unix::fs::DirBuilderExt,
+    fs::{self, DirBuilder, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+use uuid::Uuid;
 
-const TABLES: [&str; 3] = [
+const TABLES: [&str; 4] = [
     "CREATE TABLE IF NOT EXISTS login_history (
         message_id TEXT PRIMARY KEY,
         trace_id TEXT,
@@ -22,6 +24,8 @@ const TABLES: [&str; 3] = [
     )",
     "CREATE TABLE IF NOT EXISTS login_count (mobile TEXT PRIMARY KEY, logins BIGINT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS redelivery_count (message_id TEXT PRIMARY KEY, redeliveries BIGINT NOT NULL)",
+    // This table has one row.
+    "CREATE TABLE IF NOT EXISTS history (one BIGINT PRIMARY KEY CHECK (one = 1), secret TEXT NOT NULL)",
 ];
 
 /// How long another process may hold the database before it counts as unavailable.
@@ -31,6 +35,9 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 pub enum Change {
     /// A login takes effect. The result is 1, or 0 if it had taken effect before.
     Apply(Login),
+    /// A message was delivered again, which is counted unless redeliveries of it are counted already. The result
+    /// is how many were counted before.
+    MarkRedelivery(String),
     /// A message was delivered again. The result is how often that has happened.
     CountRedelivery(String),
     /// The count of a message's redeliveries is deleted. The result is how many counts were deleted.
@@ -40,7 +47,9 @@ pub enum Change {
 /// The database, opened when it is needed.
 pub struct Database {
     options: SqliteConnectOptions,
-    connection: Option<SqliteConnection>,
+    connection: Option<(SqliteConnection, Files)>,
+    /// Is known once the database was open.
+    secret: Option<Secret>,
 }
 
 /// Reads `sqlite://path`.
@@ -57,7 +66,7 @@ pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
     }
     let options: SqliteConnectOptions = url.parse().map_err(|_| expected)?;
     Ok(options
-        .create_if_missing(true)
+        .create_if_missing(false)
         .journal_mode(SqliteJournalMode::Wal)
         // With NORMAL in WAL mode, a loss of power could undo a commit after its message was acknowledged.
         .synchronous(SqliteSynchronous::Full)
@@ -69,7 +78,12 @@ pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
 impl Database {
     /// Makes a database that is not open yet.
     pub fn new(options: SqliteConnectOptions) -> Self {
-        Self { options, connection: None }
+        Self { options, connection: None, secret: None }
+    }
+
+    /// Returns the secret of this history, if it was ever open.
+    pub fn secret(&self) -> Option<Secret> {
+        self.secret
     }
 
     /// Commits all changes in one transaction, except those that the database refuses because of their
@@ -81,29 +95,63 @@ impl Database {
     /// again is a duplicate.
     pub async fn commit(&mut self, changes: &[Change]) -> anyhow::Result<Vec<Result<i64, Refused>>> {
         // Take the connection, so that it is not used again if it fails.
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => open(&self.options).await?,
+        let (mut connection, files) = match self.connection.take() {
+            Some(open) => open,
+            None => self.open().await?,
         };
         let answers = commit(&mut connection, changes).await.context("committing to the database")?;
-        self.connection = Some(connection);
+        // SQLite goes on writing to a file that was deleted.
+        ensure!(files == Files::of(&self.options), "the database's file was deleted or replaced");
+        self.connection = Some((connection, files));
         Ok(answers)
+    }
+
+    async fn open(&mut self) -> anyhow::Result<(SqliteConnection, Files)> {
+        let file = self.options.get_filename();
+        let opening = || format!("opening {}", file.display());
+        // A file that is missing later was deleted, and an empty history must not take its place.
+        if self.secret.is_none() {
+            make(file).with_context(opening)?;
+        }
+        let mut connection = self.options.connect().await.with_context(opening)?;
+        for table in TABLES {
+            sqlx::query(table).execute(&mut connection).await.with_context(opening)?;
+        }
+        let secret = secret(&mut connection).await.with_context(opening)?;
+        ensure!(*self.secret.get_or_insert(secret) == secret, "{}: it is another history", file.display());
+        Ok((connection, Files::of(&self.options)))
     }
 }
 
-async fn open(options: &SqliteConnectOptions) -> anyhow::Result<SqliteConnection> {
-    let file = options.get_filename();
+/// Makes the file and its folder, if they are missing. Nobody else may see who logged in when. SQLite gives the
+/// same mode to the files that it makes beside the database.
+fn make(file: &Path) -> io::Result<()> {
     if let Some(directory) = file.parent().filter(|directory| *directory != Path::new("")) {
-        // Nobody else may see who logged in when.
-        let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-        created.with_context(|| format!("creating {}", directory.display()))?;
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     }
-    let opening = || format!("opening {}", file.display());
-    let mut connection = options.connect().await.with_context(opening)?;
-    for table in TABLES {
-        sqlx::query(table).execute(&mut connection).await.with_context(opening)?;
+    OpenOptions::new().append(true).create(true).mode(0o600).open(file).map(drop)
+}
+
+/// Tells a file from another one that has its name later: the device and inode of the database and of its
+/// write-ahead log.
+#[derive(PartialEq, Eq)]
+struct Files([Option<(u64, u64)>; 2]);
+
+impl Files {
+    fn of(options: &SqliteConnectOptions) -> Self {
+        let mut log = options.get_filename().as_os_str().to_owned();
+        log.push("-wal");
+        let number = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+        Self([number(options.get_filename()), number(log.as_ref())])
     }
-    Ok(connection)
+}
+
+/// Returns the history's secret, which is made when the database is opened for the first time.
+async fn secret(connection: &mut SqliteConnection) -> anyhow::Result<Secret> {
+    let make = "INSERT INTO history (one, secret) VALUES (1, $1) ON CONFLICT DO NOTHING";
+    sqlx::query(make).bind(Uuid::new_v4().to_string()).execute(&mut *connection).await?;
+    let secret: String = sqlx::query_scalar("SELECT secret FROM history").fetch_one(connection).await?;
+    Ok(Secret(secret.parse()?))
 }
 
 async fn commit(
@@ -155,6 +203,16 @@ async fn commit_but_refused(
 async fn apply(connection: &mut SqliteConnection, change: &Change) -> sqlx::Result<i64> {
     match change {
         Change::Apply(login) => record(connection, login).await,
+        Change::MarkRedelivery(message_id) => {
+            let mark = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) \
+                        ON CONFLICT DO NOTHING";
+            let marked = sqlx::query(mark).bind(message_id).execute(&mut *connection).await?;
+            if marked.rows_affected() == 1 {
+                return Ok(0);
+            }
+            let counted = "SELECT redeliveries FROM redelivery_count WHERE message_id = $1";
+            sqlx::query_scalar(counted).bind(message_id).fetch_one(connection).await
+        }
         Change::CountRedelivery(message_id) => {
             let count = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) \
                          ON CONFLICT (message_id) DO UPDATE SET redeliveries = redelivery_count.redeliveries + 1 \

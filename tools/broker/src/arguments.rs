@@ -163,7 +163,8 @@ fn integer(value: &AMQPValue) -> Option<i64> {
     }
 }
 
-fn string(value: &AMQPValue) -> Option<ShortString> {
+/// Returns a string argument that is a name.
+pub fn string(value: &AMQPValue) -> Option<ShortString> {
     match value {
         AMQPValue::LongString(text) => ShortString::try_new(std::str::from_utf8(text.as_bytes()).ok()?).ok(),
         _ => None,

@@ -1,7 +1,7 @@
 //! Declaring, finding and deleting exchanges, queues and bindings.
 
 use super::{
-    arguments::{Arguments, QueueType},
+    arguments::{self, Arguments, QueueType},
     exception::{Exception, Outcome},
     exchange::{Binding, Exchange, Kind},
     memory::Held,
@@ -30,15 +30,20 @@ impl VirtualHost {
             return existing.map(drop).ok_or_else(|| no_exchange(name));
         }
         let kind = Kind::parse(declare.kind.as_str())?;
-        if declare.arguments.contains_key("alternate-exchange") {
-            return Err(Exception::not_implemented("alternate exchanges"));
-        }
+        let alternate = match declare.arguments.inner().get("alternate-exchange") {
+            None => None,
+            Some(value) => Some(arguments::string(value).ok_or_else(|| {
+                let text = format!("invalid arg 'alternate-exchange' for exchange '{name}' in vhost '/'");
+                Exception::precondition_failed(text)
+            })?),
+        };
         if let Some(exchange) = existing {
             let difference = [
                 ("type", exchange.kind == kind),
                 ("durable", exchange.durable == declare.durable),
                 ("auto_delete", exchange.auto_delete == declare.auto_delete),
                 ("internal", exchange.internal == declare.internal),
+                ("alternate-exchange", exchange.alternate == alternate),
             ];
             let difference = difference.into_iter().find(|(_, is_same)| !is_same);
             return difference.map_or(Ok(()), |(arg, _)| Err(inequivalent(arg, "exchange", name)));
@@ -50,6 +55,7 @@ impl VirtualHost {
             durable: declare.durable,
             auto_delete: declare.auto_delete,
             internal: declare.internal,
+            alternate,
             bindings: Vec::new(),
             _held: held,
         };

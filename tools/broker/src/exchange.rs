@@ -53,6 +53,8 @@ pub struct Exchange {
     pub auto_delete: bool,
     /// Whether clients are forbidden to publish to the exchange.
     pub internal: bool,
+    /// `alternate-exchange`: the exchange that routes the messages that match no binding.
+    pub alternate: Option<ShortString>,
     /// The bindings, in the order of their creation.
     pub bindings: Vec<Binding>,
     /// The exchange's share of the broker's memory.

@@ -3,7 +3,7 @@
 //!
 //! For the services here and for ordinary clients, the broker behaves like RabbitMQ. The same conformance
 //! checks run on both brokers (`tests/broker_conformance/`). These features are refused with 540
-//! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, alternate exchanges, the
+//! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, the
 //! headers CC and BCC, priorities of messages and of consumers, single active consumers, direct reply-to, and
 //! streams. There is one virtual host, `/`, and one user.
 //!

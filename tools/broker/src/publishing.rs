@@ -93,11 +93,22 @@ impl VirtualHost {
 
     /// Returns the queues that a message goes to, or `None` if there is no such exchange.
     fn route(&self, exchange: &str, routing_key: &str) -> Option<Vec<QueueId>> {
+        /// Alternate exchanges may be a long chain, or a loop.
+        const MOST_ALTERNATES: usize = 16;
+
         if exchange.is_empty() {
             // Every queue is bound to the default exchange by its name.
             return Some(self.queue_ids.get(routing_key).copied().into_iter().collect());
         }
-        self.exchanges.get(exchange).map(|exchange| exchange.route(routing_key))
+        let mut exchange = self.exchanges.get(exchange)?;
+        let mut queues = exchange.route(routing_key);
+        for _ in 0..MOST_ALTERNATES {
+            let Some(alternate) = exchange.alternate.as_ref().filter(|_| queues.is_empty()) else { break };
+            let Some(next) = self.exchanges.get(alternate.as_str()) else { break };
+            exchange = next;
+            queues = exchange.route(routing_key);
+        }
+        Some(queues)
     }
 
     /// Appends a message to a queue, or delivers it at once. Returns whether the queue took the message.

@@ -78,6 +78,7 @@ impl VirtualHost {
                 durable: true,
                 auto_delete: false,
                 internal: false,
+                alternate: None,
                 bindings: Vec::new(),
                 _held: memory.hold(0),
             };

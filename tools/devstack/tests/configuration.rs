@@ -64,6 +64,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("USERCENTER_MAX_CONNECTION_AGE", "old"),
         ("AMQP_URL", "http://user:s3cr3t@host"),
         ("MQ_PREFETCH", "0"),
+        ("MQ_COMMIT_INTERVAL", "1001ms"),
         ("MQ_RELATION", "cousin"),
         ("MQ_RETRY_DELAYS", "5s,1s"),
         ("MQ_DATABASE_URL", "postgres://user:s3cr3t@host/db"),

@@ -9,12 +9,14 @@ use harness::{
     process::Process,
     proxy::{BASIC_ACK, Side},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
+    trace::Span,
 };
 use lapin::{
     BasicProperties,
+    options::{BasicGetOptions, BasicNackOptions, ExchangeDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
-use std::time::Duration;
+use std::{fs::Permissions, os::unix::fs::PermissionsExt, time::Duration};
 use tokio::time::{sleep, timeout};
 
 const BODY: &[u8] = br#"{"Msg":"13800138000"}"#;
@@ -28,13 +30,7 @@ async fn stack() -> Result<(Stack, Database)> {
 
 /// Waits for at least `count` consumer spans. Returns their outcomes in the order of their start.
 async fn outcomes(stack: &Stack, count: usize) -> Vec<String> {
-    let seen = poll(PATIENCE, async || {
-        let mut spans = stack.receiver.spans();
-        spans.retain(|span| span.kind == "CONSUMER");
-        spans.sort_by_key(|span| span.start);
-        (spans.len() >= count).then_some(spans)
-    });
-    let spans = seen.await.expect("spans");
+    let spans = consumers(stack, count).await;
     spans
         .into_iter()
         .map(|mut span| span.attributes.remove("throughline.message.outcome").unwrap_or_default())
@@ -63,22 +59,133 @@ async fn a_message_that_comes_twice_is_applied_once() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_an_id_the_producer_span_tells_messages_apart() -> Result<()> {
+async fn without_an_id_the_producer_span_and_the_content_tell_messages_apart() -> Result<()> {
     let (stack, database) = stack().await?;
-    for span in ["00f067aa0ba902b7", "00f067aa0ba902b7", "1111111111111111"] {
+    // A batch of three people's messages that was published in one span, one message twice, and another span.
+    let other = "13800138001";
+    for (span, mobile) in [
+        ("00f067aa0ba902b7", KNOWN_MOBILE),
+        ("00f067aa0ba902b7", other),
+        ("00f067aa0ba902b7", "13800138002"),
+        ("00f067aa0ba902b7", KNOWN_MOBILE),
+        ("1111111111111111", KNOWN_MOBILE),
+    ] {
         let mut headers = FieldTable::default();
         let traceparent = format!("00-4bf92f3577b34da6a3ce929d0e0e4736-{span}-01");
         headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
-        stack.publish(BasicProperties::default().with_headers(headers), BODY).await?;
+        let body = format!(r#"{{"Msg":"{mobile}"}}"#);
+        stack.publish(BasicProperties::default().with_headers(headers), body.as_bytes()).await?;
     }
-    assert_eq!(outcomes(&stack, 3).await, ["applied", "duplicate", "applied"]);
+    let mut seen = outcomes(&stack, 5).await;
+    seen.sort();
+    assert_eq!(seen, ["applied", "applied", "applied", "applied", "duplicate"]);
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (2, 2));
+    assert_eq!(database.logins(other).await?, (1, 1));
     // Messages without any id can't be recognized as duplicates. An empty id is no id.
     for _ in 0..2 {
         stack.publish(BasicProperties::default(), BODY).await?;
         stack.publish(BasicProperties::default().with_message_id("".into()), BODY).await?;
     }
-    assert_eq!(outcomes(&stack, 7).await[3..], ["applied"; 4]);
+    assert_eq!(outcomes(&stack, 9).await[5..], ["applied"; 4]);
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (6, 6));
+    Ok(())
+}
+
+/// Returns the consumer spans in the order of their start, once there are `count`.
+async fn consumers(stack: &Stack, count: usize) -> Vec<Span> {
+    let seen = poll(PATIENCE, async || {
+        let mut spans = stack.receiver.spans();
+        spans.retain(|span| span.kind == "CONSUMER");
+        spans.sort_by_key(|span| span.start);
+        (spans.len() >= count).then_some(spans)
+    });
+    seen.await.expect("spans")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_that_come_soon_after_a_commit_gather_and_a_lone_one_does_not_wait() -> Result<()> {
+    let stack = Stack::start(&[("mq", "MQ_COMMIT_INTERVAL", "1s")]).await?;
+    for i in 0..20 {
+        stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
+    }
+    let spans = consumers(&stack, 20).await;
+    let of = |span: &Span, attribute: &str| -> u64 { span.attributes[attribute].parse().expect("a number") };
+    assert_eq!(of(&spans[0], "throughline.chunk.pause_ms"), 0, "{:#?}", spans[0]);
+    let gathered: Vec<_> = spans.iter().filter(|span| of(span, "throughline.chunk.pause_ms") > 0).collect();
+    assert!(gathered.iter().any(|span| of(span, "throughline.chunk.size") > 1), "{spans:#?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_are_redelivered_once_are_processed_together() -> Result<()> {
+    let (mut stack, database) = stack().await?;
+    stack.mq.stop().await?;
+    for i in 0..64 {
+        stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
+    }
+    // The test takes all messages and returns them, like a consumer whose connection was cut.
+    let queue = stack.broker.topology.queue.as_str();
+    let mut last = None;
+    while let Some(got) = stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await? {
+        last = Some(got);
+    }
+    last.context("messages")?.nack(BasicNackOptions { requeue: true, multiple: true }).await?;
+    let _mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
+    let spans = consumers(&stack, 64).await;
+    let overlapping = spans.windows(2).filter(|pair| pair[1].start < pair[0].end).count();
+    assert!(overlapping > 32, "{overlapping} of 63 began before the one before was over");
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (64, 64));
+    let counts = "SELECT COUNT(*) FROM redelivery_count";
+    let counts: i64 = sqlx::query_scalar(counts).fetch_one(&mut database.connect().await?).await?;
+    assert_eq!(counts, 0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_and_stops_no_other()
+-> Result<()> {
+    const DEADLY: &str = "13800138001";
+
+    let (mut stack, database) = stack().await?;
+    database.hang(DEADLY).await?;
+    stack.mq.stop().await?;
+    for i in 0..9 {
+        let properties = BasicProperties::default().with_message_id(format!("{i}").into());
+        if i == 4 {
+            let body = format!(r#"{{"Msg":"{DEADLY}"}}"#);
+            stack.publish(BasicProperties::default(), body.as_bytes()).await?;
+        }
+        stack.publish(properties, BODY).await?;
+    }
+    let variables = [("MQ_DATABASE_URL", database.url.as_str())];
+    let mut connection = database.connect().await?;
+    sqlx::query("PRAGMA busy_timeout = 0").execute(&mut connection).await?;
+    let counts = "SELECT COUNT(*), COALESCE(MAX(redeliveries), 0) FROM redelivery_count";
+    // The first time, all are processed together. Then all are marked, and processed together again. After
+    // that, each is processed alone, and those that have no other count go first.
+    for (rows, count) in [(0, 0), (10, 1), (6, 2), (1, 3)] {
+        let mut mq = stack.another("mq", &variables).await?;
+        mq.said(" consuming").await?;
+        let mut seen = (0, 0);
+        let reached = poll(PATIENCE, async || {
+            seen = sqlx::query_as::<_, (i64, i64)>(counts).fetch_one(&mut connection).await.ok()?;
+            // A write that fails shows that mq is in the middle of a transaction.
+            let is_writing = sqlx::query("DELETE FROM redelivery_count WHERE message_id = ''");
+            (seen == (rows, count) && is_writing.execute(&mut connection).await.is_err()).then_some(())
+        });
+        reached
+            .await
+            .with_context(|| format!("{seen:?} instead of {:?}:\n{}", (rows, count), mq.output()))?;
+        mq.kill().await?;
+    }
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (9, 9));
+    // The other kills are left out.
+    sqlx::query("UPDATE redelivery_count SET redeliveries = 20").execute(&mut connection).await?;
+    let _mq = stack.another("mq", &variables).await?;
+    let letter = stack.dead_letter().await?;
+    let headers = letter.properties.headers().as_ref().context("headers")?.inner();
+    assert_eq!(headers["x-dead-letter-reason"], AMQPValue::LongString("redelivered_too_often".into()));
+    assert_eq!(sqlx::query_as::<_, (i64, i64)>(counts).fetch_one(&mut connection).await?, (0, 0));
     Ok(())
 }
 
@@ -182,10 +289,80 @@ async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let folder = directory.path().join("data");
     std::fs::write(&folder, "")?;
     let url = format!("sqlite://{}/mq.db", folder.display());
-    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url)]).await?;
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url), ("AMQP_PREFIX", "another.")]).await?;
     mq.said("the database is unavailable").await?;
     assert!(!is_healthy(&mq).await?);
     std::fs::remove_file(&folder)?;
     mq.said("the database is available").await?;
     becomes(&mq, true).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so() -> Result<()> {
+    let (stack, database) = stack().await?;
+    stack.login(KNOWN_MOBILE, &[]).await?;
+    consumers(&stack, 1).await;
+    // The folder is away, and mq notices that without a message.
+    let file = database.file();
+    let folder = file.parent().context("a folder")?;
+    let kept = folder.with_extension("kept");
+    std::fs::rename(folder, &kept)?;
+    becomes(&stack.mq, false).await?;
+    stack.mq.said("the database's file was deleted or replaced").await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(answer.status, 200);
+    // A new database does not take its place.
+    std::fs::create_dir(folder)?;
+    std::fs::write(&file, "")?;
+    let opened = poll(PATIENCE, async || (std::fs::metadata(&file).ok()?.len() > 0).then_some(()));
+    opened.await.context("mq does not open it")?;
+    assert!(!is_healthy(&stack.mq).await?);
+    assert_eq!(consumers(&stack, 1).await.len(), 1);
+
+    std::fs::remove_dir_all(folder)?;
+    std::fs::rename(&kept, folder)?;
+    becomes(&stack.mq, true).await?;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    assert_eq!(database.logins(KNOWN_MOBILE).await?, (2, 2));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_may_read_the_history_wherever_it_is() -> Result<()> {
+    let directory = tempfile::TempDir::new()?;
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755))?;
+    let url = format!("sqlite://{}/mq.db", directory.path().display());
+    let _stack = Stack::start(&[("mq", "MQ_DATABASE_URL", &url)]).await?;
+    for entry in std::fs::read_dir(directory.path())? {
+        let entry = entry?;
+        assert_eq!(entry.metadata()?.permissions().mode() & 0o777, 0o600, "{:?}", entry.path());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_the_same_history_does()
+-> Result<()> {
+    let (mut stack, database) = stack().await?;
+    let another = Database::new()?;
+    let refused = stack.another("mq", &[("MQ_DATABASE_URL", &another.url)]).await?;
+    let said = refused.said("the queue belongs to another history").await?;
+    let claim = format!("{}.history", stack.broker.topology.queue);
+    assert!(said.contains("ERROR") && said.contains(&claim), "{said}");
+    becomes(&refused, false).await?;
+    // Nor does it when the other instances are away.
+    stack.mq.kill().await?;
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
+    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+    let second = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
+    becomes(&mq, true).await?;
+    becomes(&second, true).await?;
+    assert_eq!((database.logins(KNOWN_MOBILE).await?, another.logins(KNOWN_MOBILE).await?), ((1, 1), (0, 0)));
+    assert!(!refused.output().contains(" consuming"), "{}", refused.output());
+
+    // If the history is lost, the operator gives the queue to another one.
+    let options = ExchangeDeleteOptions::default();
+    stack.broker.channel.exchange_delete(claim.into(), options).await?;
+    becomes(&refused, true).await
 }

@@ -137,6 +137,8 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
             ("server.port", &broker_port),
             ("throughline.trace_context.source", "headers"),
             ("throughline.message.attempt", "1"),
+            ("throughline.chunk.size", "1"),
+            ("throughline.chunk.pause_ms", "0"),
             ("throughline.message.outcome", "applied"),
         ])
     );

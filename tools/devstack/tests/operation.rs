@@ -27,7 +27,10 @@ async fn health_is_told_in_every_way_and_leaves_no_span() -> Result<()> {
     let url = format!("http://{}", stack.api.address);
     for _ in 0..3 {
         assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);
-        let expected = json!({"usercenter": true, "broker": true, "topology": true, "spool": true, "spooled": 0, "stopping": false});
+        let expected = json!({
+            "usercenter": true, "broker": true, "topology": true, "spool": true, "spooled": 0,
+            "spooledBytes": 0, "oldestSeconds": 0, "stopping": false,
+        });
         // Each check has a time limit, so on a busy machine a single try may fail.
         let ready = poll(PATIENCE, async || {
             let ready = stack.client.get(&format!("{url}/readyz")).await.ok()?;
@@ -69,13 +72,11 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
     stack.rpc.kill().await?;
     let url = format!("http://{}", stack.api.address);
     let ready = stack.client.get(&format!("{url}/readyz")).await?;
-    assert_eq!(
-        (ready.status.as_u16(), ready.json()),
-        (
-            503,
-            json!({"usercenter": false, "broker": true, "topology": true, "spool": true, "spooled": 0, "stopping": false})
-        )
-    );
+    let expected = json!({
+        "usercenter": false, "broker": true, "topology": true, "spool": true, "spooled": 0,
+        "spooledBytes": 0, "oldestSeconds": 0, "stopping": false,
+    });
+    assert_eq!((ready.status.as_u16(), ready.json()), (503, expected));
     assert!(!probe(&stack.api).await?);
     // api is not ready, but alive.
     assert_eq!(stack.client.get(&format!("{url}/healthz")).await?.status, 200);

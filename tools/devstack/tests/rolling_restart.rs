@@ -135,6 +135,7 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     let mut variables = BTreeMap::from([
         ("AMQP_URL", broker.url.clone()),
         ("AMQP_PREFIX", broker.prefix.clone()),
+        ("MQ_DATABASE_URL", broker.database.url.clone()),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", receiver.grpc)),
         ("OTEL_BSP_SCHEDULE_DELAY", "20".to_owned()),
         ("SHUTDOWN_TIMEOUT", "50s".to_owned()),

@@ -63,11 +63,16 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     }
     stack.api.said("the spool is full").await?;
     assert_eq!(stack.api.output().matches("the spool is full").count(), 1);
-    let unready = json!({"usercenter": true, "broker": false, "topology": true, "spool": false, "spooled": 3, "stopping": false});
     // usercenter has one second to answer, so a single try may fail.
     let said = poll(PATIENCE, async || {
         let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
-        (ready.json() == unready).then_some(ready.status)
+        let mut body = ready.json();
+        let [bytes, seconds] = ["spooledBytes", "oldestSeconds"].map(|key| body[key].take().as_u64());
+        let unready = json!({
+            "usercenter": true, "broker": false, "spool": false, "spooled": 3, "spooledBytes": null,
+            "oldestSeconds": null, "stopping": false,
+        });
+        (body == unready && bytes? > 3 * 100 && seconds? > 0).then_some(ready.status)
     });
     assert_eq!(said.await.context("not as expected")?, 503);
 
@@ -379,4 +384,46 @@ async fn a_context_takes_its_own_room_in_the_spool_and_little_more() -> Result<(
     assert_eq!(spooled(&stack).await, Some(10));
     proxy.restore();
     drained(&stack).await
+}
+
+/// Returns whether `/readyz` says that the spool takes logins.
+async fn takes(stack: &Stack) -> Option<bool> {
+    let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
+    ready.json()["spool"].as_bool()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_deleted_loses_no_login_and_takes_none_until_its_own_are_published() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let data = TempDir::new()?;
+    let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
+    let proxy = behind_proxy(&mut stack, &variables).await?;
+    proxy.refuse();
+    let mut logins = Vec::new();
+    for _ in 0..2 {
+        logins.push(stack.login(KNOWN_MOBILE, &[]).await?);
+    }
+    let file = data.path().join("spool.redb");
+    fs::remove_file(&file)?;
+    // api notices that without a login.
+    let noticed = poll(PATIENCE, async || (!takes(&stack).await?).then_some(()));
+    noticed.await.context("not noticed")?;
+    assert!(stack.api.said("the spool failed").await?.contains("was deleted or replaced"));
+    let refused = stack.login(KNOWN_MOBILE, &[]).await?;
+    assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-failed");
+
+    proxy.restore();
+    let again = poll(PATIENCE, async || (takes(&stack).await? && file.exists()).then_some(()));
+    again.await.with_context(|| format!("no new file:\n{}", stack.api.output()))?;
+    proxy.refuse();
+    logins.push(stack.login(KNOWN_MOBILE, &[]).await?);
+    assert_eq!(logins[2].status, 200, "{:?}", logins[2].json());
+    // The new file outlives the process.
+    stack.api.kill().await?;
+    let _proxy = behind_proxy(&mut stack, &variables).await?;
+    for login in logins {
+        let trace = login.trace_id();
+        stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::collections::HashSet;
+use std::path::PathBuf;
 use tempfile::TempDir;
 
 /// A database that outlives the mq that uses it.
@@ -29,8 +30,12 @@ impl Database {
     /// # Errors
     /// If mq has not created the database yet.
     pub async fn connect(&self) -> Result<SqliteConnection> {
-        let file = self.directory.path().join("data/mq.db");
-        Ok(SqliteConnectOptions::new().filename(file).connect().await?)
+        Ok(SqliteConnectOptions::new().filename(self.file()).connect().await?)
+    }
+
+    /// Returns the path of the database.
+    pub fn file(&self) -> PathBuf {
+        self.directory.path().join("data/mq.db")
     }
 
     /// Makes every login of `mobile` fail, with an error text that contains the number.
@@ -61,6 +66,24 @@ impl Database {
              BEGIN INSERT INTO weight VALUES (zeroblob(32000000)); END"
         );
         sqlx::raw_sql(AssertSqlSafe(trigger)).execute(&mut self.connect().await?).await?;
+        Ok(())
+    }
+
+    /// Makes every login of `mobile` take for ever, so that mq can be killed while it processes one.
+    ///
+    /// # Errors
+    /// If the database can't be used.
+    pub async fn hang(&self, mobile: &str) -> Result<()> {
+        // A trigger can't hold the recursion itself.
+        let endless = "CREATE VIEW endless AS WITH RECURSIVE numbers(n) AS \
+                       (SELECT 1 UNION ALL SELECT n + 1 FROM numbers) SELECT n FROM numbers";
+        let trigger = format!(
+            "CREATE TRIGGER hang BEFORE INSERT ON login_history WHEN NEW.mobile = '{mobile}' \
+             BEGIN SELECT MAX(n) FROM endless; END"
+        );
+        let mut connection = self.connect().await?;
+        sqlx::query(endless).execute(&mut connection).await?;
+        sqlx::query(AssertSqlSafe(trigger)).execute(&mut connection).await?;
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use crate::{
     PATIENCE,
     certificates::Files,
     client::{Answer, Client},
+    database::Database,
     poll,
     process::Process,
     proxy::Proxy,
@@ -206,6 +207,7 @@ pub const PATIENT: [(&str, &str); 4] = [
 struct Settings<'a> {
     amqp_url: String,
     amqp_prefix: String,
+    database_url: String,
     otlp_endpoint: String,
     usercenter_url: String,
     variables: Variables<'a>,
@@ -216,6 +218,7 @@ impl<'a> Settings<'a> {
         Self {
             amqp_url: broker.url.clone(),
             amqp_prefix: broker.prefix.clone(),
+            database_url: broker.database.url.clone(),
             otlp_endpoint: format!("http://{}", receiver.grpc),
             usercenter_url: String::new(),
             variables,
@@ -226,6 +229,7 @@ impl<'a> Settings<'a> {
         let mut variables = vec![
             ("AMQP_URL", self.amqp_url.as_str()),
             ("AMQP_PREFIX", &self.amqp_prefix),
+            ("MQ_DATABASE_URL", &self.database_url),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &self.otlp_endpoint),
             ("OTEL_BSP_SCHEDULE_DELAY", "20"),
             ("USERCENTER_URL", &self.usercenter_url),
@@ -251,6 +255,8 @@ pub struct TestBroker {
     pub retry_delays: Vec<Duration>,
     /// A channel for the test.
     pub channel: Channel,
+    /// The history that all instances of mq share, unless the test names another one. The queue belongs to it.
+    pub database: Database,
     connection: Connection,
     embedded: Option<Broker>,
 }
@@ -302,7 +308,8 @@ impl TestBroker {
         topology.declare(&channel, &[]).await?;
         topology.bind(&channel).await?;
         let retry_delays = delays(DEFAULT_RETRY_DELAYS);
-        Ok(Self { url, prefix, topology, retry_delays, channel, connection, embedded })
+        let database = Database::new()?;
+        Ok(Self { url, prefix, topology, retry_delays, channel, database, connection, embedded })
     }
 
     /// Starts a proxy in front of the broker; returns it with the URL that leads through it.
@@ -399,7 +406,9 @@ impl Drop for TestBroker {
             for queue in [queue.clone(), dead_letter_queue.clone()].into_iter().chain(retry_queues) {
                 channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await?;
             }
-            channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await?;
+            for exchange in [exchange.clone(), format!("{queue}.history")] {
+                channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await?;
+            }
             connection.close(200, "done".into()).await?;
             anyhow::Ok(())
         };

@@ -7,9 +7,9 @@ use redb::{
 };
 use std::{
     collections::BTreeSet,
-    fs::{DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -57,6 +57,8 @@ pub struct Store {
     capacity: Capacity,
     /// `None` after an error, because redb then refuses everything until the file is opened again.
     database: Option<Database>,
+    /// The device and inode of the file that was last opened.
+    file: (u64, u64),
     /// When the file was last opened.
     opened: Instant,
     held: Held,
@@ -76,12 +78,10 @@ impl Store {
     pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let path = directory.join("spool.redb");
-        let database = open(&path)?;
-        // The file's name must survive a loss of power as well.
-        File::open(directory)?.sync_all()?;
+        let (database, file) = open(&path)?;
         let (held, last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
         let (database, opened, set_aside) = (Some(database), Instant::now(), BTreeSet::new());
-        Ok(Self { path, capacity, database, opened, held, last, set_aside })
+        Ok(Self { path, capacity, database, file, opened, held, last, set_aside })
     }
 
     /// Returns the number of entries.
@@ -115,7 +115,23 @@ impl Store {
         through: Option<u64>,
     ) -> Result<Vec<bool>, StoreError> {
         let messages: Vec<_> = messages.collect();
+        if self.is_gone() {
+            // As long as the file is open, what is in it can still be published and removed. Only then does a
+            // new file take its place.
+            self.try_change(&[], through)?;
+            if self.held.entries > 0 {
+                let gone = io::Error::other(format!("{} was deleted or replaced", self.path.display()));
+                return Err(redb::Error::Io(gone).into());
+            }
+            self.database = None;
+        }
         Ok(self.try_change(&messages, through)?)
+    }
+
+    /// Whether the open file was deleted or replaced. What is written to it then is lost with the process.
+    pub fn is_gone(&self) -> bool {
+        let named = fs::metadata(&self.path).ok().map(|named| (named.dev(), named.ino()));
+        self.database.is_some() && named != Some(self.file)
     }
 
     fn try_change(&mut self, messages: &[Vec<u8>], through: Option<u64>) -> Result<Vec<bool>, redb::Error> {
@@ -186,26 +202,32 @@ impl Store {
             return Err(redb::Error::PreviousIo);
         }
         self.opened = Instant::now();
-        let database = open(&self.path).map_err(|error| match error {
+        let (database, file) = open(&self.path).map_err(|error| match error {
             OpenError::Io(error) => redb::Error::Io(error),
             error @ (OpenError::InUse | OpenError::Damaged(_)) => redb::Error::Corrupted(error.to_string()),
         })?;
         let last;
         (self.held, last) = count(&database)?;
+        self.file = file;
         // As long as the process runs, no number is used again, because entries are removed by number.
         self.last = self.last.max(last);
         Ok(database)
     }
 }
 
-fn open(path: &Path) -> Result<Database, OpenError> {
+/// Opens or makes the file. Returns its device and inode as well.
+fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    // The file's name must survive a loss of power as well.
+    File::open(path.parent().unwrap_or(path))?.sync_all()?;
+    let metadata = file.metadata()?;
     let backend = FileBackend::new(file).map_err(open_error)?;
     let mut builder = Builder::new();
     // This finds a damaged file now rather than later.
     builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
-    builder.create_with_backend(backend).map_err(open_error)
+    let database = builder.create_with_backend(backend).map_err(open_error)?;
+    Ok((database, (metadata.dev(), metadata.ino())))
 }
 
 fn open_error(error: DatabaseError) -> OpenError {
@@ -247,7 +269,7 @@ mod tests {
     use super::*;
     use opentelemetry::Context;
     use proptest::prelude::*;
-    use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
+    use std::{collections::BTreeMap, os::unix::fs::PermissionsExt};
     use tempfile::TempDir;
 
     const LARGE: Capacity = Capacity { entries: 1000, bytes: 1_000_000 };

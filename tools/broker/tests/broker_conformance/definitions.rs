@@ -248,6 +248,31 @@ async fn declaring_again_changes_nothing_and_otherwise_is_a_406() -> Result<()> 
 }
 
 #[tokio::test]
+async fn an_alternate_exchange_routes_what_matches_no_binding_and_can_not_be_another() -> Result<()> {
+    let client = Client::connect().await?;
+    let [queue, others] = [client.queue("q", &[]).await?, client.queue("others", &[]).await?];
+    let alternate = client.exchange("alternate", ExchangeKind::Fanout, &others, &[""]).await?;
+    let exchange = client.name("x");
+    let options = ExchangeDeclareOptions { durable: true, auto_delete: true, ..Default::default() };
+    let declare = async |channel: lapin::Channel, alternate: &str| {
+        let mut arguments = FieldTable::default();
+        arguments.insert("alternate-exchange".into(), long_string(alternate));
+        channel.exchange_declare(exchange.as_str().into(), ExchangeKind::Direct, options, arguments).await
+    };
+    for _ in 0..2 {
+        declare(client.channel.clone(), &alternate).await?;
+    }
+    bind(&client.channel, &queue, &exchange, "k").await?;
+    client.confirm().await?;
+    for (key, body) in [("k", "to the queue"), ("else", "to the others")] {
+        client.publish(&exchange, key, body.as_bytes(), BasicProperties::default()).await?;
+    }
+    assert_eq!(body(&client.expect(&queue).await?), "to the queue");
+    assert_eq!(body(&client.expect(&others).await?), "to the others");
+    client.expect_channel_error(406, async |channel| declare(channel, "another").await).await
+}
+
+#[tokio::test]
 async fn arguments_that_make_no_sense_are_a_406() -> Result<()> {
     let client = Client::connect().await?;
     for argument in [

@@ -81,6 +81,10 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp_endpoint),
             ("SHUTDOWN_TIMEOUT", "3s"),
         ];
+        if broker.is_none() {
+            // The queue on that broker belongs to one history.
+            variables.push(("MQ_DATABASE_URL", "sqlite://target/dev/mq.db"));
+        }
         // By default, spans wait for five seconds, which is too long for a person who tries a login and wants
         // to see its trace.
         let mut defaults = vec![("OTEL_BSP_SCHEDULE_DELAY", "200")];

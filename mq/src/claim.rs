@@ -1,0 +1,38 @@
+//! Claims the queue for one history, so that two instances of mq with different databases can't both apply logins.
+//!
+//! The claim is an exchange that routes nothing. Its name belongs to the queue, and its argument
+//! `alternate-exchange` names the history. The broker compares that argument when an exchange is declared
+//! again: it accepts a claim for the same history, and refuses one for another with 406 PRECONDITION_FAILED.
+
+use amqp::{OpenError, Topology};
+use lapin::{
+    Channel, ErrorKind, ExchangeKind,
+    options::ExchangeDeclareOptions,
+    protocol::{AMQPErrorKind, AMQPSoftError},
+    types::{AMQPValue, FieldTable},
+};
+
+/// Declares the claim of `history`.
+///
+/// # Errors
+/// If the connection is lost, or if the queue belongs to another history.
+pub async fn claim(channel: &Channel, topology: &Topology, history: &str) -> Result<(), OpenError> {
+    let (queue, claim) = (&topology.queue, format!("{}.history", topology.queue));
+    let mut arguments = FieldTable::default();
+    arguments.insert("alternate-exchange".into(), AMQPValue::LongString(format!("{claim}.{history}").into()));
+    // Nobody can publish to an internal exchange.
+    let options = ExchangeDeclareOptions { durable: true, internal: true, ..Default::default() };
+    let claimed =
+        channel.exchange_declare(claim.as_str().into(), ExchangeKind::Fanout, options, arguments).await;
+    claimed.map_err(|error| match error.kind() {
+        ErrorKind::ProtocolError(answer)
+            if *answer.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
+        {
+            OpenError::Refused(format!(
+                "the queue {queue} belongs to another history, so logins that it has would be applied again; use \
+                 the database of the other instances of mq, or, if that is lost, delete the exchange {claim}"
+            ))
+        }
+        _ => OpenError::Connection(error),
+    })
+}
