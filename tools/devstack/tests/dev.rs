@@ -285,15 +285,14 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     dev.press("u")?;
     dev.says_times("usercenter is ready, after ", 2).await?;
 
-    for says in ["the broker has stopped; b starts it", "the broker is ready"] {
-        dev.press("b")?;
-        dev.says(says).await?;
-    }
-    for says in
-        ["the trace backend has stopped, and its traces are gone; t starts it", "the trace backend is ready"]
-    {
-        dev.press("t")?;
-        dev.says(says).await?;
+    for (key, part, stopped) in [
+        ("b", "the broker", "the broker has stopped; b starts it"),
+        ("t", "the trace backend", "the trace backend has stopped, and its traces are gone; t starts it"),
+    ] {
+        dev.press(key)?;
+        dev.says(stopped).await?;
+        dev.press(key)?;
+        dev.says_times(&format!("{part} is ready"), 2).await?;
     }
 
     signal("KILL", dev.service("api")?).await?;
@@ -514,6 +513,7 @@ async fn verify_says_what_does_not_answer() -> Result<()> {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.starts_with("error: ") && said.contains("127.0.0.1:1"), "{said}");
+    assert!(said.contains("`cargo dev` starts the system"), "{said}");
     Ok(())
 }
 

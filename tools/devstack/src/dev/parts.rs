@@ -81,6 +81,7 @@ impl Parts {
             None => {
                 let broker = Broker::start_at(address(5672)?).await?;
                 let url = broker.url();
+                say("the broker is ready");
                 (Some((broker, true)), url)
             }
         };
@@ -93,7 +94,9 @@ impl Parts {
                     query: address(16686)?,
                 };
                 let url = format!("http://{}", addresses.otlp_grpc);
-                (Some(backend(options, addresses).await?), url)
+                let backend = backend(options, addresses).await?;
+                say("the trace backend is ready");
+                (Some(backend), url)
             }
         };
 
