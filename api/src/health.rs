@@ -49,14 +49,21 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
 /// # Errors
 /// If it does not answer within two seconds, or is not ready.
 pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
-    let answer = timeout(Duration::from_secs(2), get(listen, "/readyz")).await.context("no answer")??;
+    let answer = timeout(Duration::from_secs(2), get(listen, "/readyz"))
+        .await
+        .with_context(|| format!("no answer from http://{listen}/readyz"))??;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    ensure!(head.starts_with("HTTP/1.1 200 "), "not ready: {body}");
+    ensure!(
+        head.starts_with("HTTP/1.1 200 "),
+        "http://{listen}/readyz answered that it is not ready: {body}"
+    );
     Ok(())
 }
 
 async fn get(address: SocketAddr, path: &str) -> anyhow::Result<String> {
-    let mut connection = TcpStream::connect(address).await.context("connecting")?;
+    let mut connection = TcpStream::connect(address)
+        .await
+        .with_context(|| format!("connecting to http://{address}; is the service running?"))?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
     connection.write_all(request.as_bytes()).await?;
     let mut answer = String::new();

@@ -23,8 +23,11 @@ pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
 /// As for [`probe`].
 pub async fn probe_by(endpoint: Endpoint) -> anyhow::Result<()> {
     let endpoint = endpoint.connect_timeout(Duration::from_secs(2)).timeout(Duration::from_secs(2));
-    let channel = endpoint.connect().await.context("connecting")?;
+    let uri = endpoint.uri().clone();
+    let channel =
+        endpoint.connect().await.with_context(|| format!("connecting to {uri}; is the service running?"))?;
     let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await?;
-    ensure!(answer.get_ref().status() == ServingStatus::Serving, "not serving");
+    let status = answer.get_ref().status();
+    ensure!(status == ServingStatus::Serving, "{uri} answered {}", status.as_str_name());
     Ok(())
 }

@@ -39,11 +39,15 @@ pub async fn run(
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Runs a probe of the running service; returns exit code 0 if the service is healthy, and otherwise 1.
-#[expect(clippy::print_stderr, reason = "a probe has no log")]
+/// Runs a probe of the running service. If the service is healthy, prints `SERVING` and returns exit code 0, and
+/// otherwise 1, as Docker's health checks expect.
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "a probe has no log")]
 pub async fn health(probe: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
     match probe.await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            println!("SERVING");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("unhealthy: {error:#}");
             ExitCode::FAILURE

@@ -145,12 +145,20 @@ where
                 }
                 Err(error) => {
                     let status = transport_status(error.into());
+                    // Of two errors, the span keeps the one with the greater description, and `end` has none.
+                    span.cx.span().set_status(SpanStatus::error(cause(&status)));
                     span.end(status.code(), ErrorType::of(&status));
                     Err(status)
                 }
             }
         })
     }
+}
+
+/// Returns the last cause of a call that did not reach its server, for example `Connection refused`.
+fn cause(status: &Status) -> String {
+    let causes = std::iter::successors(status.source(), |&error| error.source());
+    causes.last().map_or_else(|| status.message().to_owned(), ToString::to_string)
 }
 
 /// Opens a SERVER span for each call, named `{package.Service}/{Method}`, or `grpc` if the method is unknown.

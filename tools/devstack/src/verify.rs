@@ -148,12 +148,15 @@ pub async fn run(options: Options) -> Result<ExitCode> {
 async fn attempt(client: &Client, options: &Options, case: &Case) -> Result<(Answer, Vec<Span>)> {
     let url = format!("{}/usercenter/v1/user/login", options.api);
     let headers = [("content-type", "application/json"), ("user-agent", "throughline-verify")];
-    let answer = client.send(Method::POST, &url, &headers, case.body.clone()).await?;
+    let answer = client.send(Method::POST, &url, &headers, case.body.clone()).await;
+    let answer = answer.context("logging in; `cargo dev` starts the system")?;
     let trace_id = answer.trace_id();
     ensure!(!trace_id.is_empty(), "{url} answered {} without a traceparent: is that api?", answer.status);
 
     // This first query fails at once if there is no Jaeger.
-    let mut spans = jaeger::trace(client, &options.jaeger, &trace_id).await.context("asking Jaeger")?;
+    let mut spans = jaeger::trace(client, &options.jaeger, &trace_id)
+        .await
+        .context("asking for the trace; `cargo dev backend` starts a viewer")?;
     let complete = poll(Duration::from_secs(options.patience), async || {
         spans = jaeger::trace(client, &options.jaeger, &trace_id).await.unwrap_or_default();
         (trace::tree(&spans, "") == trace::dedent(case.tree)).then_some(())

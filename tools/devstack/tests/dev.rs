@@ -9,25 +9,40 @@ use harness::{
     stack::{KNOWN_MOBILE, PATIENT},
 };
 use http::Method;
+use rustix::{
+    fs::{Mode, OFlags, open},
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize},
+};
 use std::{
-    fs,
+    env,
+    fs::{self, File},
+    io::Write,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Output, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
     task::JoinHandle,
     time::timeout,
 };
+
+/// Held by a test of the usual ports.
+static USUAL_PORTS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A running `cargo dev`.
 struct Dev {
     child: Child,
     said: Arc<Mutex<String>>,
     reader: JoinHandle<()>,
+    /// The other end of its terminal, if it has one.
+    terminal: Option<File>,
+    /// A variable that all of its processes inherit, with a value that no others have.
+    mark: String,
     api: String,
     page: String,
 }
@@ -46,8 +61,47 @@ impl Dev {
     async fn start(variables: &[(&str, &str)]) -> Result<Self> {
         // This builds the services first, so that the build does not count as time to wait for output.
         Process::command("api", &[])?;
-        let mut child = devstack(&["--free-ports"], variables).spawn()?;
-        let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
+        let mut dev = Self::spawn(devstack(&["--free-ports"], variables))?;
+        dev.get_ready().await?;
+        Ok(dev)
+    }
+
+    /// Starts it in a terminal of this width.
+    async fn start_in_terminal(width: u16) -> Result<Self> {
+        Process::command("api", &[])?;
+        let terminal = File::from(openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?);
+        grantpt(&terminal)?;
+        unlockpt(&terminal)?;
+        let size = Winsize { ws_row: 50, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&terminal, size)?;
+        let name = ptsname(&terminal, Vec::new())?;
+        let other_end = File::from(open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?);
+
+        let mut command = Command::new("setsid");
+        command.args(["--ctty", env!("CARGO_BIN_EXE_devstack"), "--free-ports"]).env("NO_COLOR", "1");
+        command.env_remove("AMQP_URL").env_remove("OTEL_EXPORTER_OTLP_ENDPOINT").envs(PATIENT);
+        command.stdin(other_end.try_clone()?).stdout(other_end).stderr(Stdio::inherit()).kill_on_drop(true);
+        let reader = tokio::fs::File::from_std(terminal.try_clone()?);
+        let mut dev = Self::spawn_with(command, Some(Box::new(reader)))?;
+        dev.terminal = Some(terminal);
+        dev.get_ready().await?;
+        Ok(dev)
+    }
+
+    fn spawn(command: Command) -> Result<Self> {
+        Self::spawn_with(command, None)
+    }
+
+    /// Starts the command, and reads what it says from `output` or from its standard output.
+    fn spawn_with(mut command: Command, output: Option<Box<dyn AsyncRead + Send + Unpin>>) -> Result<Self> {
+        let mark = format!("DEV_TEST_MARK={}", uuid::Uuid::new_v4());
+        let (variable, value) = mark.split_once('=').context("a variable")?;
+        let mut child = command.env(variable, value).spawn()?;
+        let output = match output {
+            Some(output) => output,
+            None => Box::new(child.stdout.take().context("stdout")?),
+        };
+        let mut lines = BufReader::new(output).lines();
         let said = Arc::new(Mutex::new(String::new()));
         let writer = said.clone();
         let reader = tokio::spawn(async move {
@@ -57,11 +111,33 @@ impl Dev {
                 said.push('\n');
             }
         });
-        let mut dev = Self { child, said, reader, api: String::new(), page: String::new() };
-        dev.says("Ctrl-C stops everything").await?;
-        dev.api = dev.after("curl -i ").context("no curl")?.replace("/usercenter/v1/user/login", "");
-        dev.page = dev.after("traces ").context("no page")?;
-        Ok(dev)
+        Ok(Self { child, said, reader, terminal: None, mark, api: String::new(), page: String::new() })
+    }
+
+    async fn get_ready(&mut self) -> Result<()> {
+        self.says("Ctrl-C stops everything").await?;
+        self.api = self.after("curl -i ").context("no curl")?.replace("/usercenter/v1/user/login", "");
+        self.page = self.after("traces ").context("no page")?;
+        Ok(())
+    }
+
+    fn press(&mut self, key: &str) -> Result<()> {
+        Ok(self.terminal.as_mut().context("a terminal")?.write_all(key.as_bytes())?)
+    }
+
+    /// Waits until it has said `text` this many times.
+    async fn says_times(&self, text: &str, times: usize) -> Result<()> {
+        let found = poll(PATIENCE, async || (self.said().matches(text).count() >= times).then_some(())).await;
+        found.with_context(|| format!("it did not say {text:?} {times} times, but:\n{}", self.said()))
+    }
+
+    /// Waits until it has ended with this exit code, and until none of its processes is left.
+    async fn ends(&mut self, code: Option<i32>) -> Result<()> {
+        let exit = timeout(PATIENCE, self.child.wait()).await.with_context(|| self.said())??;
+        assert_eq!(exit.code(), code, "{}", self.said());
+        let mark = self.mark.clone();
+        let gone = poll(PATIENCE, async || processes_with(&mark).ok()?.is_empty().then_some(())).await;
+        gone.with_context(|| format!("left: {:?}", processes_with(&mark)))
     }
 
     fn said(&self) -> String {
@@ -119,6 +195,20 @@ impl Drop for Dev {
     }
 }
 
+/// Returns the command lines of the processes that have this variable.
+fn processes_with(mark: &str) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let process = entry?.path();
+        // A process may be another user's, or end in the meantime. One that has ended has no variables.
+        let variables = fs::read(process.join("environ")).unwrap_or_default();
+        if variables.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
+            found.push(fs::read_to_string(process.join("cmdline")).unwrap_or_default());
+        }
+    }
+    Ok(found)
+}
+
 async fn signal(signal: &str, pid: u32) -> Result<()> {
     let kill = Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status().await?;
     anyhow::ensure!(kill.success(), "kill -{signal} {pid}");
@@ -134,39 +224,216 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
     // The trace is drawn without colours, because the output is not a terminal.
     let url = format!("{}/trace/{}", dev.page, answer.trace_id());
     dev.says(&url).await?;
-    // A trace is drawn again when late spans arrive, so its last drawing is complete.
     dev.says("mq_consumer_msg").await?;
     let said = dev.said();
-    let (_, drawing) = said.rsplit_once(&url).context("the drawing")?;
-    let lines = drawing.lines().skip(1).take_while(|line| line.starts_with("  "));
-    // The comparison leaves out the bars' widths, which don't matter, and the durations, which vary.
-    let names: Vec<String> = lines
-        .map(|line| {
-            let words =
-                line.split_whitespace().take_while(|word| !word.starts_with(|c: char| c.is_ascii_digit()));
-            words.collect::<Vec<_>>().join(" ")
-        })
-        .collect();
+    let (_, drawings) = said.split_once(&url).context("the drawing")?;
+    // The lines of late spans begin with a plus. The comparison leaves out the bars' widths, which don't matter, and
+    // the durations, which vary.
+    let lines = drawings.lines().skip(1).filter(|line| line.contains(['█', '▏']));
+    let name = |line: &str| {
+        let words = line.split_whitespace().filter(|word| *word != "+");
+        let words = words.take_while(|word| !word.starts_with(|c: char| c.is_ascii_digit()));
+        words.collect::<Vec<_>>().join(" ")
+    };
+    let mut names: Vec<String> = lines.map(name).collect();
+    names.sort();
+    names.dedup();
     assert_eq!(
         names,
         [
             "api POST /usercenter/v1/user/login SERVER",
-            "api ├─ usercenter.v1.Usercenter/GetUserByMobile CLIENT",
-            "usercenter │ └─ usercenter.v1.Usercenter/GetUserByMobile SERVER",
-            "api ├─ local INTERNAL",
             "api └─ send_msg_mq PRODUCER",
+            "api ├─ local INTERNAL",
+            "api ├─ usercenter.v1.Usercenter/GetUserByMobile CLIENT OK",
             "mq └─ mq_consumer_msg CONSUMER",
+            "usercenter │ └─ usercenter.v1.Usercenter/GetUserByMobile SERVER OK",
         ],
         "{said}"
     );
     assert!(!said.contains('\x1b'), "{said}");
 
-    let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
     signal("INT", dev.child.id().context("it has ended")?).await?;
     // The services have 4 s; then `cargo dev` kills those that still run.
-    let exit = timeout(Duration::from_secs(20), dev.child.wait()).await??;
-    assert!(exit.success(), "{exit}: {}", dev.said());
-    are_gone(services).await
+    dev.ends(Some(0)).await?;
+    let address = dev.api.replace("http://localhost", "127.0.0.1");
+    assert!(std::net::TcpListener::bind(&address).is_ok(), "{address} is in use");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
+    let mut dev = Dev::start_in_terminal(80).await?;
+    dev.says("Keys: ").await?;
+    dev.press("m")?;
+    dev.says("mq has stopped; m starts it").await?;
+    dev.press("l")?;
+    dev.says("login: 200 OK").await?;
+    dev.says(", 5 spans").await?;
+    dev.press("m")?;
+    dev.says_times("mq is ready, after ", 2).await?;
+    dev.says(", 6 spans (1 new)").await?;
+    let late = dev.said();
+    let (_, late) = late.split_once("(1 new)").context("the late span")?;
+    assert_eq!(late.matches("\n+ ").count(), 1, "{late}");
+    assert!(!late.contains(" local "), "a span that is drawn already and above no late one: {late}");
+
+    dev.press("u")?;
+    dev.says("usercenter has stopped; u starts it").await?;
+    dev.press("l")?;
+    dev.says("login: 503 Service Unavailable").await?;
+    dev.says("UNAVAILABLE").await?;
+    dev.press("u")?;
+    dev.says_times("usercenter is ready, after ", 2).await?;
+
+    for (key, part, stopped) in [
+        ("b", "the broker", "the broker has stopped; b starts it"),
+        ("t", "the trace backend", "the trace backend has stopped, and its traces are gone; t starts it"),
+    ] {
+        dev.press(key)?;
+        dev.says(stopped).await?;
+        dev.press(key)?;
+        dev.says_times(&format!("{part} is ready"), 2).await?;
+    }
+
+    signal("KILL", dev.service("api")?).await?;
+    dev.says("api has ended by itself (signal: 9 (SIGKILL)). Its last lines:\n").await?;
+    dev.says("\na starts api again\n").await?;
+    dev.press("l")?;
+    dev.says("Connection refused (os error 111); if api is stopped, a starts it").await?;
+    dev.press("a")?;
+    dev.says_times("api is ready, after ", 2).await?;
+
+    dev.press("0")?;
+    dev.says("load on").await?;
+    let drawn = dev.said().matches(" spans  http").count();
+    dev.says_times(" spans  http", drawn + 2).await?;
+    dev.press("0")?;
+    dev.says("load off; the answers: ").await?;
+    assert!(dev.said().contains(" × 200 OK"), "{}", dev.said());
+
+    let said = dev.said();
+    for line in said.lines().filter(|line| line.contains(['█', '▏'])) {
+        assert!(line.chars().count() <= 80, "{line}");
+    }
+    dev.press("q")?;
+    dev.ends(Some(0)).await?;
+    let modes = tcgetattr(dev.terminal.as_ref().context("a terminal")?)?.local_modes;
+    assert!(modes.contains(LocalModes::ICANON | LocalModes::ECHO), "{modes:?}");
+    Ok(())
+}
+
+/// Writes a program that stands in for another.
+fn script(directory: &Path, name: &str, lines: &str) -> Result<String> {
+    let path = directory.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{lines}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path.display().to_string())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_while_it_builds_ends_the_build_too() -> Result<()> {
+    let directory = tempfile::TempDir::new()?;
+    let built = directory.path().join("started");
+    // A cargo with a compiler that takes its time.
+    let cargo = script(directory.path(), "cargo", &format!("sleep 600 & : >{}; wait", built.display()))?;
+    for end in ["INT", "TERM", "HUP", "KILL"] {
+        let mut dev = Dev::spawn(devstack(&["--free-ports"], &[("CARGO", &cargo)]))?;
+        poll(PATIENCE, async || built.exists().then_some(())).await.context("no build")?;
+        fs::remove_file(&built)?;
+        assert_eq!(processes_with(&dev.mark)?.iter().filter(|line| line.contains("600")).count(), 1);
+        signal(end, dev.child.id().context("it has ended")?).await?;
+        let code = if end == "KILL" { None } else { Some(0) };
+        dev.ends(code).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_while_it_starts_leaves_no_process() -> Result<()> {
+    Process::command("api", &[])?;
+    // Without a broker, mq does not become ready.
+    let variables = [("AMQP_URL", "amqp://guest:guest@127.0.0.1:1/%2f")];
+    let mut dev = Dev::spawn(devstack(&["--free-ports"], &variables))?;
+    dev.says("usercenter is ready, after ").await?;
+    signal("INT", dev.child.id().context("it has ended")?).await?;
+    dev.ends(Some(0)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_everything_at_once() -> Result<()> {
+    let mut dev = Dev::start(&[]).await?;
+    // A service that does not end.
+    signal("STOP", dev.service("mq")?).await?;
+    signal("INT", dev.child.id().context("it has ended")?).await?;
+    dev.says("stopping").await?;
+    signal("INT", dev.child.id().context("it has ended")?).await?;
+    dev.ends(Some(0)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_amqp_url_is_refused_in_one_line_without_its_password() -> Result<()> {
+    let variables = [("AMQP_URL", "ampq://guest:secret@broker"), ("CARGO", "/it/must/not/build")];
+    let output = devstack(&["--free-ports"], &variables).stderr(Stdio::piped()).output().await?;
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(said_by(&output), "error: AMQP_URL: expected amqp(s)://user:password@host:port/vhost\n");
+    Ok(())
+}
+
+/// Runs the first step of `cargo dev` with these variables; returns its exit code and what it says.
+async fn first_step(arguments: &[&str], variables: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
+    let mut command = Command::new(harness::process::binary("dev")?);
+    command.args(arguments).env_remove("CC").env_remove("RUSTC").envs(variables.iter().copied());
+    let output = command.output().await?;
+    Ok((output.status.code(), said_by(&output)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_told_before_anything_is_built_with_the_command_that_installs_it() -> Result<()> {
+    let directory = tempfile::TempDir::new()?;
+    let cargo = script(directory.path(), "cargo", r#"echo "building: $*, ${CARGO_PKG_NAME-}""#)?;
+    let old = script(directory.path(), "rustc", "echo 'rustc 1.94.1 (0123456789 2026-01-01)'")?;
+    let tries = [
+        (
+            ("RUSTC", old.as_str()),
+            "error: Rust 1.95 is needed, and this is 1.94.1: run `rustup update stable`\n",
+        ),
+        (
+            ("CC", "/no/such/cc"),
+            "error: a C compiler is needed: `/no/such/cc` can't be run (No such file or directory (os error 2)); \
+             install one, for example by `sudo apt install build-essential`\n",
+        ),
+    ];
+    for ((variable, value), expected) in tries {
+        let (code, said) = first_step(&["--free-ports"], &[(variable, value), ("CARGO", &cargo)]).await?;
+        assert_eq!((code, said.as_str()), (Some(1), expected));
+    }
+    let variables = [("CARGO", cargo.as_str()), ("CARGO_PKG_NAME", "dev")];
+    let (code, said) = first_step(&["verify", "--api", "x"], &variables).await?;
+    assert_eq!((code, said.as_str()), (Some(0), "building: run --bin devstack -- verify --api x, \n"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
+    let _guard = USUAL_PORTS.lock().await;
+    // This devstack uses a port of mq's, unless another process does.
+    let arguments =
+        ["backend", "--query", "127.0.0.1:50052", "--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"];
+    let first = Dev::spawn(devstack(&arguments, &[]))?;
+    first.says("listening").await?;
+    let (code, said) = first_step(&[], &[("CARGO", "/it/must/not/build")]).await?;
+    let process = first.child.id().context("it has ended")?;
+    assert_eq!(
+        (code, said),
+        (
+            Some(1),
+            format!(
+                "error: another `cargo dev` runs: devstack (process {process}) uses port 50052; stop it, or run \
+                 `cargo dev --free-ports`\n"
+            )
+        )
+    );
+    Ok(())
 }
 
 /// Waits until none of these processes exists.
@@ -229,7 +496,7 @@ async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
 
     // Without the consumer, its span is missing from the tree.
     signal("KILL", dev.service("mq")?).await?;
-    dev.says("mq has ended (signal: 9 (SIGKILL)). Its last lines:\n").await?;
+    dev.says("mq has ended by itself (signal: 9 (SIGKILL)). Its last lines:\n").await?;
     dev.says("consuming").await?;
     let verified = dev.verify("12").await?;
     let said = said_by(&verified);
@@ -246,17 +513,21 @@ async fn verify_says_what_does_not_answer() -> Result<()> {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.starts_with("error: ") && said.contains("127.0.0.1:1"), "{said}");
+    assert!(said.contains("`cargo dev` starts the system"), "{said}");
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_in_use_is_named_with_the_remedy() -> Result<()> {
+    let _guard = USUAL_PORTS.lock().await;
     // If another process has this port already, the test works as well.
-    let _taken = std::net::TcpListener::bind("127.0.0.1:8888");
+    let taken = std::net::TcpListener::bind("127.0.0.1:8888");
     let output = devstack(&[], &[]).stderr(Stdio::piped()).output().await?;
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("port 8888 (api) is in use") && said.contains("--free-ports"), "{said}");
+    assert!(said.contains("port 8888 (api) is in use by ") && said.contains("--free-ports"), "{said}");
+    assert!(taken.is_err() || said.contains(&format!(" (process {})", std::process::id())), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
     Ok(())
 }
 

@@ -198,6 +198,13 @@ async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     assert_server_span(&spans, 503);
 
+    // By now, the old connection is gone, and the span says why there is no new one.
+    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+    let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+    let call = spans.iter().find(|span| span.kind == "CLIENT").expect("the call");
+    assert_eq!(call.status_message, "Connection refused (os error 111)");
+    stack.api.said("can't reach usercenter: ").await?;
+
     let _rpc = stack.another("rpc", &[("USERCENTER_LISTEN", &listen)]).await?;
     let back = harness::poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)

@@ -7,6 +7,7 @@ use harness::{
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
 };
 use serde_json::{Value, json};
+use std::process::Output;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_reflection::pb::v1::{
@@ -14,11 +15,22 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-/// Runs `{service} health` against the running service.
+/// Runs `{service} health` against the running service; returns whether it is healthy.
 async fn probe(service: &Process) -> Result<bool> {
     let address = service.address.to_string();
-    let mut probe = Process::command(service.name, &[])?;
-    Ok(probe.args(["health", "--listen", &address]).status().await?.success())
+    // A probe exports no telemetry, and says nothing about it.
+    let mut probe = Process::command(service.name, &[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")])?;
+    let Output { status, stdout, stderr } = probe.args(["health", "--listen", &address]).output().await?;
+    let (stdout, stderr) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
+    match status.code() {
+        Some(0) => assert_eq!((stdout.as_str(), stderr.as_str()), ("SERVING\n", "")),
+        code => {
+            assert_eq!((code, stdout.as_str()), (Some(1), ""));
+            assert!(stderr.starts_with("unhealthy: ") && stderr.contains(&address), "{stderr}");
+            assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        }
+    }
+    Ok(status.success())
 }
 
 #[tokio::test(flavor = "multi_thread")]

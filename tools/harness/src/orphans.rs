@@ -1,56 +1,29 @@
-//! Ends the services of a process that was killed and so could not end them itself.
+//! Ends the services and the builds of a process that was killed and so could not end them itself.
 //!
-//! A shell waits beside this process, at the other end of a pipe. Through the pipe, this process reports each
-//! service that it starts, and each service that has ended. The pipe closes when this process ends, in whatever
-//! way. Then the shell ends the services that are left.
+//! A shell waits beside this process, at the other end of a pipe. Services and builds are in the shell's process
+//! group, so there is no moment in which the shell does not know them. The pipe closes when this process ends, in
+//! whatever way. Then the shell ends its group.
 
 use std::{
-    io::Write,
     os::unix::process::CommandExt,
-    process::{Child, ChildStdin, Command, Stdio},
-    sync::{Mutex, OnceLock, PoisonError},
+    process::{Child, Command, Stdio},
+    sync::OnceLock,
 };
 
-const SCRIPT: &str = r#"
-ours=' '
-while read -r what pid; do
-  case $what in
-    born) ours="$ours$pid " ;;
-    gone) case $ours in *" $pid "*) ours="${ours%% $pid *} ${ours#* $pid }" ;; esac ;;
-  esac
-done
-[ "$ours" = ' ' ] || kill $ours
-"#;
+const SCRIPT: &str = "read -r _; trap '' TERM; kill -s TERM 0";
 
-/// Reports that a process was started and, when the returned value is dropped, that it has ended.
-pub(crate) fn watch(pid: u32) -> Watched {
-    tell("born", pid);
-    Watched(pid)
-}
+/// Returns the process group whose processes end at the latest when this process does. A signal from the terminal
+/// to this process does not reach the group. If the shell can't be started, the answer is 0, which stands for a
+/// new group, and its processes outlive a killed parent.
+pub(crate) fn group() -> i32 {
+    static SHELL: OnceLock<Option<Child>> = OnceLock::new();
 
-/// A process that ends at the latest when this process does.
-pub(crate) struct Watched(u32);
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        tell("gone", self.0);
-    }
-}
-
-/// Sends the shell a line. If the shell could not be started, nothing is sent, and services outlive a killed
-/// parent.
-fn tell(what: &str, pid: u32) {
-    static SHELL: OnceLock<Option<Mutex<ChildStdin>>> = OnceLock::new();
-
-    if let Some(shell) = SHELL.get_or_init(|| start().ok()?.stdin.map(Mutex::new)) {
-        let mut shell = shell.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = writeln!(shell, "{what} {pid}");
-    }
+    let shell = SHELL.get_or_init(|| start().ok());
+    shell.as_ref().and_then(|shell| shell.id().try_into().ok()).unwrap_or(0)
 }
 
 fn start() -> std::io::Result<Child> {
     let mut shell = Command::new("sh");
     shell.args(["-c", SCRIPT]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    // A signal from the terminal to this process must not end the shell first.
     shell.process_group(0).spawn()
 }

@@ -1,16 +1,13 @@
 //! Runs the services as real processes.
 
-use crate::{
-    PATIENCE,
-    orphans::{self, Watched},
-    poll,
-};
+use crate::{PATIENCE, orphans, poll};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
     collections::{HashMap, VecDeque},
     env,
     net::SocketAddr,
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
@@ -49,8 +46,6 @@ pub struct Process {
     /// How many lines [`Process::new_lines`] has returned so far.
     told: usize,
     readers: JoinSet<()>,
-    /// Ends the service even if this process is killed.
-    _watched: Watched,
     /// The directory of the service's data, unless the variables name another.
     _data: Option<TempDir>,
 }
@@ -129,19 +124,19 @@ impl Process {
     pub fn start_beside(name: &'static str, address: SocketAddr, variables: &[(&str, &str)]) -> Result<Self> {
         let mut command = Command::new(binary(name)?);
         let data = data_of(&mut command)?;
-        command.envs(variables.iter().copied()).process_group(0);
+        command.envs(variables.iter().copied());
         Ok(Self { _data: Some(data), ..Self::spawn(name, address, command)? })
     }
 
     fn spawn(name: &'static str, address: SocketAddr, mut command: Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command.process_group(orphans::group());
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
-        let watched = orphans::watch(child.id().context("it has ended already")?);
         let output = Output::default();
         let mut readers = JoinSet::new();
         readers.spawn(output.clone().follow(child.stdout.take()));
         readers.spawn(output.clone().follow(child.stderr.take()));
-        Ok(Self { name, address, child, output, told: 0, readers, _watched: watched, _data: None })
+        Ok(Self { name, address, child, output, told: 0, readers, _data: None })
     }
 
     /// Returns the command of a service, with its output piped.
@@ -341,7 +336,10 @@ fn build(what: &[&str]) -> Result<HashMap<String, PathBuf>> {
         }
     }
     build.env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_MANIFEST_LINKS");
-    let output = build.current_dir(env!("CARGO_MANIFEST_DIR")).stderr(Stdio::inherit()).output()?;
+    // When this process ends, cargo and its compilers end too.
+    build.process_group(orphans::group()).current_dir(env!("CARGO_MANIFEST_DIR"));
+    let build = build.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("starting cargo")?;
+    let output = build.wait_with_output()?;
     ensure!(output.status.success(), "cargo build failed");
     let artifacts = output.stdout.split(|byte| *byte == b'\n').filter_map(|line| {
         let artifact: Value = serde_json::from_slice(line).ok()?;

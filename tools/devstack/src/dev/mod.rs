@@ -2,24 +2,28 @@
 //! the terminal as it arrives.
 //!
 //! - `parts`: the parts of the system, their start and their end
+//! - `keys`: what the user presses; `logins`: what a key can send
 //! - `view`: when a trace is drawn
 //! - `terminal`: how it is drawn
 
+mod keys;
+mod logins;
 mod parts;
 mod terminal;
 mod view;
 
 use anyhow::Result;
 use clap::Args;
+use keys::Keys;
+use logins::Logins;
 use parts::Parts;
 use std::{
-    env,
-    io::{self, IsTerminal, Write},
-    process::ExitCode,
+    io::{self, Write},
+    process::{ExitCode, Stdio},
     time::Duration,
 };
-use terminal::Terminal;
 use tokio::{
+    process::Command,
     select,
     signal::unix::{SignalKind, signal},
     time::interval,
@@ -27,7 +31,7 @@ use tokio::{
 use view::View;
 
 /// How to run.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Options {
     /// Use any free ports instead of the usual ports.
     #[arg(long)]
@@ -43,6 +47,9 @@ pub struct Options {
 
 /// How often new traces and log lines are printed.
 const TICK: Duration = Duration::from_millis(100);
+
+const KEYS: &str = "Keys: stop or start u usercenter, m mq, a api, b broker, t traces; l log in, 0 ten logins a \
+                    second; o open the page, q quit";
 
 /// Runs until a signal comes, until no service is left, or until nobody reads the output.
 ///
@@ -60,28 +67,49 @@ pub async fn run(options: Options) -> Result<ExitCode> {
 
     let mut parts = select! {
         parts = Parts::start(&options) => parts?,
-        () = stopped() => return Ok(ExitCode::SUCCESS),
+        // The build would otherwise go on. What has been started is dropped by now.
+        () = stopped() => std::process::exit(0),
     };
     say(&parts.summary());
 
-    let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let terminal = Terminal { colour: io::stdout().is_terminal() && !no_color };
-    let mut view = parts.backend.as_ref().map(|backend| View::new(backend, terminal));
+    let mut keys = Keys::listen();
+    if keys.exist() {
+        say(KEYS);
+    }
+    let mut logins = Logins::new(&parts.api_url());
+    let mut view = View::default();
+    if let Some(backend) = &parts.backend {
+        view.follow(backend);
+    }
     let mut tick = interval(TICK);
     let exit = loop {
         select! {
             () = stopped() => break ExitCode::SUCCESS,
+            Some(key) = keys.next() => match key {
+                'q' => break ExitCode::SUCCESS,
+                'l' => logins.once(),
+                '0' => logins.toggle_load(),
+                'o' => open(parts.page_url()),
+                key => {
+                    if !parts.toggle(key).await {
+                        say(KEYS);
+                    }
+                    if key == 't' && let Some(backend) = &parts.backend {
+                        view.follow(backend);
+                    }
+                }
+            },
             _ = tick.tick() => {}
         }
         let mut news = parts.new_log_lines(options.logs);
-        news.extend(parts.deaths());
-        if let (Some(view), Some(backend)) = (&mut view, &parts.backend) {
-            news.extend(view.due(backend));
+        news.extend(parts.ends(keys.exist()).await);
+        if let Some(backend) = &parts.backend {
+            news.extend(view.due(backend, logins.is_load_on()));
         }
         if !news.iter().all(|line| say(line)) {
             break ExitCode::SUCCESS;
         }
-        if parts.services.is_empty() {
+        if !keys.exist() && parts.have_all_ended() {
             break ExitCode::FAILURE;
         }
     };
@@ -93,6 +121,24 @@ pub async fn run(options: Options) -> Result<ExitCode> {
         () = stopped() => {}
     }
     Ok(exit)
+}
+
+/// Opens the page in a browser.
+fn open(url: Option<String>) {
+    let Some(url) = url else {
+        say("the page is not here: OTEL_EXPORTER_OTLP_ENDPOINT leads elsewhere");
+        return;
+    };
+    let program = if cfg!(target_os = "macos") { "open" } else { "xdg-open" };
+    let mut command = Command::new(program);
+    command.arg(&url).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    tokio::spawn(async move {
+        match command.status().await {
+            Ok(status) if status.success() => {}
+            Ok(status) => drop(say(&format!("open {url}, because {program} failed ({status})"))),
+            Err(error) => drop(say(&format!("open {url}, because {program} can't be run ({error})"))),
+        }
+    });
 }
 
 /// Prints a line; returns whether that succeeded. It fails after the reader of the output has ended (as with

@@ -1,37 +1,59 @@
-//! The parts of the system: how they start, what they log, and how they end.
+//! The parts of the system: how they start and end, by key or by themselves, and what they log.
 
-use super::{Options, say};
-use anyhow::{Context, Result, bail};
+use super::{Options, TICK, say};
+use anyhow::{Result, bail};
 use backend::{Addresses, Backend};
 use broker::Broker;
 use futures_util::future::join_all;
 use harness::{
     client::Client,
-    free_port, poll,
+    free_port,
     process::{self, Process},
 };
+use serving::health;
 use std::{
     env,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
-    time::Duration,
+    net::{Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
 };
-use tokio::time::timeout;
+use tokio::{
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 /// The time from SIGTERM until services that have not ended are killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// How long a service may take to become ready.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// When a service has ended, this many of its last lines are printed.
 const LAST_LINES: usize = 10;
 
 /// The running parts of the system.
 pub struct Parts {
-    pub services: Vec<Process>,
-    /// The trace backend, or `None` if the spans are sent elsewhere.
+    services: Vec<Service>,
+    /// The trace backend, or `None` if it is stopped, or if the spans are sent elsewhere.
     pub backend: Option<Backend>,
-    /// The embedded broker, or `None` if another broker is used.
-    broker: Option<Broker>,
-    amqp_url: String,
-    otlp_endpoint: String,
+    /// Where the trace backend listens, unless the spans are sent elsewhere.
+    addresses: Option<Addresses>,
+    /// The embedded broker and whether it is up, or `None` if another broker is used.
+    broker: Option<(Broker, bool)>,
+    options: Options,
+    variables: Vec<(&'static str, String)>,
+}
+
+/// One of the three services.
+struct Service {
+    key: char,
+    name: &'static str,
+    binary: &'static str,
+    address: SocketAddr,
+    process: Option<Process>,
+    /// The task that waits until the service is ready, and returns whether it is.
+    start: Option<JoinHandle<bool>>,
+    /// When the service was told to stop.
+    stopping: Option<Instant>,
 }
 
 impl Parts {
@@ -40,46 +62,54 @@ impl Parts {
     /// # Errors
     /// If a part doesn't start. The error names the part, the reason and a remedy.
     pub async fn start(options: &Options) -> Result<Self> {
-        let address = |port, part| if options.free_ports { free_address() } else { usual(port, part) };
-        // A port in use must be reported before anything is built or started.
-        let api = address(8888, "api")?;
-        let usercenter = address(50051, "usercenter")?;
-        let mq = address(50052, "mq")?;
         let elsewhere = |variable| env::var(variable).ok().filter(|url| !url.is_empty());
-        let (broker, amqp_url) = match elsewhere("AMQP_URL") {
+        let (amqp_url, endpoint) = (elsewhere("AMQP_URL"), elsewhere("OTEL_EXPORTER_OTLP_ENDPOINT"));
+        // What is wrong with a port or a variable must be reported before anything is built or started.
+        if let Some(url) = &amqp_url {
+            amqp::connection::parse_url(url).map_err(|error| anyhow::anyhow!("AMQP_URL: {error}"))?;
+        }
+        if !options.free_ports {
+            dev::check_ports().map_err(anyhow::Error::msg)?;
+        }
+        let address = |usual| {
+            let port = if options.free_ports { free_port()? } else { usual };
+            anyhow::Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+        };
+        let (api, usercenter, mq) = (address(8888)?, address(50051)?, address(50052)?);
+        let (broker, amqp_url) = match amqp_url {
             Some(url) => (None, url),
             None => {
-                let broker = Broker::start_at(address(5672, "the broker")?).await?;
+                let broker = Broker::start_at(address(5672)?).await?;
                 let url = broker.url();
-                (Some(broker), url)
+                say("the broker is ready");
+                (Some((broker, true)), url)
             }
         };
-        let (backend, otlp_endpoint) = match elsewhere("OTEL_EXPORTER_OTLP_ENDPOINT") {
+        let (backend, endpoint) = match endpoint {
             Some(url) => (None, url),
             None => {
                 let addresses = Addresses {
-                    otlp_grpc: address(4317, "OTLP/gRPC")?,
-                    otlp_http: address(4318, "OTLP/HTTP")?,
-                    query: address(16686, "the trace page")?,
+                    otlp_grpc: address(4317)?,
+                    otlp_http: address(4318)?,
+                    query: address(16686)?,
                 };
                 let url = format!("http://{}", addresses.otlp_grpc);
-                (Some(backend(options, addresses).await?), url)
+                let backend = backend(options, addresses).await?;
+                say("the trace backend is ready");
+                (Some(backend), url)
             }
         };
 
         say("building the services");
         tokio::task::spawn_blocking(|| process::binary("api")).await??;
-        say("starting");
-        let [api, usercenter, mq] = [api, usercenter, mq].map(|address| address.to_string());
-        let usercenter_url = format!("http://{usercenter}");
         let mut variables = vec![
-            ("API_LISTEN", api.as_str()),
-            ("USERCENTER_LISTEN", &usercenter),
-            ("MQ_LISTEN", &mq),
-            ("USERCENTER_URL", &usercenter_url),
-            ("AMQP_URL", &amqp_url),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp_endpoint),
-            ("SHUTDOWN_TIMEOUT", "3s"),
+            ("API_LISTEN", api.to_string()),
+            ("USERCENTER_LISTEN", usercenter.to_string()),
+            ("MQ_LISTEN", mq.to_string()),
+            ("USERCENTER_URL", format!("http://{usercenter}")),
+            ("AMQP_URL", amqp_url),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
+            ("SHUTDOWN_TIMEOUT", "3s".to_owned()),
         ];
         if broker.is_none() {
             // The queue on that broker belongs to one history.
@@ -92,43 +122,86 @@ impl Parts {
             // Unlike Jaeger, this backend accepts log records.
             defaults.extend([("OTEL_LOGS_EXPORTER", "otlp"), ("OTEL_BLRP_SCHEDULE_DELAY", "200")]);
         }
-        variables.extend(defaults.into_iter().filter(|(variable, _)| env::var_os(variable).is_none()));
-        let services = [("rpc", &usercenter), ("mq", &mq), ("api", &api)]
-            .into_iter()
-            .map(|(name, address)| Process::start_beside(name, address.parse()?, &variables))
-            .collect::<Result<_>>()?;
-        let mut parts = Self { services, backend, broker, amqp_url, otlp_endpoint };
-        parts.ready(&format!("http://{api}/readyz")).await?;
+        let defaults = defaults.into_iter().filter(|(variable, _)| env::var_os(variable).is_none());
+        variables.extend(defaults.map(|(variable, value)| (variable, value.to_owned())));
+        let service = |key, name, binary, address| Service {
+            key,
+            name,
+            binary,
+            address,
+            process: None,
+            start: None,
+            stopping: None,
+        };
+        let services = vec![
+            service('u', "usercenter", "rpc", usercenter),
+            service('m', "mq", "mq", mq),
+            service('a', "api", "api", api),
+        ];
+        let addresses = backend.as_ref().map(Backend::addresses).copied();
+        let options = options.clone();
+        let mut parts = Self { services, backend, addresses, broker, options, variables };
+        for service in &mut parts.services {
+            service.start(&parts.variables)?;
+        }
+        parts.ready().await?;
         Ok(parts)
     }
 
-    async fn ready(&mut self, url: &str) -> Result<()> {
-        let client = Client::new();
-        let ready = poll(Duration::from_secs(30), async || {
-            if let Some(death) = self.deaths().into_iter().next() {
-                return Some(Err(anyhow::anyhow!(death)));
+    /// Waits until all services are ready.
+    async fn ready(&mut self) -> Result<()> {
+        let is_waiting = |service: &Service| service.start.as_ref().is_some_and(|start| !start.is_finished());
+        while self.services.iter().any(is_waiting) {
+            if let Some(end) = self.services.iter_mut().find_map(Service::end) {
+                bail!(end);
             }
-            client.get(url).await.ok().filter(|answer| answer.status == 200).map(|_| Ok(()))
-        });
-        match ready.await {
-            Some(ready) => ready,
-            None => {
-                let said =
-                    self.services.iter().map(|s| format!("{}:\n{}\n", s.name, s.last_lines(LAST_LINES)));
-                bail!("the services do not get ready; what they said:\n{}", said.collect::<String>())
+            sleep(TICK).await;
+        }
+        for service in &mut self.services {
+            let is_ready = match service.start.take() {
+                Some(start) => start.await?,
+                None => false,
+            };
+            if !is_ready && let Some(process) = &service.process {
+                bail!(
+                    "{} does not get ready. Its last lines:\n{}",
+                    service.name,
+                    process.last_lines(LAST_LINES)
+                );
             }
         }
+        Ok(())
+    }
+
+    /// Returns the URL of api.
+    pub fn api_url(&self) -> String {
+        format!("http://localhost:{}", self.address("api").port())
+    }
+
+    /// Returns the URL of the trace page, unless the spans are sent elsewhere.
+    pub fn page_url(&self) -> Option<String> {
+        self.addresses.map(|addresses| format!("http://localhost:{}", addresses.query.port()))
+    }
+
+    fn address(&self, name: &str) -> SocketAddr {
+        let service = self.services.iter().find(|service| service.name == name);
+        service.expect("one of the three names").address
+    }
+
+    fn variable(&self, name: &str) -> &str {
+        self.variables
+            .iter()
+            .find(|(variable, _)| *variable == name)
+            .map(|(_, value)| value.as_str())
+            .unwrap_or_default()
     }
 
     /// Returns a text with the address of every part, and with what to do next.
     pub fn summary(&self) -> String {
-        let of = |name| self.services.iter().find(|service| service.name == name).map(|s| s.address);
-        let address = |name| of(name).map(|address| address.to_string()).unwrap_or_default();
-        let port = of("api").map(|address| address.port()).unwrap_or_default();
         let broker = match &self.broker {
-            Some(broker) => format!("{}, embedded (guest, guest)", broker.address()),
+            Some((broker, _)) => format!("{}, embedded (guest, guest)", broker.address()),
             // The URL may contain a password.
-            None => match amqp::connection::parse_url(&self.amqp_url) {
+            None => match amqp::connection::parse_url(self.variable("AMQP_URL")) {
                 Ok(server) => {
                     let authority = server.uri.authority;
                     format!("{}:{}, by AMQP_URL", authority.host, authority.port)
@@ -136,18 +209,20 @@ impl Parts {
                 Err(_) => "by AMQP_URL".to_owned(),
             },
         };
-        let (traces, otlp) = match self.backend.as_ref().map(Backend::addresses) {
-            Some(Addresses { otlp_grpc, otlp_http, query }) => (
-                format!("http://localhost:{}", query.port()),
-                format!("http://{otlp_grpc} (gRPC), http://{otlp_http} (HTTP)"),
-            ),
-            None => ("where OTEL_EXPORTER_OTLP_ENDPOINT leads".to_owned(), self.otlp_endpoint.clone()),
+        let (traces, otlp) = match (self.page_url(), self.addresses) {
+            (Some(page), Some(Addresses { otlp_grpc, otlp_http, .. })) => {
+                (page, format!("http://{otlp_grpc} (gRPC), http://{otlp_http} (HTTP)"))
+            }
+            _ => {
+                let endpoint = self.variable("OTEL_EXPORTER_OTLP_ENDPOINT");
+                ("where OTEL_EXPORTER_OTLP_ENDPOINT leads".to_owned(), endpoint.to_owned())
+            }
         };
         format!(
             "
 Ready. Log in:
 
-  curl -i http://localhost:{port}/usercenter/v1/user/login \\
+  curl -i {url}/usercenter/v1/user/login \\
     -H 'content-type: application/json' -d '{{\"mobile\":\"13800138000\"}}'
 
   traces      {traces}
@@ -159,43 +234,173 @@ Ready. Log in:
 
 Each trace is drawn here when it is complete. Ctrl-C stops everything.
 ",
-            api = address("api"),
-            usercenter = address("rpc"),
-            mq = address("mq"),
+            url = self.api_url(),
+            api = self.address("api"),
+            usercenter = self.address("usercenter"),
+            mq = self.address("mq"),
         )
+    }
+
+    /// Stops or starts the part with this key, and says so. Returns whether there is such a part.
+    pub async fn toggle(&mut self, key: char) -> bool {
+        match key {
+            'b' => self.toggle_broker().await,
+            't' => self.toggle_backend().await,
+            _ => {
+                let Some(service) = self.services.iter_mut().find(|service| service.key == key) else {
+                    return false;
+                };
+                service.toggle(&self.variables).await;
+            }
+        }
+        true
+    }
+
+    async fn toggle_broker(&mut self) {
+        match &mut self.broker {
+            None => drop(say("the broker is not here: AMQP_URL leads elsewhere")),
+            Some((broker, is_up @ true)) => {
+                broker.crash().await;
+                *is_up = false;
+                say("the broker has stopped; b starts it");
+            }
+            Some((broker, is_up)) => {
+                broker.restart();
+                *is_up = true;
+                say("the broker is ready");
+            }
+        }
+    }
+
+    async fn toggle_backend(&mut self) {
+        match self.addresses {
+            None => drop(say("the traces are not here: OTEL_EXPORTER_OTLP_ENDPOINT leads elsewhere")),
+            Some(_) if self.backend.take().is_some() => {
+                say("the trace backend has stopped, and its traces are gone; t starts it");
+            }
+            Some(addresses) => match backend(&self.options, addresses).await {
+                Ok(backend) => {
+                    self.backend = Some(backend);
+                    say("the trace backend is ready");
+                }
+                Err(error) => drop(say(&format!("the trace backend does not start: {error:#}"))),
+            },
+        }
     }
 
     /// Returns the log lines since the last call: all of them, or only warnings and errors.
     pub fn new_log_lines(&mut self, all: bool) -> Vec<String> {
         let mut lines = Vec::new();
         for service in &mut self.services {
-            let name = service.name;
-            let new = service.new_lines().into_iter().filter(|line| all || is_warning(line));
-            lines.extend(new.map(|line| format!("{name:>4} │ {line}")));
+            let new = service.process.as_mut().map(Process::new_lines).unwrap_or_default();
+            let new = new.into_iter().filter(|line| all || is_warning(line));
+            lines.extend(new.map(|line| format!("{:>10} │ {line}", service.name)));
         }
         lines
     }
 
-    /// Removes the services that have ended; returns their exit statuses and their last lines.
-    pub fn deaths(&mut self) -> Vec<String> {
-        let mut deaths = Vec::new();
-        self.services.retain_mut(|service| {
-            let Some(exit) = service.exited() else {
-                return true;
-            };
-            let (name, words) = (service.name, service.last_lines(LAST_LINES));
-            deaths.push(format!("{name} has ended ({exit}). Its last lines:\n{words}"));
-            false
-        });
-        deaths
+    /// Returns a text about each service that has ended since the last call. With `keys`, the text names the
+    /// key that starts the service. Kills services that were told to stop but go on.
+    pub async fn ends(&mut self, keys: bool) -> Vec<String> {
+        let mut ends = Vec::new();
+        for service in &mut self.services {
+            if service.stopping.is_some_and(|since| since.elapsed() > STOP_TIMEOUT)
+                && let Some(process) = &mut service.process
+            {
+                // It may have ended in the meantime.
+                let _ = process.kill().await;
+            }
+            let is_stopping = service.stopping.is_some();
+            let Some(end) = service.end() else { continue };
+            let Service { key, name, .. } = service;
+            ends.push(match (is_stopping, keys) {
+                (true, _) => format!("{name} has stopped; {key} starts it"),
+                (false, true) => format!("{end}\n{key} starts {name} again"),
+                (false, false) => {
+                    format!("{end}\nIn a terminal, `cargo dev` has a key that starts {name} again")
+                }
+            });
+        }
+        ends
+    }
+
+    /// Returns whether no service runs.
+    pub fn have_all_ended(&self) -> bool {
+        self.services.iter().all(|service| service.process.is_none())
     }
 
     /// Stops the services, all at once. The other parts stop when they are dropped.
     pub async fn stop(&mut self) {
-        let ends = join_all(self.services.iter_mut().map(Process::stop));
+        let processes = self.services.iter_mut().filter_map(|service| service.process.as_mut());
+        let ends = join_all(processes.map(Process::stop));
         // A service that has not ended after this time is killed when it is dropped.
         let _ = timeout(STOP_TIMEOUT, ends).await;
         self.services.clear();
+    }
+}
+
+impl Service {
+    /// Starts the process, and a task that says when the service is ready.
+    fn start(&mut self, variables: &[(&'static str, String)]) -> Result<()> {
+        let variables: Vec<_> =
+            variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+        self.process = Some(Process::start_beside(self.binary, self.address, &variables)?);
+        self.start = Some(tokio::spawn(tell_when_ready(self.name, self.address)));
+        Ok(())
+    }
+
+    async fn toggle(&mut self, variables: &[(&'static str, String)]) {
+        let name = self.name;
+        match &self.process {
+            None => match self.start(variables) {
+                Ok(()) => drop(say(&format!("{name} starts"))),
+                Err(error) => drop(say(&format!("{name} does not start: {error:#}"))),
+            },
+            Some(_) if self.stopping.is_some() => drop(say(&format!("{name} is still stopping"))),
+            Some(process) => {
+                // It may have ended by itself, which `end` finds out.
+                self.stopping = process.signal("TERM").await.is_ok().then(Instant::now);
+                say(&format!("{name} is stopping"));
+            }
+        }
+    }
+
+    /// Returns the exit status and the last lines of the process, if it has ended.
+    fn end(&mut self) -> Option<String> {
+        let process = self.process.as_mut()?;
+        let (exit, words) = (process.exited()?, process.last_lines(LAST_LINES));
+        if let Some(start) = self.start.take() {
+            start.abort();
+        }
+        (self.process, self.stopping) = (None, None);
+        Some(format!("{} has ended by itself ({exit}). Its last lines:\n{words}", self.name))
+    }
+}
+
+/// Waits until a service is ready, and says how long that took.
+async fn tell_when_ready(name: &'static str, address: SocketAddr) -> bool {
+    let (client, start) = (Client::new(), Instant::now());
+    loop {
+        let answer = match name {
+            "api" => match client.get(&format!("http://{address}/readyz")).await {
+                Ok(answer) if answer.status == 200 => Ok(()),
+                Ok(answer) => Err(anyhow::anyhow!("{}", String::from_utf8_lossy(&answer.body))),
+                Err(error) => Err(error),
+            },
+            _ => health::probe(address).await,
+        };
+        let took = start.elapsed();
+        match answer {
+            Ok(()) => {
+                say(&format!("{name} is ready, after {:.1} s", took.as_secs_f64()));
+                return true;
+            }
+            Err(error) if took > START_TIMEOUT => {
+                say(&format!("{name} is not ready, after {} s: {error:#}", took.as_secs()));
+                return false;
+            }
+            Err(_) => sleep(TICK).await,
+        }
     }
 }
 
@@ -216,18 +421,4 @@ fn is_warning(line: &str) -> bool {
     [" WARN ", " ERROR ", "\"level\":\"WARN\"", "\"level\":\"ERROR\"", "panicked"]
         .iter()
         .any(|mark| line.contains(mark))
-}
-
-/// Returns the usual port of a part, if it is free.
-fn usual(port: u16, part: &str) -> Result<SocketAddr> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    TcpListener::bind(address).with_context(|| {
-        format!("port {port} ({part}) is in use: stop what uses it, or run `cargo dev --free-ports`")
-    })?;
-    Ok(address)
-}
-
-/// Returns a free port.
-fn free_address() -> Result<SocketAddr> {
-    Ok((Ipv4Addr::LOCALHOST, free_port()?).into())
 }

@@ -1,10 +1,11 @@
-//! Decides when a trace is drawn: once it is complete and has not changed for a moment.
+//! Decides when a trace is drawn: once it is complete and has not changed for a moment. Of spans that come later,
+//! it lets draw only these.
 
-use super::terminal::Terminal;
+use super::terminal::{MAX_SPANS, Terminal};
 use backend::Backend;
 use harness::trace::Span;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 use tokio::sync::broadcast::{self, error::TryRecvError};
@@ -16,32 +17,39 @@ const QUIET: Duration = Duration::from_millis(500);
 /// How long to wait for a missing root or parent. After that, the trace is drawn without it.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// The largest number of traces that are drawn at a time. Further traces are only counted, because under load
+/// How many traces a second are drawn at most, and how many under load. Further traces are only counted, because
 /// nobody reads every trace.
-const MAX_AT_ONCE: usize = 4;
+const PER_SECOND: [usize; 2] = [4, 1];
+
+/// Of how many traces it is remembered which spans are drawn already.
+const REMEMBERED: usize = 1000;
 
 /// The traces that have changed and are not drawn yet.
+#[derive(Default)]
 pub struct View {
-    terminal: Terminal,
-    page: String,
-    changes: broadcast::Receiver<String>,
+    /// The changes of the backend that runs now.
+    changes: Option<broadcast::Receiver<String>>,
     /// When each trace last changed.
     arriving: HashMap<String, Instant>,
+    /// The latest traces that were drawn, and the ids of their spans.
+    drawn: VecDeque<(String, HashSet<String>)>,
+    /// The second that has begun: its begin, how many traces were drawn in it, and how many were not.
+    second: Option<(Instant, usize, u64)>,
 }
 
 impl View {
-    /// Makes a view of the traces that arrive from now on.
-    pub fn new(backend: &Backend, terminal: Terminal) -> Self {
-        let page = format!("http://localhost:{}/trace", backend.addresses().query.port());
-        Self { terminal, page, changes: backend.changes(), arriving: HashMap::new() }
+    /// Follows a backend that has just started.
+    pub fn follow(&mut self, backend: &Backend) {
+        self.changes = Some(backend.changes());
     }
 
-    /// Returns the drawings of the traces that are due now.
-    pub fn due(&mut self, backend: &Backend) -> Vec<String> {
+    /// Returns the drawings of the traces that are due now. Of a trace that was drawn before, only new spans are
+    /// drawn.
+    pub fn due(&mut self, backend: &Backend, under_load: bool) -> Vec<String> {
         let now = Instant::now();
-        let mut missed = 0;
-        loop {
-            match self.changes.try_recv() {
+        let (begin, mut count, mut missed) = self.second.unwrap_or((now, 0, 0));
+        while let Some(changes) = &mut self.changes {
+            match changes.try_recv() {
                 Ok(trace_id) => drop(self.arriving.insert(trace_id, now)),
                 Err(TryRecvError::Lagged(more)) => missed += more,
                 Err(TryRecvError::Empty | TryRecvError::Closed) => break,
@@ -53,7 +61,7 @@ impl View {
             .filter(|(_, changed)| now.duration_since(**changed) >= QUIET)
             .map(|(trace_id, _)| trace_id.clone())
             .collect();
-        let mut drawn = Vec::new();
+        let mut drawings = Vec::new();
         for trace_id in quiet {
             let spans = backend.trace(&trace_id);
             let waited = self.arriving[&trace_id].elapsed();
@@ -61,16 +69,33 @@ impl View {
                 continue;
             }
             self.arriving.remove(&trace_id);
-            if drawn.len() < MAX_AT_ONCE {
-                drawn.push(self.terminal.draw(&spans, &format!("{}/{trace_id}", self.page)));
+            if count < PER_SECOND[usize::from(under_load)] {
+                count += 1;
+                let url = format!("http://localhost:{}/trace/{trace_id}", backend.addresses().query.port());
+                let ids = spans.iter().take(MAX_SPANS).map(|span| span.span_id.clone()).collect();
+                let known = self.remember(trace_id, ids);
+                drawings.push(Terminal::now().draw(&spans, &known, &url));
             } else {
                 missed += 1;
             }
         }
-        if missed > 0 {
-            drawn.push(format!("… and more: some {missed} traces are not drawn here\n"));
+        self.second = Some((begin, count, missed));
+        if now.duration_since(begin) >= Duration::from_secs(1) {
+            self.second = None;
+            if missed > 0 {
+                drawings.push(format!("… and {missed} traces more, which are on the page"));
+            }
         }
-        drawn
+        drawings
+    }
+
+    /// Remembers which spans of a trace are drawn; returns which were drawn before.
+    fn remember(&mut self, trace_id: String, ids: HashSet<String>) -> HashSet<String> {
+        let before = self.drawn.iter().position(|(drawn, _)| *drawn == trace_id);
+        let before = before.and_then(|position| self.drawn.remove(position));
+        self.drawn.truncate(REMEMBERED - 1);
+        self.drawn.push_front((trace_id, ids));
+        before.map(|(_, ids)| ids).unwrap_or_default()
     }
 }
 

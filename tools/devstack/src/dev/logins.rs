@@ -1,0 +1,80 @@
+//! Logins by key: one, or ten a second.
+
+use super::say;
+use harness::{client::Client, stack::KNOWN_MOBILE};
+use http::Method;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{sync::Semaphore, task::JoinHandle, time::interval};
+
+/// How many logins may be unanswered at once. While so many are, the load pauses.
+const MAX_IN_FLIGHT: usize = 50;
+
+/// How often each answer came: a status, or the reason why there was no answer.
+type Counts = Arc<Mutex<BTreeMap<String, usize>>>;
+
+/// Logs in as a known user.
+pub struct Logins {
+    client: Client,
+    url: String,
+    load: Option<(JoinHandle<()>, Counts)>,
+}
+
+impl Logins {
+    /// Makes a client for api at this URL.
+    pub fn new(api: &str) -> Self {
+        Self { client: Client::new(), url: format!("{api}/usercenter/v1/user/login"), load: None }
+    }
+
+    /// Returns whether the load is on.
+    pub fn is_load_on(&self) -> bool {
+        self.load.is_some()
+    }
+
+    /// Logs in once, and says what the answer was.
+    pub fn once(&self) {
+        let (client, url) = (self.client.clone(), self.url.clone());
+        tokio::spawn(async move { say(&format!("login: {}", answer(&client, &url).await)) });
+    }
+
+    /// Switches the load on, or off; then says what the answers were.
+    pub fn toggle_load(&mut self) {
+        if let Some((load, counts)) = self.load.take() {
+            load.abort();
+            let counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+            let counts: Vec<_> = counts.iter().map(|(answer, count)| format!("{count} × {answer}")).collect();
+            say(&format!("load off; the answers: {}", counts.join(", ")));
+            return;
+        }
+        let counts = Counts::default();
+        let load = tokio::spawn(load(self.client.clone(), self.url.clone(), Arc::clone(&counts)));
+        self.load = Some((load, counts));
+        say("load on: ten logins a second");
+    }
+}
+
+async fn load(client: Client, url: String, counts: Counts) {
+    let room = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
+    let mut tick = interval(Duration::from_millis(100));
+    loop {
+        tick.tick().await;
+        let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+        let (client, url, counts) = (client.clone(), url.clone(), Arc::clone(&counts));
+        tokio::spawn(async move {
+            let answer = answer(&client, &url).await;
+            *counts.lock().unwrap_or_else(PoisonError::into_inner).entry(answer).or_default() += 1;
+            drop(place);
+        });
+    }
+}
+
+async fn answer(client: &Client, url: &str) -> String {
+    let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
+    match client.send(Method::POST, url, &[("content-type", "application/json")], body).await {
+        Ok(answer) => answer.status.to_string(),
+        Err(error) => format!("{error:#}; if api is stopped, a starts it"),
+    }
+}
