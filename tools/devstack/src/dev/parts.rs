@@ -113,7 +113,7 @@ impl Parts {
         ];
         if broker.is_none() {
             // The queue on that broker belongs to one history.
-            variables.push(("MQ_DATABASE_URL", "sqlite://target/dev/mq.db"));
+            variables.push(("MQ_DATABASE_URL", "sqlite://target/dev/mq.db".to_owned()));
         }
         // By default, spans wait for five seconds, which is too long for a person who tries a login and wants
         // to see its trace.
