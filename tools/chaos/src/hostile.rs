@@ -65,7 +65,7 @@ impl Hostile {
         let start = Instant::now();
         let mut tasks = JoinSet::new();
         for i in 0..callers {
-            tasks.spawn(call(api, Arc::clone(&is_over), beat, start + beat * i / callers));
+            tasks.spawn(call(api, Arc::clone(&is_over), i as usize, beat, start + beat * i / callers));
         }
         Self { is_over, callers: tasks }
     }
@@ -82,9 +82,17 @@ impl Hostile {
     }
 }
 
-async fn call(api: SocketAddr, is_over: Arc<AtomicBool>, beat: Duration, mut due: Instant) -> Sent {
+async fn call(
+    api: SocketAddr,
+    is_over: Arc<AtomicBool>,
+    number: usize,
+    beat: Duration,
+    mut due: Instant,
+) -> Sent {
     let (mut sent, mut kept, mut held) = (Sent::default(), None, VecDeque::new());
-    for attack in [Attack::LargeContext, Attack::HalfHead, Attack::Reset, Attack::HalfBody].iter().cycle() {
+    let attacks = [Attack::LargeContext, Attack::HalfHead, Attack::Reset, Attack::HalfBody];
+    // The callers begin with different attacks, so that all kinds are sent at any time.
+    for attack in attacks.iter().cycle().skip(number % attacks.len()) {
         sleep_until(due).await;
         due = Instant::now().max(due + beat);
         if is_over.load(SeqCst) {
