@@ -1,7 +1,10 @@
 //! Reads the whole body of a request before the request counts as in flight, because a thousand slow callers
 //! must not keep out the others.
 
-use crate::problem::Problem;
+use crate::{
+    bounds::{MAX_BODIES, MAX_BODY},
+    problem::Problem,
+};
 use axum::{
     body::{Body, HttpBody},
     extract::{MatchedPath, Request, State},
@@ -16,22 +19,15 @@ use tokio::{
     time::timeout_at,
 };
 
-/// The largest body of one request, in bytes.
-const LIMIT: usize = 1024 * 1024;
-
-/// The largest total of the bodies of all requests, in bytes. It bounds how much memory thousands of callers
-/// can take.
-const LIMIT_OF_ALL: usize = 64 * 1024 * 1024;
-
 /// The memory that bodies may take.
 #[derive(Clone)]
 pub struct BodyMemory(Arc<Semaphore>);
 
 impl BodyMemory {
-    /// Makes a budget of `LIMIT_OF_ALL` bytes, which the requests of one router share.
+    /// Makes a budget of `MAX_BODIES` bytes, which the requests of one router share.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
-        Self(Arc::new(Semaphore::new(LIMIT_OF_ALL)))
+        Self(Arc::new(Semaphore::new(MAX_BODIES)))
     }
 }
 
@@ -70,7 +66,7 @@ async fn read(
         // Trailers are ignored.
         let Ok(data) = frame.into_data() else { continue };
         let size = read.len() + data.len();
-        if size > LIMIT {
+        if size > MAX_BODY {
             return Err(Problem::BodyTooLarge);
         }
         let more =

@@ -109,6 +109,11 @@ pub struct Config {
     #[arg(long, env = "API_MAX_CONNECTIONS", default_value_t = 10_000, value_parser = at_least_one)]
     pub max_connections: usize,
 
+    /// How many of these connections may come from one address; by default half. An address is an IPv4 address
+    /// or a /64 of IPv6.
+    #[arg(long, env = "API_MAX_CONNECTIONS_PER_ADDRESS", value_parser = at_least_one)]
+    pub max_connections_per_address: Option<usize>,
+
     /// How to shut down.
     #[command(flatten)]
     pub shutdown: shutdown::Options,

@@ -3,6 +3,7 @@
 //! - [`config`]: flags and environment variables
 //! - [`app`]: the state that the handlers use
 //! - [`router`]: every route and every layer
+//! - [`bounds`]: what a caller may take, whatever he sends
 //! - [`body`]: reads the body of a request, before the handler runs
 //! - [`login`]: the handler, with the hand-written span `local`
 //! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`
@@ -11,12 +12,14 @@
 //! - [`problem`]: which failure gets which answer
 //! - [`host`]: the header `Host`
 //! - [`health`]: alive, ready, and the probe that `api health` makes
-//! - [`mod@server`][]: connections
+//! - [`mod@server`][]: connections; [`head`]: their first bytes
 //! - [`usercenter`]: the gRPC client, and every layer around it
 
 pub mod app;
 pub mod body;
+pub mod bounds;
 pub mod config;
+pub mod head;
 pub mod health;
 pub mod host;
 pub mod login;
@@ -39,6 +42,7 @@ use proto::{
     usercenter::v1::usercenter_client::UsercenterClient,
 };
 use publisher::Publisher;
+use server::MaxConnections;
 use serving::{listener::reserve_files, shutdown::Shutdown};
 use std::sync::{Arc, LazyLock};
 use token::TokenIssuer;
@@ -87,9 +91,11 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
 
     let limits = router::RequestLimits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let router = router::router(app, limits);
-    let max_connections = reserve_files(config.max_connections);
+    let in_all = reserve_files(config.max_connections);
+    let by_address = config.max_connections_per_address.unwrap_or_else(|| in_all.div_ceil(2));
+    let max = MaxConnections { in_all, by_address };
     let schedule = select! {
-        schedule = server::serve(listener, router, max_connections, shutdown.clone()) => schedule,
+        schedule = server::serve(listener, router, max, shutdown.clone()) => schedule,
         part = publishing.failed() => bail!("{part} panicked"),
     };
     publishing.close(schedule.close_by).await;

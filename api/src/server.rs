@@ -1,8 +1,12 @@
 //! Accepts connections, serves them, and drains them at shutdown.
 //!
 //! axum's own `serve` has no time-out for request headers and no bound on connections, so clients that send
-//! nothing could hold any number of connections for ever. This is hyper's loop, with a time-out and a bound.
+//! nothing could hold any number of connections for ever. This is hyper's loop, with a time-out and bounds.
 
+use crate::{
+    bounds::{HEADER_TIMEOUT, MAX_BUFFER},
+    head,
+};
 use axum::{Router, extract::ConnectInfo};
 use hyper::{
     Request,
@@ -11,63 +15,133 @@ use hyper::{
     server::conn::http1,
     service::service_fn,
 };
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
-};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use serving::{
     listener::Listener,
+    memory,
+    seldom::Seldom,
     shutdown::{Schedule, Shutdown},
-    waiting::Waiting,
+    waiting::{ByAddress, Place, Waiting},
 };
-use std::{convert::Infallible, time::Duration};
-use tokio::{net::TcpListener, pin, select, task::JoinSet, time::timeout_at};
+use std::{convert::Infallible, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{
+    io::{AsyncReadExt, join},
+    net::{TcpListener, TcpStream},
+    pin, select,
+    task::JoinSet,
+    time::{interval, timeout, timeout_at},
+};
 use tower::Service;
 
-/// How long a client may take to send all headers of a request, from the moment when the connection was
-/// opened or the previous answer was sent. So it is also how long a connection may be idle.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often memory is given back, if at least `MANY` connections are gone since the last time.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
+const MANY: usize = 500;
 
-/// The most bytes of one connection that are buffered, and so also the longest headers. A request with longer
-/// headers gets the status 431. (hyper's own limit is 400 KiB, which would be multiplied by 10,000
-/// connections. hyper also allows at most 100 headers.)
-pub const MAX_BUFFER: usize = 32 * 1024;
+/// How many connections there may be at once.
+#[derive(Debug, Clone, Copy)]
+pub struct MaxConnections {
+    /// From all addresses.
+    pub in_all: usize,
+    /// From one address.
+    pub by_address: usize,
+}
 
-/// Serves `router` until `shutdown`, on at most `max_connections` connections at once. Requests that are not
-/// finished in time after that are cut off, which is logged. Returns the times by which the rest of the
-/// service must have ended.
+/// Serves `router` until `shutdown`. Requests that are not finished in time after that are cut off, which is
+/// logged. Returns the times by which the rest of the service must have ended.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
-    max_connections: usize,
+    max: MaxConnections,
     shutdown: Shutdown,
 ) -> Schedule {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_BUFFER);
+    let connections = Connections { http, router, shutdown: shutdown.clone() };
     let mut listener = Listener::new(listener);
-    let connections = GracefulShutdown::new();
-    let waiting = Waiting::default();
+    let (waiting, mut by_address) = (Waiting::default(), ByAddress::new(max.by_address));
+    let refusals = Seldom::default();
     let mut tasks = JoinSet::new();
+    // The most connections since memory was last given back.
+    let mut peak = 0;
+    let mut give_back = interval(GIVE_BACK_EVERY);
 
     let stopped = shutdown.stopped();
     pin!(stopped);
     let schedule = loop {
         let (stream, peer) = select! {
             // One connection more than the maximum is accepted, and another one goes in its place.
-            accepted = listener.accept(), if tasks.len() <= max_connections => accepted,
+            accepted = listener.accept(), if tasks.len() <= max.in_all => accepted,
             Some(_) = tasks.join_next() => continue,
+            _ = give_back.tick() => {
+                if tasks.len() + MANY <= peak {
+                    memory::give_back();
+                }
+                peak = tasks.len();
+                continue;
+            }
             schedule = &mut stopped => break schedule,
         };
-        if tasks.len() >= max_connections {
+        let Some(among_its_own) = by_address.enter(peer.ip()) else {
+            if refusals.is_due() {
+                tracing::warn!(most = max.by_address, "refused a connection: all of its address are busy");
+            }
+            continue;
+        };
+        if tasks.len() >= max.in_all {
             waiting.let_go();
         }
-        let place = waiting.enter();
-        let (router, shutdown, place_of_requests) = (router.clone(), shutdown.clone(), place.clone());
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            let has_request = place_of_requests.has_request();
+        let places = [waiting.enter(), among_its_own];
+        let connections = connections.clone();
+        peak = peak.max(tasks.len() + 1);
+        tasks.spawn(async move {
+            let [in_all, by_address] = &places;
+            select! {
+                // This is checked first, so that the connection does not begin a request and then drop it.
+                biased;
+                () = in_all.must_go() => tracing::debug!("a connection made room for another one"),
+                () = by_address.must_go() => tracing::debug!("a connection made room for one of its address"),
+                () = connections.serve(stream, peer, &places) => {}
+            }
+        });
+    };
+
+    drop(listener);
+    tracing::info!("stopping: finishing requests in flight");
+    let finished = async { while tasks.join_next().await.is_some() {} };
+    if timeout_at(schedule.finish_by, finished).await.is_err() {
+        tracing::warn!("requests in flight are cut off at the deadline");
+        // When requests are dropped, their spans end, and can still be sent.
+        tasks.shutdown().await;
+    }
+    schedule
+}
+
+/// Serves single connections.
+#[derive(Clone)]
+struct Connections {
+    http: http1::Builder,
+    router: Router,
+    shutdown: Shutdown,
+}
+
+impl Connections {
+    /// Serves a connection until it is closed. Of a connection that has asked nothing yet, only the bytes of its
+    /// first request are held: hyper's buffers and state, which take several times as much as most requests,
+    /// are allocated when that request is complete.
+    async fn serve(self, mut stream: TcpStream, peer: SocketAddr, places: &[Arc<Place>; 2]) {
+        let head = timeout(HEADER_TIMEOUT, head::read(&mut stream, MAX_BUFFER, self.shutdown.stopped()));
+        if let Ok(Some(head)) = head.await {
+            Box::pin(self.serve_begun(head, stream, peer, places)).await;
+        }
+    }
+
+    /// Serves a connection from which `head` has been read.
+    async fn serve_begun(self, head: Vec<u8>, stream: TcpStream, peer: SocketAddr, places: &[Arc<Place>; 2]) {
+        let service = service_fn(|mut request: Request<Incoming>| {
+            let has_request = places.each_ref().map(Place::has_request);
             request.extensions_mut().insert(ConnectInfo(peer));
-            let answer = router.clone().call(request);
-            let is_last = shutdown.has_begun();
+            let answer = self.router.clone().call(request);
+            let is_last = self.shutdown.has_begun();
             async move {
                 let mut answer = answer.await?;
                 if is_last {
@@ -78,25 +152,21 @@ pub async fn serve(
                 Ok::<_, Infallible>(answer)
             }
         });
-        let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
-        tasks.spawn(async move {
-            select! {
-                // This is checked first, so that the connection does not begin a request and then drop it.
-                biased;
-                () = place.must_go() => tracing::debug!("a connection made room for another one"),
-                served = connection => if let Err(error) = served {
-                    tracing::debug!(%error, "connection failed");
-                },
+        let (reader, writer) = stream.into_split();
+        let stream = join(Cursor::new(head).chain(reader), writer);
+        let connection = self.http.serve_connection(TokioIo::new(stream), service);
+        pin!(connection);
+        let served = select! {
+            // This is polled first, so that hyper reads `head` before it is told to end.
+            biased;
+            served = &mut connection => served,
+            _ = self.shutdown.stopped() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
             }
-        });
-    };
-
-    drop(listener);
-    tracing::info!("stopping: finishing requests in flight");
-    if timeout_at(schedule.finish_by, connections.shutdown()).await.is_err() {
-        tracing::warn!("requests in flight are cut off at the deadline");
-        // When requests are dropped, their spans end, and can still be sent.
-        tasks.shutdown().await;
+        };
+        if let Err(error) = served {
+            tracing::debug!(%error, "connection failed");
+        }
     }
-    schedule
 }

@@ -2,8 +2,8 @@
 
 use amq_protocol::frame::WriteContext;
 use api::{
+    bounds::MAX_BUFFER,
     outbox::Message,
-    server::MAX_BUFFER,
     usercenter::{self, CallLimits},
 };
 use http::{HeaderMap, Request};

@@ -4,6 +4,7 @@
 //! - [`process`]: runs a service between the start and the end of telemetry
 //! - [`listener`]: accepts connections, whatever happens
 //! - [`grpc`]: tonic's server, with limits on connections
+//! - [`memory`]: gives freed memory back to the system
 //! - [`health`]: asks a gRPC service for its health
 //! - `socket`: a connection with or without TLS
 //! - [`waiting`]: decides which connection is closed when there are too many
@@ -14,6 +15,7 @@ pub mod arguments;
 pub mod grpc;
 pub mod health;
 pub mod listener;
+pub mod memory;
 pub mod process;
 pub mod seldom;
 pub mod shutdown;

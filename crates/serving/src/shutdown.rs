@@ -110,7 +110,7 @@ impl Shutdown {
     /// Waits for the signal.
     pub async fn begun(&self) -> Schedule {
         let mut signalled = self.signalled.clone();
-        match signalled.wait_for(Option::is_some).await {
+        match signalled.wait_for(Option::is_some).await.map(|signalled| *signalled) {
             Ok(signalled) => Schedule::new(signalled.unwrap_or_else(Instant::now), self.options),
             // The task that waits for signals ends only with the runtime.
             Err(_) => std::future::pending().await,

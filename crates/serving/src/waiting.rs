@@ -18,7 +18,8 @@
 //! ```
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::Notify;
@@ -55,11 +56,55 @@ impl Waiting {
     /// Tells the connection that has waited longest to go. If no connection waits, the first connection whose
     /// request is answered goes.
     pub fn let_go(&self) {
-        let mut queue = lock(&self.0);
-        match queue.waiting.pop_first() {
-            Some((_, go)) => go.notify_one(),
-            None => queue.one_is_owed = true,
+        if !self.make_room() {
+            lock(&self.0).one_is_owed = true;
         }
+    }
+
+    /// Tells the connection that has waited longest to go; returns `false` if no connection waits.
+    fn make_room(&self) -> bool {
+        let longest = lock(&self.0).waiting.pop_first();
+        longest.inspect(|(_, go)| go.notify_one()).is_some()
+    }
+
+    /// Returns the number of places, each of which has a clone of the queue.
+    fn len(&self) -> usize {
+        Arc::strong_count(&self.0) - 1
+    }
+}
+
+/// A queue for each address, so that the connections of one address push out only each other.
+pub struct ByAddress {
+    /// How many connections an address may have.
+    most: usize,
+    queues: HashMap<IpAddr, Waiting>,
+    /// The number of queues at which those without a connection are removed.
+    sweep_at: usize,
+}
+
+impl ByAddress {
+    /// Makes the queues for addresses of which each may have this many connections.
+    pub fn new(most: usize) -> Self {
+        Self { most, queues: HashMap::new(), sweep_at: 64 }
+    }
+
+    /// Makes the place of a new connection from this address, or from any in its /64. If the address has all
+    /// its connections, the one that has waited longest is told to go. Returns `None` if none waits.
+    pub fn enter(&mut self, peer: IpAddr) -> Option<Arc<Place>> {
+        if self.queues.len() >= self.sweep_at {
+            self.queues.retain(|_, queue| queue.len() > 0);
+            self.sweep_at = (2 * self.queues.len()).max(64);
+        }
+        let queue = self.queues.entry(network(peer)).or_default();
+        (queue.len() < self.most || queue.make_room()).then(|| queue.enter())
+    }
+}
+
+/// Returns what one caller has for itself: an address of IPv4, or a /64 of IPv6.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
+        address => address,
     }
 }
 
@@ -135,6 +180,34 @@ mod tests {
         assert!(went(&second) && !went(&first));
         waiting.let_go();
         assert!(went(&first));
+    }
+
+    #[test]
+    fn connections_of_one_address_make_room_only_for_each_other() {
+        let mut queues = ByAddress::new(2);
+        let mut enter = |address: &str| queues.enter(address.parse().unwrap());
+        let other = enter("10.0.0.2").unwrap();
+        // The address of IPv4 is the same, however it is written.
+        let [first, second] = ["10.0.0.1", "::ffff:10.0.0.1"].map(|address| enter(address).unwrap());
+        let requests = [first.has_request(), second.has_request()];
+        assert!(enter("10.0.0.1").is_none());
+        drop(requests);
+        let third = enter("10.0.0.1").unwrap();
+        assert!(went(&first) && !went(&second) && !went(&third) && !went(&other));
+
+        let [one, two] = ["2001:db8::1", "2001:db8::ffff:0:0:1"].map(|address| enter(address).unwrap());
+        let neighbour = enter("2001:db8:0:1::1").unwrap();
+        let three = enter("2001:db8::2").unwrap();
+        assert!(went(&one) && !went(&two) && !went(&three) && !went(&neighbour));
+    }
+
+    #[test]
+    fn addresses_without_a_connection_are_forgotten() {
+        let mut queues = ByAddress::new(2);
+        for i in 0..10_000_u32 {
+            drop(queues.enter(IpAddr::V4(i.into())));
+        }
+        assert!(queues.queues.len() <= 64);
     }
 
     #[test]

@@ -38,6 +38,11 @@ pub enum Fault {
     CollectorSilent,
     /// api is killed while the broker is away, and started again before it is back.
     KillApiWithoutBroker,
+    /// Callers send large legal contexts for an unknown user, half requests, and requests whose connection they
+    /// reset.
+    HostileCaller,
+    /// A request and messages exceed a bound: a body for api, a body for mq, and a context for a frame of each.
+    MessageTooLarge,
 }
 
 /// A link that can fail while the other links work.
@@ -128,7 +133,9 @@ impl Step {
             | Fault::Poison
             | Fault::QueueDeleted
             | Fault::CollectorSilent
-            | Fault::KillApiWithoutBroker => false,
+            | Fault::KillApiWithoutBroker
+            | Fault::HostileCaller
+            | Fault::MessageTooLarge => false,
         }
     }
 }

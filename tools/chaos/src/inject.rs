@@ -3,8 +3,9 @@
 use super::{
     faults::{Fault, Link, Step},
     history::History,
+    hostile::Hostile,
     ledger::Ledger,
-    load::Load,
+    load::{self, Load},
     poison::Poison,
     system::{Service, System},
 };
@@ -27,6 +28,20 @@ use tokio::{
 /// How long to wait for a trap to withhold its frame, or for a queue to become empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How a fault went.
+pub struct Injected {
+    /// What must not have happened in it.
+    pub wrong: Vec<String>,
+    /// How it differed from the planned fault, if it did.
+    pub note: Option<&'static str>,
+}
+
+impl From<Option<&'static str>> for Injected {
+    fn from(note: Option<&'static str>) -> Self {
+        Self { wrong: Vec::new(), note }
+    }
+}
+
 /// The parts of the system that faults are injected into.
 pub struct Target<'a> {
     pub system: &'a mut System,
@@ -37,8 +52,9 @@ pub struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Injects a fault and ends it. If the fault differed from the planned fault, returns how.
-    pub async fn inject(&mut self, step: &Step) -> Result<Option<&'static str>> {
+    /// Injects a fault and ends it.
+    pub async fn inject(&mut self, step: &Step) -> Result<Injected> {
+        let mut wrong = Vec::new();
         match step.fault {
             Fault::KillApi => self.restart(Service::Api).await?,
             Fault::KillUsercenter => self.restart(Service::Usercenter).await?,
@@ -70,11 +86,11 @@ impl Target<'_> {
             }
             Fault::CrashAfterConfirm => {
                 let confirm = self.system.api_broker.withhold(Side::Server, BASIC_ACK);
-                return self.crash_at(confirm, Service::Api).await;
+                return Ok(self.crash_at(confirm, Service::Api).await?.into());
             }
             Fault::CrashBeforeAck => {
                 let ack = self.system.mq_broker.withhold(Side::Client, BASIC_ACK);
-                return self.crash_at(ack, Service::Mq).await;
+                return Ok(self.crash_at(ack, Service::Mq).await?.into());
             }
             Fault::Poison => self.poison.publish(self.system, self.history).await?,
             Fault::DiskFull => {
@@ -88,7 +104,7 @@ impl Target<'_> {
                 self.system.api_broker.restore();
                 self.system.start_service(Service::Api, None).await?;
             }
-            Fault::QueueDeleted => return self.delete_queue().await,
+            Fault::QueueDeleted => return Ok(self.delete_queue().await?.into()),
             Fault::CollectorSilent => {
                 self.system.collector_link.freeze();
                 sleep(step.hold).await;
@@ -101,8 +117,25 @@ impl Target<'_> {
                 sleep(step.hold / 2).await;
                 self.system.api_broker.restore();
             }
+            Fault::HostileCaller => {
+                let hostile = Hostile::start(*self.system.api_address.borrow(), 10, 100);
+                sleep(step.hold).await;
+                wrong.extend(hostile.stop().await.wrong);
+            }
+            Fault::MessageTooLarge => {
+                self.poison.publish_too_large(self.system).await?;
+                // The control has no bounds.
+                if !self.system.is_control {
+                    let api = *self.system.api_address.borrow();
+                    load::log_in_with_large_baggage(api, self.ledger).await;
+                    wrong
+                        .extend(load::send_too_large_body(api).await.err().map(|error| format!("{error:#}")));
+                }
+            }
         }
-        Ok(None)
+        // The control answers and processes whatever comes.
+        wrong.retain(|_| !self.system.is_control);
+        Ok(Injected { wrong, note: None })
     }
 
     fn link(&self, link: Link) -> &Proxy {

@@ -87,6 +87,12 @@ impl Ledger {
         since.filter(|login| login.begun >= begun && login.outcome == Outcome::Answered).copied().collect()
     }
 
+    /// Returns how many logins from index `mark` on were not answered with 200.
+    pub fn failed_since(&self, mark: usize) -> usize {
+        let logins = self.lock();
+        logins[mark.min(logins.len())..].iter().filter(|login| login.outcome != Outcome::Answered).count()
+    }
+
     /// Returns the logins that were answered with 200 and have not taken effect so far.
     pub fn owed(&self, history: &History) -> Vec<TraceId> {
         let logins = self.lock();

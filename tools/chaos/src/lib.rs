@@ -3,14 +3,17 @@
 //!
 //! - [`faults`]: the kinds of fault and their order; `inject`: how each fault is injected
 //! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
-//! - `load`: the logins; `poison`: messages that can't be processed
+//! - `load`: the logins; `poison`: messages that can't be processed; `hostile`: hostile callers
+//! - [`flood`]: honest logins beside a flood of hostile callers, and without it
 //! - `ledger`: how logins were answered; `history`: which logins took effect; `spans`: the trees of spans
 //! - [`control`]: api and mq as in the Go original, which must be found to lose logins
 
 pub mod broker;
 pub mod control;
 pub mod faults;
+pub mod flood;
 mod history;
+mod hostile;
 mod inject;
 mod ledger;
 mod load;
@@ -72,6 +75,10 @@ pub struct Options {
     /// logins.
     #[arg(long)]
     pub control: bool,
+    /// Send a flood of hostile requests beside 50 logins a second instead: this many seconds with the flood, and
+    /// as many without, in turns. No login may fail, and the p99 may grow by half.
+    #[arg(long, conflicts_with_all = ["control", "faults"])]
+    pub flood: Option<u64>,
     /// Keep the logs and data of the services, whatever the verdict is.
     #[arg(long)]
     pub keep: bool,
@@ -98,6 +105,10 @@ pub async fn run(mut options: Options) -> Result<ExitCode> {
             "RabbitMQ is not installed here (apt-get install rabbitmq-server); --broker embedded needs nothing",
         );
         return Ok(ExitCode::from(2));
+    }
+    if let Some(seconds) = options.flood {
+        let is_right = flood::test(&options, seconds).await?.is_right();
+        return Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let seed = *options.seed.get_or_insert_with(|| fastrand::u64(..1_000_000));
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
@@ -155,14 +166,15 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
         let begun = Instant::now();
         let mut target =
             Target { system, load: &load, ledger: &ledger, history: &mut history, poison: &mut poison };
-        let note = target.inject(&step).await.with_context(|| format!("bringing about {step}"))?;
+        let injected = target.inject(&step).await.with_context(|| format!("bringing about {step}"))?;
+        unexpected.extend(injected.wrong);
         let healed = Instant::now();
         let recovery = target.recover(healed, ledger.len(), RECOVERY_LIMIT).await?;
         if step.excuses_refusals() {
             excuses.push((begun, Instant::now()));
         }
         unexpected.extend(system.revive().await?);
-        let event = Event { step, at: begun - start, lasted: healed - begun, recovery, note };
+        let event = Event { step, at: begun - start, lasted: healed - begun, recovery, note: injected.note };
         report::event(&event, ledger.len());
         if event.recovery.is_none() {
             unexpected.push(format!("no login was answered and applied within 45 s after {step}"));
@@ -178,7 +190,7 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
     // The control only logs poison and drops it.
     if !options.control {
         // mq retries the logins that the database refuses, which takes time.
-        unexpected.extend(poison.judge(system, RECOVERY_LIMIT).await?);
+        unexpected.extend(poison.judge(system, &history, RECOVERY_LIMIT).await?);
     }
     unexpected.extend(system.stop().await?);
     history.read_all().await?;

@@ -3,7 +3,7 @@
 //! its outcome.
 
 use super::ledger::{Ledger, Login, Outcome, TraceId};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use harness::{client::read_status, stack::KNOWN_MOBILE};
 use std::{
     net::SocketAddr,
@@ -99,15 +99,44 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
             continue;
         }
         let address = *shared.address.borrow();
-        connection = log_in(connection, address, &mut buffer, &shared.ledger).await;
+        connection = log_in(connection, address, "", &mut buffer, &shared.ledger).await;
         shared.in_flight.fetch_sub(1, SeqCst);
     }
+}
+
+/// Sends a login whose context is longer than a frame of api's, so that api must leave out its baggage.
+pub async fn log_in_with_large_baggage(address: SocketAddr, ledger: &Ledger) {
+    let baggage = format!("baggage: k={}\r\n", "v".repeat(8100));
+    log_in(None, address, &baggage, &mut Vec::new(), ledger).await;
+}
+
+/// Sends a request whose body is longer than api takes.
+///
+/// # Errors
+/// If the answer is not 413.
+pub async fn send_too_large_body(address: SocketAddr) -> Result<()> {
+    /// A byte more than api takes.
+    const LENGTH: usize = 1024 * 1024 + 1;
+    let sent = async {
+        let mut connection = TcpStream::connect(address).await?;
+        let head = format!(
+            "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: {address}\r\n\
+             content-type: application/json\r\ncontent-length: {LENGTH}\r\n\r\n"
+        );
+        connection.write_all(head.as_bytes()).await?;
+        connection.write_all(&vec![b' '; LENGTH]).await?;
+        let status = read_status(&mut connection, &mut Vec::new()).await?;
+        ensure!(status == 413, "a body that is too large was answered {status}");
+        Ok(())
+    };
+    timeout(PATIENCE, sent).await?
 }
 
 /// Sends one login; returns the connection if it can be used again.
 async fn log_in(
     connection: Option<TcpStream>,
     address: SocketAddr,
+    headers: &str,
     buffer: &mut Vec<u8>,
     ledger: &Ledger,
 ) -> Option<TcpStream> {
@@ -122,7 +151,7 @@ async fn log_in(
     };
     let trace: TraceId = Uuid::new_v4().as_u128();
     let begun = Instant::now();
-    let answer = timeout(PATIENCE, send(&mut connection, address, trace, buffer)).await;
+    let answer = timeout(PATIENCE, send(&mut connection, address, trace, headers, buffer)).await;
     let (outcome, connection) = match answer {
         Ok(Ok(200)) => (Outcome::Answered, Some(connection)),
         Ok(Ok(status)) => (Outcome::Refused(status), Some(connection)),
@@ -136,6 +165,7 @@ async fn send(
     connection: &mut TcpStream,
     host: SocketAddr,
     trace: TraceId,
+    headers: &str,
     buffer: &mut Vec<u8>,
 ) -> Result<u16> {
     // The caller has no span, so its span id is arbitrary, but must not be zero.
@@ -144,7 +174,7 @@ async fn send(
     let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
     let request = format!(
         "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n\
-         traceparent: 00-{trace:032x}-{CALLER:016x}-01\r\ncontent-length: {}\r\n\r\n{body}",
+         traceparent: 00-{trace:032x}-{CALLER:016x}-01\r\n{headers}content-length: {}\r\n\r\n{body}",
         body.len()
     );
     connection.write_all(request.as_bytes()).await?;

@@ -3,7 +3,7 @@
 
 use super::{history::History, ledger::TraceId, system::System};
 use anyhow::{Result, ensure};
-use harness::{poll, stack::KNOWN_MOBILE};
+use harness::poll;
 use lapin::{
     BasicProperties, Channel, Confirmation,
     options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions},
@@ -20,7 +20,12 @@ use uuid::Uuid;
 pub struct Poison {
     published: BTreeMap<String, TraceId>,
     dead: BTreeSet<String>,
+    /// The traces of published messages that are no poison, but large.
+    to_apply: Vec<TraceId>,
 }
+
+/// The body of a login without a context.
+const LOGIN: &str = r#"{"Carrier":{},"Msg":"13800138000"}"#;
 
 impl Poison {
     /// Publishes two messages as api would: an unreadable one, and one that the database refuses.
@@ -30,28 +35,29 @@ impl Poison {
     pub async fn publish(&mut self, system: &System, history: &mut History) -> Result<()> {
         let refused: TraceId = Uuid::new_v4().as_u128();
         history.refuse(refused).await?;
-        let (connection, channel) = system.broker.connect().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let login = format!(r#"{{"Carrier":{{}},"Msg":"{KNOWN_MOBILE}"}}"#);
-        for (trace, body) in [(Uuid::new_v4().as_u128(), "no login"), (refused, login.as_str())] {
-            let message_id = Uuid::new_v4().to_string();
-            let mut headers = FieldTable::default();
-            let traceparent = format!("00-{trace:032x}-{:016x}-01", 1);
-            headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
-            let properties = BasicProperties::default()
-                .with_delivery_mode(2)
-                .with_message_id(message_id.as_str().into())
-                .with_headers(headers);
-            let (exchange, key) = (system.topology.exchange.as_str(), system.topology.routing_key.as_str());
-            let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-            let published = channel
-                .basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties)
-                .await?
-                .await?;
-            ensure!(published == Confirmation::Ack(None), "the broker did not take poison");
-            self.published.insert(message_id, trace);
+        for (trace, body) in [(Uuid::new_v4().as_u128(), "no login"), (refused, LOGIN)] {
+            let id = publish(system, trace, FieldTable::default(), body).await?;
+            self.published.insert(id, trace);
         }
-        connection.close(200, "done".into()).await?;
+        Ok(())
+    }
+
+    /// Publishes a message whose body is longer than mq takes, and a login with a header that is longer than a
+    /// frame of mq's, which must take effect all the same.
+    ///
+    /// # Errors
+    /// If the broker refuses the messages.
+    pub async fn publish_too_large(&mut self, system: &System) -> Result<()> {
+        let trace = Uuid::new_v4().as_u128();
+        let body = LOGIN.replace('{', &format!("{{{}", " ".repeat(300 * 1024)));
+        self.published.insert(publish(system, trace, FieldTable::default(), &body).await?, trace);
+        if !system.is_control {
+            let trace = Uuid::new_v4().as_u128();
+            let mut headers = FieldTable::default();
+            headers.insert("x-large".into(), AMQPValue::LongString("x".repeat(16 * 1024).into()));
+            publish(system, trace, headers, LOGIN).await?;
+            self.to_apply.push(trace);
+        }
         Ok(())
     }
 
@@ -74,7 +80,12 @@ impl Poison {
     ///
     /// # Errors
     /// If the broker can't be reached.
-    pub async fn judge(&mut self, system: &System, limit: Duration) -> Result<Vec<String>> {
+    pub async fn judge(
+        &mut self,
+        system: &System,
+        history: &History,
+        limit: Duration,
+    ) -> Result<Vec<String>> {
         let (connection, channel) = system.broker.connect().await?;
         poll(limit, async || self.is_dead(&channel, system).await.ok()?.then_some(())).await;
         connection.close(200, "done".into()).await?;
@@ -88,11 +99,37 @@ impl Poison {
         if strange > 0 {
             wrong.push(format!("{strange} dead letters were no poison"));
         }
+        let not_applied = self.to_apply.iter().filter(|trace| !history.has(**trace)).count();
+        if not_applied > 0 {
+            wrong.push(format!("{not_applied} logins with a long header took no effect"));
+        }
         Ok(wrong)
     }
 
     /// Returns the traces of the published messages.
     pub fn traces(&self) -> impl Iterator<Item = TraceId> {
-        self.published.values().copied()
+        self.published.values().chain(&self.to_apply).copied()
     }
+}
+
+/// Publishes a message as api would; returns its message id.
+async fn publish(system: &System, trace: TraceId, mut headers: FieldTable, body: &str) -> Result<String> {
+    let (connection, channel) = system.broker.connect().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    let message_id = Uuid::new_v4().to_string();
+    let traceparent = format!("00-{trace:032x}-{:016x}-01", 1);
+    headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+    let properties = BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_message_id(message_id.as_str().into())
+        .with_headers(headers);
+    let (exchange, key) = (system.topology.exchange.as_str(), system.topology.routing_key.as_str());
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    let published = channel
+        .basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties)
+        .await?
+        .await?;
+    ensure!(published == Confirmation::Ack(None), "the broker did not take the message");
+    connection.close(200, "done".into()).await?;
+    Ok(message_id)
 }

@@ -110,8 +110,9 @@ impl System {
     /// If the service doesn't start.
     pub async fn start_service(&mut self, service: Service, limit: Option<u64>) -> Result<()> {
         let amqp_url = |link: &Proxy| {
-            // A frozen link is detected within two heartbeats, so within 4 seconds.
-            format!("amqp://guest:guest@{}/%2f?heartbeat=2", link.address)
+            // A frozen link is detected within two heartbeats, so within 4 seconds. A frame is shorter than the
+            // largest context.
+            format!("amqp://guest:guest@{}/%2f?heartbeat=2&frame_max=8192", link.address)
         };
         let link = if service == Service::Api { &self.api_broker } else { &self.mq_broker };
         let data = self.directory.path().join("data");
@@ -223,6 +224,17 @@ impl System {
             self.keep_log(&process, "stopped")?;
         }
         Ok(wrong)
+    }
+
+    /// Returns the resident memory of a service, in KiB.
+    ///
+    /// # Errors
+    /// If the service does not run.
+    pub fn memory(&self, service: Service) -> Result<usize> {
+        let process = self.services[service as usize].as_ref().context("it does not run")?;
+        let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
     }
 
     /// Returns the path of mq's database.

@@ -1,6 +1,6 @@
 //! A short run of the test behind `cargo dev chaos`: the services pass it, and the control does not.
 
-use chaos::{self, Options, broker::Kind, faults::Fault};
+use chaos::{self, Options, broker::Kind, faults::Fault, flood};
 
 /// A few seconds of load with the worst faults: a crash of the publisher and of the consumer, each at its worst
 /// moment, and an outage of the broker.
@@ -14,6 +14,7 @@ fn short(is_control: bool) -> Options {
         faults: vec![Fault::BrokerRestart, Fault::CrashAfterConfirm, Fault::CrashBeforeAck, Fault::KillMq],
         broker: Kind::Embedded,
         control: is_control,
+        flood: None,
         keep: false,
     }
 }
@@ -23,6 +24,22 @@ async fn the_services_lose_and_duplicate_nothing() {
     let verdict = chaos::test(&short(false)).await.unwrap().verdict;
     assert!(verdict.is_clean(), "{verdict:?}");
     assert!(verdict.answered >= 400, "{verdict:?}");
+}
+
+/// The kinds of fault that somebody outside can cause.
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_callers_and_messages_that_are_too_large_cost_no_login() {
+    let faults = vec![Fault::HostileCaller, Fault::MessageTooLarge];
+    let verdict = chaos::test(&Options { faults, ..short(false) }).await.unwrap().verdict;
+    assert!(verdict.is_clean(), "{verdict:?}");
+    assert!(verdict.refused.is_empty() && verdict.unknown == 0, "{verdict:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_hostile_callers_fails_no_login_and_takes_bounded_memory() {
+    let flooded = flood::test(&short(false), 20).await.unwrap();
+    assert!(flooded.is_harmless(), "{:?}, {:?} KiB", flooded.verdict, flooded.memory);
+    assert!(flooded.verdict.answered >= 1000 && flooded.hostile >= 500, "{:?}", flooded.verdict);
 }
 
 #[tokio::test(flavor = "multi_thread")]

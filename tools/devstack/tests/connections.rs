@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use harness::{
     PATIENCE,
-    client::Client,
+    client::{Client, read_status},
     poll,
     process::Process,
     stack::{KNOWN_MOBILE, Stack},
@@ -15,8 +15,8 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    io::AsyncWriteExt,
-    net::TcpStream,
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
     process::Command,
     select,
     task::JoinSet,
@@ -40,6 +40,9 @@ const SILENT_HTTP2: Duration = Duration::from_secs(12);
 /// done.
 const BODY: (&str, &str, &str) = ("api", "API_DEADLINE", "9s");
 
+/// All connections of a test come from one address.
+const ONE_ADDRESS: (&str, &str, &str) = ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "10000");
+
 /// The number of slow clients that a service must survive.
 const MANY: usize = 10_000;
 
@@ -57,13 +60,18 @@ fn as_many_as_possible() -> Result<usize> {
 }
 
 /// Opens `count` connections, and sends `first(i)` on the `i`th.
-async fn open(address: SocketAddr, count: usize, first: fn(usize) -> &'static str) -> Result<Vec<TcpStream>> {
+async fn open(
+    address: SocketAddr,
+    count: usize,
+    first: impl Fn(usize) -> &'static str,
+) -> Result<Vec<TcpStream>> {
     let mut opening = JoinSet::new();
     let mut opened = Vec::new();
     for i in 0..count {
+        let first = first(i);
         opening.spawn(async move {
             let mut stream = TcpStream::connect(address).await?;
-            stream.write_all(first(i).as_bytes()).await?;
+            stream.write_all(first.as_bytes()).await?;
             io::Result::Ok(stream)
         });
         // No more connections are opened at once than the queue of a listening socket holds.
@@ -104,11 +112,11 @@ async fn all_closed(streams: &[TcpStream], limit: Duration) -> Result<()> {
     timeout(limit, closed).await.with_context(|| format!("connections are still open after {limit:?}"))
 }
 
-/// Returns the resident memory, in MiB.
+/// Returns the resident memory, in KiB.
 fn memory(service: &Process) -> Result<usize> {
     let status = fs::read_to_string(format!("/proc/{}/status", service.id()))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<usize>()? / 1024)
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// Logs in repeatedly, in turn on a new and on a kept connection. Returns how long each login took, sorted.
@@ -132,7 +140,7 @@ async fn logins(stack: &Stack, count: usize) -> Result<Vec<Duration>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<()> {
-    let stack = Stack::start(&[BODY]).await?;
+    let stack = Stack::start(&[BODY, ONE_ADDRESS]).await?;
     let count = as_many_as_possible()?;
     let alone = logins(&stack, 100).await?;
     let memory_alone = memory(&stack.api)?;
@@ -165,22 +173,49 @@ async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<(
         (|took: &[Duration]| took[took.len() / 2], |took: &[Duration]| took[took.len() * 99 / 100]);
     println!(
         "{count} slow connections, opened in {took_opening:.1?}; a login alone: p50 {:.1?}, p99 {:.1?}; \
-         among them: p50 {:.1?}, p99 {:.1?}; memory {memory_alone} -> {memory_among_many} MiB",
+         among them: p50 {:.1?}, p99 {:.1?}; memory {memory_alone} -> {memory_among_many} KiB",
         p50(&alone),
         p99(&alone),
         p50(&among_many),
         p99(&among_many),
     );
     // A slow connection may cost at most 20 KiB.
-    assert!(memory_among_many < memory_alone + count / 50, "{memory_alone} -> {memory_among_many} MiB");
+    assert!(memory_among_many < memory_alone + 20 * count, "{memory_alone} -> {memory_among_many} KiB");
     println!("all were cut off {cut_off:.1?} after the first was opened");
     logins(&stack, 10).await?;
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_has_asked_nothing_takes_little_memory_and_gives_it_back() -> Result<()> {
+    let count = as_many_as_possible()? / 2;
+    let stack = Stack::start(&[ONE_ADDRESS]).await?;
+    logins(&stack, 100).await?;
+    for (kind, first) in [("silent", ""), ("slow", "POST /usercenter/v1/user/login HTTP/1.1\r\nx-slow: ")] {
+        let alone = memory(&stack.api)?;
+        let connections = open(stack.api.address, count, |_| first).await?;
+        tokio::select! {
+            done = logins(&stack, 100) => done?,
+            () = drip(if first.is_empty() { &[] } else { &connections }) => unreachable!("it never ends"),
+        };
+        let among_many = memory(&stack.api)?;
+        drop(connections);
+        let back = poll(PATIENCE, async || {
+            let now = memory(&stack.api).ok()?;
+            (now < alone + count).then_some(now)
+        });
+        let back = back.await;
+        println!("{count} {kind} connections: {alone} -> {among_many} -> {back:?} KiB");
+        assert!(among_many < alone + 8 * count, "{kind}: {alone} -> {among_many} KiB");
+        // At most 1 KiB of each connection is kept for the next connections.
+        back.with_context(|| format!("{kind}: {} KiB are kept", memory(&stack.api).unwrap_or_default()))?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Result<()> {
-    let stack = Stack::start(&[("api", "API_MAX_CONNECTIONS", "20")]).await?;
+    let stack = Stack::start(&[("api", "API_MAX_CONNECTIONS", "20"), ONE_ADDRESS]).await?;
     let mut silent = Vec::new();
     for _ in 0..20 {
         silent.push(TcpStream::connect(stack.api.address).await?);
@@ -193,6 +228,62 @@ async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Res
     // The last connection is still open.
     let last = silent.pop().context("the last one")?;
     assert_eq!(last.try_read(&mut [0]).map_err(|error| error.kind()), Err(io::ErrorKind::WouldBlock));
+    Ok(())
+}
+
+/// Opens a connection from this address.
+async fn connect_from(source: [u8; 4], to: SocketAddr) -> Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::from((source, 0)))?;
+    Ok(socket.connect(to).await?)
+}
+
+/// Whether the other side has not closed this connection.
+fn is_open(stream: &TcpStream) -> bool {
+    stream.try_read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> Result<()> {
+    const LOGIN: &[u8] = b"POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\n\
+        content-type: application/json\r\ncontent-length: 24\r\n\r\n{\"mobile\":\"13800138000\"}";
+    const SLOW_BODY: &[u8] = b"POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\n\
+        content-type: application/json\r\ncontent-length: 24\r\nexpect: 100-continue\r\n\r\n";
+    const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+    let stack = Stack::start(&[BODY, ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "5")]).await?;
+    let api = stack.api.address;
+    let mut buffer = Vec::new();
+    let other = connect_from([127, 0, 0, 4], api).await?;
+
+    // The address makes room for its own new connection, by closing the one that has waited longest.
+    let mut silent = Vec::new();
+    for _ in 0..5 {
+        silent.push(connect_from([127, 0, 0, 3], api).await?);
+    }
+    let mut new = connect_from([127, 0, 0, 3], api).await?;
+    new.write_all(LOGIN).await?;
+    assert_eq!(timeout(LOGIN_PATIENCE, read_status(&mut new, &mut buffer)).await??, 200);
+    all_closed(&[silent.remove(0)], LOGIN_PATIENCE).await.context("the first")?;
+    assert!(silent.iter().all(is_open));
+
+    // When all connections of an address have requests, a new one is refused.
+    let mut busy = Vec::new();
+    for _ in 0..5 {
+        let mut stream = connect_from([127, 0, 0, 2], api).await?;
+        stream.write_all(SLOW_BODY).await?;
+        stream.read_exact(&mut [0; CONTINUE.len()]).await?;
+        busy.push(stream);
+    }
+    let refused = connect_from([127, 0, 0, 2], api).await?;
+    all_closed(&[refused], LOGIN_PATIENCE).await.context("it is not refused")?;
+    assert!(busy.iter().all(is_open));
+    logins(&stack, 10).await?;
+    assert!(is_open(&other));
+    // The requests of this address are answered all the same.
+    for stream in &mut busy {
+        stream.write_all(&LOGIN[LOGIN.len() - 24..]).await?;
+        assert_eq!(timeout(LOGIN_PATIENCE, read_status(stream, &mut buffer)).await??, 200);
+    }
     Ok(())
 }
 

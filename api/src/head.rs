@@ -1,0 +1,47 @@
+//! Reads the first request of a connection as far as the end of its headers, into a buffer that grows with what
+//! the client sends. hyper would allocate 16 KiB before the first byte.
+
+use std::io;
+use tokio::{net::TcpStream, select};
+
+/// The most bytes that are read at once.
+const CHUNK: usize = 4096;
+
+/// Reads until hyper can answer: until the headers are complete, malformed, or at least `max` bytes long.
+/// Returns `None` if the client closes the connection before, or if it has sent nothing when `stopped` is ready.
+pub async fn read<S>(
+    stream: &mut TcpStream,
+    max: usize,
+    stopped: impl Future<Output = S>,
+) -> Option<Vec<u8>> {
+    select! {
+        readable = stream.readable() => readable.ok()?,
+        _ = stopped => return None,
+    }
+    let mut head = Vec::new();
+    loop {
+        stream.readable().await.ok()?;
+        // This buffer is on the stack, because it does not outlive the call.
+        let mut chunk = [0; CHUNK];
+        match stream.try_read(&mut chunk) {
+            Ok(0) => return None,
+            Ok(length) => {
+                let is_first = head.is_empty();
+                head.extend_from_slice(&chunk[..length]);
+                // Parsing at each byte would take time that grows with the square of the length.
+                let may_be_complete = is_first || chunk[..length].contains(&b'\n');
+                if head.len() >= max || (may_be_complete && !is_partial(&head)) {
+                    return Some(head);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+fn is_partial(head: &[u8]) -> bool {
+    // hyper takes this many headers. It refuses a request with more, and need not wait for the rest.
+    let mut headers = [httparse::EMPTY_HEADER; 100];
+    matches!(httparse::Request::new(&mut headers).parse(head), Ok(httparse::Status::Partial))
+}

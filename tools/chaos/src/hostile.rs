@@ -1,0 +1,162 @@
+//! A hostile caller. It sends legal requests with contexts as large as HTTP allows, for a user that nobody
+//! knows, and between them requests that it does not finish and connections that it resets. It must harm no
+//! login, and get no answer but a refusal.
+
+use anyhow::{Context, Result};
+use harness::client::read_status;
+use std::{
+    collections::{BTreeSet, VecDeque},
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout},
+};
+
+/// How long a caller waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How many connections with an unfinished request a caller holds.
+const MOST_HELD: usize = 10;
+
+const HEAD: &str = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
+const UNKNOWN: &str = "content-length: 24\r\n\r\n{\"mobile\":\"13900139000\"}";
+
+/// Hostile callers, who go on until they are stopped.
+pub struct Hostile {
+    is_over: Arc<AtomicBool>,
+    callers: JoinSet<Sent>,
+}
+
+/// What a hostile caller did, and what came of it.
+#[derive(Default)]
+pub struct Sent {
+    /// The number of requests, whole or not.
+    pub requests: usize,
+    /// The answers that should not have been given.
+    pub wrong: BTreeSet<String>,
+}
+
+/// What a hostile caller does, in this order, again and again.
+#[derive(Clone, Copy)]
+enum Attack {
+    /// A large legal context, on a connection that is kept.
+    LargeContext,
+    /// The first half of a request's headers.
+    HalfHead,
+    /// A request whose sender resets the connection before the answer.
+    Reset,
+    /// A request with less body than it promises.
+    HalfBody,
+}
+
+impl Hostile {
+    /// Starts this many callers, which together send `rate` requests a second.
+    pub fn start(api: SocketAddr, callers: u32, rate: u32) -> Self {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let beat = Duration::from_secs(1) * callers / rate.max(1);
+        let start = Instant::now();
+        let mut tasks = JoinSet::new();
+        for i in 0..callers {
+            tasks.spawn(call(api, Arc::clone(&is_over), i as usize, beat, start + beat * i / callers));
+        }
+        Self { is_over, callers: tasks }
+    }
+
+    /// Stops the callers.
+    pub async fn stop(mut self) -> Sent {
+        self.is_over.store(true, SeqCst);
+        let mut all = Sent::default();
+        while let Some(Ok(sent)) = self.callers.join_next().await {
+            all.requests += sent.requests;
+            all.wrong.extend(sent.wrong);
+        }
+        all
+    }
+}
+
+async fn call(
+    api: SocketAddr,
+    is_over: Arc<AtomicBool>,
+    number: usize,
+    beat: Duration,
+    mut due: Instant,
+) -> Sent {
+    let (mut sent, mut kept, mut held) = (Sent::default(), None, VecDeque::new());
+    let attacks = [Attack::LargeContext, Attack::HalfHead, Attack::Reset, Attack::HalfBody];
+    // The callers begin with different attacks, so that all kinds are sent at any time.
+    for attack in attacks.iter().cycle().skip(number % attacks.len()) {
+        sleep_until(due).await;
+        due = Instant::now().max(due + beat);
+        if is_over.load(SeqCst) {
+            break;
+        }
+        sent.requests += 1;
+        match timeout(PATIENCE, attack.make(api, &mut kept, &mut held)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => drop(sent.wrong.insert(format!("a hostile caller: {error:#}"))),
+            Err(_) => drop(sent.wrong.insert("a hostile caller was not answered in time".to_owned())),
+        }
+    }
+    sent
+}
+
+impl Attack {
+    async fn make(
+        self,
+        api: SocketAddr,
+        kept: &mut Option<TcpStream>,
+        held: &mut VecDeque<TcpStream>,
+    ) -> Result<()> {
+        match self {
+            Self::LargeContext => {
+                let mut connection = match kept.take() {
+                    Some(connection) => connection,
+                    None => connect(api).await?,
+                };
+                let request = format!("{HEAD}{}{UNKNOWN}", large_context());
+                connection.write_all(request.as_bytes()).await.context("sending a large context")?;
+                let status = read_status(&mut connection, &mut Vec::new()).await;
+                let status = status.context("reading the answer to a large context")?;
+                anyhow::ensure!(status == 401, "an unknown user was answered {status}");
+                *kept = Some(connection);
+            }
+            Self::HalfHead | Self::HalfBody => {
+                let end = if matches!(self, Self::HalfBody) { &UNKNOWN[..UNKNOWN.len() - 9] } else { "x-sl" };
+                let mut connection = connect(api).await?;
+                connection.write_all(format!("{HEAD}{end}").as_bytes()).await.context("sending a half")?;
+                held.push_back(connection);
+                if held.len() > MOST_HELD {
+                    held.pop_front();
+                }
+            }
+            Self::Reset => {
+                let mut connection = connect(api).await?;
+                connection.write_all(format!("{HEAD}{UNKNOWN}").as_bytes()).await.context("sending")?;
+                connection.set_zero_linger().context("resetting")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn connect(api: SocketAddr) -> Result<TcpStream> {
+    let connection = TcpStream::connect(api).await.context("connecting")?;
+    connection.set_nodelay(true)?;
+    Ok(connection)
+}
+
+/// Returns headers with 8.3 KB of `tracestate`, which is expensive to escape, and 7.7 KB of `baggage`.
+fn large_context() -> String {
+    let members: Vec<String> = (0..32).map(|i| format!("k{i:02}={}", "\"".repeat(256))).collect();
+    let traceparent = format!("00-{:032x}-{:016x}-01", uuid::Uuid::new_v4().as_u128(), 1);
+    let (tracestate, baggage) = (members.join(","), format!("k={}", "v".repeat(7700)));
+    format!("traceparent: {traceparent}\r\ntracestate: {tracestate}\r\nbaggage: {baggage}\r\n")
+}
