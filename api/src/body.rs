@@ -38,7 +38,7 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     if request.extensions().get::<MatchedPath>().is_none() {
         return next.run(request).await;
     }
-    if request.body().size_hint().lower() > LIMIT as u64 {
+    if request.body().size_hint().lower() > MAX_BODY as u64 {
         return Problem::BodyTooLarge.into_response();
     }
     let (head, body) = request.into_parts();
