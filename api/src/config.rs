@@ -133,6 +133,10 @@ impl Config {
         // Secrets are checked here, not by clap, whose error messages quote the value.
         let check = || {
             config.amqp.server()?;
+            let usercenter = config.usercenter_url.authority();
+            if usercenter.is_some_and(|authority| authority.as_str().contains('@')) {
+                return Err("USERCENTER_URL: a user or password can't be sent".to_owned());
+            }
             config.usercenter_tls()?;
             config.access_secret()?;
             config.shutdown.check()
@@ -197,7 +201,7 @@ fn grpc_url(url: &str) -> Result<Uri, &'static str> {
         // A path or a query would not be used, because a gRPC method has its own path.
         Ok(uri)
             if matches!(uri.scheme_str(), Some("http" | "https"))
-                && uri.authority().is_some_and(is_host_and_port)
+                && uri.authority().is_some_and(has_good_port)
                 && uri.path_and_query().is_none_or(|path| path == "/") =>
         {
             Ok(uri)
@@ -206,9 +210,7 @@ fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     }
 }
 
-/// Whether there is no user, and no invalid port. (The parser accepts an invalid port as a missing one, so port
-/// 80 would be used.)
-fn is_host_and_port(authority: &Authority) -> bool {
-    let has_good_port = authority.port_u16().is_some() || authority.as_str().ends_with(authority.host());
-    has_good_port && !authority.as_str().contains('@')
+/// The parser accepts an invalid port as a missing one, so port 80 would be used.
+fn has_good_port(authority: &Authority) -> bool {
+    authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
 }

@@ -60,9 +60,9 @@ async fn each_part_that_panics_ends_its_service_with_an_error_that_names_it() ->
     let (first, second) = (config("first")?, config("second")?);
     let shutdown = Shutdown::on_signal(first.shutdown)?;
 
-    // The dispatcher logs that there is no broker.
+    // The dispatcher lets the crate amqp log that there is no broker.
     let service = api::run(&first, listen().await?.0, &shutdown);
-    assert_eq!(error("api::outbox::dispatch", service).await?, "the dispatcher panicked");
+    assert_eq!(error("amqp::opening", service).await?, "the dispatcher panicked");
 
     // The thread of the spool logs that the spool is full.
     let (listener, address) = listen().await?;

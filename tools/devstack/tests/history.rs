@@ -346,7 +346,7 @@ async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_t
     let (mut stack, database) = stack().await?;
     let another = Database::new()?;
     let refused = stack.another("mq", &[("MQ_DATABASE_URL", &another.url)]).await?;
-    let said = refused.said("the queue belongs to another history").await?;
+    let said = refused.said("belongs to another history").await?;
     let claim = format!("{}.history", stack.broker.topology.queue);
     assert!(said.contains("ERROR") && said.contains(&claim), "{said}");
     becomes(&refused, false).await?;

@@ -14,8 +14,10 @@ use serving::health;
 use std::{
     env,
     net::{Ipv4Addr, SocketAddr},
+    path::Path,
     time::{Duration, Instant},
 };
+use tempfile::TempDir;
 use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
@@ -41,6 +43,8 @@ pub struct Parts {
     broker: Option<(Broker, bool)>,
     options: Options,
     variables: Vec<(&'static str, String)>,
+    /// The services' data, which are deleted at the end.
+    _data: Option<TempDir>,
 }
 
 /// One of the three services.
@@ -111,10 +115,12 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
             ("SHUTDOWN_TIMEOUT", "3s".to_owned()),
         ];
-        if broker.is_none() {
-            // The queue on that broker belongs to one history.
-            variables.push(("MQ_DATABASE_URL", "sqlite://target/dev/mq.db".to_owned()));
-        }
+        // A service that is started again goes on with its data. Those of a broker elsewhere belong to one history
+        // for good.
+        let data = if broker.is_some() { Some(TempDir::new()?) } else { None };
+        let folder = data.as_ref().map_or(Path::new("target/dev"), TempDir::path);
+        variables.push(("MQ_DATABASE_URL", format!("sqlite://{}", folder.join("mq.db").display())));
+        variables.push(("API_DATA_DIR", folder.display().to_string()));
         // By default, spans wait for five seconds, which is too long for a person who tries a login and wants
         // to see its trace.
         let mut defaults = vec![("OTEL_BSP_SCHEDULE_DELAY", "200")];
@@ -140,7 +146,7 @@ impl Parts {
         ];
         let addresses = backend.as_ref().map(Backend::addresses).copied();
         let options = options.clone();
-        let mut parts = Self { services, backend, addresses, broker, options, variables };
+        let mut parts = Self { services, backend, addresses, broker, options, variables, _data: data };
         for service in &mut parts.services {
             service.start(&parts.variables)?;
         }
