@@ -29,6 +29,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a service may take to become ready.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The folder of the services' data if the broker is elsewhere.
+const FOR_GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/dev");
+
 /// When a service has ended, this many of its last lines are printed.
 const LAST_LINES: usize = 10;
 
@@ -118,7 +121,7 @@ impl Parts {
         // A service that is started again goes on with its data. Those of a broker elsewhere belong to one history
         // for good.
         let data = if broker.is_some() { Some(TempDir::new()?) } else { None };
-        let folder = data.as_ref().map_or(Path::new("target/dev"), TempDir::path);
+        let folder = data.as_ref().map_or(Path::new(FOR_GOOD), TempDir::path);
         variables.push(("MQ_DATABASE_URL", format!("sqlite://{}", folder.join("mq.db").display())));
         variables.push(("API_DATA_DIR", folder.display().to_string()));
         // By default, spans wait for five seconds, which is too long for a person who tries a login and wants
