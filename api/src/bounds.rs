@@ -1,5 +1,5 @@
-//! What a caller may take of this service, whatever he sends. `docs/bounds.md` lists all bounds; those that can
-//! be configured are in [`config`](crate::config).
+//! Bounds on the size and the time of requests, whatever a caller sends. `docs/bounds.md` lists all bounds;
+//! those that can be configured are in [`config`](crate::config).
 
 use std::time::Duration;
 

@@ -41,7 +41,7 @@ pub async fn read<S>(
 }
 
 fn is_partial(head: &[u8]) -> bool {
-    // hyper takes this many headers. It refuses a request with more, and need not wait for the rest.
+    // hyper takes at most this many headers. It refuses a request with more without waiting for the rest.
     let mut headers = [httparse::EMPTY_HEADER; 100];
     matches!(httparse::Request::new(&mut headers).parse(head), Ok(httparse::Status::Partial))
 }

@@ -16,7 +16,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 
 /// Answers `GET /readyz` with 200 if logins can be taken, and otherwise with 503. The body tells each
 /// condition: a login needs usercenter, the broker or the spool, and an instance that is not stopping. A broker
-/// that refuses the queues makes it not ready as well, because that does not pass by itself.
+/// that refuses the queues makes api not ready as well, because the refusal does not end by itself.
 pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
     // Ask for the service by its name. An instance of usercenter that is about to end reports for itself ("")

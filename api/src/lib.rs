@@ -3,7 +3,7 @@
 //! - [`config`]: flags and environment variables
 //! - [`app`]: the state that the handlers use
 //! - [`router`]: every route and every layer
-//! - [`bounds`]: what a caller may take, whatever he sends
+//! - [`bounds`]: bounds on the size and the time of requests
 //! - [`body`]: reads the body of a request, before the handler runs
 //! - [`login`]: the handler, with the hand-written span `local`
 //! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`

@@ -125,9 +125,9 @@ struct Connections {
 }
 
 impl Connections {
-    /// Serves a connection until it is closed. Of a connection that has asked nothing yet, only the bytes of its
-    /// first request are held: hyper's buffers and state, which take several times as much as most requests,
-    /// are allocated when that request is complete.
+    /// Serves a connection until it is closed. Until the headers of its first request are complete, only their
+    /// bytes are held in memory. hyper's buffers and state, which take several times as much as most requests,
+    /// are allocated after that.
     async fn serve(self, mut stream: TcpStream, peer: SocketAddr, places: &[Arc<Place>; 2]) {
         let head = timeout(HEADER_TIMEOUT, head::read(&mut stream, MAX_BUFFER, self.shutdown.stopped()));
         if let Ok(Some(head)) = head.await {

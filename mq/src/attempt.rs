@@ -86,9 +86,9 @@ pub struct Attempts<S> {
 /// The deliveries that were taken together.
 #[derive(Debug, Clone, Copy)]
 pub struct Chunk {
-    /// Their number.
+    /// The number of these deliveries.
     pub size: usize,
-    /// How long they gathered.
+    /// How long these deliveries gathered before they were taken.
     pub pause: Duration,
 }
 
@@ -97,7 +97,7 @@ pub struct Chunk {
 pub enum Redelivered {
     /// This is the first delivery.
     No,
-    /// The message was delivered once without a result. That is marked on disk.
+    /// The message was delivered once without a result, which is marked on disk.
     Once,
     /// The message was delivered several times without a result, so it may be what killed the process.
     Suspect {
@@ -146,7 +146,7 @@ where
         match self.history.mark_redelivery(key).await {
             Ok(0) => Redelivered::Once,
             Ok(counted) => Redelivered::Suspect { counted },
-            // The count that follows is refused as well, and then the message fails.
+            // The database will refuse the count as well, and then the message fails.
             Err(Refused { .. }) => Redelivered::Suspect { counted: 0 },
         }
     }

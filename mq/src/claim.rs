@@ -2,7 +2,7 @@
 //!
 //! The claim is an exchange that routes nothing. Its name belongs to the queue, and its argument
 //! `alternate-exchange` names the history. The broker compares that argument when an exchange is declared
-//! again: it accepts a claim for the same history, and refuses one for another with 406 PRECONDITION_FAILED.
+//! again. It accepts the claim of the same history, and refuses that of another (406 PRECONDITION_FAILED).
 
 use amqp::{OpenError, Topology};
 use lapin::{

@@ -68,7 +68,7 @@ pub struct Consumer<S> {
     pub consuming: watch::Sender<bool>,
 }
 
-/// The broker ended the consumer, because its queue was deleted for example.
+/// The broker ended the consumer, for example because its queue was deleted.
 #[derive(Debug, thiserror::Error)]
 #[error("the broker cancelled the consumer")]
 struct Cancelled;
@@ -86,7 +86,7 @@ where
         let mut failures = Failures::default();
         // Whether other producers' messages are known to reach the queue.
         let mut is_bound = false;
-        // Nobody knows whose history it is before the database has been available.
+        // The id of the history is known only once the database has been available.
         let history = select! {
             secret = self.attempts.history.secret() => secret.id_of(&[b"history"]),
             () = stop.clone() => return,
@@ -102,7 +102,7 @@ where
                     let Err(error) = self.session(session, stop.clone()).await else { return };
                     tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
                     failures = Failures::default();
-                    // A binding goes with its queue.
+                    // If the queue was deleted, its binding is gone too.
                     is_bound = !error.is::<Cancelled>();
                     // The pauses start anew only if the connection lasted. If each one is lost at once, they
                     // keep growing.
@@ -151,8 +151,8 @@ where
         let channel = open_channel(&connection).await?;
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
         topology.declare(&channel, retry_delays).await?;
-        // In a cluster of which a node froze, a binding may take longer than the connection lasts, even if it
-        // is there already.
+        // While a node of a cluster is frozen, binding may take longer than the connection lasts, even if the
+        // queue is bound already.
         if !is_bound || !topology.has_exchange(&connection).await? {
             topology.bind(&channel).await?;
         }
@@ -183,7 +183,7 @@ where
         };
         // Deliveries that failed are handed on apart from the others, which they must not delay.
         let mut handing_on = FuturesUnordered::new();
-        // A commit costs the same for one login as for many.
+        // Deliveries gather, because a commit costs the same for one login as for many.
         let (mut idle_since, mut not_before) = (Instant::now(), Instant::now());
         loop {
             let gathered = async {
@@ -226,7 +226,7 @@ where
     /// Processes deliveries and acknowledges them, except for those that failed, which it returns. If the
     /// future is dropped, deliveries stay in the queue and will be delivered again.
     ///
-    /// `pause` is how long they gathered. `all_before` says whether all earlier deliveries are acknowledged.
+    /// `pause` is how long the deliveries gathered. `all_before` tells if all earlier ones are acknowledged.
     async fn deliver_all(
         &self,
         channel: &Channel,
@@ -236,7 +236,7 @@ where
     ) -> anyhow::Result<Vec<(Delivery, Failed)>> {
         let deliveries = chunk.into_iter().collect::<lapin::Result<Vec<_>>>()?;
         let chunk = Chunk { size: deliveries.len(), pause };
-        // All are asked at the same time, so that the history commits their marks together.
+        // All deliveries are looked up at the same time, so that the history commits their marks together.
         let redelivered =
             join_all(deliveries.iter().map(|delivery| self.attempts.redelivered(delivery))).await;
         let (mut suspects, together): (Vec<_>, Vec<_>) = deliveries
@@ -268,7 +268,7 @@ where
             }
         }
         // One of these messages may have killed the process. They are processed one by one, so that it is known
-        // which one, and those that have done so least often first.
+        // which one did. Those with the fewest redeliveries come first.
         suspects.sort_by_key(|(_, redelivered)| *redelivered);
         for (delivery, redelivered) in suspects {
             match self.attempts.process(&delivery, redelivered, chunk).await {

@@ -209,8 +209,8 @@ impl Letters {
         Ok(got.map(|message| Letter(message.delivery)))
     }
 
-    /// Gives the messages back that were taken and not replayed, and waits until the queue has them again. A
-    /// quorum queue answers before that, and the next command would not see them.
+    /// Gives back the messages that were taken and not replayed, and waits until the queue has them again. A
+    /// quorum queue answers before it has them, so without the wait the next command might not see them.
     async fn give_back(&self) {
         let everything = BasicNackOptions { multiple: true, requeue: true };
         let given_back = async {
@@ -220,7 +220,7 @@ impl Letters {
             }
             lapin::Result::Ok(())
         };
-        // If this fails, they go back when the connection ends.
+        // If this fails, the messages go back when the connection ends.
         let _ = timeout(Duration::from_secs(2), given_back).await;
     }
 }

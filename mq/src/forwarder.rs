@@ -23,7 +23,7 @@ pub struct Forwarder {
     retry_delays: Vec<Duration>,
     /// The session is opened with the first message, and anew after a failure.
     session: Mutex<Option<Session>>,
-    /// The refused openings, which concern all messages.
+    /// The refused openings, which are logged once for all messages.
     failures: Mutex<Failures>,
 }
 

@@ -22,7 +22,7 @@ pub use database::parse_url;
 /// The pause between two attempts to reach the database.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// How long there may be no request until the database is looked at.
+/// After this time without a request, the database is checked.
 const CHECK: Duration = Duration::from_secs(1);
 
 /// The most changes that share a transaction.
@@ -111,7 +111,7 @@ impl History {
         self.available.clone()
     }
 
-    /// Returns what tells this history from others, once the database has been available.
+    /// Returns the secret of this history, once the database has been available.
     pub async fn secret(&self) -> Secret {
         match self.secret.clone().wait_for(Option::is_some).await.map(|secret| *secret) {
             Ok(Some(secret)) => secret,
@@ -129,8 +129,8 @@ impl History {
         Ok(if recorded == 0 { Processed::Duplicate } else { Processed::Applied })
     }
 
-    /// Marks that a message was delivered again, if no redelivery is counted yet. Returns how many are counted, so
-    /// 0 if it was not marked before.
+    /// Marks that a message was delivered again, if no redelivery is counted yet. Returns how many were counted
+    /// before, so 0 if the message was not marked yet.
     ///
     /// # Errors
     /// If the database refuses this message.
@@ -177,7 +177,7 @@ async fn keep(
     commit(&mut database, &[], &available).await;
     secret.send_replace(database.secret());
     let mut group = Vec::new();
-    // Try when there is none for a while, too, because the file may have been deleted.
+    // Also try when there is no request for a while, because the file may have been deleted.
     while timeout(CHECK, requests.recv_many(&mut group, MAX_GROUP)).await != Ok(0) {
         // If a caller is gone, its message will be delivered again, and must not be counted twice for one
         // delivery.

@@ -1,7 +1,7 @@
 //! The consumer of login messages.
 //!
 //! - [`config`]: flags and environment variables
-//! - [`consumer`]: the delivery loop; [`claim`]: for which history it may consume
+//! - [`consumer`]: the delivery loop; [`claim`]: which history the queue belongs to
 //! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why an attempt
 //!   failed
 //! - [`processing`]: processes a login, and knows no AMQP

@@ -128,7 +128,7 @@ pub struct Readiness {
     pub spool: bool,
     /// Logins in the spool.
     pub spooled: u64,
-    /// Their bytes.
+    /// The bytes of these logins.
     pub bytes: u64,
     /// The time since the oldest of them was taken; zero if there is none.
     pub age: Duration,

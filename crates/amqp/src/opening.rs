@@ -1,4 +1,4 @@
-//! Opening a connection with all that is set up on it: in how much time, and why it failed.
+//! Opens a connection and all that is set up on it within a bound of time, and says why that failed.
 
 use lapin::{
     ErrorKind,
@@ -12,8 +12,8 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// How long an opening may take. A node of a cluster that froze may hold up a declaration for much longer,
-/// and another attempt may reach another node.
+/// How long an opening may take. A frozen node of a cluster may hold up a declaration for much longer, and
+/// another attempt may reach another node.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An opening that keeps failing, although the broker can be reached, is logged this often.
@@ -34,7 +34,7 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Makes the error of a declaration from lapin's.
+    /// Makes the error of a declaration from lapin's error.
     pub(crate) fn of_declaring(kind: &str, name: &str, expected: &FieldTable, error: lapin::Error) -> Self {
         use AMQPErrorKind::{Hard, Soft};
         use AMQPHardError::{NOTALLOWED, NOTIMPLEMENTED};

@@ -142,7 +142,7 @@ impl Session {
     /// confirms, so these queues can't hold up anything, and a copy may get lost.
     ///
     /// # Errors
-    /// If the connection is lost, or if an earlier copy failed, because the exchange is missing for example.
+    /// If the connection is lost, or if an earlier copy failed, for example because the exchange is missing.
     pub async fn copy<B: AsRef<[u8]>>(
         &mut self,
         (exchange, routing_key): (&str, &str),

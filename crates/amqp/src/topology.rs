@@ -69,8 +69,8 @@ impl Topology {
     pub async fn declare(&self, channel: &Channel, retry_delays: &[Duration]) -> Result<(), OpenError> {
         // The dead-letter queue comes first, because the others give messages to it.
         self.declare_queue(channel, &self.dead_letter_queue, self.arguments(None)).await?;
-        // The main queue gives away only what a consumer or a policy of the operator drops. A classic queue
-        // is declared as it always was, because a queue that exists can't be changed.
+        // Dead letters of the main queue are only messages that a consumer or an operator's policy drops. A
+        // classic queue is declared as it always was, because a queue that exists can't be changed.
         let dead_letters = Some(&self.dead_letter_queue).filter(|_| self.queue_type == QueueType::Quorum);
         self.declare_queue(channel, &self.queue, self.arguments(dead_letters)).await?;
         for delay in retry_delays {

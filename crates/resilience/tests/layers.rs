@@ -168,7 +168,7 @@ async fn the_circuit_opens_for_statuses_that_show_that_the_server_does_not_work(
     }
 }
 
-/// Calls through the [`UnaryLayer`] a server that answers so. Returns the message.
+/// Calls a server that gives this answer, through the [`UnaryLayer`]. Returns the message.
 async fn unary(
     answer: Response<impl http_body::Body<Data = Bytes, Error = BoxError> + Send + 'static>,
 ) -> Result<Bytes, Status> {

@@ -78,7 +78,7 @@ pub struct ByAddress {
     /// How many connections an address may have.
     most: usize,
     queues: HashMap<IpAddr, Waiting>,
-    /// The number of queues at which those without a connection are removed.
+    /// When there are this many queues, those without a connection are removed.
     sweep_at: usize,
 }
 
@@ -88,8 +88,8 @@ impl ByAddress {
         Self { most, queues: HashMap::new(), sweep_at: 64 }
     }
 
-    /// Makes the place of a new connection from this address, or from any in its /64. If the address has all
-    /// its connections, the one that has waited longest is told to go. Returns `None` if none waits.
+    /// Makes the place of a new connection from this address, or from any in its /64. If the address has as
+    /// many connections as it may, the one that has waited longest is told to go. Returns `None` if none waits.
     pub fn enter(&mut self, peer: IpAddr) -> Option<Arc<Place>> {
         if self.queues.len() >= self.sweep_at {
             self.queues.retain(|_, queue| queue.len() > 0);

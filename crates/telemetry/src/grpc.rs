@@ -145,7 +145,7 @@ where
                 }
                 Err(error) => {
                     let status = transport_status(error.into());
-                    // Of two errors, the span keeps the one with the greater description, and `end` has none.
+                    // `end` sets no description, and of two errors a span keeps the one with a description.
                     span.cx.span().set_status(SpanStatus::error(cause(&status)));
                     span.end(status.code(), ErrorType::of(&status));
                     Err(status)

@@ -48,7 +48,7 @@ pub enum Change {
 pub struct Database {
     options: SqliteConnectOptions,
     connection: Option<(SqliteConnection, Files)>,
-    /// Is known once the database was open.
+    /// The history's secret, which is known once the database has been open.
     secret: Option<Secret>,
 }
 
@@ -81,7 +81,7 @@ impl Database {
         Self { options, connection: None, secret: None }
     }
 
-    /// Returns the secret of this history, if it was ever open.
+    /// Returns the secret of this history, if the database was ever open.
     pub fn secret(&self) -> Option<Secret> {
         self.secret
     }
@@ -123,8 +123,8 @@ impl Database {
     }
 }
 
-/// Makes the file and its folder, if they are missing. Nobody else may see who logged in when. SQLite gives the
-/// same mode to the files that it makes beside the database.
+/// Makes the file and its folder, if they are missing. Other users may not read who logged in when. SQLite
+/// gives the same mode to the files that it makes beside the database.
 fn make(file: &Path) -> io::Result<()> {
     if let Some(directory) = file.parent().filter(|directory| *directory != Path::new("")) {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
@@ -132,8 +132,8 @@ fn make(file: &Path) -> io::Result<()> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(file).map(drop)
 }
 
-/// Tells a file from another one that has its name later: the device and inode of the database and of its
-/// write-ahead log.
+/// The device and inode of the database and of its write-ahead log. They tell a file from another file that
+/// gets its name later.
 #[derive(PartialEq, Eq)]
 struct Files([Option<(u64, u64)>; 2]);
 

@@ -116,8 +116,8 @@ impl Arguments {
         Ok(arguments)
     }
 
-    /// Returns how often a message may be returned, if that has a limit. RabbitMQ 4 has this limit for quorum
-    /// queues that name none.
+    /// Returns how often a message may be returned, if there is a limit. A quorum queue that names no limit has
+    /// RabbitMQ 4's default.
     pub fn most_returns(&self) -> Option<usize> {
         const DEFAULT: usize = 20;
         (self.queue_type == QueueType::Quorum).then(|| self.delivery_limit.unwrap_or(DEFAULT))

@@ -7,9 +7,9 @@
 //! headers CC and BCC, priorities of messages and of consumers, single active consumers, direct reply-to, and
 //! streams. There is one virtual host, `/`, and one user.
 //!
-//! A quorum queue is what a client sees of one: it can keep dead letters until another queue has them, it
-//! counts how often a message is returned (without the header `x-delivery-count`), and it is always durable.
-//! But it is not replicated, because there is only this process.
+//! A quorum queue behaves towards clients as RabbitMQ's does: it can keep dead letters until another queue has
+//! them, it counts how often a message is returned (without the header `x-delivery-count`), and it is always
+//! durable. But it is not replicated, because there is only this process.
 //!
 //! The broker's memory is bounded. A client that does not read gets no further deliveries. While the broker
 //! holds more than 256 MiB, it reads nothing from connections that publish, not even acknowledgements, and

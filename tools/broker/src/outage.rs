@@ -29,7 +29,7 @@ impl Broker {
         self.shared.memory.set_alarm(on);
     }
 
-    /// Bounds the number of messages that wait in each queue there is, as a policy of RabbitMQ does.
+    /// Bounds the number of messages that wait in each existing queue, as a policy of RabbitMQ does.
     pub fn set_longest_queue(&self, messages: Option<usize>) {
         for queue in self.shared.lock().queues.values_mut() {
             queue.longest = messages;

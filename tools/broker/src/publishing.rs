@@ -93,7 +93,7 @@ impl VirtualHost {
 
     /// Returns the queues that a message goes to, or `None` if there is no such exchange.
     fn route(&self, exchange: &str, routing_key: &str) -> Option<Vec<QueueId>> {
-        /// Alternate exchanges may be a long chain, or a loop.
+        /// How many alternate exchanges are followed, because they may form a long chain, or a loop.
         const MOST_ALTERNATES: usize = 16;
 
         if exchange.is_empty() {
@@ -171,8 +171,8 @@ impl VirtualHost {
         self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key, is_kept });
     }
 
-    /// Makes the dead letters that were kept until `now` due again, and returns when the next will be. Those of
-    /// queues that were deleted are gone with their queues.
+    /// Makes the dead letters that were kept until `now` due again, and returns when the next one will be due.
+    /// Dead letters of deleted queues are gone with their queues.
     pub(super) fn retry_kept(&mut self, now: Instant) -> Option<Instant> {
         while self.kept.front().is_some_and(|(due, _)| *due <= now) {
             let letter = self.kept.pop_front().map(|(_, letter)| letter);

@@ -120,8 +120,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Puts a delivered message back into its position in the queue, or returns it if it was returned too
-    /// often.
+    /// Puts a delivered message back into its position in the queue. If the message was returned too often,
+    /// this function gives it to the caller instead.
     pub fn requeue(&mut self, mut entry: Entry) -> Result<(), Entry> {
         entry.redelivered = true;
         entry.returns += 1;

@@ -38,10 +38,10 @@ pub enum Fault {
     CollectorSilent,
     /// api is killed while the broker is away, and started again before it is back.
     KillApiWithoutBroker,
-    /// Callers send large legal contexts for an unknown user, half requests, and requests whose connection they
-    /// reset.
+    /// Callers send large but valid contexts for an unknown user, requests that they don't finish, and requests
+    /// whose connection they reset.
     HostileCaller,
-    /// A request and messages exceed a bound: a body for api, a body for mq, and a context for a frame of each.
+    /// A body is too large for api, another one for mq, and contexts are too long for a frame of each.
     MessageTooLarge,
 }
 

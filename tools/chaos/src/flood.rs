@@ -1,5 +1,5 @@
-//! `cargo dev chaos --flood` compares honest logins beside a flood of hostile callers with honest logins alone.
-//! Laps with and without the flood take turns, so that whatever else the machine does concerns both alike.
+//! `cargo dev chaos --flood` compares honest logins during a flood of hostile callers with honest logins
+//! without it. Laps with and without the flood alternate, so that other work on the machine slows both alike.
 
 use super::{
     Options,
@@ -22,13 +22,13 @@ use tokio::time::{Instant, sleep};
 /// The duration of a lap.
 const LAP: Duration = Duration::from_secs(5);
 
-/// Honest logins a second, and hostile requests a second.
+/// The number of honest logins per second, and also of hostile requests per second.
 const RATE: u32 = 50;
 
-/// The most that the p99 of honest logins may grow by in a flood.
+/// How many times as long the p99 of honest logins may be with the flood as without.
 const MOST_SLOWER: f64 = 1.5;
 
-/// The most KiB that api's memory may grow by in a flood.
+/// How much api's memory may grow in a flood, in KiB.
 const MOST_MEMORY: usize = 32 * 1024;
 
 /// The results of a flood.
@@ -37,7 +37,7 @@ pub struct Flooded {
     pub verdict: Verdict,
     /// The hostile requests that were sent.
     pub hostile: usize,
-    /// How many times as long the p99 of a lap took with the flood as without, of the medians; first with all
+    /// The median p99 of the laps with the flood, divided by that of the laps without it; first with all
     /// hostile requests on one connection, then on fifty.
     pub slower: [f64; 2],
     /// The most resident memory of api in a lap without a flood, and in one with it, in KiB.
@@ -84,7 +84,7 @@ impl Flooded {
         self.verdict.is_clean() && refused.is_empty() && *unknown == 0 && flooded < alone + MOST_MEMORY
     }
 
-    /// Returns whether the flood also made the honest logins hardly slower.
+    /// Returns whether the flood is harmless and hardly slowed the honest logins.
     pub fn is_right(&self) -> bool {
         self.is_harmless() && self.slower.iter().all(|slower| *slower <= MOST_SLOWER)
     }

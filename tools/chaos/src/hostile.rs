@@ -1,6 +1,6 @@
-//! A hostile caller. It sends legal requests with contexts as large as HTTP allows, for a user that nobody
-//! knows, and between them requests that it does not finish and connections that it resets. It must harm no
-//! login, and get no answer but a refusal.
+//! A hostile caller. It sends valid requests with contexts as large as HTTP allows, for an unknown user.
+//! Between them it sends requests that it does not finish, and resets connections. It must harm no login, and
+//! get no answer but a refusal.
 
 use anyhow::{Context, Result};
 use harness::client::read_status;
@@ -47,7 +47,7 @@ pub struct Sent {
 /// What a hostile caller does, in this order, again and again.
 #[derive(Clone, Copy)]
 enum Attack {
-    /// A large legal context, on a connection that is kept.
+    /// A large but valid context, on a connection that is kept.
     LargeContext,
     /// The first half of a request's headers.
     HalfHead,

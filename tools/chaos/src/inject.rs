@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How a fault went.
 pub struct Injected {
-    /// What must not have happened in it.
+    /// What happened although it must not happen.
     pub wrong: Vec<String>,
     /// How it differed from the planned fault, if it did.
     pub note: Option<&'static str>,

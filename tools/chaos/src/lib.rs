@@ -75,8 +75,8 @@ pub struct Options {
     /// logins.
     #[arg(long)]
     pub control: bool,
-    /// Send a flood of hostile requests beside 50 logins a second instead: this many seconds with the flood, and
-    /// as many without, in turns. No login may fail, and the p99 may grow by half.
+    /// Instead of faults, send a flood of hostile requests beside 50 logins a second: this many seconds with
+    /// the flood and as many without, in turns. No login may fail, and the p99 may grow by half.
     #[arg(long, conflicts_with_all = ["control", "faults"])]
     pub flood: Option<u64>,
     /// Keep the logs and data of the services, whatever the verdict is.

@@ -20,7 +20,7 @@ use uuid::Uuid;
 pub struct Poison {
     published: BTreeMap<String, TraceId>,
     dead: BTreeSet<String>,
-    /// The traces of published messages that are no poison, but large.
+    /// The traces of published messages that are large, but must be applied.
     to_apply: Vec<TraceId>,
 }
 

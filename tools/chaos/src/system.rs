@@ -110,8 +110,8 @@ impl System {
     /// If the service doesn't start.
     pub async fn start_service(&mut self, service: Service, limit: Option<u64>) -> Result<()> {
         let amqp_url = |link: &Proxy| {
-            // A frozen link is detected within two heartbeats, so within 4 seconds. A frame is shorter than the
-            // largest context.
+            // A frozen link is detected within two heartbeats, so within 4 seconds. The frames are too short
+            // for the largest context.
             format!("amqp://guest:guest@{}/%2f?heartbeat=2&frame_max=8192", link.address)
         };
         let link = if service == Service::Api { &self.api_broker } else { &self.mq_broker };

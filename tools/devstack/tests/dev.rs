@@ -66,7 +66,7 @@ impl Dev {
         Ok(dev)
     }
 
-    /// Starts it in a terminal of this width.
+    /// Starts `cargo dev` in a terminal of this width.
     async fn start_in_terminal(width: u16) -> Result<Self> {
         Process::command("api", &[])?;
         let terminal = File::from(openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?);

@@ -61,7 +61,7 @@ async fn a_message_that_comes_twice_is_applied_once() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_an_id_the_producer_span_and_the_content_tell_messages_apart() -> Result<()> {
     let (stack, database) = stack().await?;
-    // A batch of three people's messages that was published in one span, one message twice, and another span.
+    // Logins of three people are published in one span, one of them twice, and one more login in another span.
     let other = "13800138001";
     for (span, mobile) in [
         ("00f067aa0ba902b7", KNOWN_MOBILE),
@@ -162,7 +162,7 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
     sqlx::query("PRAGMA busy_timeout = 0").execute(&mut connection).await?;
     let counts = "SELECT COUNT(*), COALESCE(MAX(redeliveries), 0) FROM redelivery_count";
     // The first time, all are processed together. Then all are marked, and processed together again. After
-    // that, each is processed alone, and those that have no other count go first.
+    // that, each is processed alone, and those with the lowest counts go first.
     for (rows, count) in [(0, 0), (10, 1), (6, 2), (1, 3)] {
         let mut mq = stack.another("mq", &variables).await?;
         mq.said(" consuming").await?;
@@ -179,7 +179,7 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
         mq.kill().await?;
     }
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (9, 9));
-    // The other kills are left out.
+    // This count stands for the other kills, which the test leaves out.
     sqlx::query("UPDATE redelivery_count SET redeliveries = 20").execute(&mut connection).await?;
     let _mq = stack.another("mq", &variables).await?;
     let letter = stack.dead_letter().await?;
@@ -302,7 +302,7 @@ async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so
     let (stack, database) = stack().await?;
     stack.login(KNOWN_MOBILE, &[]).await?;
     consumers(&stack, 1).await;
-    // The folder is away, and mq notices that without a message.
+    // The folder is moved away, and mq notices that without a message.
     let file = database.file();
     let folder = file.parent().context("a folder")?;
     let kept = folder.with_extension("kept");
@@ -350,7 +350,7 @@ async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_t
     let claim = format!("{}.history", stack.broker.topology.queue);
     assert!(said.contains("ERROR") && said.contains(&claim), "{said}");
     becomes(&refused, false).await?;
-    // Nor does it when the other instances are away.
+    // The refused mq does not consume even when the other instances are away.
     stack.mq.kill().await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;

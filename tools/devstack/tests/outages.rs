@@ -286,7 +286,7 @@ async fn logins_that_a_full_queue_refuses_are_kept_and_offered_again_without_a_w
     stack.api.said("the broker refused the message").await?;
     ready_with(&stack, true, 1).await?;
     assert!(complaints(&stack).len() < 5, "{:#?}", complaints(&stack));
-    // The first connection was useful, the second was not, and the others are not told.
+    // The first connection was useful, the second was not, and the loss of later ones is not logged.
     let losses = || stack.api.output().matches("lost the connection to the broker").count();
     poll(PATIENCE, async || (losses() == 2).then_some(())).await.context("the second loss is not told")?;
 

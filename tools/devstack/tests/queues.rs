@@ -24,7 +24,7 @@ use std::time::Duration;
 /// The number of another known user, whose logins fail.
 const POISONED: &str = "13800138001";
 
-/// RabbitMQ publishes a dead letter that no queue took again after three minutes.
+/// If no queue takes a dead letter, RabbitMQ publishes it again after three minutes.
 const DEAD_LETTER_PATIENCE: Duration = Duration::from_secs(240);
 
 fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
@@ -155,7 +155,7 @@ async fn what_waits_for_a_retry_is_kept_while_the_main_queue_is_missing() -> Res
     let (_connection, channel) = connect(&stack).await?;
     let queue = stack.broker.topology.queue.clone();
     channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
-    // mq gives a message that failed to this queue.
+    // mq publishes a failed message to this queue.
     let retry = stack.broker.topology.retry_queue(Duration::from_secs(1));
     publish(&channel, &retry, KNOWN_MOBILE, "waiting").await?;
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };

@@ -147,7 +147,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     }
 
     limit_files(&stack.api, "unlimited").await?;
-    // api tries the disk again by itself, because without it no balancer would send the next login.
+    // api tries the disk again by itself, because no load balancer sends a login to an unready api.
     let ready = poll(PATIENCE, async || spool_is(true).await).await;
     ready.with_context(|| format!("not ready:\n{}", stack.api.output()))?;
     let taken = poll(PATIENCE, async || {

@@ -55,7 +55,7 @@ impl Database {
     /// writes a file of more than 8 MiB. (`ulimit -f` counts in blocks of 512 bytes.)
     pub const BOUND_FILES: &str = "ulimit -c 0; ulimit -f 16384; exec \"$0\"";
 
-    /// Makes every login of `mobile` write 32 MB, which kills an mq that has bound files.
+    /// Makes every login of `mobile` write 32 MB, which kills an mq that runs under `BOUND_FILES`.
     ///
     /// # Errors
     /// If the database can't be used.

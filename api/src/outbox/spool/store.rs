@@ -116,8 +116,8 @@ impl Store {
     ) -> Result<Vec<bool>, StoreError> {
         let messages: Vec<_> = messages.collect();
         if self.is_gone() {
-            // As long as the file is open, what is in it can still be published and removed. Only then does a
-            // new file take its place.
+            // As long as the file is open, its entries can still be published and removed. When none is left, a
+            // new file takes its place.
             self.try_change(&[], through)?;
             if self.held.entries > 0 {
                 let gone = io::Error::other(format!("{} was deleted or replaced", self.path.display()));
@@ -128,7 +128,7 @@ impl Store {
         Ok(self.try_change(&messages, through)?)
     }
 
-    /// Whether the open file was deleted or replaced. What is written to it then is lost with the process.
+    /// Whether the open file was deleted or replaced. Entries that are in it when the process ends are lost.
     pub fn is_gone(&self) -> bool {
         let named = fs::metadata(&self.path).ok().map(|named| (named.dev(), named.ino()));
         self.database.is_some() && named != Some(self.file)

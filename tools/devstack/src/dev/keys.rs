@@ -8,7 +8,7 @@ use rustix::{
 use std::{io::Read, thread};
 use tokio::sync::mpsc;
 
-/// The keys that are pressed while this value lives. Then the terminal is as before.
+/// The keys that are pressed while this value lives. Dropping it restores the terminal.
 pub struct Keys {
     pressed: mpsc::Receiver<char>,
     /// The terminal's settings from before.
@@ -21,7 +21,7 @@ impl Keys {
         let (press, pressed) = mpsc::channel(16);
         let before = Self::switch();
         if before.is_some() {
-            // A thread of its own, because nothing ends a `read` at a terminal, and the process can end without it.
+            // Nothing ends a `read` of a terminal, so a thread makes it, for which the process need not wait.
             thread::spawn(move || {
                 let keys = std::io::stdin().lock().bytes().map_while(Result::ok);
                 keys.map(char::from).all(|key| press.blocking_send(key).is_ok())

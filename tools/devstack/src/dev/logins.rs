@@ -10,7 +10,7 @@ use std::{
 };
 use tokio::{sync::Semaphore, task::JoinHandle, time::interval};
 
-/// How many logins may be unanswered at once. While so many are, the load pauses.
+/// How many logins may be unanswered at once. While this many are unanswered, the load pauses.
 const MAX_IN_FLIGHT: usize = 50;
 
 /// How often each answer came: a status, or the reason why there was no answer.

@@ -67,7 +67,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
 
     let mut parts = select! {
         parts = Parts::start(&options) => parts?,
-        // The build would otherwise go on. What has been started is dropped by now.
+        // Without the exit, the build would go on. The parts that were started are dropped by now.
         () = stopped() => std::process::exit(0),
     };
     say(&parts.summary());

@@ -118,8 +118,8 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
             ("SHUTDOWN_TIMEOUT", "3s".to_owned()),
         ];
-        // A service that is started again goes on with its data. Those of a broker elsewhere belong to one history
-        // for good.
+        // A service that is started again goes on with its data. With another broker the data are kept for
+        // good, because its queue belongs to one history.
         let data = if broker.is_some() { Some(TempDir::new()?) } else { None };
         let folder = data.as_ref().map_or(Path::new(FOR_GOOD), TempDir::path);
         variables.push(("MQ_DATABASE_URL", format!("sqlite://{}", folder.join("mq.db").display())));

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-/// The width of the longest bar and of the shortest column of bars, in characters.
+/// The width of the longest bar and of the narrowest column of bars, in characters.
 const BARS: [usize; 2] = [24, 10];
 
 /// The width of the narrowest column of names, indentation included, in characters.
@@ -133,13 +133,13 @@ fn add_rows<'a>(
     rows[index].is_drawn
 }
 
-/// Returns the span's name. A request that has no route is named by its path too.
+/// Returns the span's name. If a request has no route, its path is added.
 fn name(span: &Span) -> Cow<'_, str> {
     let path = span.attributes.get("url.path").filter(|_| !span.attributes.contains_key("http.route"));
     path.map_or(Cow::Borrowed(&span.name), |path| format!("{} {path}", span.name).into())
 }
 
-/// Returns the status of a request or a call, or else the reason of an error, and whether it is a failure.
+/// Returns the status of a request or a call, or else the reason for an error, and whether it is a failure.
 fn outcome(span: &Span) -> (String, bool) {
     let is_error = span.status == "ERROR";
     let of =

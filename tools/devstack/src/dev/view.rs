@@ -1,5 +1,5 @@
-//! Decides when a trace is drawn: once it is complete and has not changed for a moment. Of spans that come later,
-//! it lets draw only these.
+//! Decides when a trace is drawn: once it is complete and has not changed for a moment. If spans come later,
+//! only these are drawn then.
 
 use super::terminal::{MAX_SPANS, Terminal};
 use backend::Backend;
@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// nobody reads every trace.
 const PER_SECOND: [usize; 2] = [4, 1];
 
-/// Of how many traces it is remembered which spans are drawn already.
+/// For how many traces the ids of the spans that are drawn already are remembered.
 const REMEMBERED: usize = 1000;
 
 /// The traces that have changed and are not drawn yet.
@@ -33,7 +33,7 @@ pub struct View {
     arriving: HashMap<String, Instant>,
     /// The latest traces that were drawn, and the ids of their spans.
     drawn: VecDeque<(String, HashSet<String>)>,
-    /// The second that has begun: its begin, how many traces were drawn in it, and how many were not.
+    /// The current second: its start, how many traces were drawn in it, and how many were not.
     second: Option<(Instant, usize, u64)>,
 }
 
