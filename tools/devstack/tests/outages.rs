@@ -256,7 +256,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
     // mq is stopped because it would also declare the queue.
     stack.mq.stop().await?;
     let topology = &stack.broker.topology;
-    // If only the main queue were deleted, the broker would give its messages to the dead-letter queue.
+    // The publisher needs the main queue, and the main queue gives what it drops to the dead-letter queue.
     for queue in [&topology.queue, &topology.dead_letter_queue] {
         let options = QueueDeleteOptions::default();
         stack.broker.channel.queue_delete(queue.as_str().into(), options).await?;
