@@ -15,6 +15,7 @@ pub async fn read<S>(
     stopped: impl Future<Output = S>,
 ) -> Option<Vec<u8>> {
     select! {
+        biased;
         readable = stream.readable() => readable.ok()?,
         _ = stopped => return None,
     }

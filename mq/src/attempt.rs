@@ -192,7 +192,15 @@ where
             }),
             Err(error) => Err(error.into()),
         };
-        let processed = async { self.call(login?, redelivered, key).await };
+        let processed = async {
+            match login {
+                Ok(login) => self.call(login, redelivered, key).await,
+                Err(failure) => {
+                    self.forget(redelivered, key).await?;
+                    Err(failure)
+                }
+            }
+        };
         match processed.with_context(cx.clone()).await {
             Ok(processed) => {
                 let outcome = match processed {
@@ -216,12 +224,18 @@ where
             return Err(Failure::redelivered_too_often());
         }
         let called = AssertUnwindSafe(self.processing.clone().oneshot(login)).catch_unwind().await;
-        if redelivered != Redelivered::No {
-            self.history.forget_redeliveries(key).await?;
-        }
+        self.forget(redelivered, key).await?;
         match called {
             Ok(processed) => processed.map_err(|error| Failure::of_processing(&*error.into())),
             Err(_) => Err(Failure::panicked()),
+        }
+    }
+
+    /// Deletes the count of redeliveries, because this delivery has a result.
+    async fn forget(&self, redelivered: Redelivered, key: String) -> Result<(), Refused> {
+        match redelivered {
+            Redelivered::No => Ok(()),
+            Redelivered::Once | Redelivered::Suspect { .. } => self.history.forget_redeliveries(key).await,
         }
     }
 

@@ -172,7 +172,7 @@ impl Replay {
         }
         cx.span().end();
         published?;
-        // If this fails, the message is in both queues, but its login is applied only once.
+        // If this fails, the message is in both queues. If it has an id of its own, its login is applied only once.
         let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
         acked.context("acknowledging the dead letter, which was published but may still be in its queue")?;
         letters.taken -= 1;

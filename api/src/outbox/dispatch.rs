@@ -25,11 +25,11 @@
 
 use super::{
     BrokerState, CLIENT_ID, PublishError, PublishOptions, Published, Unconfirmed,
+    copies::Copies,
     message::Message,
     spool::{Appended, Spool},
 };
 use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, opening};
-use proto::topology::COPY_ROUTING_KEY;
 use std::time::{Duration, Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
@@ -64,14 +64,16 @@ pub struct Dispatcher {
 /// Publishes rounds.
 struct RoundPublisher {
     topology: Topology,
-    options: PublishOptions,
+    /// Bounds the wait for the confirms of a round.
+    timeout: Duration,
+    copies: Option<Copies>,
     broker: Broker,
 }
 
 impl RoundPublisher {
     /// Returns how long a round may take before logins stop waiting for its end.
     fn patience(&self) -> Duration {
-        self.options.timeout / 10
+        self.timeout / 10
     }
 
     async fn publish(
@@ -81,14 +83,11 @@ impl RoundPublisher {
     ) -> Result<(), amqp::Unconfirmed> {
         let queue = self.topology.queue.as_str();
         let (started, count) = (Instant::now(), messages.len() as u64);
-        let messages = messages.map(|message| (message.properties(SystemTime::now()), message.body()));
-        let result = session.publish(queue, messages.clone(), self.options.timeout, IfBlocked::Fail).await;
+        let encoded = messages.clone().map(|message| (message.properties(SystemTime::now()), message.body()));
+        let result = session.publish(queue, encoded, self.timeout, IfBlocked::Fail).await;
         self.broker.sent(("", queue), count, started, result.err().map(amqp::Unconfirmed::reason));
-        if self.options.copies && result.is_ok() {
-            let destination = (self.topology.exchange.as_str(), COPY_ROUTING_KEY);
-            if let Err(error) = session.copy(destination, messages).await {
-                tracing::debug!(%error, "copies of logins are not published");
-            }
+        if let (Ok(()), Some(copies)) = (result, &self.copies) {
+            copies.send(messages.cloned().collect());
         }
         result
     }
@@ -136,7 +135,8 @@ impl Dispatcher {
         let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
         let broker = Broker::new(&server.uri, CLIENT_ID);
         let (backoff, log) = (Backoff::new(), Log::new(broker.clone()));
-        let publisher = RoundPublisher { topology, options, broker };
+        let copies = options.copies.then(|| Copies::start(server.clone(), topology.clone()));
+        let publisher = RoundPublisher { topology, timeout: options.timeout, copies, broker };
         Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log }
     }
 
@@ -311,7 +311,7 @@ impl Dispatcher {
 
 impl Backlog {
     /// Waits for the end of a round. Logins that come meanwhile wait as well, but once the round takes longer than
-    /// `patience`, they go to the spool. Otherwise a broker that does not answer would fill the room for requests
+    /// `patience`, they go to the spool, if it takes them. Otherwise a broker that does not answer would fill the room for requests
     /// in flight with waiting logins, and further logins would be refused.
     async fn wait_for(
         &mut self,
@@ -322,10 +322,11 @@ impl Backlog {
         let (overdue, mut is_overdue) = (sleep(patience), patience.is_zero());
         pin!(round, overdue);
         loop {
+            let is_taken = is_overdue && (patience.is_zero() || self.spool.state().takes());
             select! {
                 result = &mut round => return result,
                 () = &mut overdue, if !is_overdue => is_overdue = true,
-                Some(request) = requests.recv(), if is_overdue => self.append(request, Unconfirmed::BehindSpool),
+                Some(request) = requests.recv(), if is_taken => self.append(request, Unconfirmed::BehindSpool),
             }
         }
     }

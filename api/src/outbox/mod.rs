@@ -4,6 +4,7 @@
 //! - `dispatch`: the one task that sends all messages, to the broker, or to the spool and then to the broker
 //! - `spool`: the file of messages that the broker has not confirmed
 
+mod copies;
 mod dispatch;
 mod message;
 mod spool;

@@ -24,8 +24,6 @@ use tokio::{select, time::sleep};
 pub struct Session {
     connection: Connection,
     channel: Channel,
-    /// The channel of copies, which has no confirms. It is opened with the first copy.
-    copies: Option<Channel>,
     events: Events,
 }
 
@@ -88,7 +86,7 @@ impl Session {
         let events = Box::pin(connection.events_listener());
         let channel = connection::open_channel(&connection).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(Self { connection, channel, copies: None, events })
+        Ok(Self { connection, channel, events })
     }
 
     /// The channel, to declare queues on.
@@ -111,7 +109,7 @@ impl Session {
         limit: Duration,
         if_blocked: IfBlocked,
     ) -> Result<(), Unconfirmed> {
-        let Self { connection, channel, events, .. } = self;
+        let Self { connection, channel, events } = self;
         let frame_max = connection.configuration().frame_max() as usize;
         let publish_one = async |(properties, body): (BasicProperties, B)| {
             // Without `mandatory`, a message whose queue is missing would vanish.
@@ -125,6 +123,8 @@ impl Session {
         });
         loop {
             let why = select! {
+                // The confirms may have come while nobody polled this.
+                biased;
                 confirmed = &mut confirmations => return confirmed,
                 why = trouble(events) => why,
                 () = sleep(limit) => Unconfirmed::Timeout,
@@ -136,30 +136,6 @@ impl Session {
                 _ => return Err(why),
             }
         }
-    }
-
-    /// Publishes copies of messages to an exchange, for queues that others have bound to it. Nobody waits for
-    /// confirms, so these queues can't hold up anything, and a copy may get lost.
-    ///
-    /// # Errors
-    /// If the connection is lost, or if an earlier copy failed, for example because the exchange is missing.
-    pub async fn copy<B: AsRef<[u8]>>(
-        &mut self,
-        (exchange, routing_key): (&str, &str),
-        messages: impl Iterator<Item = (BasicProperties, B)>,
-    ) -> lapin::Result<()> {
-        let channel = match &mut self.copies {
-            Some(channel) => channel,
-            none => none.insert(connection::open_channel(&self.connection).await?),
-        };
-        let frame_max = self.connection.configuration().frame_max() as usize;
-        for (properties, body) in messages {
-            let properties = properties::fit(properties, &[], frame_max);
-            let (exchange, routing_key) = (exchange.into(), routing_key.into());
-            let options = BasicPublishOptions::default();
-            channel.basic_publish(exchange, routing_key, options, body.as_ref(), properties).await?;
-        }
-        Ok(())
     }
 
     /// Waits until this session can't be used any more.

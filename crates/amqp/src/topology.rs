@@ -142,27 +142,30 @@ impl Topology {
         }
     }
 
-    /// Declares the exchange, and binds the main queue to it.
+    /// Declares the exchange.
     ///
     /// # Errors
     /// If the connection is lost, or if the broker refuses, for example because it holds the exchange with
     /// another type.
-    pub async fn bind(&self, channel: &Channel) -> Result<(), OpenError> {
+    pub async fn declare_exchange(&self, channel: &Channel) -> Result<(), OpenError> {
         let exchange = self.exchange.as_str();
-        let declared = channel
-            .exchange_declare(
-                exchange.into(),
-                ExchangeKind::Direct,
-                ExchangeDeclareOptions { durable: true, ..Default::default() },
-                FieldTable::default(),
-            )
-            .await;
+        let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
         let none = FieldTable::default();
-        declared.map_err(|error| OpenError::of_declaring("exchange", exchange, &none, error))?;
+        let declared =
+            channel.exchange_declare(exchange.into(), ExchangeKind::Direct, options, none.clone()).await;
+        declared.map_err(|error| OpenError::of_declaring("exchange", exchange, &none, error))
+    }
+
+    /// Declares the exchange, and binds the main queue to it.
+    ///
+    /// # Errors
+    /// As for [`Topology::declare_exchange`].
+    pub async fn bind(&self, channel: &Channel) -> Result<(), OpenError> {
+        self.declare_exchange(channel).await?;
         let bound = channel
             .queue_bind(
                 self.queue.as_str().into(),
-                exchange.into(),
+                self.exchange.as_str().into(),
                 self.routing_key.as_str().into(),
                 QueueBindOptions::default(),
                 FieldTable::default(),

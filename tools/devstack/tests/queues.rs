@@ -14,8 +14,8 @@ use harness::{
 use lapin::{
     BasicProperties, Channel, Connection,
     options::{
-        BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions,
-        QueueDeleteOptions,
+        BasicGetOptions, BasicNackOptions, BasicPublishOptions, ExchangeDeleteOptions, QueueBindOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -353,6 +353,16 @@ async fn a_copy_of_each_login_is_for_other_consumers_whose_queues_hold_up_nothin
         };
         assert!(traceparent.to_string().contains(login), "{traceparent:?}");
     }
+
+    // A missing exchange concerns only the copies.
+    let (channel, exchange) = (&stack.broker.channel, stack.broker.topology.exchange.as_str());
+    channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await?;
+    let told = async || {
+        confirmed(&stack).await.ok()?;
+        stack.api.output().contains("copies of logins were not published").then_some(())
+    };
+    poll(PATIENCE, told).await.context("the missing exchange is not told")?;
+    assert!(!stack.api.output().contains("lost the connection"), "{}", stack.api.output());
     Ok(())
 }
 
