@@ -69,8 +69,8 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
         let mut body = ready.json();
         let [bytes, seconds] = ["spooledBytes", "oldestSeconds"].map(|key| body[key].take().as_u64());
         let unready = json!({
-            "usercenter": true, "broker": false, "spool": false, "spooled": 3, "spooledBytes": null,
-            "oldestSeconds": null, "stopping": false,
+            "usercenter": true, "broker": false, "topology": true, "spool": false, "spooled": 3,
+            "spooledBytes": null, "oldestSeconds": null, "stopping": false,
         });
         (body == unready && bytes? > 3 * 100 && seconds? > 0).then_some(ready.status)
     });
