@@ -23,21 +23,6 @@ async fn with_proxy(database: &Database) -> Result<(Stack, Proxy)> {
     Ok((Stack::start_on(broker, &variables).await?, proxy))
 }
 
-async fn is_healthy(mq: &Process) -> bool {
-    let address = mq.address.to_string();
-    let probe =
-        Process::command("mq", &[]).map(|mut probe| probe.args(["health", "--listen", &address]).output());
-    match probe {
-        Ok(probe) => probe.await.is_ok_and(|output| output.status.success()),
-        Err(_) => false,
-    }
-}
-
-async fn becomes(mq: &Process, healthy: bool) -> Result<()> {
-    let as_expected = poll(PATIENCE, async || (is_healthy(mq).await == healthy).then_some(())).await;
-    as_expected.with_context(|| format!("health does not become {healthy}:\n{}", mq.output()))
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lost_or_applied_twice()
 -> Result<()> {
@@ -54,27 +39,27 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
         login().await?;
         proxy.cut();
         login().await?;
-        becomes(&stack.mq, true).await?;
+        stack.mq.becomes(true).await?;
     }
 
     proxy.freeze();
     login().await?;
-    becomes(&stack.mq, false).await?;
+    stack.mq.becomes(false).await?;
     proxy.restore();
-    becomes(&stack.mq, true).await?;
+    stack.mq.becomes(true).await?;
 
     // However often mq tries to connect, it says only once that it can't.
     let complaints = || stack.mq.output().matches("can't connect to the broker").count();
     let earlier = complaints();
     proxy.refuse();
-    becomes(&stack.mq, false).await?;
+    stack.mq.becomes(false).await?;
     for _ in 0..5 {
         login().await?;
     }
     sleep(Duration::from_secs(3)).await;
     assert!(complaints() - earlier <= 1, "{}", stack.mq.output());
     proxy.restore();
-    becomes(&stack.mq, true).await?;
+    stack.mq.becomes(true).await?;
 
     let count = logins.len() as i64;
     let all =
@@ -131,7 +116,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     let applied =
         poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
     assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
-    becomes(&mq, true).await?;
+    mq.becomes(true).await?;
     let is_bad = |span: &&harness::trace::Span| span.attributes["messaging.message.id"] == "3";
     assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
 
@@ -190,10 +175,10 @@ async fn a_broker_that_comes_later_is_consumed_from() -> Result<()> {
     let url = stack.broker.url_by(proxy.address)?;
     let mq = stack.another("mq", &[("AMQP_URL", &url), ("MQ_DATABASE_URL", &database.url)]).await?;
     mq.said("can't connect to the broker").await?;
-    assert!(!is_healthy(&mq).await);
+    assert!(!mq.is_healthy().await?);
     proxy.restore();
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    becomes(&mq, true).await
+    mq.becomes(true).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -37,16 +37,6 @@ async fn outcomes(stack: &Stack, count: usize) -> Vec<String> {
         .collect()
 }
 
-async fn is_healthy(mq: &Process) -> Result<bool> {
-    let address = mq.address.to_string();
-    Ok(Process::command("mq", &[])?.args(["health", "--listen", &address]).output().await?.status.success())
-}
-
-async fn becomes(mq: &Process, healthy: bool) -> Result<()> {
-    let as_expected = poll(PATIENCE, async || (is_healthy(mq).await.ok()? == healthy).then_some(())).await;
-    as_expected.with_context(|| format!("health does not become {healthy}:\n{}", mq.output()))
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_comes_twice_is_applied_once() -> Result<()> {
     let (stack, database) = stack().await?;
@@ -259,13 +249,13 @@ async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Resul
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Result<()> {
     let (stack, database) = stack().await?;
-    becomes(&stack.mq, true).await?;
+    stack.mq.becomes(true).await?;
     let lock = database.lock().await?;
     let mut answers = Vec::new();
     for _ in 0..5 {
         answers.push(stack.login(KNOWN_MOBILE, &[]).await?);
     }
-    becomes(&stack.mq, false).await?;
+    stack.mq.becomes(false).await?;
     // This pause is long enough for several attempts to open the database.
     sleep(Duration::from_secs(4)).await;
     assert!(stack.receiver.spans().iter().all(|span| span.kind != "CONSUMER"));
@@ -277,7 +267,7 @@ async fn while_the_database_is_locked_messages_wait_and_health_says_so() -> Resu
         assert_eq!(span.attributes["throughline.message.attempt"], "1");
     }
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (5, 5));
-    becomes(&stack.mq, true).await?;
+    stack.mq.becomes(true).await?;
     // mq logs this warning once, not for each attempt.
     let output = stack.mq.output();
     assert_eq!(output.matches("the database is unavailable").count(), 1, "{output}");
@@ -294,10 +284,10 @@ async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let url = format!("sqlite://{}/mq.db", folder.display());
     let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url), ("AMQP_PREFIX", "another.")]).await?;
     mq.said("the database is unavailable").await?;
-    assert!(!is_healthy(&mq).await?);
+    assert!(!mq.is_healthy().await?);
     std::fs::remove_file(&folder)?;
     mq.said("the database is available").await?;
-    becomes(&mq, true).await
+    mq.becomes(true).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -310,7 +300,7 @@ async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so
     let folder = file.parent().context("a folder")?;
     let kept = folder.with_extension("kept");
     std::fs::rename(folder, &kept)?;
-    becomes(&stack.mq, false).await?;
+    stack.mq.becomes(false).await?;
     stack.mq.said("the database's file was deleted or replaced").await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 200);
@@ -319,12 +309,12 @@ async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so
     std::fs::write(&file, "")?;
     let opened = poll(PATIENCE, async || (std::fs::metadata(&file).ok()?.len() > 0).then_some(()));
     opened.await.context("mq does not open it")?;
-    assert!(!is_healthy(&stack.mq).await?);
+    assert!(!stack.mq.is_healthy().await?);
     assert_eq!(consumers(&stack, 1).await.len(), 1);
 
     std::fs::remove_dir_all(folder)?;
     std::fs::rename(&kept, folder)?;
-    becomes(&stack.mq, true).await?;
+    stack.mq.becomes(true).await?;
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (2, 2));
     Ok(())
@@ -352,20 +342,20 @@ async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_t
     let said = refused.said("belongs to another history").await?;
     let claim = format!("{}.history", stack.broker.topology.queue);
     assert!(said.contains("ERROR") && said.contains(&claim), "{said}");
-    becomes(&refused, false).await?;
+    refused.becomes(false).await?;
     // The refused mq does not consume even when the other instances are away.
     stack.mq.kill().await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
     stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     let second = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
-    becomes(&mq, true).await?;
-    becomes(&second, true).await?;
+    mq.becomes(true).await?;
+    second.becomes(true).await?;
     assert_eq!((database.logins(KNOWN_MOBILE).await?, another.logins(KNOWN_MOBILE).await?), ((1, 1), (0, 0)));
     assert!(!refused.output().contains(" consuming"), "{}", refused.output());
 
     // If the history is lost, the operator gives the queue to another one.
     let options = ExchangeDeleteOptions::default();
     stack.broker.channel.exchange_delete(claim.into(), options).await?;
-    becomes(&refused, true).await
+    refused.becomes(true).await
 }

@@ -95,16 +95,6 @@ async fn ready(stack: &Stack, api: &Process) -> Result<(u16, serde_json::Value)>
     Ok((answer.status.as_u16(), answer.json()))
 }
 
-async fn is_healthy(mq: &Process) -> bool {
-    let address = mq.address.to_string();
-    let probe =
-        Process::command("mq", &[]).map(|mut probe| probe.args(["health", "--listen", &address]).output());
-    match probe {
-        Ok(probe) => probe.await.is_ok_and(|output| output.status.success()),
-        Err(_) => false,
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_queue_has_its_type_and_arguments_whatever_the_default_of_the_virtual_host_is() -> Result<()> {
     let stack = Stack::start(&[("mq", "MQ_RETRY_DELAYS", "1s")]).await?;
@@ -251,7 +241,7 @@ async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_unt
         (status == 503 && body["topology"] == false && body["spool"] == true).then_some(())
     });
     not_ready.await.context("api is ready")?;
-    assert!(!is_healthy(&mq).await);
+    assert!(!mq.is_healthy().await?);
     // A login is taken all the same, and kept.
     let url = format!("http://{}/usercenter/v1/user/login", api.address);
     let body = serde_json::json!({ "mobile": KNOWN_MOBILE }).to_string();
@@ -263,7 +253,7 @@ async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_unt
     applied(&database, KNOWN_MOBILE, 1, &mq).await?;
     let is_ready = poll(PATIENCE, async || (ready(&stack, &api).await.ok()?.0 == 200).then_some(()));
     is_ready.await.context("api is not ready")?;
-    assert!(is_healthy(&mq).await);
+    assert!(mq.is_healthy().await?);
     // Each attempt failed, but not each of them was logged.
     for service in [&api, &mq] {
         assert_eq!(service.output().matches("ERROR").count(), 1, "{}", service.output());
@@ -283,7 +273,7 @@ async fn a_retry_queue_that_the_broker_holds_differently_is_an_error_and_mq_is_n
     for part in [&*format!("the broker holds queue {retry} differently"), "x-message-ttl=1000"] {
         assert!(line.contains(part), "{part}: {line}");
     }
-    assert!(!is_healthy(&mq).await);
+    assert!(!mq.is_healthy().await?);
     delete(&stack, &retry).await?;
     mq.said("consuming").await?;
     drop(mq);
@@ -382,7 +372,7 @@ async fn an_opening_that_hangs_is_given_up_and_the_next_one_does_not_bind_again(
     let mut bound = proxy.withhold(Side::Client, BIND);
     let is_back = async || {
         let is_ready = ready(&stack, &stack.api).await.ok()?.1["broker"] == true;
-        (is_ready && is_healthy(&stack.mq).await).then_some(())
+        (is_ready && stack.mq.is_healthy().await.ok()?).then_some(())
     };
     poll(PATIENCE, is_back).await.context("a service does not come back")?;
     // Without the bound, the service would wait until heartbeats are missing.

@@ -214,6 +214,25 @@ impl Process {
         line.with_context(|| format!("{} did not say {text:?}:\n{}", self.name, self.output()))
     }
 
+    /// Asks the service for its health, as `mq health` and `rpc health` do.
+    ///
+    /// # Errors
+    /// If the service can't be asked.
+    pub async fn is_healthy(&self) -> Result<bool> {
+        let address = self.address.to_string();
+        let probe = Self::command(self.name, &[])?.args(["health", "--listen", &address]).output().await?;
+        Ok(probe.status.success())
+    }
+
+    /// Waits until the service is healthy, or until it is not.
+    ///
+    /// # Errors
+    /// If that does not come in time.
+    pub async fn becomes(&self, healthy: bool) -> Result<()> {
+        let reached = poll(PATIENCE, async || (self.is_healthy().await.ok()? == healthy).then_some(())).await;
+        reached.with_context(|| format!("health does not become {healthy}:\n{}", self.output()))
+    }
+
     /// Sends a signal, named as for `kill`.
     ///
     /// # Errors
