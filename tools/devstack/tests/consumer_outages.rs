@@ -5,7 +5,6 @@ use harness::{
     PATIENCE,
     database::Database,
     poll,
-    process::Process,
     proxy::Proxy,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack, TestBroker},
 };

@@ -6,7 +6,6 @@ use harness::{
     PATIENCE,
     database::Database,
     poll,
-    process::Process,
     proxy::{BASIC_ACK, Side},
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
     trace::Span,
