@@ -416,9 +416,10 @@ async fn what_is_missing_is_told_before_anything_is_built_with_the_command_that_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
     let _guard = USUAL_PORTS.lock().await;
-    // This devstack uses a port of mq's, unless another process does.
+    // This devstack uses the usual port of the trace page. (The usual ports of usercenter and mq are among those
+    // that Linux gives to connections, so any of the last minute's connections may keep them from being used.)
     let arguments =
-        ["backend", "--query", "127.0.0.1:50052", "--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"];
+        ["backend", "--query", "127.0.0.1:16686", "--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"];
     let first = Dev::spawn(devstack(&arguments, &[]))?;
     first.says("listening").await?;
     let (code, said) = first_step(&[], &[("CARGO", "/it/must/not/build")]).await?;
@@ -428,7 +429,7 @@ async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
         (
             Some(1),
             format!(
-                "error: another `cargo dev` runs: devstack (process {process}) uses port 50052; stop it, or run \
+                "error: another `cargo dev` runs: devstack (process {process}) uses port 16686; stop it, or run \
                  `cargo dev --free-ports`\n"
             )
         )
