@@ -2,6 +2,7 @@
 //! happens to the message.
 
 use crate::{
+    bounds::MAX_REDELIVERIES,
     failure::Failure,
     forwarder::Forwarder,
     history::{History, Login, Processed, Refused},
@@ -60,10 +61,6 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
         dead_letters: messages("throughline.message.dead_letters"),
     }
 });
-
-/// How often in a row a message may be delivered again for lack of a result, because the connection was cut
-/// or the process died. A message that kills the process must not do so for ever.
-const MAX_REDELIVERIES: i64 = 20;
 
 /// What every attempt needs.
 pub struct Attempts<S> {

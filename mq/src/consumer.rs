@@ -49,11 +49,6 @@ pub const CLIENT_ID: &str = "mq";
 /// The most deliveries that are processed, made durable and acknowledged together.
 const MAX_CHUNK: usize = 64;
 
-/// The longest body of a message that is taken whole, in bytes. With 8 KiB of baggage and the longest
-/// `tracestate`, a login has less than a quarter of that. lapin allocates
-/// up to twice a body's length, so bodies take at most twice the prefetch times this.
-pub const LONGEST_BODY: usize = 256 * 1024;
-
 /// Consumes login messages.
 pub struct Consumer<S> {
     /// The broker.

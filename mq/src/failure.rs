@@ -1,6 +1,6 @@
 //! Why an attempt failed, as its span, the log and the dead letter show it.
 
-use crate::{consumer::LONGEST_BODY, history::Refused};
+use crate::{bounds::LONGEST_BODY, history::Refused};
 use proto::login::LoginMessageError;
 use std::error::Error;
 use telemetry::semconv;

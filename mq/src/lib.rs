@@ -10,6 +10,7 @@
 //! - [`dead_letters`]: lets an operator look at dead letters and replay them
 
 pub mod attempt;
+pub mod bounds;
 pub mod claim;
 pub mod config;
 pub mod consumer;
@@ -31,7 +32,6 @@ use history::{History, Login, Processed};
 use processing::RecordLogin;
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
-use std::time::Duration;
 use telemetry::amqp::Broker;
 use tokio::{net::TcpListener, select, sync::watch, time::sleep_until};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -44,10 +44,6 @@ pub fn processing_stack(
 ) -> impl Service<Login, Response = Processed, Error: Into<BoxError>> + Clone {
     ServiceBuilder::new().service(RecordLogin::new(history))
 }
-
-/// The most connections for health checks, and how old a connection may get.
-const MAX_CONNECTIONS: usize = 10_000;
-const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 
 /// The queues of this deployment.
 fn topology(config: &Config) -> Topology {
@@ -62,8 +58,9 @@ fn topology(config: &Config) -> Topology {
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
-    let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), MAX_CONNECTION_AGE, None);
-    let health = grpc::builder(MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
+    let incoming =
+        grpc::incoming(listener, reserve_files(bounds::MAX_CONNECTIONS), bounds::MAX_CONNECTION_AGE, None);
+    let health = grpc::builder(bounds::MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
 
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let topology = topology(config);
@@ -72,7 +69,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let (consuming, is_consuming) = watch::channel(false);
     let available = history.available();
     let consumer = Consumer {
-        server: server.clone().with_longest_body(consumer::LONGEST_BODY),
+        server: server.clone().with_longest_body(bounds::LONGEST_BODY),
         prefetch: config.prefetch,
         commit_interval: config.commit_interval,
         consuming,
