@@ -81,13 +81,13 @@ pub async fn serve(
             }
             schedule = &mut stopped => break schedule,
         };
-        let Some(among_its_own) = by_address.enter(peer.ip()) else {
+        let Some((among_its_own, has_made_room)) = by_address.enter(peer.ip()) else {
             if refusals.is_due() {
                 tracing::warn!(most = max.by_address, "refused a connection: all of its address are busy");
             }
             continue;
         };
-        if tasks.len() >= max.in_all {
+        if tasks.len() >= max.in_all && !has_made_room {
             waiting.let_go();
         }
         let places = [waiting.enter(), among_its_own];

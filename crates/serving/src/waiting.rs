@@ -89,14 +89,16 @@ impl ByAddress {
     }
 
     /// Makes the place of a new connection from this address, or from any in its /64. If the address has as
-    /// many connections as it may, the one that has waited longest is told to go. Returns `None` if none waits.
-    pub fn enter(&mut self, peer: IpAddr) -> Option<Arc<Place>> {
+    /// many connections as it may, the one that has waited longest is told to go, and `true` is returned beside
+    /// the place. Returns `None` if none waits.
+    pub fn enter(&mut self, peer: IpAddr) -> Option<(Arc<Place>, bool)> {
         if self.queues.len() >= self.sweep_at {
             self.queues.retain(|_, queue| queue.len() > 0);
             self.sweep_at = (2 * self.queues.len()).max(64);
         }
         let queue = self.queues.entry(network(peer)).or_default();
-        (queue.len() < self.most || queue.make_room()).then(|| queue.enter())
+        let is_full = queue.len() >= self.most;
+        (!is_full || queue.make_room()).then(|| (queue.enter(), is_full))
     }
 }
 
@@ -185,7 +187,12 @@ mod tests {
     #[test]
     fn connections_of_one_address_make_room_only_for_each_other() {
         let mut queues = ByAddress::new(2);
-        let mut enter = |address: &str| queues.enter(address.parse().unwrap());
+        let mut made_room = 0;
+        let mut enter = |address: &str| {
+            let (place, has_made_room) = queues.enter(address.parse().unwrap())?;
+            made_room += usize::from(has_made_room);
+            Some(place)
+        };
         let other = enter("10.0.0.2").unwrap();
         // The address of IPv4 is the same, however it is written.
         let [first, second] = ["10.0.0.1", "::ffff:10.0.0.1"].map(|address| enter(address).unwrap());
@@ -199,6 +206,7 @@ mod tests {
         let neighbour = enter("2001:db8:0:1::1").unwrap();
         let three = enter("2001:db8::2").unwrap();
         assert!(went(&one) && !went(&two) && !went(&three) && !went(&neighbour));
+        assert_eq!(made_room, 2);
     }
 
     #[test]

@@ -243,10 +243,11 @@ fn is_open(stream: &TcpStream) -> bool {
     stream.try_read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
+const LOGIN: &[u8] = b"POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\n\
+    content-type: application/json\r\ncontent-length: 24\r\n\r\n{\"mobile\":\"13800138000\"}";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> Result<()> {
-    const LOGIN: &[u8] = b"POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\n\
-        content-type: application/json\r\ncontent-length: 24\r\n\r\n{\"mobile\":\"13800138000\"}";
     const SLOW_BODY: &[u8] = b"POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\n\
         content-type: application/json\r\ncontent-length: 24\r\nexpect: 100-continue\r\n\r\n";
     const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -284,6 +285,24 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
         stream.write_all(&LOGIN[LOGIN.len() - 24..]).await?;
         assert_eq!(timeout(LOGIN_PATIENCE, read_status(stream, &mut buffer)).await??, 200);
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn if_an_address_makes_room_for_itself_no_other_has_to() -> Result<()> {
+    let bounds = [("api", "API_MAX_CONNECTIONS", "6"), ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "5")];
+    let stack = Stack::start(&bounds).await?;
+    // Of all, this connection has waited longest.
+    let other = connect_from([127, 0, 0, 4], stack.api.address).await?;
+    let mut silent = Vec::new();
+    for _ in 0..5 {
+        silent.push(connect_from([127, 0, 0, 3], stack.api.address).await?);
+    }
+    let mut new = connect_from([127, 0, 0, 3], stack.api.address).await?;
+    new.write_all(LOGIN).await?;
+    assert_eq!(timeout(LOGIN_PATIENCE, read_status(&mut new, &mut Vec::new())).await??, 200);
+    all_closed(&[silent.remove(0)], LOGIN_PATIENCE).await.context("the first")?;
+    assert!(is_open(&other) && silent.iter().all(is_open));
     Ok(())
 }
 
