@@ -36,7 +36,7 @@ pub struct Capacity {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The directory or the file can't be made or read.
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     /// Another process uses the file. Each service needs a directory of its own.
     #[error("another process uses it")]
