@@ -292,6 +292,28 @@ async fn tap(stack: &Stack, routing_key: &str, arguments: &[(&str, AMQPValue)]) 
     Ok(tap)
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_replaced_while_mq_is_away_is_bound_again() -> Result<()> {
+    let broker = TestBroker::connect().await?;
+    let (proxy, url) = broker.proxy()?;
+    let stack = Stack::start_on(broker, &[("mq", "AMQP_URL", &url)]).await?;
+    let (topology, database) = (&stack.broker.topology, &stack.broker.database);
+    proxy.refuse();
+    stack.mq.said("lost the connection").await?;
+    delete(&stack, &topology.queue).await?;
+    // Like api, this declares the queue and does not bind it.
+    topology.declare(&stack.broker.channel, &[]).await?;
+    proxy.restore();
+    // Before mq binds the queue, the broker drops the message.
+    let is_applied = poll(PATIENCE, async || {
+        let properties = BasicProperties::default().with_message_id("through the exchange".into());
+        let body = format!(r#"{{"Msg":"{KNOWN_MOBILE}"}}"#);
+        stack.publish(properties, body.as_bytes()).await.ok()?;
+        (database.logins(KNOWN_MOBILE).await.ok()? == (1, 1)).then_some(())
+    });
+    is_applied.await.with_context(|| stack.mq.output())
+}
+
 /// Logs in, and waits for the whole trace. The broker must have confirmed the login at once.
 async fn confirmed(stack: &Stack) -> Result<String> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
