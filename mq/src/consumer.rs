@@ -88,7 +88,7 @@ where
         };
         loop {
             let opened = select! {
-                opened = opening::open(self.open(has_bound, &history)) => opened,
+                opened = opening::open(&self.server, self.open(has_bound, &history)) => opened,
                 () = stop.clone() => return,
             };
             match opened {
@@ -104,7 +104,7 @@ where
                         backoff = Backoff::new();
                     }
                 }
-                Err(error) => failures.log(broker, &error),
+                Err(error) => failures.log(&self.server, &error),
             }
             select! {
                 () = backoff.pause() => {}
