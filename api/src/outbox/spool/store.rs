@@ -14,6 +14,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// The name of the file in the directory of the spool.
+pub const FILE: &str = "spool.redb";
+
 /// The entries by their number. An entry with a lower number is older.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
 
@@ -77,7 +80,7 @@ impl Store {
     /// Opens or makes the file in this directory, and reads it once.
     pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let path = directory.join("spool.redb");
+        let path = directory.join(FILE);
         let (database, file) = open(&path)?;
         let (held, last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
         let (database, opened, set_aside) = (Some(database), Instant::now(), BTreeSet::new());
