@@ -61,8 +61,8 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     let (user, hosts) = authority.rsplit_once('@').map_or(("", authority), |(user, hosts)| (user, hosts));
     let at = if authority.contains('@') { "@" } else { "" };
-    if path.split('?').next().is_some_and(|vhost| vhost.contains(',')) {
-        // This is usually a list of whole URLs.
+    // A comma in the virtual host usually comes from a list of whole URLs, too.
+    if rest.contains("://") || path.split('?').next().is_some_and(|vhost| vhost.contains(',')) {
         return Err(
             "expected several hosts as host:port,host:port before the virtual host, in which a comma is %2c",
         );
