@@ -2,8 +2,8 @@
 
 use super::super::message::Message;
 use redb::{
-    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition,
-    backends::FileBackend,
+    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend,
+    TableDefinition, backends::FileBackend,
 };
 use std::{
     collections::BTreeSet,
@@ -225,12 +225,15 @@ fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
     // The file's name must survive a loss of power as well.
     File::open(path.parent().unwrap_or(path))?.sync_all()?;
     let metadata = file.metadata()?;
-    let backend = FileBackend::new(file).map_err(open_error)?;
+    let database = open_in(FileBackend::new(file).map_err(open_error)?)?;
+    Ok((database, (metadata.dev(), metadata.ino())))
+}
+
+fn open_in(backend: impl StorageBackend) -> Result<Database, OpenError> {
     let mut builder = Builder::new();
     // This finds a damaged file now rather than later.
     builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
-    let database = builder.create_with_backend(backend).map_err(open_error)?;
-    Ok((database, (metadata.dev(), metadata.ino())))
+    builder.create_with_backend(backend).map_err(open_error)
 }
 
 fn open_error(error: DatabaseError) -> OpenError {
@@ -269,6 +272,8 @@ fn not_a_message() -> redb::Error {
 
 #[cfg(test)]
 mod tests {
+    mod power_cut;
+
     use super::*;
     use opentelemetry::Context;
     use proptest::prelude::*;
