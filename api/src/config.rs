@@ -1,7 +1,7 @@
 //! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
 //! `telemetry`.
 
-use crate::outbox::Capacity;
+use crate::outbox::{Capacity, PublishOptions};
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use proto::topology;
 use serving::{
@@ -71,7 +71,7 @@ pub struct Config {
     pub amqp: amqp::Arguments,
 
     /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix)]
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix, global = true)]
     pub amqp_prefix: String,
 
     /// Whether a copy of each login goes to the exchange, for the queues of other consumers.
@@ -84,7 +84,7 @@ pub struct Config {
 
     /// The directory of the spool, which holds the logins that the broker has not confirmed. No other process
     /// may use it.
-    #[arg(long, env = "API_DATA_DIR", default_value = "data/api")]
+    #[arg(long, env = "API_DATA_DIR", default_value = "data/api", global = true)]
     pub data_dir: PathBuf,
 
     /// The most logins in the spool. When it is full, logins are refused while the broker is unavailable.
@@ -124,6 +124,21 @@ pub struct Config {
 pub enum Command {
     /// Ask the service on this machine whether it is ready; exit code 0 if it is, 1 if not.
     Health,
+    /// Look at the spool of an instance that is gone, or take the logins out of it.
+    #[command(subcommand)]
+    Spool(SpoolCommand),
+}
+
+/// What to do with a spool that no process uses.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum SpoolCommand {
+    /// List the message id, the age and the bytes of each login, the oldest first. The spool is left as it was.
+    List,
+    /// Publish all logins, and remove those that the broker confirms.
+    Drain,
+    /// Write all logins to standard output, one JSON object a line, which hold personal data. The spool is left as
+    /// it was.
+    Export,
 }
 
 impl Config {
@@ -161,6 +176,11 @@ impl Config {
         let unused = (!is_https).then_some("USERCENTER_URL is not https");
         let tls = Client::read(files, unused).map_err(|error| error.to_string())?;
         Ok(tls.map(|tls| tls.tonic))
+    }
+
+    /// Returns how logins are published.
+    pub fn publish_options(&self) -> PublishOptions {
+        PublishOptions { timeout: self.publish_timeout, copies: self.publish_copies }
     }
 
     /// Returns how much the spool may hold.

@@ -8,6 +8,7 @@
 //! - [`login`]: the handler, with the hand-written span `local`
 //! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`
 //! - [`outbox`]: delivery to the broker, or to disk and later to the broker
+//! - [`spool`]: what an operator does with the spool of an instance that is gone
 //! - [`token`]: the access token
 //! - [`problem`]: which failure gets which answer
 //! - [`host`]: the header `Host`
@@ -28,6 +29,7 @@ pub mod problem;
 pub mod publisher;
 pub mod router;
 pub mod server;
+pub mod spool;
 pub mod token;
 pub mod usercenter;
 
@@ -36,7 +38,7 @@ use anyhow::{Context, bail};
 use app::App;
 use config::Config;
 use opentelemetry::global::BoxedTracer;
-use outbox::{PublishOptions, Spool};
+use outbox::Spool;
 use proto::{
     topology::{EXCHANGE, QUEUE, ROUTING_KEY},
     usercenter::v1::usercenter_client::UsercenterClient,
@@ -76,8 +78,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, mut publishing) = Publisher::start(
         config.amqp.server().map_err(anyhow::Error::msg)?,
-        Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type),
-        PublishOptions { timeout: config.publish_timeout, copies: config.publish_copies },
+        topology(config),
+        config.publish_options(),
         spool,
     );
     let secret = config.access_secret().map_err(anyhow::Error::msg)?;
@@ -100,4 +102,9 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     };
     publishing.close(schedule.close_by).await;
     Ok(())
+}
+
+/// Returns the names of the exchange and the queues that this configuration asks for.
+fn topology(config: &Config) -> Topology {
+    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type)
 }

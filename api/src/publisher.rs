@@ -48,7 +48,7 @@ impl Publisher {
         options: PublishOptions,
         spool: Spool,
     ) -> (Self, Publishing) {
-        let broker = Broker::new(&server.uri, CLIENT_ID);
+        let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
         let destination = Arc::new((broker, topology.queue.clone()));
         let (outbox, publishing) = Outbox::start(server, topology, options, spool);
         (Self { outbox, destination }, publishing)

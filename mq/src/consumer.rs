@@ -63,11 +63,6 @@ pub struct Consumer<S> {
     pub consuming: watch::Sender<bool>,
 }
 
-/// The broker ended the consumer, for example because its queue was deleted.
-#[derive(Debug, thiserror::Error)]
-#[error("the broker cancelled the consumer")]
-struct Cancelled;
-
 impl<S> Consumer<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
@@ -79,8 +74,8 @@ where
         let broker = &self.attempts.broker;
         let mut backoff = Backoff::new();
         let mut failures = Failures::default();
-        // Whether other producers' messages are known to reach the queue.
-        let mut is_bound = false;
+        // This process has bound the queue, so that other producers' messages reach it.
+        let mut has_bound = false;
         // The id of the history is known only once the database has been available.
         let history = select! {
             secret = self.attempts.history.secret() => secret.id_of(&[b"history"]),
@@ -88,7 +83,7 @@ where
         };
         loop {
             let opened = select! {
-                opened = opening::open(self.open(is_bound, &history)) => opened,
+                opened = opening::open(&self.server, self.open(has_bound, &history)) => opened,
                 () = stop.clone() => return,
             };
             match opened {
@@ -97,15 +92,14 @@ where
                     let Err(error) = self.session(session, stop.clone()).await else { return };
                     tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
                     failures = Failures::default();
-                    // If the queue was deleted, its binding is gone too.
-                    is_bound = !error.is::<Cancelled>();
+                    has_bound = true;
                     // The pauses start anew only if the connection lasted. If each one is lost at once, they
                     // keep growing.
                     if start.elapsed() > Backoff::LONGEST {
                         backoff = Backoff::new();
                     }
                 }
-                Err(error) => failures.log(broker, &error),
+                Err(error) => failures.log(&self.server, &error),
             }
             select! {
                 () = backoff.pause() => {}
@@ -138,7 +132,7 @@ where
 
     async fn open(
         &self,
-        is_bound: bool,
+        has_bound: bool,
         history: &str,
     ) -> Result<(lapin::Connection, Channel, lapin::Consumer), OpenError> {
         let Attempts { topology, retry_delays, .. } = &self.attempts;
@@ -148,7 +142,7 @@ where
         topology.declare(&channel, retry_delays).await?;
         // While a node of a cluster is frozen, binding may take longer than the connection lasts, even if the
         // queue is bound already.
-        if !is_bound || !topology.has_exchange(&connection).await? {
+        if !has_bound || !topology.is_bound(&connection).await? {
             topology.bind(&channel).await?;
         }
         claim(&channel, topology, history).await?;
@@ -200,7 +194,8 @@ where
                         handing_on.extend(failed.into_iter().map(hand_on));
                         idle_since = Instant::now();
                     }
-                    None => bail!(Cancelled),
+                    // Its queue was deleted, for example.
+                    None => bail!("the broker cancelled the consumer"),
                 },
                 Some(acked) = handing_on.next() => acked?,
                 () = stop.clone() => break,

@@ -46,10 +46,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// If the broker can't be reached, or if there is no such message.
 pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
-    let broker = Broker::new(&server.uri, CLIENT_ID);
+    let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
     let topology = crate::topology(config);
     let connection = connection::connect(&server, CLIENT_ID).await;
-    let connection = connection.with_context(|| format!("connecting to the broker at {broker}"))?;
+    let connection = connection.with_context(|| format!("connecting to the broker at {server}"))?;
     let mut letters = Letters::open(&connection, topology.dead_letter_queue.clone()).await?;
 
     let done = match command {

@@ -30,7 +30,7 @@ pub struct Forwarder {
 impl Forwarder {
     /// Makes a forwarder, which opens no connection yet.
     pub fn new(server: Server, topology: Topology, retry_delays: Vec<Duration>) -> Self {
-        let broker = Broker::new(&server.uri, CLIENT_ID);
+        let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
         Self { broker, server, topology, retry_delays, session: Mutex::default(), failures: Mutex::default() }
     }
 
@@ -46,7 +46,7 @@ impl Forwarder {
         let mut was_told = false;
         while let Err(error) = self.publish(queue, properties.clone(), body).await {
             if let Some(error @ OpenError::Refused(_)) = error.downcast_ref() {
-                self.failures.lock().await.log(&self.broker, error);
+                self.failures.lock().await.log(&self.server, error);
             } else if !std::mem::replace(&mut was_told, true) {
                 // This is logged once, not for every attempt.
                 tracing::warn!(queue, "can't publish a message; still trying: {error:#}");
@@ -67,7 +67,7 @@ impl Forwarder {
         // may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
-            None => opening::open(self.open()).await?,
+            None => opening::open(&self.server, self.open()).await?,
         };
         let started = Instant::now();
         let message = std::iter::once((properties, body));

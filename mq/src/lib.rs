@@ -76,8 +76,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         attempts: Attempts {
             processing: processing_stack(history.clone()),
             history,
-            broker: Broker::new(&server.uri, consumer::CLIENT_ID),
-            forwarder: Forwarder::new(server, topology.clone(), retry_delays.clone()),
+            broker: Broker::of_hosts(&server.hosts, server.current.clone(), consumer::CLIENT_ID),
+            forwarder: Forwarder::new(server.for_another(), topology.clone(), retry_delays.clone()),
             topology,
             relation: config.relation,
             retry_delays,

@@ -37,10 +37,10 @@ impl Copies {
 }
 
 async fn publish(server: Server, topology: Topology, mut rounds: mpsc::Receiver<Vec<Message>>) {
-    let broker = Broker::new(&server.uri, CLIENT_ID);
+    let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
     let (mut backoff, mut failures) = (Backoff::new(), Failures::default());
     loop {
-        match opening::open(open(&server, &topology)).await {
+        match opening::open(&server, open(&server, &topology)).await {
             Ok((connection, channel)) => {
                 let frame_max = connection.configuration().frame_max() as usize;
                 match publish_rounds(&channel, &topology.exchange, frame_max, &mut rounds).await {
@@ -48,7 +48,7 @@ async fn publish(server: Server, topology: Topology, mut rounds: mpsc::Receiver<
                     Err(error) => tracing::warn!(%broker, %error, "copies of logins were not published"),
                 }
             }
-            Err(error) => failures.log(&broker, &error),
+            Err(error) => failures.log(&server, &error),
         }
         backoff.pause().await;
     }

@@ -133,9 +133,9 @@ impl Dispatcher {
         broker_state: watch::Sender<BrokerState>,
     ) -> Self {
         let backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
-        let broker = Broker::new(&server.uri, CLIENT_ID);
+        let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
         let (backoff, log) = (Backoff::new(), Log::new(broker.clone()));
-        let copies = options.copies.then(|| Copies::start(server.clone(), topology.clone()));
+        let copies = options.copies.then(|| Copies::start(server.for_another(), topology.clone()));
         let publisher = RoundPublisher { topology, timeout: options.timeout, copies, broker };
         Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log }
     }
@@ -175,7 +175,7 @@ impl Dispatcher {
         let Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log } = self;
         let opening = async {
             loop {
-                let opened = opening::open(async {
+                let opened = opening::open(server, async {
                     let session = Session::open(server, CLIENT_ID).await?;
                     publisher.topology.declare(session.channel(), &[]).await?;
                     Ok(session)
@@ -190,7 +190,7 @@ impl Dispatcher {
                             OpenError::Refused(_) => BrokerState::Refuses,
                             OpenError::Connection(_) | OpenError::Timeout => BrokerState::Away,
                         });
-                        log.failures.log(&log.broker, &error);
+                        log.failures.log(server, &error);
                     }
                 }
                 backoff.pause().await;

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 pub use message::Message;
-pub use spool::{Capacity, OpenError, Spool};
+pub use spool::{Capacity, FILE as SPOOL_FILE, OpenError, Spool};
 
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "api";

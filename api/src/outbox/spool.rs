@@ -23,7 +23,7 @@ use std::{
 use store::{RETRY, Store, StoreError};
 use tokio::sync::oneshot;
 
-pub use store::{Capacity, OpenError};
+pub use store::{Capacity, FILE, OpenError};
 
 /// The most commands that one transaction takes together.
 const MAX_TOGETHER: usize = 4096;

@@ -12,7 +12,8 @@ use tls::PemFile;
 // It has no `Debug`, because the URL may hold a password.
 #[derive(Args)]
 pub struct Arguments {
-    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS.
+    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS. In place of host:port there may
+    /// be several, separated by commas, which are tried in turn.
     #[arg(long, env = "AMQP_URL", default_value = DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
 

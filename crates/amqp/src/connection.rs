@@ -7,10 +7,13 @@ use lapin::{
     uri::{AMQPAuthority, AMQPScheme, AMQPUri},
 };
 use std::{
-    io,
+    fmt, io,
     net::{self, Shutdown},
     os::fd::AsFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 use tokio::{net::TcpStream, time::timeout};
@@ -32,28 +35,52 @@ const FRAME_MAX: u32 = 128 * 1024;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where the broker is, and how to speak to it.
+/// Where the broker is, and how to speak to it. Clones go through the hosts together.
 #[derive(Clone)]
 pub struct Server {
-    /// The broker's address, and the user to log in as.
-    pub uri: AMQPUri,
+    /// The address of each host of the broker, and the user to log in as. There is at least one.
+    pub hosts: Vec<AMQPUri>,
+    /// The number of the host that is connected to, or was tried last, counted beyond the end of the list.
+    pub current: Arc<AtomicUsize>,
     /// The TLS configuration, for `amqps`.
     tls: Option<TlsConnector>,
     limits: Limits,
 }
 
+const EXPECTED: &str = "expected amqp(s)://user:password@host:port/vhost";
+
 /// Reads `amqp://user:password@host:port/vhost`, or the same with `amqps`, which also needs
-/// [`Server::with_tls`].
+/// [`Server::with_tls`]. In place of `host:port` there may be a list, `host:port,host:port`, of the nodes of one
+/// cluster.
 ///
 /// # Errors
 /// If the URL is malformed. The error says what is expected, and does not quote the URL, which may hold a
 /// password.
 pub fn parse_url(url: &str) -> Result<Server, &'static str> {
-    let mut uri: AMQPUri = url.parse().map_err(|_| "expected amqp(s)://user:password@host:port/vhost")?;
+    let (scheme, rest) = url.split_once("://").ok_or(EXPECTED)?;
+    let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    let (user, hosts) = authority.rsplit_once('@').map_or(("", authority), |(user, hosts)| (user, hosts));
+    let at = if authority.contains('@') { "@" } else { "" };
+    // A comma in the virtual host usually comes from a list of whole URLs, too.
+    if rest.contains("://") || path.split('?').next().is_some_and(|vhost| vhost.contains(',')) {
+        return Err(
+            "expected several hosts as host:port,host:port before the virtual host, in which a comma is %2c",
+        );
+    }
+    let hosts: Vec<_> = hosts.split(',').collect();
+    if hosts.len() > 1 && hosts.contains(&"") {
+        return Err("expected a host between two commas");
+    }
+    let hosts = hosts.into_iter().map(|host| parse_host(&format!("{scheme}://{user}{at}{host}{path}"), host));
+    let (hosts, current) = (hosts.collect::<Result<_, _>>()?, Arc::default());
+    Ok(Server { hosts, current, tls: None, limits: Limits::default() })
+}
+
+/// Reads the URL of one host.
+fn parse_host(url: &str, host: &str) -> Result<AMQPUri, &'static str> {
+    let mut uri: AMQPUri = url.parse().map_err(|_| EXPECTED)?;
     // The parser knows only names and IPv4 addresses. For an address like [::1] it would use its default,
     // this machine.
-    let authority = url.split(['/', '?']).nth(2).unwrap_or_default();
-    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     if let Some((address, _)) = host.strip_prefix('[').and_then(|host| host.split_once(']')) {
         uri.authority.host = address.to_owned();
     }
@@ -67,13 +94,28 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
     let frame_max = uri.query.frame_max.filter(|bytes| *bytes > 0).unwrap_or(FRAME_MAX);
     uri.query.frame_max = Some(frame_max.min(LONGEST_FRAME as u32));
-    Ok(Server { uri, tls: None, limits: Limits::default() })
+    Ok(uri)
 }
 
 impl Server {
+    /// Returns the URL of the host that is connected to, or is tried next.
+    pub fn uri(&self) -> &AMQPUri {
+        &self.hosts[self.current.load(Relaxed) % self.hosts.len()]
+    }
+
+    /// Chooses the next host of the list, because something is wrong with the current one.
+    pub(crate) fn try_next(&self) {
+        self.current.fetch_add(1, Relaxed);
+    }
+
+    /// Returns the same server for another connection, which goes through the hosts independently.
+    pub fn for_another(&self) -> Self {
+        Self { current: Arc::default(), ..self.clone() }
+    }
+
     /// Whether the URL asks for TLS.
     pub fn wants_tls(&self) -> bool {
-        self.uri.scheme == AMQPScheme::AMQPS
+        self.hosts[0].scheme == AMQPScheme::AMQPS
     }
 
     /// Uses this configuration to connect, if the URL asks for TLS.
@@ -97,7 +139,7 @@ impl Server {
     /// Opens a connection to the broker. A second handle to its socket is put into `handle`, so that the
     /// connection can be ended from outside.
     async fn open(&self, handle: &Mutex<Option<net::TcpStream>>) -> io::Result<Socket> {
-        let AMQPAuthority { host, port, .. } = &self.uri.authority;
+        let AMQPAuthority { host, port, .. } = &self.uri().authority;
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;
         *lock(handle) = Some(stream.as_fd().try_clone_to_owned()?.into());
@@ -116,12 +158,41 @@ impl Server {
     }
 }
 
-/// Opens a connection that the broker knows as `name`. The connection does not recover by itself. Its owner
-/// opens a new one, because everything that was set up on the old one must be set up again.
+impl fmt::Display for Server {
+    /// Writes the address of each host.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, AMQPUri { authority, .. }) in self.hosts.iter().enumerate() {
+            write!(f, "{}{}:{}", if i > 0 { "," } else { "" }, authority.host, authority.port)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens a connection that the broker knows as `name`, to the host that was connected to last, or else to the
+/// next one that can be reached. The connection does not recover by itself. Its owner opens a new one, because
+/// everything that was set up on the old one must be set up again.
 ///
 /// # Errors
-/// If the broker is not reached within five seconds, or refuses.
+/// If no host is reached within five seconds, or each of them refuses.
 pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Connection> {
+    if server.hosts.len() == 1 {
+        return connect_to_current(server, name).await;
+    }
+    let mut failures = Vec::new();
+    for _ in &server.hosts {
+        match connect_to_current(server, name).await {
+            Ok(connection) => return Ok(connection),
+            Err(error) => {
+                let AMQPAuthority { host, port, .. } = &server.uri().authority;
+                failures.push(format!("{host}:{port}: {error}"));
+                server.try_next();
+            }
+        }
+    }
+    Err(lapin_error(io::Error::other(failures.join("; "))))
+}
+
+async fn connect_to_current(server: &Server, name: &'static str) -> lapin::Result<Connection> {
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody waits
     // for the connection any more. So there is a second handle to the socket, which can end that.
@@ -137,7 +208,7 @@ pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Conne
         }
     };
     let connecting =
-        Connection::connector(server.uri.clone(), inbound::runtime(), connect_socket, properties);
+        Connection::connector(server.uri().clone(), inbound::runtime(), connect_socket, properties);
     let connected = timeout(CONNECT_TIMEOUT, connecting).await;
     let socket = lock(&socket).take();
     if let Ok(Ok(connection)) = &connected {
@@ -229,14 +300,29 @@ mod tests {
             ("amqps://broker", "broker", 5671),
             ("amqps://[::1]", "::1", 5671),
         ] {
-            let authority = parse_url(url).unwrap().uri.authority;
+            let authority = parse_url(url).unwrap().uri().authority.clone();
             assert_eq!((authority.host.as_str(), authority.port), (host, port), "{url}");
         }
     }
 
     #[test]
+    fn hosts_may_be_a_list_but_urls_may_not() {
+        let server = parse_url("amqps://user:p,w@h1,[::1]:1,h2:2/v?heartbeat=3").unwrap();
+        assert_eq!(server.to_string(), "h1:5671,::1:1,h2:2");
+        for uri in &server.hosts {
+            let AMQPUri { authority, vhost, query, .. } = uri;
+            assert_eq!((&*authority.userinfo.password, &**vhost, query.heartbeat), ("p,w", "v", Some(3)));
+        }
+        assert_eq!(parse_url("amqp://h1,h2/a%2cb").unwrap().hosts[1].vhost, "a,b");
+        for url in ["amqp://h1/c,amqp://h2/c", "amqp://h1,amqp://h2", "amqp://h1,,h2/c", "amqps://h1,a..b/c"]
+        {
+            assert!(parse_url(url).is_err(), "{url}");
+        }
+    }
+
+    #[test]
     fn a_heartbeat_is_asked_for_unless_the_url_has_one() {
-        assert_eq!(parse_url(DEFAULT_URL).unwrap().uri.query.heartbeat, Some(10));
-        assert_eq!(parse_url("amqp://localhost/%2f?heartbeat=3").unwrap().uri.query.heartbeat, Some(3));
+        assert_eq!(parse_url(DEFAULT_URL).unwrap().uri().query.heartbeat, Some(10));
+        assert_eq!(parse_url("amqp://localhost/%2f?heartbeat=3").unwrap().uri().query.heartbeat, Some(3));
     }
 }

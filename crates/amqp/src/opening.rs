@@ -1,12 +1,12 @@
 //! Opens a connection and all that is set up on it within a bound of time, and says why that failed.
 
+use crate::connection::Server;
 use lapin::{
     ErrorKind,
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     types::{AMQPValue, FieldTable},
 };
 use std::{
-    fmt::Display,
     mem::{self, Discriminant},
     time::{Duration, Instant},
 };
@@ -63,12 +63,20 @@ impl OpenError {
     }
 }
 
-/// Carries out an opening, from connecting to the last declaration.
+/// Carries out an opening, from connecting to the last declaration. If it fails, the next opening begins with
+/// another host, unless the broker refuses a declaration, which all hosts would do.
 ///
 /// # Errors
 /// If a step fails, or if all steps together take longer than ten seconds.
-pub async fn open<T>(steps: impl Future<Output = Result<T, OpenError>>) -> Result<T, OpenError> {
-    timeout(OPENING_TIMEOUT, steps).await.unwrap_or(Err(OpenError::Timeout))
+pub async fn open<T>(
+    server: &Server,
+    steps: impl Future<Output = Result<T, OpenError>>,
+) -> Result<T, OpenError> {
+    let opened = timeout(OPENING_TIMEOUT, steps).await.unwrap_or(Err(OpenError::Timeout));
+    if matches!(opened, Err(OpenError::Connection(_) | OpenError::Timeout)) {
+        server.try_next();
+    }
+    opened
 }
 
 /// Logs why a connection can't be opened.
@@ -81,7 +89,7 @@ pub struct Failures {
 impl Failures {
     /// Logs a failure that is of another kind than the one before. A broker that is away may come back by
     /// itself, so only other failures are logged again, once a minute.
-    pub fn log(&mut self, broker: &impl Display, error: &OpenError) {
+    pub fn log(&mut self, broker: &Server, error: &OpenError) {
         let (kind, is_away) = (mem::discriminant(error), matches!(error, OpenError::Connection(_)));
         let is_due = |at: Instant| !is_away && at.elapsed() >= LOG_EVERY;
         if self.logged.is_some_and(|(last, at)| last == kind && !is_due(at)) {

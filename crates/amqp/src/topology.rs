@@ -123,23 +123,23 @@ impl Topology {
         declared.map(drop).map_err(|error| OpenError::of_declaring("queue", queue, &expected, error))
     }
 
-    /// Returns whether the exchange exists.
+    /// Returns whether [`Topology::bind`] bound the main queue that exists now, and the exchange still exists.
     ///
     /// # Errors
     /// If the connection is lost.
-    pub async fn has_exchange(&self, connection: &Connection) -> Result<bool, OpenError> {
-        // If the exchange is missing, the broker closes the channel.
+    pub async fn is_bound(&self, connection: &Connection) -> Result<bool, OpenError> {
+        // If an exchange is missing, the broker closes the channel.
         let channel = open_channel(connection).await?;
         let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
-        let none = FieldTable::default();
-        let found = channel
-            .exchange_declare(self.exchange.as_str().into(), ExchangeKind::Direct, passive, none)
-            .await;
-        match found {
-            Ok(()) => Ok(channel.close(200, "done".into()).await.map(|()| true)?),
-            Err(error) if error.is_amqp_soft_error() => Ok(false),
-            Err(error) => Err(error.into()),
+        for exchange in [&self.exchange, &self.binding_mark()] {
+            let (exchange, none) = (exchange.as_str().into(), FieldTable::default());
+            match channel.exchange_declare(exchange, ExchangeKind::Direct, passive, none).await {
+                Ok(()) => {}
+                Err(error) if error.is_amqp_soft_error() => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(channel.close(200, "done".into()).await.map(|()| true)?)
     }
 
     /// Declares the exchange.
@@ -156,22 +156,34 @@ impl Topology {
         declared.map_err(|error| OpenError::of_declaring("exchange", exchange, &none, error))
     }
 
-    /// Declares the exchange, and binds the main queue to it.
+    /// Declares the exchange, and binds the main queue to it. Then marks the queue as bound.
     ///
     /// # Errors
     /// As for [`Topology::declare_exchange`].
     pub async fn bind(&self, channel: &Channel) -> Result<(), OpenError> {
         self.declare_exchange(channel).await?;
-        let bound = channel
-            .queue_bind(
-                self.queue.as_str().into(),
-                self.exchange.as_str().into(),
-                self.routing_key.as_str().into(),
-                QueueBindOptions::default(),
-                FieldTable::default(),
-            )
-            .await;
-        bound.map_err(OpenError::from)
+        self.bind_to(channel, &self.exchange, &self.routing_key).await?;
+        let (mark, none) = (self.binding_mark(), FieldTable::default());
+        // Nobody can publish to an internal exchange.
+        let options =
+            ExchangeDeclareOptions { durable: true, auto_delete: true, internal: true, ..Default::default() };
+        let declared =
+            channel.exchange_declare(mark.as_str().into(), ExchangeKind::Fanout, options, none.clone()).await;
+        declared.map_err(|error| OpenError::of_declaring("exchange", &mark, &none, error))?;
+        self.bind_to(channel, &mark, "").await
+    }
+
+    /// Returns the name of the exchange that marks the queue as bound. AMQP can't ask for a binding. But if the
+    /// queue is deleted, whoever does it, the broker also deletes this exchange, because the queue was the only
+    /// one that was bound to it (`auto-delete`).
+    fn binding_mark(&self) -> String {
+        format!("{}.bound", self.queue)
+    }
+
+    async fn bind_to(&self, channel: &Channel, exchange: &str, routing_key: &str) -> Result<(), OpenError> {
+        let (queue, options) = (self.queue.as_str().into(), QueueBindOptions::default());
+        let none = FieldTable::default();
+        Ok(channel.queue_bind(queue, exchange.into(), routing_key.into(), options, none).await?)
     }
 }
 

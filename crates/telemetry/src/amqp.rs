@@ -19,7 +19,15 @@ use opentelemetry::{
     propagation::{Extractor, Injector},
     trace::{Link, SpanBuilder, SpanKind, TraceContextExt},
 };
-use std::{fmt, str::FromStr, time::Instant};
+use std::{
+    fmt, slice,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Instant,
+};
 
 /// AMQP message headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut FieldTable);
@@ -163,8 +171,9 @@ fn with_baggage_only(cx: &Context) -> Context {
 /// Describes the broker in spans and metrics.
 #[derive(Debug, Clone)]
 pub struct Broker {
-    address: String,
-    port: i64,
+    /// The name or address of each host, and its port.
+    hosts: Vec<(String, i64)>,
+    current: Arc<AtomicUsize>,
     client_id: &'static str,
     metrics: Option<Metrics>,
 }
@@ -194,12 +203,24 @@ impl Metrics {
 impl Broker {
     /// `client_id` is the name that the connection has on the broker.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
+        Self::of_hosts(slice::from_ref(uri), Arc::default(), client_id)
+    }
+
+    /// Describes a broker of several hosts, at least one. `current` is the number of the host that is connected
+    /// to, and may count beyond the end of the list.
+    pub fn of_hosts(hosts: &[AMQPUri], current: Arc<AtomicUsize>, client_id: &'static str) -> Self {
+        let host = |uri: &AMQPUri| (uri.authority.host.clone(), uri.authority.port.into());
         Self {
-            address: uri.authority.host.clone(),
-            port: uri.authority.port.into(),
+            hosts: hosts.iter().map(host).collect(),
+            current,
             client_id,
             metrics: metrics::are_exported().then(Metrics::new),
         }
+    }
+
+    fn host(&self) -> (&str, i64) {
+        let (address, port) = &self.hosts[self.current.load(Relaxed) % self.hosts.len()];
+        (address, *port)
     }
 
     /// Counts messages that were sent to the broker together at `started`, and records how long it took until
@@ -236,13 +257,14 @@ impl Broker {
         destination: String,
         error: Option<&'static str>,
     ) -> Vec<KeyValue> {
+        let (address, port) = self.host();
         let mut labels = vec![
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
             KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination),
-            KeyValue::new(semconv::SERVER_ADDRESS, self.address.clone()),
-            KeyValue::new(semconv::SERVER_PORT, self.port),
+            KeyValue::new(semconv::SERVER_ADDRESS, address.to_owned()),
+            KeyValue::new(semconv::SERVER_PORT, port),
         ];
         labels.extend(error.map(|error| KeyValue::new(semconv::ERROR_TYPE, error)));
         labels
@@ -258,7 +280,8 @@ impl Broker {
 
     /// Returns the attributes that a PRODUCER span has in addition once its message was sent.
     pub fn peer_attributes(&self) -> Vec<KeyValue> {
-        crate::peer(&self.address, self.port)
+        let (address, port) = self.host();
+        crate::peer(address, port)
     }
 
     /// Returns the attributes of a CONSUMER span. `message_id` is the message's own id, or the id that
@@ -285,6 +308,7 @@ impl Broker {
     }
 
     fn attributes(&self, operation: &'static str, destination: &str, routing_key: &str) -> Vec<KeyValue> {
+        let (address, port) = self.host();
         let mut attributes = Vec::with_capacity(16);
         attributes.extend([
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
@@ -292,8 +316,8 @@ impl Broker {
             KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination.to_owned()),
             KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id),
-            KeyValue::new(semconv::SERVER_ADDRESS, self.address.clone()),
-            KeyValue::new(semconv::SERVER_PORT, self.port),
+            KeyValue::new(semconv::SERVER_ADDRESS, address.to_owned()),
+            KeyValue::new(semconv::SERVER_PORT, port),
         ]);
         if !routing_key.is_empty() {
             attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_ROUTING_KEY, routing_key.to_owned()));
@@ -317,7 +341,8 @@ fn destination_name(parts: &[&str]) -> String {
 
 impl fmt::Display for Broker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.address, self.port)
+        let (address, port) = self.host();
+        write!(f, "{address}:{port}")
     }
 }
 

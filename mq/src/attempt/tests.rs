@@ -15,7 +15,7 @@ where
     let attempts = Attempts {
         processing,
         history: History::start(crate::history::parse_url(&database).unwrap()).0,
-        broker: Broker::new(&server.uri, "test"),
+        broker: Broker::new(server.uri(), "test"),
         forwarder: Forwarder::new(server, topology.clone(), Vec::new()),
         topology,
         relation: Relation::Parent,

@@ -34,9 +34,10 @@ impl Raw {
 
     /// Logs in, and opens channel 1. `heartbeat` is the interval in seconds; 0 means no heartbeats.
     pub async fn open_with_heartbeat(url: &str, heartbeat: u16) -> Result<Self> {
-        let mut raw = Self::connect(url).await?;
+        let uri: AMQPUri = url.parse().map_err(anyhow::Error::msg)?;
+        let (mut raw, virtual_host) = (Self::connect(url).await?, uri.vhost.as_str().into());
         raw.log_in(connection::TuneOk { channel_max: 2047, frame_max: 131_072, heartbeat }).await?;
-        raw.connection(connection::AMQPMethod::Open(connection::Open { virtual_host: "/".into() })).await?;
+        raw.connection(connection::AMQPMethod::Open(connection::Open { virtual_host })).await?;
         raw.expect(|method| matches!(method, AMQPClass::Connection(connection::AMQPMethod::OpenOk(_))))
             .await?;
         raw.method(1, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {}))).await?;

@@ -39,6 +39,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("AMQP_PREFIX", &prefixes[1]),
         ("AMQP_PREFIX", &prefixes[2]),
         ("AMQP_URL", &long_virtual_host),
+        ("AMQP_URL", "amqp://user:s3cr3t@h1/c,amqp://user:s3cr3t@h2/c"),
         ("OTEL_TRACES_EXPORTER", "jaeger"),
         ("OTEL_TRACES_EXPORTER", "otlp,none"),
         ("OTEL_TRACES_SAMPLER", "sometimes"),

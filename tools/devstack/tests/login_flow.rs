@@ -59,7 +59,7 @@ async fn every_span_has_the_attributes_of_the_semantic_conventions() -> Result<(
     let answer = stack.login(KNOWN_MOBILE, &[("user-agent", "test/1.0")]).await?;
     let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
     let (api_port, rpc_port) = (stack.api.address.port().to_string(), stack.rpc.address.port().to_string());
-    let uri = amqp::connection::parse_url(&stack.broker.url).unwrap().uri;
+    let uri = amqp::connection::parse_url(&stack.broker.url).unwrap().uri().clone();
     let (broker_host, broker_port) = (uri.authority.host, uri.authority.port.to_string());
 
     assert_eq!(

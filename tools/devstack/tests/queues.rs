@@ -292,6 +292,56 @@ async fn tap(stack: &Stack, routing_key: &str, arguments: &[(&str, AMQPValue)]) 
     Ok(tap)
 }
 
+/// The first host accepts connections and says nothing, and the second one ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hosts_of_the_broker_are_tried_in_turn() -> Result<()> {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let second = broker::Broker::start().await?;
+    let third = TestBroker::embedded().await?;
+    let hosts = format!("@{},{},", silent.local_addr()?, second.address());
+    let url = third.url.replacen('@', &hosts, 1);
+    let stack = Stack::start_on(third, &[("*", "AMQP_URL", &url)]).await?;
+    // Returns the ports in the spans of a login that the broker confirmed at once.
+    let confirming_ports = async || {
+        let answer = stack.login(KNOWN_MOBILE, &[]).await.ok()?;
+        assert_eq!(answer.status, 200);
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
+        let span = |kind| spans.iter().find(|span| span.kind == kind).expect("it is in the tree");
+        let is_confirmed = span("PRODUCER").attributes["throughline.publish.outcome"] == "confirmed";
+        is_confirmed
+            .then(|| ["PRODUCER", "CONSUMER"].map(|kind| span(kind).attributes["server.port"].clone()))
+    };
+    let port = second.address().port().to_string();
+    assert_eq!(confirming_ports().await, Some([port.clone(), port]));
+    drop(second);
+    stack.api.said("lost the connection").await?;
+    let ports = poll(PATIENCE, confirming_ports).await.with_context(|| stack.api.output())?;
+    assert!(ports.iter().all(|port| stack.broker.url.contains(&format!(":{port}/"))), "{ports:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_replaced_while_mq_is_away_is_bound_again() -> Result<()> {
+    let broker = TestBroker::connect().await?;
+    let (proxy, url) = broker.proxy()?;
+    let stack = Stack::start_on(broker, &[("mq", "AMQP_URL", &url)]).await?;
+    let (topology, database) = (&stack.broker.topology, &stack.broker.database);
+    proxy.refuse();
+    stack.mq.said("lost the connection").await?;
+    delete(&stack, &topology.queue).await?;
+    // Like api, this declares the queue and does not bind it.
+    topology.declare(&stack.broker.channel, &[]).await?;
+    proxy.restore();
+    // Before mq binds the queue, the broker drops the message.
+    let is_applied = poll(PATIENCE, async || {
+        let properties = BasicProperties::default().with_message_id("through the exchange".into());
+        let body = format!(r#"{{"Msg":"{KNOWN_MOBILE}"}}"#);
+        stack.publish(properties, body.as_bytes()).await.ok()?;
+        (database.logins(KNOWN_MOBILE).await.ok()? == (1, 1)).then_some(())
+    });
+    is_applied.await.with_context(|| stack.mq.output())
+}
+
 /// Logs in, and waits for the whole trace. The broker must have confirmed the login at once.
 async fn confirmed(stack: &Stack) -> Result<String> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;

@@ -309,6 +309,74 @@ async fn a_spool_that_cannot_be_opened_is_a_failure_that_says_why() -> Result<()
     Ok(())
 }
 
+/// Runs `api spool` with these variables; returns its exit code, its standard output and its log.
+async fn operate(command: &str, variables: &[(&str, &str)]) -> Result<(Option<i32>, String, String)> {
+    let variables = [&[("OTEL_TRACES_EXPORTER", "none")], variables].concat();
+    let output = Process::command("api", &variables)?.args(["spool", command]).output().await?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_lists_exports_and_drains_the_spool_of_an_instance_that_is_gone() -> Result<()> {
+    let mut stack = Stack::start(&[]).await?;
+    let data = TempDir::new()?;
+    let directory = data.path().to_string_lossy();
+    let proxy = behind_proxy(&mut stack, &[("API_DATA_DIR", &*directory)]).await?;
+    proxy.refuse();
+    let mut logins = Vec::new();
+    for baggage in ["k=1", "k=2", "k=3"] {
+        logins.push(stack.login(KNOWN_MOBILE, &[("baggage", baggage)]).await?);
+    }
+    let variables = [("API_DATA_DIR", &*directory)];
+    for command in ["list", "export", "drain"] {
+        let (code, out, log) = operate(command, &variables).await?;
+        assert_eq!((code, &*out), (Some(1), ""), "{command}: {log}");
+        assert!(log.contains(&format!("another process uses the spool in {directory}")), "{log}");
+    }
+    stack.api.kill().await?;
+
+    let (code, listed, log) = operate("list", &variables).await?;
+    assert_eq!((code, listed.lines().count()), (Some(0), 4), "{listed}{log}");
+    assert!(!(listed.clone() + &log).contains(KNOWN_MOBILE), "{listed}{log}");
+    let (code, exported, _) = operate("export", &variables).await?;
+    assert_eq!((code, exported.lines().count()), (Some(0), 3), "{exported}");
+    for ((line, entry), login) in exported.lines().zip(listed.lines().skip(1)).zip(&logins) {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        let [id, _age, bytes] = entry.split_whitespace().collect::<Vec<_>>()[..] else {
+            anyhow::bail!("{entry}");
+        };
+        assert_eq!((&message["id"], bytes), (&json!(id), &*line.len().to_string()));
+        assert_eq!(message["mobile"], KNOWN_MOBILE);
+        let headers = message["headers"].as_array().context("headers")?;
+        for (name, value) in [("traceparent", &*login.trace_id()), ("baggage", "k=")] {
+            let has = |header: &serde_json::Value| header[0] == name && header[1].to_string().contains(value);
+            assert!(headers.iter().any(has), "{name}: {line}");
+        }
+    }
+
+    // Without a broker, the logins stay.
+    let away = [variables[0], ("AMQP_URL", "amqp://127.0.0.1:1")];
+    let (code, out, log) = operate("drain", &away).await?;
+    assert_eq!((code, &*out), (Some(1), "published 0 of 3 logins\n"), "{log}");
+    assert!(log.contains("3 logins stay in the spool, because the broker at 127.0.0.1:1"), "{log}");
+    let broker = [("AMQP_URL", &*stack.broker.url), ("AMQP_PREFIX", &stack.broker.prefix)];
+    let (code, out, log) = operate("drain", &[&variables[..], &broker].concat()).await?;
+    assert_eq!((code, &*out), (Some(0), "published 3 of 3 logins\n"), "{log}");
+    for login in logins {
+        let trace = login.trace_id();
+        stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
+    }
+    let (code, out, _) = operate("export", &variables).await?;
+    assert_eq!((code, &*out), (Some(0), ""));
+
+    let missing = data.path().join("missing");
+    let (code, _, log) = operate("list", &[("API_DATA_DIR", &*missing.to_string_lossy())]).await?;
+    assert_eq!(code, Some(1));
+    assert!(log.contains("there is no spool in") && !missing.exists(), "{log}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bounds_of_the_spool_that_are_none_end_the_service_with_2() -> Result<()> {
     for variable in ["API_SPOOL_MAX_ENTRIES", "API_SPOOL_MAX_BYTES"] {

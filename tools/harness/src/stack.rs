@@ -346,7 +346,8 @@ impl TestBroker {
     }
 
     fn address(&self) -> Result<SocketAddr> {
-        let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
+        let authority =
+            amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri().authority.clone();
         let address = (authority.host.as_str(), authority.port).to_socket_addrs()?.next();
         address.context("the broker has no address")
     }
@@ -356,7 +357,8 @@ impl TestBroker {
     /// # Errors
     /// If the broker's URL is malformed.
     pub fn url_by(&self, address: SocketAddr) -> Result<String> {
-        let authority = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri.authority;
+        let authority =
+            amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?.uri().authority.clone();
         let from = format!("@{}:{}", authority.host, authority.port);
         Ok(self.url.replace(&from, &format!("@{address}")))
     }

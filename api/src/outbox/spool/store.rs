@@ -2,8 +2,8 @@
 
 use super::super::message::Message;
 use redb::{
-    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition,
-    backends::FileBackend,
+    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend,
+    TableDefinition, backends::FileBackend,
 };
 use std::{
     collections::BTreeSet,
@@ -13,6 +13,9 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
+
+/// The name of the file in the directory of the spool.
+pub const FILE: &str = "spool.redb";
 
 /// The entries by their number. An entry with a lower number is older.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
@@ -77,7 +80,7 @@ impl Store {
     /// Opens or makes the file in this directory, and reads it once.
     pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let path = directory.join("spool.redb");
+        let path = directory.join(FILE);
         let (database, file) = open(&path)?;
         let (held, last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
         let (database, opened, set_aside) = (Some(database), Instant::now(), BTreeSet::new());
@@ -222,12 +225,15 @@ fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
     // The file's name must survive a loss of power as well.
     File::open(path.parent().unwrap_or(path))?.sync_all()?;
     let metadata = file.metadata()?;
-    let backend = FileBackend::new(file).map_err(open_error)?;
+    let database = open_in(FileBackend::new(file).map_err(open_error)?)?;
+    Ok((database, (metadata.dev(), metadata.ino())))
+}
+
+fn open_in(backend: impl StorageBackend) -> Result<Database, OpenError> {
     let mut builder = Builder::new();
     // This finds a damaged file now rather than later.
     builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
-    let database = builder.create_with_backend(backend).map_err(open_error)?;
-    Ok((database, (metadata.dev(), metadata.ino())))
+    builder.create_with_backend(backend).map_err(open_error)
 }
 
 fn open_error(error: DatabaseError) -> OpenError {
@@ -266,6 +272,8 @@ fn not_a_message() -> redb::Error {
 
 #[cfg(test)]
 mod tests {
+    mod power_cut;
+
     use super::*;
     use opentelemetry::Context;
     use proptest::prelude::*;

@@ -211,10 +211,7 @@ impl Parts {
             Some((broker, _)) => format!("{}, embedded (guest, guest)", broker.address()),
             // The URL may contain a password.
             None => match amqp::connection::parse_url(self.variable("AMQP_URL")) {
-                Ok(server) => {
-                    let authority = server.uri.authority;
-                    format!("{}:{}, by AMQP_URL", authority.host, authority.port)
-                }
+                Ok(server) => format!("{server}, by AMQP_URL"),
                 Err(_) => "by AMQP_URL".to_owned(),
             },
         };
