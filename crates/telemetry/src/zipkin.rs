@@ -1,8 +1,9 @@
 //! Exports spans to Zipkin with the published exporter. That exporter is deprecated upstream, so the lasting
 //! solution is a collector in between.
 //!
-//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans, and gives a
-//! root span a parent id of zeros. Both faults are corrected in the JSON of the request.
+//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans, and the remote
+//! endpoint, from which it knows the broker, and gives a root span a parent id of zeros. These faults are corrected
+//! in the JSON of the request.
 
 #![expect(deprecated, reason = "upstream deprecates it for OTLP, which is the default here")]
 
@@ -13,6 +14,7 @@ use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_sdk::Resource;
 use opentelemetry_zipkin::ZipkinExporter;
 use serde_json::{Value, json};
+use std::net::IpAddr;
 
 /// Sends spans as Zipkin v2 JSON.
 pub(crate) fn exporter(
@@ -56,10 +58,35 @@ impl Mending {
                 span["tags"][key] = json!(value);
             }
         }
+        if let Some(remote) = remote_endpoint(&span["tags"]) {
+            span["remoteEndpoint"] = remote;
+        }
         if span["parentId"] == "0000000000000000"
             && let Some(span) = span.as_object_mut()
         {
             span.remove("parentId");
         }
     }
+}
+
+/// Returns the other side of a call or of a message. Only the broker has a name: a service names itself in its own
+/// spans, and Zipkin would draw another name, such as an address, as a service of its own.
+fn remote_endpoint(tags: &Value) -> Option<Value> {
+    let name = tags["messaging.system"].as_str();
+    let tag = |attribute: &str| {
+        // The consumer's span names no peer, because a message may be processed after its connection has ended.
+        let broker = name.and_then(|_| tags[format!("server.{attribute}")].as_str());
+        tags[format!("network.peer.{attribute}")].as_str().or(broker)
+    };
+    let mut endpoint = json!({});
+    if let Some(name) = name {
+        endpoint["serviceName"] = json!(name);
+    }
+    if let Some(address) = tag("address").and_then(|address| address.parse::<IpAddr>().ok()) {
+        endpoint[if address.is_ipv4() { "ipv4" } else { "ipv6" }] = json!(address);
+    }
+    if let Some(port) = tag("port").and_then(|port| port.parse::<u16>().ok()) {
+        endpoint["port"] = json!(port);
+    }
+    Some(endpoint).filter(|endpoint| endpoint != &json!({}))
 }

@@ -294,13 +294,9 @@ impl<'a> JaegerSpan<'a> {
     }
 }
 
-/// Returns a reference to the parent, then references to the links.
+/// Returns a reference to the parent, then references to the links. As in Jaeger, if a link leads to the parent,
+/// there is only the reference to the link.
 fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>) -> Vec<Reference> {
-    let parent = stored.parent.map(|parent| Reference {
-        ref_type: "CHILD_OF",
-        trace_id: trace_id.to_string(),
-        span_id: parent.to_string(),
-    });
     // OTLP allows a link with attributes only, but a reference needs a trace id and a span id.
     let links = span.links.iter().filter_map(|link| {
         Some(Reference {
@@ -309,7 +305,14 @@ fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>)
             span_id: SpanId::from_bytes(&link.span_id)?.to_string(),
         })
     });
-    parent.into_iter().chain(links).collect()
+    let mut references: Vec<_> = links.collect();
+    if let Some(parent) = stored.parent {
+        let (trace_id, span_id) = (trace_id.to_string(), parent.to_string());
+        if !references.iter().any(|link| link.trace_id == trace_id && link.span_id == span_id) {
+            references.insert(0, Reference { ref_type: "CHILD_OF", trace_id, span_id });
+        }
+    }
+    references
 }
 
 /// The processes of a trace. Each process is listed once, although its resource comes with every batch of

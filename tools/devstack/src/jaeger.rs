@@ -34,18 +34,19 @@ fn to_span(span: &Value, processes: &Value) -> Span {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let process = &processes[span["processID"].as_str().unwrap_or_default()];
     let references: Vec<_> = span["references"].as_array().into_iter().flatten().collect();
-    // Links are references too, of the type FOLLOWS_FROM.
-    let is_parent =
-        |reference: &&Value| reference["traceID"] == span["traceID"] && reference["refType"] == "CHILD_OF";
-    let parent = references.iter().position(is_parent);
-    let links = references.iter().enumerate().filter(|(i, _)| Some(*i) != parent);
+    // Links are references too, of the type FOLLOWS_FROM. If a link leads to the parent (`MQ_RELATION=both`),
+    // Jaeger returns no other reference to it.
+    let is_link = |reference: &&&Value| reference["refType"] == "FOLLOWS_FROM";
+    let in_trace = || references.iter().filter(|reference| reference["traceID"] == span["traceID"]);
+    let parent = in_trace().find(|reference| !is_link(reference)).or_else(|| in_trace().next());
+    let links = references.iter().filter(is_link);
     let mut attributes = tags(&span["tags"]);
     let mut take = |key: &str| attributes.remove(key).unwrap_or_default();
     let start = span["startTime"].as_u64().unwrap_or_default().saturating_mul(1000);
     Span {
         trace_id: text(&span["traceID"]),
         span_id: text(&span["spanID"]),
-        parent_span_id: parent.map(|i| text(&references[i]["spanID"])).unwrap_or_default(),
+        parent_span_id: parent.map(|parent| text(&parent["spanID"])).unwrap_or_default(),
         service: text(&process["serviceName"]),
         name: text(&span["operationName"]),
         kind: match take("span.kind").as_str() {
@@ -69,7 +70,7 @@ fn to_span(span: &Value, processes: &Value) -> Span {
         attributes,
         resource: tags(&process["tags"]),
         events: span["logs"].as_array().into_iter().flatten().map(event).collect(),
-        links: links.map(|(_, link)| (text(&link["traceID"]), text(&link["spanID"]))).collect(),
+        links: links.map(|link| (text(&link["traceID"]), text(&link["spanID"]))).collect(),
         // Jaeger's JSON has no flags.
         flags: 0,
     }
@@ -134,6 +135,16 @@ mod tests {
         );
         assert_eq!(span.events[0].0, "retry");
         assert_eq!(span.resource["host.name"], "h");
+    }
+
+    #[test]
+    fn a_link_to_the_parent_is_both() {
+        let link = json!({"refType": "FOLLOWS_FROM", "traceID": "a", "spanID": "2"});
+        let other = json!({"refType": "FOLLOWS_FROM", "traceID": "b", "spanID": "3"});
+        let trace = json!({"spans": [{"traceID": "a", "spanID": "1", "references": [other, link]}]});
+        let [span] = &spans(&trace)[..] else { panic!("one span") };
+        assert_eq!(span.parent_span_id, "2");
+        assert_eq!(span.links, [("b".to_owned(), "3".to_owned()), ("a".to_owned(), "2".to_owned())]);
     }
 
     #[test]

@@ -194,6 +194,13 @@ fn differences(case: &Case, answer: &Answer, spans: &[Span]) -> String {
         };
         mark('-', &expected, &found, &mut out);
         mark('+', &found, &expected, &mut out);
+        let is_complete = |tree: &str| tree.contains("mq_consumer_msg");
+        if is_complete(&expected) && !is_complete(&found) {
+            out.push_str(
+                "mq_consumer_msg must be below send_msg_mq, as it is with MQ_RELATION=parent or both. With \
+                 MQ_RELATION=link it is in a trace of its own, which is not checked.\n",
+            );
+        }
     }
     for (name, key, value) in case.attributes {
         for span in spans.iter().filter(|span| span.name == *name) {
@@ -241,6 +248,13 @@ mod tests {
         let case = &cases()[2];
         let answer = answer(StatusCode::BAD_REQUEST, r#"{"traceId":"4bf92f3577b34da6a3ce929d0e0e4736"}"#);
         assert_eq!(differences(case, &answer, &[server_span("SERVER")]), "");
+    }
+
+    #[test]
+    fn a_consumer_span_that_is_elsewhere_is_told_with_what_is_expected() {
+        let answer = answer(StatusCode::OK, r#"{"accessToken":"x"}"#);
+        let found = differences(&cases()[0], &answer, &[server_span("SERVER")]);
+        assert!(found.contains("as it is with MQ_RELATION=parent or both"), "{found}");
     }
 
     #[test]

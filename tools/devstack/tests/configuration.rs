@@ -347,19 +347,23 @@ async fn several_exporters_send_at_once() -> Result<()> {
         .iter()
         .map(|span| {
             assert_eq!(span["traceId"], answer.trace_id());
-            format!("{} {} {}", span["localEndpoint"]["serviceName"], span["kind"], span["name"])
+            let remote = &span["remoteEndpoint"];
+            assert_eq!(remote["port"].is_u64(), !span["kind"].is_null(), "{span}");
+            assert_eq!(remote["ipv4"].is_string(), !span["kind"].is_null(), "{span}");
+            let service = &span["localEndpoint"]["serviceName"];
+            format!("{service} {} {} {}", span["kind"], span["name"], remote["serviceName"])
         })
         .collect();
     received.sort();
     assert_eq!(
         received,
         [
-            r#""api" "CLIENT" "usercenter.v1.Usercenter/GetUserByMobile""#,
-            r#""api" "PRODUCER" "send_msg_mq""#,
-            r#""api" "SERVER" "POST /usercenter/v1/user/login""#,
-            r#""api" null "local""#,
-            r#""mq" "CONSUMER" "mq_consumer_msg""#,
-            r#""usercenter" "SERVER" "usercenter.v1.Usercenter/GetUserByMobile""#,
+            r#""api" "CLIENT" "usercenter.v1.Usercenter/GetUserByMobile" null"#,
+            r#""api" "PRODUCER" "send_msg_mq" "rabbitmq""#,
+            r#""api" "SERVER" "POST /usercenter/v1/user/login" null"#,
+            r#""api" null "local" null"#,
+            r#""mq" "CONSUMER" "mq_consumer_msg" "rabbitmq""#,
+            r#""usercenter" "SERVER" "usercenter.v1.Usercenter/GetUserByMobile" null"#,
         ]
     );
     assert!(stack.mq.output().contains("mq_consumer_msg"), "{}", stack.mq.output());

@@ -2,6 +2,7 @@
 //!
 //! - [`stack`]: the services with a broker and a receiver, as the end-to-end tests use them
 //! - [`process`]: a service as a real process; `orphans` ends it if its parent is killed
+//! - [`go_zero`]: the same services in Go, which stand in for those in Rust
 //! - [`receiver`]: a receiver of OTLP (and Zipkin) on a free port
 //! - [`trace`]: the received spans, drawn as a tree; [`metric`] and [`log`]: the other two signals
 //! - [`client`]: a small HTTP client
@@ -15,6 +16,7 @@
 pub mod balancer;
 pub mod certificates;
 pub mod database;
+pub mod go_zero;
 mod orphans;
 pub mod process;
 pub mod proxy;

@@ -128,7 +128,7 @@ impl Process {
         Ok(Self { _data: Some(data), ..Self::spawn(name, address, command)? })
     }
 
-    fn spawn(name: &'static str, address: SocketAddr, mut command: Command) -> Result<Self> {
+    pub(crate) fn spawn(name: &'static str, address: SocketAddr, mut command: Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         command.process_group(orphans::group());
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
@@ -157,7 +157,7 @@ impl Process {
         Ok(command)
     }
 
-    fn isolated(binary: PathBuf, variables: &[(&str, &str)]) -> Command {
+    pub(crate) fn isolated(binary: PathBuf, variables: &[(&str, &str)]) -> Command {
         let mut command = Command::new(binary);
         for (variable, _) in env::vars_os() {
             let variable = variable.to_string_lossy();

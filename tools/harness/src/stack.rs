@@ -5,7 +5,7 @@ use crate::{
     certificates::Files,
     client::{Answer, Client},
     database::Database,
-    poll,
+    go_zero, poll,
     process::Process,
     proxy::Proxy,
     receiver::Receiver,
@@ -74,23 +74,40 @@ impl Stack {
     ///
     /// # Errors
     /// If a part doesn't start.
-    pub async fn start_on(mut broker: TestBroker, variables: Variables<'_>) -> Result<Self> {
+    pub async fn start_on(broker: TestBroker, variables: Variables<'_>) -> Result<Self> {
+        Self::start_mixed(broker, &[], variables).await
+    }
+
+    /// Does the same as [`Stack::start_on`], with the services `in_go` of the system on go-zero.
+    ///
+    /// # Errors
+    /// If a part doesn't start.
+    pub async fn start_mixed(
+        mut broker: TestBroker,
+        in_go: &[&str],
+        variables: Variables<'_>,
+    ) -> Result<Self> {
         let receiver = Receiver::start().await?;
         if let Some((.., list)) = variables.iter().find(|(_, name, _)| *name == "MQ_RETRY_DELAYS") {
             broker.retry_delays = delays(list);
         }
         let mut settings = Settings::new(&broker, &receiver, variables);
 
-        let rpc = Process::start("rpc", &settings.of("rpc")).await?;
+        let start = async |name, variables: &[(&str, &str)]| match in_go.contains(&name) {
+            true => go_zero::start(name, variables).await,
+            false => Process::start(name, variables).await,
+        };
+        let rpc = start("rpc", &settings.of("rpc")).await?;
         let has_tls = variables.iter().any(|(_, name, _)| *name == "USERCENTER_TLS_CERTIFICATE");
         settings.usercenter_url = format!("{}://{}", if has_tls { "https" } else { "http" }, rpc.address);
         let (for_api, for_mq) = (settings.of("api"), settings.of("mq"));
-        let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &for_mq))?;
-        try_join!(
-            api.said("connected to the broker"),
-            mq.said("consuming"),
-            mq.said("the database is available")
-        )?;
+        let (api, mq) = try_join!(start("api", &for_api), start("mq", &for_mq))?;
+        if !in_go.contains(&"api") {
+            api.said("connected to the broker").await?;
+        }
+        if !in_go.contains(&"mq") {
+            try_join!(mq.said("consuming"), mq.said("the database is available"))?;
+        }
         Ok(Self { api, rpc, mq, receiver, broker, client: Client::new() })
     }
 

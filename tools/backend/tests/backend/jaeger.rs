@@ -178,6 +178,23 @@ async fn a_trace_is_the_document_that_jaeger_answers_with() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_link_to_the_parent_is_the_only_reference_to_it() -> Result<()> {
+    let fixture = Fixture::start().await?;
+    let link = |trace: u128, span: u64| Link {
+        trace_id: trace.to_be_bytes().into(),
+        span_id: span.to_be_bytes().into(),
+        ..Link::default()
+    };
+    let both = Span { links: vec![link(2, 1), link(1, 1)], ..span(1, 2, 1, "consume") };
+    fixture.export("shop", [both]).await?;
+    let trace = fixture.get(&format!("/api/traces/{}", trace_id(1))).await?.json();
+    let reference = |id| json!({ "refType": "FOLLOWS_FROM", "traceID": id, "spanID": "0000000000000001" });
+    let expected = json!([reference(trace_id(2)), reference(trace_id(1))]);
+    assert_eq!(trace["data"][0]["spans"][0]["references"], expected);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn in_the_third_api_a_trace_is_what_was_exported() -> Result<()> {
     let fixture = with_everything().await?;
     let span = |id: u64, name: &str, kind: u8, parent: &str, start: &str, end: &str| {
