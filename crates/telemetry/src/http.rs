@@ -14,31 +14,29 @@
 //! is continued; the response carries the span's id in the header `traceparent`, so that `curl -i` leads
 //! to the trace.
 
+mod request;
+
 use crate::{
     ErrorType,
     body::{AwaitsBody, BodyEnd, TracedBody},
-    config::KNOWN_METHODS_VARIABLE,
-    headers::{Headers, TRACEPARENT, peer_attributes, server_attributes},
-    metrics::{self, Measurement},
-    redaction::{user_agent, without_long_numbers},
+    headers::{Headers, TRACEPARENT},
+    metrics,
     semconv::{self, CANCELLED, OTHER, PANIC},
 };
-use axum::extract::{ConnectInfo, MatchedPath};
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use axum::extract::MatchedPath;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body;
 use opentelemetry::{
-    Context, KeyValue, StringValue, Value,
+    Context, KeyValue, StringValue,
     context::FutureExt,
     global::{BoxedSpan, BoxedTracer},
-    metrics::{Histogram, UpDownCounter},
     trace::{SpanBuilder, SpanKind, Status, TraceContextExt, Tracer},
 };
+use request::{Measured, Metrics, known_method, request_attributes};
 use std::{
     borrow::Cow,
-    env,
-    net::SocketAddr,
     pin::Pin,
-    sync::{Arc, LazyLock},
+    sync::Arc,
     task::{self, Poll},
     thread,
 };
@@ -54,28 +52,11 @@ pub struct HttpServerLayer {
     metrics: Option<Metrics>,
 }
 
-/// The metrics `http.server.*` of semantic conventions 1.45. Values that a caller can choose freely, such as
-/// a path or a host, are not among their attributes.
-#[derive(Clone)]
-struct Metrics {
-    duration: Histogram<f64>,
-    active: UpDownCounter<i64>,
-}
-
 impl HttpServerLayer {
     /// Makes a layer that uses the current global tracer provider.
     #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
     pub fn new() -> Self {
-        let metrics = metrics::are_exported().then(|| {
-            let meter = metrics::meter();
-            Metrics {
-                duration: metrics::duration_histogram(&meter, "http.server.request.duration"),
-                active: meter
-                    .i64_up_down_counter("http.server.active_requests")
-                    .with_unit("{request}")
-                    .build(),
-            }
-        });
+        let metrics = metrics::are_exported().then(Metrics::new);
         Self { tracer: Arc::new(crate::layers_tracer()), metrics }
     }
 }
@@ -151,44 +132,6 @@ fn start_span<B>(tracer: &BoxedTracer, request: &Request<B>, parent: &Context) -
     tracer.build_with_context(builder, parent)
 }
 
-fn request_attributes<B>(
-    request: &Request<B>,
-    method: Option<&'static str>,
-    route: Option<&str>,
-) -> Vec<KeyValue> {
-    let mut attributes = Vec::with_capacity(16);
-    let mut set = |key: &'static str, value: Value| attributes.push(KeyValue::new(key, value));
-
-    set(semconv::HTTP_REQUEST_METHOD, method.unwrap_or(OTHER).into());
-    if method.is_none() {
-        set(semconv::HTTP_REQUEST_METHOD_ORIGINAL, without_long_numbers(request.method().as_str()).into());
-    }
-    if let Some(route) = route {
-        set(semconv::HTTP_ROUTE, route.to_owned().into());
-    }
-    // The query is left out, because personal data and secrets are often sent there by mistake.
-    set(semconv::URL_PATH, without_long_numbers(request.uri().path()).into());
-    set(
-        semconv::URL_SCHEME,
-        request.uri().scheme_str().map_or("http".into(), |scheme| scheme.to_owned().into()),
-    );
-    if let Some(agent) = request.headers().get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
-        set(semconv::USER_AGENT_ORIGINAL, user_agent(agent).into());
-    }
-    if let Some(version) = protocol_version(request.version()) {
-        set(semconv::NETWORK_PROTOCOL_VERSION, version.into());
-    }
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    let authority = request.uri().authority().map(|authority| authority.as_str()).or(host);
-    if let Some(authority) = authority.and_then(|authority| authority.parse::<http::uri::Authority>().ok()) {
-        attributes.extend(server_attributes(&authority));
-    }
-    if let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() {
-        attributes.extend(peer_attributes(*peer));
-    }
-    attributes
-}
-
 /// A server span that ends with the response's body. If it is dropped before that, it ends with an error.
 #[derive(Debug)]
 pub struct HttpServerSpan {
@@ -197,39 +140,6 @@ pub struct HttpServerSpan {
     measured: Option<Measured>,
     /// How the request ended. An error has its `error.type`; the status of a response tells the rest.
     outcome: Option<Result<(), &'static str>>,
-}
-
-/// Measures one request, which counts as active until this is dropped.
-#[derive(Debug)]
-struct Measured {
-    duration: Measurement,
-    active: UpDownCounter<i64>,
-    of_active: [KeyValue; 2],
-}
-
-impl Measured {
-    fn start<B>(metrics: &Metrics, request: &Request<B>) -> Self {
-        let scheme = if request.uri().scheme_str() == Some("https") { "https" } else { "http" };
-        let of_active = [
-            KeyValue::new(semconv::HTTP_REQUEST_METHOD, known_method(request.method()).unwrap_or(OTHER)),
-            KeyValue::new(semconv::URL_SCHEME, scheme),
-        ];
-        metrics.active.add(1, &of_active);
-        let mut duration = Measurement::start(&metrics.duration, of_active.to_vec());
-        if let Some(route) = request.extensions().get::<MatchedPath>() {
-            duration.set(semconv::HTTP_ROUTE, route.as_str().to_owned());
-        }
-        if let Some(version) = protocol_version(request.version()) {
-            duration.set(semconv::NETWORK_PROTOCOL_VERSION, version);
-        }
-        Self { duration, active: metrics.active.clone(), of_active }
-    }
-}
-
-impl Drop for Measured {
-    fn drop(&mut self) {
-        self.active.add(-1, &self.of_active);
-    }
 }
 
 impl HttpServerSpan {
@@ -309,27 +219,4 @@ impl Drop for HttpServerSpan {
         }
         span.end();
     }
-}
-
-/// The methods of RFC 9110, PATCH of RFC 5789, and QUERY.
-const KNOWN_METHODS: &str = "CONNECT,DELETE,GET,HEAD,OPTIONS,PATCH,POST,PUT,QUERY,TRACE";
-
-/// Returns the name of a known method. Any other method is reported as `_OTHER`, because callers can invent
-/// methods.
-fn known_method(method: &Method) -> Option<&'static str> {
-    static KNOWN: LazyLock<Vec<String>> = LazyLock::new(|| {
-        let list = env::var(KNOWN_METHODS_VARIABLE).ok().filter(|list| !list.trim().is_empty());
-        let list = list.as_deref().unwrap_or(KNOWN_METHODS);
-        list.split(',').map(|method| method.trim().to_owned()).collect()
-    });
-    KNOWN.iter().map(String::as_str).find(|known| *known == method.as_str())
-}
-
-fn protocol_version(version: Version) -> Option<&'static str> {
-    Some(match version {
-        Version::HTTP_10 => "1.0",
-        Version::HTTP_11 => "1.1",
-        Version::HTTP_2 => "2",
-        _ => return None,
-    })
 }
