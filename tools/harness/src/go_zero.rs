@@ -39,7 +39,8 @@ pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Pro
     let of = |name: &str| variables.iter().rfind(|(of, _)| *of == name).map_or("", |(_, value)| value);
     let or = |name: &str, default| Some(of(name)).filter(|value| !value.is_empty()).unwrap_or(default);
     let after_scheme = |name: &str| of(name).rsplit("://").next().unwrap_or_default();
-    let broker = amqp::connection::parse_url(of("AMQP_URL")).map_err(anyhow::Error::msg)?.uri.authority;
+    let server = amqp::connection::parse_url(of("AMQP_URL")).map_err(anyhow::Error::msg)?;
+    let broker = &server.uri().authority;
     let (broker_port, port) = (broker.port.to_string(), free_port()?);
     let (listen, port_text) = (format!("127.0.0.1:{port}"), port.to_string());
     let database = after_scheme("MQ_DATABASE_URL");
