@@ -43,6 +43,20 @@ pub enum Fault {
     HostileCaller,
     /// A body is too large for api, another one for mq, and contexts are too long for a frame of each.
     MessageTooLarge,
+    /// The broker is silent for both services, for longer than a confirm and a heartbeat may take.
+    SilentBroker,
+    /// A stranger's queue is bound to the exchange, and the main queue is not.
+    Tap,
+    /// The folder of mq's database is moved away, and comes back.
+    DatabaseGone,
+    /// mq is killed 22 times in a row, each time after it has processed a login, but before the broker has the
+    /// acknowledgement.
+    KillMqOften,
+    /// The broker is killed while messages wait for a retry.
+    BrokerRestartWithRetries,
+    /// Second instances of all services run beside the first, which are then killed. The spool of the killed api
+    /// is drained.
+    TwoOfEach,
 }
 
 /// A link that can fail while the other links work.
@@ -121,7 +135,7 @@ impl Step {
     /// Returns whether logins may be refused during the fault, because it affects usercenter or api's disk.
     pub fn excuses_refusals(&self) -> bool {
         match self.fault {
-            Fault::KillUsercenter | Fault::DiskFull => true,
+            Fault::KillUsercenter | Fault::DiskFull | Fault::TwoOfEach => true,
             Fault::Reset | Fault::HalfOpen => self.link == Link::ApiUsercenter,
             Fault::KillApi
             | Fault::KillMq
@@ -135,7 +149,12 @@ impl Step {
             | Fault::CollectorSilent
             | Fault::KillApiWithoutBroker
             | Fault::HostileCaller
-            | Fault::MessageTooLarge => false,
+            | Fault::MessageTooLarge
+            | Fault::SilentBroker
+            | Fault::Tap
+            | Fault::DatabaseGone
+            | Fault::KillMqOften
+            | Fault::BrokerRestartWithRetries => false,
         }
     }
 }

@@ -85,6 +85,21 @@ impl History {
         Ok(())
     }
 
+    /// Makes the database refuse all logins, or take them again.
+    ///
+    /// # Errors
+    /// If the database can't be written.
+    pub async fn refuse_all(&mut self, on: bool) -> Result<()> {
+        let change = if on {
+            "CREATE TRIGGER chaos_refuses_all BEFORE INSERT ON login_history \
+             BEGIN SELECT RAISE(ABORT, 'refused by the test'); END"
+        } else {
+            "DROP TRIGGER chaos_refuses_all"
+        };
+        sqlx::query(change).execute(&mut self.connection).await?;
+        Ok(())
+    }
+
     /// Returns whether a login took effect.
     pub fn has(&self, trace: TraceId) -> bool {
         self.effects.contains_key(&trace)

@@ -9,6 +9,7 @@ use super::{
     poison::Poison,
     system::{Service, System},
 };
+use amqp::Topology;
 use anyhow::{Context, Result};
 use harness::{
     poll,
@@ -16,10 +17,10 @@ use harness::{
 };
 use lapin::{
     Channel,
-    options::{QueueDeclareOptions, QueueDeleteOptions},
+    options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{FieldTable, ShortString},
 };
-use std::time::Duration;
+use std::{fs, time::Duration};
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep, timeout},
@@ -122,6 +123,45 @@ impl Target<'_> {
                 sleep(step.hold).await;
                 wrong.extend(hostile.stop().await.wrong);
             }
+            Fault::SilentBroker => {
+                let links = [&self.system.api_broker, &self.system.mq_broker];
+                links.iter().for_each(|link| link.freeze());
+                // After 4 seconds, heartbeats are missing.
+                sleep(Duration::from_secs(4) + step.hold).await;
+                links.iter().for_each(|link| link.restore());
+            }
+            Fault::Tap => self.tap(step.hold).await?,
+            Fault::DatabaseGone => {
+                let file = self.system.database();
+                let folder = file.parent().context("the database has no folder")?;
+                let away = folder.with_extension("away");
+                fs::rename(folder, &away)?;
+                sleep(step.hold).await;
+                // mq may have made an empty database, which it does not use.
+                let _ = fs::remove_dir_all(folder);
+                fs::rename(away, folder)?;
+            }
+            Fault::KillMqOften => {
+                let mut note = None;
+                for _ in 0..22 {
+                    let ack = self.system.mq_broker.withhold(Side::Client, BASIC_ACK);
+                    note = self.crash_at(ack, Service::Mq).await?.or(note);
+                }
+                return Ok(note.into());
+            }
+            Fault::BrokerRestartWithRetries => {
+                self.history.refuse_all(true).await?;
+                sleep(Duration::from_millis(300)).await;
+                self.history.refuse_all(false).await?;
+                self.system.broker.down().await?;
+                sleep(step.hold).await;
+                self.system.broker.up().await?;
+            }
+            Fault::TwoOfEach => {
+                for service in Service::ALL {
+                    self.system.replace(service, step.hold / 2).await?;
+                }
+            }
             Fault::MessageTooLarge => {
                 self.poison.publish_too_large(self.system).await?;
                 // The control has no bounds.
@@ -149,6 +189,23 @@ impl Target<'_> {
     async fn restart(&mut self, service: Service) -> Result<()> {
         self.system.kill(service).await?;
         self.system.start_service(service, None).await
+    }
+
+    /// Binds a queue of its own to the exchange, in place of the main queue.
+    async fn tap(&self, hold: Duration) -> Result<()> {
+        let (connection, channel) = self.system.broker.connect().await?;
+        let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+        let tap = channel.queue_declare("".into(), options, FieldTable::default()).await?;
+        let Topology { exchange, routing_key, queue, .. } = &self.system.topology;
+        let (exchange, key) = (ShortString::from(exchange.as_str()), ShortString::from(routing_key.as_str()));
+        let queue = ShortString::from(queue.as_str());
+        let (options, none) = (QueueBindOptions::default(), FieldTable::default);
+        channel.queue_bind(tap.name().clone(), exchange.clone(), key.clone(), options, none()).await?;
+        channel.queue_unbind(queue.clone(), exchange.clone(), key.clone(), none()).await?;
+        sleep(hold).await;
+        channel.queue_bind(queue, exchange, key, options, none()).await?;
+        connection.close(200, "done".into()).await?;
+        Ok(())
     }
 
     /// Kills a service when a frame to or from it has been withheld, at the latest after `PATIENCE`.

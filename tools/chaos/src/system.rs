@@ -6,7 +6,7 @@ use super::{
     spans::Collector,
 };
 use amqp::{QueueType, Topology};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use harness::{process::Process, proxy::Proxy};
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use std::{
@@ -14,9 +14,10 @@ use std::{
     io::Write,
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 use tempfile::TempDir;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
 
 /// A service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub struct System {
     /// api's current address.
     pub api_address: watch::Sender<SocketAddr>,
     services: [Option<Process>; 3],
+    /// The number of the api that runs now. Each one that runs beside another has a spool of its own.
+    api: usize,
     directory: TempDir,
     /// Whether the control replaces api and mq.
     pub is_control: bool,
@@ -74,8 +77,9 @@ impl System {
     /// If a part doesn't start.
     pub async fn start(kind: Kind, is_control: bool) -> Result<Self> {
         let directory = TempDir::new()?;
-        fs::create_dir(directory.path().join("logs"))?;
-        fs::create_dir(directory.path().join("data"))?;
+        for folder in ["logs", "mq"] {
+            fs::create_dir(directory.path().join(folder))?;
+        }
         let broker = Broker::start(kind).await?;
         let collector = Collector::start()?;
         // Until a service runs, this address stands for the service's own.
@@ -90,6 +94,7 @@ impl System {
             collector,
             api_address: watch::Sender::new(nowhere),
             services: [None, None, None],
+            api: 0,
             directory,
             is_control,
         };
@@ -115,11 +120,10 @@ impl System {
             format!("amqp://guest:guest@{}/%2f?heartbeat=2&frame_max=8192", link.address)
         };
         let link = if service == Service::Api { &self.api_broker } else { &self.mq_broker };
-        let data = self.directory.path().join("data");
         let variables = [
             ("AMQP_URL", amqp_url(link)),
             ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
-            ("API_DATA_DIR", data.display().to_string()),
+            ("API_DATA_DIR", self.spool().display().to_string()),
             ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
             // Half of the time-out is for the disk. With less, a stalled disk would look like a broker that
             // refuses logins.
@@ -171,6 +175,36 @@ impl System {
             let _ = process.kill().await;
             let _ = process.exit().await;
             self.keep_log(&process, "killed")?;
+        }
+        Ok(())
+    }
+
+    /// Starts a second instance of a service, lets both run for `hold`, and kills the first. If it is an api, the
+    /// broker is away meanwhile, and afterwards the logins in its spool are published.
+    ///
+    /// # Errors
+    /// If the second instance does not start, or the spool can't be drained.
+    pub async fn replace(&mut self, service: Service, hold: Duration) -> Result<()> {
+        let (first, spool) = (self.services[service as usize].take(), self.spool());
+        if service == Service::Api {
+            self.api += 1;
+            self.api_broker.refuse();
+            sleep(hold).await;
+        }
+        self.start_service(service, None).await?;
+        sleep(hold).await;
+        if let Some(mut first) = first {
+            let _ = first.kill().await;
+            let _ = first.exit().await;
+            self.keep_log(&first, "killed")?;
+        }
+        self.api_broker.restore();
+        if service == Service::Api && !self.is_control {
+            let url = format!("amqp://guest:guest@{}/%2f", self.broker.address());
+            let spool = spool.display().to_string();
+            let variables = [("AMQP_URL", &*url), ("API_DATA_DIR", &spool), ("OTEL_TRACES_EXPORTER", "none")];
+            let drained = Process::command("api", &variables)?.args(["spool", "drain"]).output().await?;
+            ensure!(drained.status.success(), "draining: {}", String::from_utf8_lossy(&drained.stderr));
         }
         Ok(())
     }
@@ -239,14 +273,18 @@ impl System {
 
     /// Returns the path of mq's database.
     pub fn database(&self) -> PathBuf {
-        self.directory.path().join("data/mq.db")
+        self.directory.path().join("mq/mq.db")
+    }
+
+    /// Returns the directory of api's spool.
+    fn spool(&self) -> PathBuf {
+        self.directory.path().join(format!("api{}", self.api))
     }
 
     /// Returns the size of api's largest file, in kilobytes.
     pub fn spool_size(&self) -> u64 {
-        let files = fs::read_dir(self.directory.path().join("data")).into_iter().flatten().flatten();
-        let of_api = files.filter(|file| !file.file_name().to_string_lossy().starts_with("mq.db"));
-        of_api.filter_map(|file| Some(file.metadata().ok()?.len() / 1024)).max().unwrap_or_default()
+        let files = fs::read_dir(self.spool()).into_iter().flatten().flatten();
+        files.filter_map(|file| Some(file.metadata().ok()?.len() / 1024)).max().unwrap_or_default()
     }
 
     /// Keeps the directory of logs and data; returns its path.

@@ -119,7 +119,7 @@ proptest! {
         let (disk, folder) = (Disk::default(), TempDir::new().unwrap());
         let mut store = disk.store(&folder);
         let (mut removed, mut last) = (0, 0);
-        disk.carry_out(Operation::Answered(1..=0));
+        disk.carry_out(Operation::Answered(removed + 1..=last));
         for (appended, through) in [(1, 0), (3, 0), (2, 2), (0, 4), (30, 0), (1, 20)] {
             let messages = (0..appended).map(|n| message(&n.to_string()).to_bytes());
             prop_assert!(!store.change(messages, Some(through)).unwrap().contains(&false));
