@@ -21,7 +21,7 @@ const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; f
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// The path, the content type and the content of each file.
-const FILES: [(&str, &str, &str); 28] = [
+const FILES: [(&str, &str, &str); 29] = [
     ("/", HTML, include_str!("page/list.html")),
     ("/search", HTML, include_str!("page/list.html")),
     ("/trace/{id}", HTML, include_str!("page/trace.html")),
@@ -45,6 +45,7 @@ const FILES: [(&str, &str, &str); 28] = [
     ("/page/overview.js", JAVASCRIPT, include_str!("page/overview.js")),
     ("/page/search.js", JAVASCRIPT, include_str!("page/search.js")),
     ("/page/services.js", JAVASCRIPT, include_str!("page/services.js")),
+    ("/page/timeline.js", JAVASCRIPT, include_str!("page/timeline.js")),
     ("/page/timing.js", JAVASCRIPT, include_str!("page/timing.js")),
     ("/page/trace.js", JAVASCRIPT, include_str!("page/trace.js")),
     ("/page/tree.js", JAVASCRIPT, include_str!("page/tree.js")),
