@@ -53,13 +53,32 @@ const FILES: [(&str, &str, &str); 29] = [
     ("/page/waterfall_row.js", JAVASCRIPT, include_str!("page/waterfall_row.js")),
 ];
 
+/// The files that only a page with controls has.
+const CONTROLS: [(&str, &str, &str); 2] = [
+    ("/page/controls.css", CSS, include_str!("page/controls.css")),
+    ("/page/controls.js", JAVASCRIPT, include_str!("page/controls.js")),
+];
+
+/// What a page with controls has in its head.
+const HEAD: &str = "<link rel=\"stylesheet\" href=\"/page/controls.css\">\n    \
+                    <script type=\"module\" src=\"/page/controls.js\"></script>\n  </head>";
+
 pub(super) fn page() -> Router {
     FILES.into_iter().fold(Router::new(), |router, (path, content_type, content)| {
         router.route(path, get(async move || file(content_type, content)))
     })
 }
 
-fn file(content_type: &'static str, content: &'static str) -> Response {
+/// The page with controls, which call these routes.
+pub(super) fn page_with_controls(routes: Router) -> Router {
+    FILES.into_iter().chain(CONTROLS).fold(routes, |router, (path, content_type, content)| {
+        let content =
+            if content_type == HTML { content.replace("</head>", HEAD) } else { content.to_owned() };
+        router.route(path, get(async move || file(content_type, content)))
+    })
+}
+
+fn file(content_type: &'static str, content: impl IntoResponse) -> Response {
     let headers = [
         (CONTENT_TYPE, content_type),
         (CONTENT_SECURITY_POLICY, POLICY),
@@ -84,7 +103,7 @@ mod tests {
     #[test]
     fn whatever_a_file_asks_for_is_served() {
         let mut asked = Vec::new();
-        for (_, _, content) in FILES {
+        for content in FILES.into_iter().chain(CONTROLS).map(|(_, _, content)| content).chain([HEAD]) {
             asked.extend(quoted(content, "src=\"").into_iter().map(str::to_owned));
             asked.extend(quoted(content, "<link rel=\"icon\" href=\"").into_iter().map(str::to_owned));
             asked.extend(quoted(content, "<link rel=\"stylesheet\" href=\"").into_iter().map(str::to_owned));
@@ -92,7 +111,7 @@ mod tests {
         }
         assert!(asked.len() > 30, "{asked:?}");
         for path in asked {
-            assert!(FILES.iter().any(|(served, _, _)| *served == path), "{path}");
+            assert!(FILES.iter().chain(&CONTROLS).any(|(served, _, _)| *served == path), "{path}");
         }
     }
 
@@ -109,7 +128,7 @@ mod tests {
             "style=\"",
             "onclick=",
         ];
-        for (path, _, content) in FILES {
+        for (path, _, content) in FILES.into_iter().chain(CONTROLS) {
             for forbidden in FORBIDDEN {
                 assert!(!content.contains(forbidden), "{path}: {forbidden}");
             }
