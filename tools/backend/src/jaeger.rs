@@ -1,7 +1,7 @@
 //! Jaeger's first query API, `/api/…`, which Jaeger's page and Grafana call.
 
 use super::{
-    ids::{SpanId, TraceId},
+    ids::TraceId,
     parameters::{self, Parameters, Refusal},
     query::{blocking, json},
     search::Filter,
@@ -251,7 +251,13 @@ pub(super) fn operations_of(store: &Store, service: &str, kind: Option<&str>) ->
 
 impl<T> Envelope<Vec<T>> {
     pub fn new(data: Vec<T>) -> Self {
-        Self { total: data.len(), data, limit: 0, offset: 0, errors: None }
+        let total = data.len();
+        Self::part(data, total)
+    }
+
+    /// Some of `total` items.
+    pub fn part(data: Vec<T>, total: usize) -> Self {
+        Self { data, total, limit: 0, offset: 0, errors: None }
     }
 }
 
@@ -283,7 +289,7 @@ impl<'a> JaegerSpan<'a> {
             trace_id: trace_id.to_string(),
             span_id: stored.id.to_string(),
             operation_name: &span.name,
-            references: references(trace_id, decoded),
+            references: references(trace_id, stored),
             start_time: span.start_time_unix_nano / 1000,
             duration: stored.duration() / 1000,
             tags: tags::of_span(decoded),
@@ -296,14 +302,12 @@ impl<'a> JaegerSpan<'a> {
 
 /// Returns a reference to the parent, then references to the links. As in Jaeger, if a link leads to the parent,
 /// there is only the reference to the link.
-fn references(trace_id: TraceId, DecodedSpan { stored, span }: &DecodedSpan<'_>) -> Vec<Reference> {
+fn references(trace_id: TraceId, stored: &StoredSpan) -> Vec<Reference> {
     // OTLP allows a link with attributes only, but a reference needs a trace id and a span id.
-    let links = span.links.iter().filter_map(|link| {
-        Some(Reference {
-            ref_type: "FOLLOWS_FROM",
-            trace_id: TraceId::from_bytes(&link.trace_id)?.to_string(),
-            span_id: SpanId::from_bytes(&link.span_id)?.to_string(),
-        })
+    let links = stored.links.iter().map(|(trace_id, span_id)| Reference {
+        ref_type: "FOLLOWS_FROM",
+        trace_id: trace_id.to_string(),
+        span_id: span_id.to_string(),
     });
     let mut references: Vec<_> = links.collect();
     if let Some(parent) = stored.parent {

@@ -40,7 +40,7 @@ pub use logs::LogStatistics;
 pub use spans::Rejected;
 pub use store::{Limits, Statistics};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use axum::Router;
 use clap::Args;
 use http::HeaderMap;
@@ -108,6 +108,20 @@ impl Backend {
     /// If an address is in use. The error names the address.
     pub async fn start_with(addresses: Addresses, limits: Limits) -> Result<Self> {
         Self::serve(addresses, limits, page::page())
+    }
+
+    /// Listens at these addresses, with a page that has controls. The page asks `GET /controls` for its buttons, and
+    /// sends `POST /controls/NAME` when one is pressed; `controls` has these routes.
+    ///
+    /// # Errors
+    /// If an address is in use. The error names the address. If the page would be reached from other machines.
+    pub async fn start_with_controls(addresses: Addresses, controls: Router) -> Result<Self> {
+        let query = addresses.query;
+        ensure!(
+            query.ip().is_loopback(),
+            "{query} is reached from other machines, so the page has no controls"
+        );
+        Self::serve(addresses, Limits::default(), page::page_with_controls(controls))
     }
 
     /// Listens at these addresses, with Jaeger's own page instead of this project's.

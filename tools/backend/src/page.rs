@@ -21,7 +21,7 @@ const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; f
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// The path, the content type and the content of each file.
-const FILES: [(&str, &str, &str); 28] = [
+const FILES: [(&str, &str, &str); 29] = [
     ("/", HTML, include_str!("page/list.html")),
     ("/search", HTML, include_str!("page/list.html")),
     ("/trace/{id}", HTML, include_str!("page/trace.html")),
@@ -45,6 +45,7 @@ const FILES: [(&str, &str, &str); 28] = [
     ("/page/overview.js", JAVASCRIPT, include_str!("page/overview.js")),
     ("/page/search.js", JAVASCRIPT, include_str!("page/search.js")),
     ("/page/services.js", JAVASCRIPT, include_str!("page/services.js")),
+    ("/page/timeline.js", JAVASCRIPT, include_str!("page/timeline.js")),
     ("/page/timing.js", JAVASCRIPT, include_str!("page/timing.js")),
     ("/page/trace.js", JAVASCRIPT, include_str!("page/trace.js")),
     ("/page/tree.js", JAVASCRIPT, include_str!("page/tree.js")),
@@ -52,13 +53,32 @@ const FILES: [(&str, &str, &str); 28] = [
     ("/page/waterfall_row.js", JAVASCRIPT, include_str!("page/waterfall_row.js")),
 ];
 
+/// The files that only a page with controls has.
+const CONTROLS: [(&str, &str, &str); 2] = [
+    ("/page/controls.css", CSS, include_str!("page/controls.css")),
+    ("/page/controls.js", JAVASCRIPT, include_str!("page/controls.js")),
+];
+
+/// What a page with controls has in its head.
+const HEAD: &str = "<link rel=\"stylesheet\" href=\"/page/controls.css\">\n    \
+                    <script type=\"module\" src=\"/page/controls.js\"></script>\n  </head>";
+
 pub(super) fn page() -> Router {
     FILES.into_iter().fold(Router::new(), |router, (path, content_type, content)| {
         router.route(path, get(async move || file(content_type, content)))
     })
 }
 
-fn file(content_type: &'static str, content: &'static str) -> Response {
+/// The page with controls, which call these routes.
+pub(super) fn page_with_controls(routes: Router) -> Router {
+    FILES.into_iter().chain(CONTROLS).fold(routes, |router, (path, content_type, content)| {
+        let content =
+            if content_type == HTML { content.replace("</head>", HEAD) } else { content.to_owned() };
+        router.route(path, get(async move || file(content_type, content)))
+    })
+}
+
+fn file(content_type: &'static str, content: impl IntoResponse) -> Response {
     let headers = [
         (CONTENT_TYPE, content_type),
         (CONTENT_SECURITY_POLICY, POLICY),
@@ -83,7 +103,7 @@ mod tests {
     #[test]
     fn whatever_a_file_asks_for_is_served() {
         let mut asked = Vec::new();
-        for (_, _, content) in FILES {
+        for content in FILES.into_iter().chain(CONTROLS).map(|(_, _, content)| content).chain([HEAD]) {
             asked.extend(quoted(content, "src=\"").into_iter().map(str::to_owned));
             asked.extend(quoted(content, "<link rel=\"icon\" href=\"").into_iter().map(str::to_owned));
             asked.extend(quoted(content, "<link rel=\"stylesheet\" href=\"").into_iter().map(str::to_owned));
@@ -91,7 +111,7 @@ mod tests {
         }
         assert!(asked.len() > 30, "{asked:?}");
         for path in asked {
-            assert!(FILES.iter().any(|(served, _, _)| *served == path), "{path}");
+            assert!(FILES.iter().chain(&CONTROLS).any(|(served, _, _)| *served == path), "{path}");
         }
     }
 
@@ -108,7 +128,7 @@ mod tests {
             "style=\"",
             "onclick=",
         ];
-        for (path, _, content) in FILES {
+        for (path, _, content) in FILES.into_iter().chain(CONTROLS) {
             for forbidden in FORBIDDEN {
                 assert!(!content.contains(forbidden), "{path}: {forbidden}");
             }

@@ -8,10 +8,11 @@ use super::{
     search::{self, Filter},
     spans::StoredSpan,
     store::{Store, Trace},
+    trace::text,
 };
 use axum::{
     Router,
-    extract::State,
+    extract::{Path, State},
     response::{
         IntoResponse, Response, Sse,
         sse::{Event, KeepAlive},
@@ -22,6 +23,7 @@ use futures_util::stream;
 use serde::Serialize;
 use serde_json::json;
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashSet},
     convert::Infallible,
     sync::Arc,
@@ -44,12 +46,16 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// The largest number of changed traces that are sent after a pause. Further changed traces are not sent.
 const MAX_CHANGED: usize = 100;
 
+/// The largest number of links to a trace in one response.
+const MAX_LINKS: usize = 100;
+
 /// How often a comment is sent on an idle stream, so that a dead connection is noticed.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 pub(super) fn routes() -> Router<Arc<Store>> {
     Router::new()
         .route("/api/recent", get(recent))
+        .route("/api/links/{id}", get(links))
         .route("/api/events", get(events))
         .route("/api/statistics", get(statistics))
 }
@@ -62,6 +68,8 @@ struct Summary<'a> {
     trace_id: String,
     root_service: &'a str,
     root_operation: &'a str,
+    /// The root's status of HTTP or gRPC, or `error` if it has only the status error.
+    status: String,
     /// The trace's start, in microseconds since 1970.
     start_time: u64,
     /// The trace's duration in microseconds.
@@ -78,31 +86,76 @@ struct Service<'a> {
     spans: usize,
 }
 
-/// Returns the latest traces. Unlike in Jaeger's search, the service may be left out, and the duration that
+/// A link to a span of the requested trace.
+#[derive(Serialize)]
+struct Link<'a> {
+    #[serde(rename = "traceID")]
+    trace_id: String,
+    #[serde(rename = "spanID")]
+    span_id: String,
+    service: &'a str,
+    operation: &'a str,
+    /// The span id in the requested trace.
+    to: String,
+}
+
+/// Returns the latest traces, or by `sort` the longest or those with errors first, from number `offset` on, and
+/// how many there are in total. Unlike in Jaeger's search, the service may be left out, and the duration that
 /// counts is the whole trace's, which the list shows.
 async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
+        let number = |value: &str| value.parse::<usize>().map_err(|error| error.to_string());
+        let offset = parameters.parsed("offset", number)?.unwrap_or(0);
         let mut filter = Filter::from_parameters(&parameters)?;
         let min_duration = filter.min_duration.take().unwrap_or(0);
         let max_duration = filter.max_duration.take().unwrap_or(u64::MAX);
-        let traces = match parameters.parsed("traceID", parameters::trace_id)? {
+        let mut traces: Vec<_> = match parameters.parsed("traceID", parameters::trace_id)? {
             Some(id) => store.trace(id).into_iter().collect(),
             None => search::latest_first(&store),
         };
-        let traces = traces.iter().filter(|trace| {
+        traces.retain(|trace| {
             (min_duration..=max_duration).contains(&trace.duration()) && filter.matches_trace(trace)
         });
-        let summaries: Vec<_> = traces.take(limit).map(|trace| Summary::new(trace)).collect();
-        Ok::<_, Refusal>(json(&Envelope::new(summaries)))
+        match parameters.first("sort") {
+            None | Some("newest") => {}
+            Some("longest") => traces.sort_by_key(|trace| Reverse(trace.duration())),
+            Some("errors") => traces.sort_by_cached_key(|trace| !trace.spans().any(|stored| stored.is_error)),
+            Some(_) => return Err(Refusal::malformed("param 'sort' must be newest, longest or errors")),
+        }
+        let page = traces.iter().skip(offset).take(limit);
+        let summaries: Vec<_> = page.map(|trace| Summary::new(trace)).collect();
+        Ok::<_, Refusal>(json(&Envelope::part(summaries, traces.len())))
     })
     .await
 }
 
-/// Sends server-sent events: the summary of each trace that gets spans or log records.
+/// Returns the links that spans of other traces have to this trace, those of the latest trace first.
+async fn links(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Response {
+    blocking(move || {
+        let id = parameters::trace_id(&id).map_err(|error| Refusal::malformed(&error))?;
+        let traces = search::latest_first(&store);
+        let others = traces.iter().filter(|trace| trace.id != id);
+        let spans = others.flat_map(|trace| trace.spans().map(|stored| (trace.id, stored)));
+        let links = spans.flat_map(|(trace_id, stored)| {
+            let here = stored.links.iter().filter(|(linked, _)| *linked == id);
+            here.map(move |(_, to)| Link {
+                trace_id: trace_id.to_string(),
+                span_id: stored.id.to_string(),
+                service: stored.service(),
+                operation: &stored.name,
+                to: to.to_string(),
+            })
+        });
+        Ok::<_, Refusal>(json(&Envelope::new(links.take(MAX_LINKS).collect())))
+    })
+    .await
+}
+
+/// Sends server-sent events: the summary of each trace that gets spans, log records, or links from other traces.
 async fn events(State(store): State<Arc<Store>>) -> Response {
-    let (changes, log_changes) = (store.changes(), store.log_changes());
-    let feed = Feed { store, changes, log_changes, changed: HashSet::new() };
+    let (changes, page_changes) = (store.changes(), store.page_changes());
+    let feed = Feed { store, changes, page_changes, changed: HashSet::new() };
     let events = stream::unfold(feed, |mut feed| async {
         let event = feed.next().await?;
         Some((Ok::<_, Infallible>(event), feed))
@@ -121,7 +174,7 @@ async fn statistics(State(store): State<Arc<Store>>) -> Response {
 struct Feed {
     store: Arc<Store>,
     changes: Receiver<String>,
-    log_changes: Receiver<String>,
+    page_changes: Receiver<String>,
     changed: HashSet<String>,
 }
 
@@ -138,7 +191,7 @@ impl Feed {
             }
             let change = select! {
                 change = self.changes.recv() => change,
-                change = self.log_changes.recv() => change,
+                change = self.page_changes.recv() => change,
             };
             match change {
                 Ok(id) => self.changed.insert(id),
@@ -146,7 +199,7 @@ impl Feed {
                 Err(RecvError::Closed) => return None,
             };
             sleep(PAUSE).await;
-            for changes in [&mut self.changes, &mut self.log_changes] {
+            for changes in [&mut self.changes, &mut self.page_changes] {
                 loop {
                     match changes.try_recv() {
                         Ok(id) if self.changed.len() < MAX_CHANGED => self.changed.insert(id),
@@ -172,6 +225,7 @@ impl<'a> Summary<'a> {
             trace_id: trace.id.to_string(),
             root_service: root.map_or("", StoredSpan::service),
             root_operation: root.map_or("", |root| &root.name),
+            status: root.map(status).unwrap_or_default(),
             start_time: trace.start / 1000,
             duration: trace.duration() / 1000,
             spans: trace.spans().len(),
@@ -179,6 +233,15 @@ impl<'a> Summary<'a> {
             services: services.into_iter().map(|(name, spans)| Service { name, spans }).collect(),
         }
     }
+}
+
+fn status(root: &StoredSpan) -> String {
+    let span = root.decoded().span;
+    let keys = ["http.response.status_code", "rpc.response.status_code", "rpc.status_code"];
+    let status =
+        keys.into_iter().find_map(|key| span.attributes.iter().find(|attribute| attribute.key == key));
+    let status = status.and_then(|attribute| attribute.value.as_ref()).map(text);
+    status.unwrap_or_else(|| if root.is_error { "error" } else { "" }.to_owned())
 }
 
 /// Returns the span without a parent or, while there is no such span, the earliest span whose parent is

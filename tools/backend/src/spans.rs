@@ -8,7 +8,11 @@ use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
     common::v1::{AnyValue, InstrumentationScope, any_value::Value},
     resource::v1,
-    trace::v1::{Span, span::SpanKind, status::StatusCode},
+    trace::v1::{
+        Span,
+        span::{Link, SpanKind},
+        status::StatusCode,
+    },
 };
 use prost::Message;
 use std::{
@@ -48,6 +52,8 @@ pub(super) struct StoredSpan {
     pub end: u64,
     pub resource: Arc<Shared<Resource>>,
     pub scope: Arc<Shared<Scope>>,
+    /// The spans that the span has links to. A link without valid ids is left out.
+    pub links: Box<[(TraceId, SpanId)]>,
     encoded: Box<[u8]>,
     pub bytes: usize,
 }
@@ -179,6 +185,7 @@ pub(super) fn stored_spans(
                     continue;
                 }
                 let encoded = span.encode_to_vec().into_boxed_slice();
+                let links: Box<[_]> = span.links.iter().filter_map(link).collect();
                 let span = StoredSpan {
                     id,
                     parent,
@@ -188,8 +195,12 @@ pub(super) fn stored_spans(
                     end: span.end_time_unix_nano,
                     resource: Arc::clone(&resource),
                     scope: Arc::clone(&scope),
-                    bytes: SPAN_BYTES + size::block(encoded.len()) + size::block(span.name.len()),
+                    bytes: SPAN_BYTES
+                        + size::block(encoded.len())
+                        + size::block(span.name.len())
+                        + size::block(size_of_val(&*links)),
                     name: span.name.into_boxed_str(),
+                    links,
                     encoded,
                 };
                 stored.push((trace_id, span));
@@ -197,6 +208,10 @@ pub(super) fn stored_spans(
         }
     }
     stored
+}
+
+fn link(link: &Link) -> Option<(TraceId, SpanId)> {
+    Some((TraceId::from_bytes(&link.trace_id)?, SpanId::from_bytes(&link.span_id)?))
 }
 
 fn service_name(resource: &v1::Resource) -> String {

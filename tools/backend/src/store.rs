@@ -82,7 +82,7 @@ pub(super) struct Store {
     data_points: AtomicU64,
     limits: Limits,
     changes: broadcast::Sender<String>,
-    log_changes: broadcast::Sender<String>,
+    page_changes: broadcast::Sender<String>,
 }
 
 #[derive(Default)]
@@ -108,9 +108,9 @@ pub(super) struct Trace {
 impl Store {
     pub fn new(limits: Limits) -> Self {
         let (changes, _) = broadcast::channel(4096);
-        let (log_changes, _) = broadcast::channel(4096);
+        let (page_changes, _) = broadcast::channel(4096);
         let (contents, logs) = Default::default();
-        Self { contents, logs, data_points: AtomicU64::new(0), limits, changes, log_changes }
+        Self { contents, logs, data_points: AtomicU64::new(0), limits, changes, page_changes }
     }
 
     /// Returns the trace as it is now.
@@ -144,30 +144,33 @@ impl Store {
         self.changes.subscribe()
     }
 
-    /// Returns a receiver of the ids of traces that get log records from now on.
-    pub fn log_changes(&self) -> broadcast::Receiver<String> {
-        self.log_changes.subscribe()
+    /// Returns a receiver of the ids of traces that get log records, or links from other traces, from now on.
+    pub fn page_changes(&self) -> broadcast::Receiver<String> {
+        self.page_changes.subscribe()
     }
 
     /// Stores the spans that are valid and new.
     pub fn insert(&self, request: ExportTraceServiceRequest) -> Rejected {
         let mut rejected = Rejected::default();
         let spans = stored_spans(request, &mut rejected);
-        let mut changed = HashSet::new();
+        let (mut changed, mut linked) = (HashSet::new(), HashSet::new());
         let evicted = {
             let mut contents = self.lock();
             for (id, span) in spans {
+                linked.extend(span.links.iter().map(|(trace_id, _)| *trace_id));
                 if contents.insert(id, span, self.limits, &mut rejected) {
                     changed.insert(id);
                 }
             }
             contents.statistics.received += rejected.count;
             contents.statistics.rejected += rejected.count;
+            linked.retain(|id| contents.traces.contains_key(id));
             contents.evict(self.limits)
         };
         // Dropping the evicted traces frees thousands of allocations, so it happens outside of the lock.
         drop(evicted);
         tell(&self.changes, changed);
+        tell(&self.page_changes, linked);
         rejected
     }
 
@@ -176,7 +179,7 @@ impl Store {
         let mut rejected = Rejected::default();
         let records = stored_records(request);
         let changed = self.lock_logs().insert(records, self.limits, &mut rejected);
-        tell(&self.log_changes, changed);
+        tell(&self.page_changes, changed);
         rejected
     }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use harness::{
     PATIENCE,
-    client::{Answer, Client},
+    client::{Answer, Client, raw},
     poll,
     process::Process,
     stack::{KNOWN_MOBILE, PATIENT},
@@ -14,6 +14,7 @@ use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize},
 };
+use serde_json::Value;
 use std::{
     env,
     fs::{self, File},
@@ -319,6 +320,136 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     dev.ends(Some(0)).await?;
     let modes = tcgetattr(dev.terminal.as_ref().context("a terminal")?)?.local_modes;
     assert!(modes.contains(LocalModes::ICANON | LocalModes::ECHO), "{modes:?}");
+    Ok(())
+}
+
+/// Presses a button of the page. The request has the `Host` and the `Origin` that the page's own would have.
+async fn press(dev: &Dev, button: &str) -> Result<Value> {
+    let client = Client::new();
+    let url = format!("{}/controls/{button}", dev.page);
+    let answer = client.send(Method::POST, &url, &[("origin", &dev.page)], "").await?;
+    anyhow::ensure!(answer.status == 200, "{button}: {answer:?}");
+    Ok(answer.json())
+}
+
+/// Returns the labels of the page's buttons.
+async fn labels(dev: &Dev) -> Result<Vec<String>> {
+    let answer = Client::new().get(&format!("{}/controls", dev.page)).await?.json();
+    let buttons = answer["buttons"].as_array().context("no buttons")?.iter();
+    Ok(buttons.map(|button| button["label"].as_str().unwrap_or_default().to_owned()).collect())
+}
+
+/// Waits until the page shows a trace for which `is_it` holds, and returns it.
+async fn trace_of(dev: &Dev, press: &Value, is_it: impl Fn(&str) -> bool) -> Result<Value> {
+    let id = press["traceID"].as_str().with_context(|| press.to_string())?;
+    let url = format!("{}/api/traces/{id}", dev.page);
+    let found = poll(PATIENCE, async || {
+        let answer = Client::new().get(&url).await.ok()?.json();
+        is_it(&answer.to_string()).then_some(answer)
+    });
+    found.await.with_context(|| format!("no such trace {id}; it said:\n{}", dev.said()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn buttons_of_the_page_log_in_stop_and_start_parts_slow_usercenter_and_publish_poison() -> Result<()> {
+    let mut dev = Dev::start(&[]).await?;
+    for (button, said) in
+        [("login", "200 OK"), ("unknown", "401 Unauthorized"), ("malformed", "400 Bad Request")]
+    {
+        let pressed = press(&dev, button).await?;
+        assert_eq!(pressed["said"], format!("login: {said}"));
+        trace_of(&dev, &pressed, |trace| trace.contains(&said[..3])).await?;
+    }
+    let poison = press(&dev, "poison").await?;
+    trace_of(&dev, &poison, |trace| trace.contains("mq_consumer_msg") && trace.contains("\"error\"")).await?;
+
+    press(&dev, "slow").await?;
+    dev.says_times("usercenter is ready, after ", 2).await?;
+    let slow = press(&dev, "login").await?;
+    let trace = trace_of(&dev, &slow, |trace| trace.matches("operationName").count() == 6).await?;
+    let spans = trace["data"][0]["spans"].as_array().context("spans")?.iter();
+    let calls = spans.filter(|span| span["operationName"] == "usercenter.v1.Usercenter/GetUserByMobile");
+    let mut durations: Vec<_> = calls.filter_map(|span| span["duration"].as_u64()).collect();
+    durations.sort_unstable();
+    assert!(durations.len() == 2 && durations[1] >= durations[0] + 300_000, "{durations:?}");
+    press(&dev, "slow").await?;
+    dev.says_times("usercenter is ready, after ", 3).await?;
+
+    // Without a terminal, `cargo dev` goes on if all services were stopped by the page.
+    for part in ["usercenter", "mq", "api"] {
+        press(&dev, part).await?;
+        dev.says(&format!("{part} has stopped")).await?;
+    }
+    assert!(labels(&dev).await?.contains(&"Start api".to_owned()));
+    for part in ["usercenter", "mq", "api"] {
+        press(&dev, part).await?;
+        dev.says_times(&format!("{part} is ready, after "), if part == "usercenter" { 4 } else { 2 }).await?;
+    }
+    press(&dev, "broker").await?;
+    dev.says("the broker has stopped").await?;
+    press(&dev, "broker").await?;
+    dev.says_times("the broker is ready", 2).await?;
+    press(&dev, "load").await?;
+    dev.says("load on").await?;
+    press(&dev, "load").await?;
+    dev.says("load off").await?;
+    press(&dev, "traces").await?;
+    dev.says_times("the trace backend is ready", 2).await?;
+    assert!(labels(&dev).await?.contains(&"Stop api".to_owned()));
+    signal("INT", dev.child.id().context("it has ended")?).await?;
+    dev.ends(Some(0)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none() -> Result<()> {
+    let dev = Dev::start(&[]).await?;
+    let port = dev.page.rsplit(':').next().context("a port")?.to_owned();
+    let address: std::net::SocketAddr = format!("127.0.0.1:{port}").parse()?;
+    let ask = async |line: &str, headers: &str| {
+        let request = format!("{line} HTTP/1.1\r\n{headers}connection: close\r\ncontent-length: 0\r\n\r\n");
+        raw(address, request.as_bytes(), |_| false).await
+    };
+    let own = format!("host: localhost:{port}\r\n");
+    let refused = [
+        // Another site sends the request.
+        format!("{own}origin: http://evil.example\r\n"),
+        format!("{own}origin: http://localhost:1\r\n"),
+        format!("{own}origin: https://localhost:{port}\r\n"),
+        format!("{own}origin: http://localhost:{port}.evil.example\r\n"),
+        format!("{own}origin: http://127.0.0.1:{port}\r\n"),
+        format!("{own}origin: null\r\n"),
+        format!("{own}origin: http://localhost:{port}\r\norigin: http://evil.example\r\n"),
+        // No browser leaves the origin out.
+        own.clone(),
+        // The name of another site leads to this machine.
+        format!("host: evil.example:{port}\r\norigin: http://evil.example:{port}\r\n"),
+        format!("host: evil.example\r\norigin: http://evil.example\r\n"),
+        format!("host: localhost\r\norigin: http://localhost\r\n"),
+        format!("host: localhost:{port}.evil.example\r\norigin: http://localhost:{port}.evil.example\r\n"),
+    ];
+    for headers in refused {
+        let answer = ask("POST /controls/api", &headers).await?;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{headers}: {answer}");
+    }
+    let other = format!("host: evil.example:{port}\r\n");
+    assert!(ask("GET /controls", &other).await?.starts_with("HTTP/1.1 403 "));
+    assert!(ask("GET /controls/api", &own).await?.starts_with("HTTP/1.1 405 "));
+    let origin = format!("{own}origin: http://localhost:{port}\r\n");
+    assert!(ask("POST /controls/no-such-button", &origin).await?.starts_with("HTTP/1.1 404 "));
+    assert!(labels(&dev).await?.contains(&"Stop api".to_owned()), "{}", dev.said());
+    assert!(ask("POST /controls/api", &origin).await?.starts_with("HTTP/1.1 200 "));
+    dev.says("api is stopping").await?;
+    assert!(ask("GET /", &own).await?.contains("controls.js"));
+
+    let alone = backend::Backend::start().await?;
+    let page = format!("http://{}", alone.addresses().query);
+    let client = Client::new();
+    assert_eq!(client.get(&format!("{page}/controls")).await?.status, 404);
+    assert_eq!(client.get(&format!("{page}/page/controls.js")).await?.status, 404);
+    assert!(!String::from_utf8_lossy(&client.get(&page).await?.body).contains("controls.js"));
+    let everywhere = backend::Addresses { query: "0.0.0.0:0".parse()?, ..backend::Addresses::FREE };
+    let refused = backend::Backend::start_with_controls(everywhere, axum::Router::new()).await;
+    assert!(refused.is_err_and(|error| error.to_string().contains("other machines")));
     Ok(())
 }
 

@@ -45,6 +45,9 @@ pub type MethodId = (u16, u16);
 /// `basic.ack`, with which a client settles deliveries and the broker confirms messages.
 pub const BASIC_ACK: MethodId = (60, 80);
 
+/// How many bytes are carried at once.
+const PIECE: usize = 16 * 1024;
+
 struct Link {
     target: Mutex<SocketAddr>,
     mode: watch::Sender<Mode>,
@@ -75,20 +78,28 @@ impl Proxy {
     /// # Errors
     /// If no port is free.
     pub fn start(target: SocketAddr) -> Result<Self> {
-        Self::start_link(target, false)
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), target)
     }
 
-    /// Does the same for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) a frame.
+    /// Listens on this address, for connections to `target`.
+    ///
+    /// # Errors
+    /// If the address is in use.
+    pub fn start_at(address: SocketAddr, target: SocketAddr) -> Result<Self> {
+        Self::start_link(address, target, false)
+    }
+
+    /// Does the same as [`Proxy::start`] for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) a frame.
     ///
     /// # Errors
     /// If there is no free port.
     pub fn start_amqp(target: SocketAddr) -> Result<Self> {
-        Self::start_link(target, true)
+        Self::start_link(SocketAddr::from(([127, 0, 0, 1], 0)), target, true)
     }
 
-    fn start_link(target: SocketAddr, follows_amqp: bool) -> Result<Self> {
+    fn start_link(address: SocketAddr, target: SocketAddr, follows_amqp: bool) -> Result<Self> {
         let runtime = Background::start(1, 1)?;
-        let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+        let listener = runtime.listen(address)?;
         let address = listener.local_addr()?;
         let link = Arc::new(Link {
             target: Mutex::new(target),
@@ -123,7 +134,7 @@ impl Proxy {
         self.link.mode.send_replace(Mode::Frozen);
     }
 
-    /// Passes everything, but delays each piece by `latency`.
+    /// Passes everything, but `latency` later. Bytes that arrive while others wait go on with these.
     pub fn slow_down(&self, latency: Duration) {
         self.link.mode.send_replace(Mode::Slow(latency));
     }
@@ -199,8 +210,11 @@ async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
 async fn pump(from: Side, mut read: ReadHalf<'_>, mut write: WriteHalf<'_>, link: &Link) -> io::Result<()> {
     let mut frames = Frames { buffer: BytesMut::new(), is_begun: from == Side::Server };
     loop {
+        frames.buffer.reserve(PIECE);
         let count = read.read_buf(&mut frames.buffer).await?;
         link.pass().await?;
+        // What arrived during the pause passes too. An error, like the end, is found by the next read.
+        let _ = read.try_read_buf(&mut frames.buffer);
         if count == 0 {
             return write.write_all(&frames.buffer).await;
         }

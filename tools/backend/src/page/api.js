@@ -1,22 +1,24 @@
 // Queries the backend. The responses are Jaeger's JSON, which `jaeger.js` reads.
 
-import { list, readSummary, readTrace, text } from "./jaeger.js";
+import { list, number, readSummary, readTrace, text } from "./jaeger.js";
 
 /** The error when the backend responds, but not with the requested data. */
 export class Refused extends Error {}
 
-/** Returns summaries of the traces that meet the criteria, newest first. */
+/** Returns `{ traces, total }`: summaries of the traces that meet the criteria, and how many there are in total. */
 export async function recentTraces(criteria) {
   const answer = await ask(`/api/recent?${new URLSearchParams(criteria)}`);
-  return list(answer?.data)
+  const traces = list(answer?.data)
     .map(readSummary)
     .filter((summary) => summary.traceID);
+  return { traces, total: Math.max(number(answer?.total), traces.length) };
 }
 
-/** Returns a trace with its log records, or null if the backend has no trace with this id. */
+/** Returns a trace with its log records and the links to it, or null if the backend has no trace with this id. */
 export async function trace(traceID) {
   const id = encodeURIComponent(traceID);
-  return readTrace(...(await Promise.all([ask(`/api/traces/${id}`, [404]), ask(`/api/logs/${id}`)])));
+  const paths = [ask(`/api/traces/${id}`, [404]), ask(`/api/logs/${id}`), ask(`/api/links/${id}`)];
+  return readTrace(...(await Promise.all(paths)));
 }
 
 /** Returns the names of all services. */

@@ -1,8 +1,8 @@
 // Shows the details of one span: everything that it contains, unchanged.
 
-import { breakable, element, tracePath } from "./dom.js";
-import { clock, count, duration, percent } from "./format.js";
-import { colour } from "./services.js";
+import { breakable, copyButton, element, spanLink } from "./dom.js";
+import { clock, count, duration, percent, short } from "./format.js";
+import { coloured } from "./services.js";
 import { criticalTime } from "./timing.js";
 
 /** Fills `side`. `go(span)` moves to another span of the trace; `close()` goes back to the overview. */
@@ -14,7 +14,8 @@ export function showDetails(side, trace, span, { go, close }) {
     ...section("Attributes", span.attributes.length > 0 && table(span.attributes)),
     ...section(count(span.events.length, "event"), span.events.length > 0 && events(trace, span)),
     ...section(count(span.logs.length, "log record"), span.logs.length > 0 && logs(trace, span)),
-    ...section(count(span.links.length, "link"), span.links.length > 0 && links(span)),
+    ...section(count(span.links.length, "link"), span.links.length > 0 && links(span.links)),
+    ...section("Linked from other traces", span.linked.length > 0 && links(span.linked)),
     ...section("Warnings", span.warnings.length > 0 && lines(span.warnings)),
     ...section("Resource", span.resource.length > 0 && table(span.resource)),
   );
@@ -29,12 +30,8 @@ function header(span, close) {
   button.addEventListener("click", close);
   const service = element("span", { class: "service" }, span.service || "(no service)");
   const operation = element("span", { class: "operation" }, ...breakable(span.name || "(no name)"));
-  return element(
-    "header",
-    { class: colour(span.service) },
-    element("h2", {}, service, " ", operation),
-    button,
-  );
+  const title = element("h2", {}, service, " ", operation);
+  return coloured(element("header", {}, title, button), span.service);
 }
 
 function facts(trace, span, go) {
@@ -43,7 +40,9 @@ function facts(trace, span, go) {
     ["Kind", span.kind || "not said"],
     [
       "Status",
-      span.error ? element("span", { class: "failed" }, `error ${span.errorDescription}`) : "no error",
+      span.error
+        ? element("span", { class: "failed" }, `error ${span.errorDescription || span.outcome}`)
+        : element("span", { class: span.refused ? "failed" : "" }, span.outcome || "no error"),
     ],
     ["Start", said(`+${duration(span.start - trace.start)}`, clock(span.start))],
     ["Duration", said(duration(span.duration), `${percent(span.duration, trace.duration)} of the trace`)],
@@ -52,7 +51,7 @@ function facts(trace, span, go) {
       "Critical path",
       critical ? said(duration(critical), `${percent(critical, trace.root.duration)} of it`) : "not on it",
     ],
-    ["Span id", link(trace.traceID, span.id)],
+    ["Span id", ids(trace, span)],
     ["Parent", parent(span, go)],
   ];
   return element(
@@ -60,6 +59,12 @@ function facts(trace, span, go) {
     {},
     ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]),
   );
+}
+
+function ids(trace, span) {
+  const link = spanLink({ traceID: trace.traceID, spanID: span.id });
+  const copies = [copyButton("Copy id", span.id), copyButton("Copy link", link.href ?? location.href)];
+  return element("span", { class: "ids" }, link, ...copies);
 }
 
 function said(value, remark) {
@@ -84,7 +89,12 @@ function section(title, content) {
 
 function table(attributes) {
   const rows = attributes.map(({ key, value }) =>
-    element("tr", {}, element("th", { scope: "row" }, ...breakable(key)), element("td", {}, value)),
+    element(
+      "tr",
+      { class: /\n/.test(value) && "lines" },
+      element("th", { scope: "row" }, ...breakable(key)),
+      element("td", { tabindex: /\n/.test(value) && 0 }, value),
+    ),
   );
   return element("table", {}, element("tbody", {}, ...rows));
 }
@@ -118,26 +128,14 @@ function timeline(name, trace, items, said) {
   return element("ul", { class: name }, ...lines);
 }
 
-function links(span) {
-  const items = span.links.map(({ traceID, spanID, type }) =>
-    element(
-      "li",
-      {},
-      link(traceID, spanID),
-      " ",
-      element("span", { class: "quiet" }, type.toLowerCase().replace("_", " ")),
-    ),
+/** Lists links to spans, or from spans. */
+export function links(links) {
+  const items = links.map((link) =>
+    element("li", {}, spanLink(link), " ", element("span", { class: "quiet" }, short(link.remark))),
   );
   return element("ul", {}, ...items);
 }
 
 function lines(texts) {
   return element("ul", {}, ...texts.map((text) => element("li", {}, text)));
-}
-
-/** Returns a link to a span, or plain text if the ids are invalid. */
-function link(traceID, spanID) {
-  const path = tracePath(traceID, spanID);
-  const label = path?.startsWith(location.pathname) ? spanID : `${traceID} ${spanID}`;
-  return path ? element("a", { href: path, class: "id" }, label) : element("span", { class: "id" }, label);
 }

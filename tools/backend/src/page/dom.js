@@ -43,3 +43,22 @@ export function tracePath(traceID, spanID = "") {
   if (!/^[0-9a-f]{1,32}$/i.test(traceID) || !/^[0-9a-f]{0,16}$/i.test(spanID)) return null;
   return `/trace/${traceID}${spanID && `#${spanID}`}`;
 }
+
+/** Returns a link to a span, or plain text if the ids are invalid. */
+export function spanLink({ traceID, spanID }) {
+  const path = tracePath(traceID, spanID);
+  const label = path?.startsWith(location.pathname) ? spanID : `${traceID} ${spanID}`;
+  return path ? element("a", { href: path, class: "id" }, label) : element("span", { class: "id" }, label);
+}
+
+/** Returns a button that copies a text, or null: a browser lets only a page that is local or uses TLS do that. */
+export function copyButton(label, text) {
+  if (!navigator.clipboard) return null;
+  const button = element("button", { type: "button", class: "copy" }, label);
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text);
+    setText(button, "Copied");
+    setTimeout(() => setText(button, label), 1500);
+  });
+  return button;
+}

@@ -2,7 +2,7 @@
 
 import { element, svg } from "./dom.js";
 import { count, short } from "./format.js";
-import { colour } from "./services.js";
+import { coloured } from "./services.js";
 
 const BOX = { width: 116, height: 40 };
 const GAP = { x: 52, y: 14 };
@@ -74,9 +74,9 @@ function place(services, calls) {
 }
 
 function box({ name, spans, errors }, { x, y }) {
-  return svg(
+  const node = svg(
     "g",
-    { class: `box ${colour(name)}`, transform: `translate(${x} ${y})` },
+    { class: "box", transform: `translate(${x} ${y})` },
     svg("title", {}, short(name, 1000)),
     svg("rect", { width: BOX.width, height: BOX.height, rx: 4 }),
     svg("rect", { class: "stripe", width: 4, height: BOX.height, rx: 1 }),
@@ -88,6 +88,7 @@ function box({ name, spans, errors }, { x, y }) {
       errors ? svg("tspan", { class: "failed" }, `  ${count(errors, "error")}`) : null,
     ),
   );
+  return coloured(node, name);
 }
 
 function edge({ from, to, count: times, errors, message }, places) {

@@ -10,6 +10,7 @@ export function readSummary(summary) {
     traceID: text(summary?.traceID),
     service: text(summary?.rootService),
     operation: text(summary?.rootOperation),
+    status: text(summary?.status),
     start: number(summary?.startTime),
     duration: number(summary?.duration),
     spans: number(summary?.spans),
@@ -22,10 +23,10 @@ export function readSummary(summary) {
 }
 
 /**
- * Returns the first trace of a response as `{ traceID, spans, warnings }`, or null if the response has no trace. `logs`
- * is the response with the trace's log records.
+ * Returns the first trace of a response as `{ traceID, spans, linked, warnings }`, or null if the response has no trace.
+ * `logs` is the response with the trace's log records, and `links` the one with the links that other traces have to it.
  */
-export function readTrace(answer, logs) {
+export function readTrace(answer, logs, links) {
   const trace = list(answer?.data)[0];
   if (!list(trace?.spans).length) return null;
   const processes = new Map();
@@ -33,9 +34,11 @@ export function readTrace(answer, logs) {
     processes.set(id, { service: text(process?.serviceName), attributes: tags(process?.tags) });
   }
   const records = Map.groupBy(list(logs?.data), (record) => text(record?.spanID));
+  const linked = list(links?.data).map(readLink);
   return {
     traceID: text(trace.traceID),
-    spans: trace.spans.map((span) => new Span(span, text(trace.traceID), processes, records)),
+    spans: trace.spans.map((span) => new Span(span, text(trace.traceID), processes, records, linked)),
+    linked,
     warnings: list(trace.warnings).map(text),
   };
 }
@@ -48,7 +51,7 @@ class Span {
   #json;
   #logs;
 
-  constructor(json, traceID, processes, records) {
+  constructor(json, traceID, processes, records, linked) {
     this.#json = json;
     this.#logs = records.get(text(json?.spanID)) ?? [];
     const process = processes.get(text(json?.processID));
@@ -66,6 +69,12 @@ class Span {
     this.error = this.#tag("error") === "true";
     this.parentID = parent?.spanID ?? "";
     this.links = references.filter((reference) => reference !== parent);
+    this.linked = linked.filter((link) => link.to === this.id);
+    const status = this.#first("http.response.status_code", "rpc.response.status_code", "rpc.status_code");
+    const reason = this.error ? this.#tag("error.type") || (status ? "" : this.errorDescription || "error") : "";
+    /** The status of HTTP or gRPC, and the reason of an error. */
+    this.outcome = status === reason ? status : `${status} ${reason}`.trim();
+    this.refused = Number(this.#tag("http.response.status_code")) >= 400;
   }
 
   get errorDescription() {
@@ -88,9 +97,23 @@ class Span {
     return list(this.#json?.warnings).map(text);
   }
 
+  #first(...keys) {
+    return keys.map((key) => this.#tag(key)).find((value) => value) ?? "";
+  }
+
   #tag(key) {
     return text(list(this.#json?.tags).find((tag) => tag?.key === key)?.value);
   }
+}
+
+/** Reads a link from a span of another trace to the span `to` of this one. */
+function readLink(link) {
+  return {
+    traceID: text(link?.traceID),
+    spanID: text(link?.spanID),
+    to: text(link?.to),
+    remark: `${text(link?.service)} ${text(link?.operation)}`,
+  };
 }
 
 function readReference(reference) {
@@ -98,6 +121,7 @@ function readReference(reference) {
     type: text(reference?.refType),
     traceID: text(reference?.traceID),
     spanID: text(reference?.spanID),
+    remark: text(reference?.refType).toLowerCase().replace("_", " "),
   };
 }
 
@@ -144,7 +168,7 @@ export function text(value) {
 }
 
 /** Returns any JSON value as a number that can be used in calculations. */
-function number(value) {
+export function number(value) {
   const number = typeof value === "string" || typeof value === "number" ? Number(value) : 0;
   return Number.isFinite(number) ? Math.min(Math.max(number, 0), Number.MAX_SAFE_INTEGER) : 0;
 }

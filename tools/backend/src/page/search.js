@@ -3,21 +3,37 @@
 
 import { byId, element } from "./dom.js";
 import { operations, services } from "./api.js";
+import { clock } from "./format.js";
 
-const CRITERIA = ["service", "operation", "tags", "minDuration", "maxDuration", "traceID"];
+const CRITERIA = [
+  "service",
+  "operation",
+  "tags",
+  "lookback",
+  "start",
+  "end",
+  "minDuration",
+  "maxDuration",
+  "traceID",
+];
 
-/** Returns the criteria from the URL, for the API. */
+/** Returns the criteria from the URL, and which of the traces to show, for the API. */
 export function criteria() {
   const parameters = new URLSearchParams(location.search);
   const given = {};
-  for (const name of [...CRITERIA, "limit"]) {
+  for (const name of [...CRITERIA, "limit", "sort", "offset"]) {
     const value = parameters.get(name)?.trim();
     if (value) given[name] = value;
+  }
+  // Jaeger's page writes both, but a look back always ends now.
+  if (given.lookback && given.lookback !== "custom") {
+    delete given.start;
+    delete given.end;
   }
   return given;
 }
 
-/** Returns whether the URL has any criteria besides the limit. */
+/** Returns whether the URL has any criteria. */
 export const isSearching = () => CRITERIA.some((name) => name in criteria());
 
 /** Keeps the form and the URL equal, and calls `changed()` when the criteria change. */
@@ -27,7 +43,12 @@ export function searchForm(changed) {
     event.preventDefault();
     search();
   });
-  form.addEventListener("change", () => form.checkValidity() && search());
+  for (const field of form.elements) {
+    field.addEventListener("change", () => {
+      showRange();
+      if (form.checkValidity()) search();
+    });
+  }
   form.elements.service.addEventListener("focus", offerServices);
   form.elements.operation.addEventListener("focus", offerOperations);
   addEventListener("popstate", () => {
@@ -39,10 +60,11 @@ export function searchForm(changed) {
 
   function search() {
     const parameters = new URLSearchParams();
-    for (const name of CRITERIA) {
-      const value = form.elements[name].value.trim();
-      if (!value) continue;
-      parameters.set(name, name === "tags" ? JSON.stringify(parseTags(value)) : value);
+    for (const name of [...CRITERIA, "sort"]) {
+      const field = form.elements[name];
+      const value = field.value.trim();
+      if (!value || field.parentElement.hidden) continue;
+      parameters.set(name, WRITE[name]?.(value) ?? value);
     }
     const query = parameters.size ? `?${parameters}` : "";
     if (query === location.search) return;
@@ -52,9 +74,17 @@ export function searchForm(changed) {
 
   function fillIn() {
     const given = criteria();
-    for (const name of CRITERIA) form.elements[name].value = given[name] ?? "";
-    form.elements.tags.value = formatTags(given.tags);
-    choose(form.elements.service, given.service ?? "");
+    if (given.start || given.end) given.lookback ??= "custom";
+    for (const name of [...CRITERIA, "sort"]) {
+      const value = READ[name]?.(given[name]) ?? given[name] ?? "";
+      if (form.elements[name] instanceof HTMLSelectElement) choose(form.elements[name], value);
+      else form.elements[name].value = value;
+    }
+    showRange();
+  }
+
+  function showRange() {
+    for (const label of form.querySelectorAll(".custom")) label.hidden = form.elements.lookback.value !== "custom";
   }
 
   async function offerServices() {
@@ -70,6 +100,29 @@ export function searchForm(changed) {
     const names = service ? await operations(service).catch(() => []) : [];
     byId("operations").replaceChildren(...names.map((name) => option(name)));
   }
+}
+
+/** Shows another page of the same search. */
+export function turnTo(offset) {
+  const parameters = new URLSearchParams(location.search);
+  if (offset > 0) parameters.set("offset", offset);
+  else parameters.delete("offset");
+  history.pushState(null, "", `${location.pathname}${parameters.size ? `?${parameters}` : ""}`);
+}
+
+/** How a field's value becomes a parameter, if it is not the same. Times are in microseconds since 1970. */
+const WRITE = {
+  tags: (text) => JSON.stringify(parseTags(text)),
+  start: (local) => new Date(local).getTime() * 1000,
+  end: (local) => new Date(local).getTime() * 1000,
+};
+
+/** How a parameter becomes the field's value. */
+const READ = { tags: formatTags, start: localTime, end: localTime };
+
+/** Returns a time as a field of type `datetime-local` has it. */
+function localTime(micros) {
+  return micros > 0 && micros < 8e18 ? clock(Number(micros)).slice(0, 19).replace(" ", "T") : "";
 }
 
 const option = (value, label) => element("option", { value }, label);

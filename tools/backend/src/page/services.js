@@ -1,22 +1,15 @@
 // Calculates the totals and the calls of a trace's services, and chooses their colours.
 
-const COLOURS = 10;
-const slots = new Map();
+/** There are this many hues, from orange to purple. Red means an error. */
+const HUES = 18;
 
-/**
- * Returns a service's colour, as the class that `base.css` gives it. The name determines the colour, so that a service
- * looks the same in every trace. If that colour is taken on this page, the next free one is used.
- */
-export function colour(service) {
-  if (!slots.has(service)) {
-    let hash = 0;
-    for (let i = 0; i < service.length; i++) hash = (hash * 31 + service.charCodeAt(i)) >>> 0;
-    let slot = hash % COLOURS;
-    const taken = new Set(slots.values());
-    for (let tries = 0; tries < COLOURS && taken.has(slot); tries++) slot = (slot + 1) % COLOURS;
-    slots.set(service, slot);
-  }
-  return `service-${slots.get(service)}`;
+/** Gives an element the colour of a service, which the name alone determines, so that it is the same on every page. */
+export function coloured(node, service) {
+  let hash = 0;
+  for (let i = 0; i < service.length; i++) hash = (Math.imul(hash, 31) + service.charCodeAt(i)) >>> 0;
+  node.classList.add("coloured");
+  node.style.setProperty("--hue", 50 + 16 * (hash % HUES));
+  return node;
 }
 
 /** Returns `{ name, spans, errors, selfTime }` of each service, in the order of the tree. */

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { showDetails } from "./details.js";
-import { byId, element, setText } from "./dom.js";
+import { byId, copyButton, element, setText, tracePath } from "./dom.js";
 import { coalesced, follow } from "./events.js";
 import { finder } from "./find.js";
 import { clock, count, duration, short } from "./format.js";
@@ -57,8 +57,12 @@ function showSummary() {
     " ",
     element("span", {}, short(root.name)),
   );
+  const copies = [
+    copyButton("Copy id", trace.traceID),
+    copyButton("Copy link", new URL(tracePath(trace.traceID) ?? "", location).href),
+  ];
   const facts = [
-    ["Trace", element("span", { class: "id" }, trace.traceID)],
+    ["Trace", element("span", { class: "id" }, trace.traceID), ...copies],
     ["Start", clock(trace.start)],
     ["Duration", duration(trace.duration)],
     ["Spans", count(trace.spans.length, "span")],
@@ -66,8 +70,8 @@ function showSummary() {
     ["Errors", element("span", { class: errors ? "failed" : "" }, count(errors, "error"))],
   ];
   byId("facts").replaceChildren(
-    ...facts.map(([name, value]) =>
-      element("div", {}, element("dt", { class: "unseen" }, name), element("dd", {}, value)),
+    ...facts.map(([name, ...values]) =>
+      element("div", {}, element("dt", { class: "unseen" }, name), element("dd", {}, ...values)),
     ),
   );
 }
@@ -115,10 +119,11 @@ function spanInURL() {
   return /^#([0-9a-f]{1,16})$/i.exec(location.hash)?.[1].toLowerCase() ?? "";
 }
 
-/** Undoes one step: leaves the find field, closes the details, or goes back to the list. */
+/** Undoes one step: leaves the find field, closes the details, shows the whole trace, or goes back to the list. */
 function escape() {
   if (document.activeElement === byId("find-text")) waterfall.focus();
   else if (selected) select(null);
+  else if (trace && waterfall.isZoomed) waterfall.showWhole();
   else location.assign("/");
 }
 
@@ -129,6 +134,12 @@ addEventListener("hashchange", () => {
 onKeys({
   "/": () => byId("find-text").select(),
   e: () => trace && nextError(),
+  z: () => trace && waterfall.zoomToActive(),
+  "+": () => trace && waterfall.zoomBy(0.5),
+  "-": () => trace && waterfall.zoomBy(2),
+  0: () => trace && waterfall.showWhole(),
+  "[": () => trace && waterfall.move(-0.5),
+  "]": () => trace && waterfall.move(0.5),
   ArrowDown: () => waterfall.focus(),
   ArrowUp: () => waterfall.focus(),
   Escape: escape,

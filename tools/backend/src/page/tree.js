@@ -5,9 +5,9 @@ import { markCriticalPath, selfTime } from "./timing.js";
 /**
  * Adds to each span `key`, `children`, `parent`, `depth`, `position` (among its siblings, from 1), `siblings`,
  * `descendants`, `orphan` (its parent is not in the trace), `selfTime` and `critical` (see `timing.js`), and returns
- * `{ traceID, spans, root, start, end, duration, warnings }` with the spans in the tree's order.
+ * `{ traceID, spans, root, start, end, duration, linked, warnings }` with the spans in the tree's order.
  */
-export function arrange({ traceID, spans, warnings }) {
+export function arrange({ traceID, spans, linked, warnings }) {
   connect(spans);
   const ordered = inOrder(spans);
   let start = Infinity;
@@ -20,7 +20,7 @@ export function arrange({ traceID, spans, warnings }) {
   const roots = ordered.filter((span) => !span.parent);
   const root = roots.find((span) => !span.orphan) ?? roots[0];
   markCriticalPath(root);
-  return { traceID, spans: ordered, root, start, end, duration: end - start, warnings };
+  return { traceID, spans: ordered, root, start, end, duration: end - start, linked, warnings };
 }
 
 function connect(spans) {

@@ -4,6 +4,7 @@
 
 import { byId, element, setAttribute } from "./dom.js";
 import { duration } from "./format.js";
+import { timeline } from "./timeline.js";
 import { row } from "./waterfall_row.js";
 import { visible } from "./tree.js";
 
@@ -16,6 +17,9 @@ export class Waterfall {
   #grid;
   #body = byId("rows");
   #trace = null;
+  #axis = null;
+  /** The shown part of the trace as `[from, to]`, or undefined for all of it. */
+  #range = undefined;
   #collapsed = new Set();
   #spans = [];
   /** The rows in the document, by the index of their span. */
@@ -33,6 +37,8 @@ export class Waterfall {
     grid.addEventListener("keydown", (event) => this.#key(event));
     grid.addEventListener("scroll", () => this.#schedule(), { passive: true });
     this.#body.addEventListener("click", (event) => this.#click(event));
+    grid.addEventListener("pointerdown", (event) => this.#drag(event));
+    byId("whole").addEventListener("click", () => this.showWhole());
     byId("expand").addEventListener("click", () => this.#collapseAll(false));
     byId("collapse").addEventListener("click", () => this.#collapseAll(true));
     new ResizeObserver(() => this.redraw()).observe(grid);
@@ -45,7 +51,7 @@ export class Waterfall {
     const activeKey = this.active?.key;
     this.#trace = trace;
     this.active = trace.spans.find((span) => span.key === activeKey) ?? trace.spans[0];
-    showScale(trace.duration);
+    this.#scale();
     this.#arrange();
     const index = this.#spans.findIndex((span) => span.key === top?.key);
     if (index < 0 || this.#grid.scrollTop === 0) return;
@@ -67,6 +73,83 @@ export class Waterfall {
     }
     if (hidden) this.#arrange();
     this.#activate(this.#spans.indexOf(span));
+  }
+
+  get isZoomed() {
+    return this.#range !== undefined;
+  }
+
+  /** Shows only the time of the active span. */
+  zoomToActive() {
+    this.#zoom(this.active.start, Math.max(this.active.end, this.active.start + 1));
+  }
+
+  /** Shows `factor` times as much of the axis. The active span stays in the middle if it is in sight. */
+  zoomBy(factor) {
+    const place = (this.#axis.place(this.active.start) + this.#axis.place(this.active.end)) / 2;
+    this.#zoomTo(place >= 0 && place <= 1 ? place : 0.5, factor);
+  }
+
+  /** Moves along the axis, by a share of what is in sight. */
+  move(share) {
+    this.#zoomTo(0.5 + share, 1);
+  }
+
+  showWhole() {
+    this.#zoom(this.#trace.start, this.#trace.end);
+  }
+
+  /** Shows the axis around a place, `factor` times as much of it as now. */
+  #zoomTo(place, factor) {
+    const { from, to } = timeline(this.#trace);
+    const [first, last] = [this.#axis.place(from), this.#axis.place(to)];
+    const half = Math.min(factor, last - first) / 2;
+    const middle = Math.min(Math.max(place, first + half), last - half);
+    this.#zoom(this.#axis.time(middle - half), this.#axis.time(middle + half));
+  }
+
+  #zoom(from, to) {
+    // Times are in microseconds.
+    if (to - from < 1) return;
+    const { start, end } = this.#trace;
+    this.#range = from <= start && to >= end ? undefined : [Math.max(from, start), Math.min(to, end)];
+    this.#scale();
+    this.redraw();
+  }
+
+  #scale() {
+    this.#axis = timeline(this.#trace, this.#range);
+    showScale(this.#axis);
+    byId("whole").hidden = !this.isZoomed;
+  }
+
+  /** Selects a part of the axis with the pointer, and then shows only that part. */
+  #drag(event) {
+    const column = byId("time").getBoundingClientRect();
+    if (event.button !== 0 || event.pointerType === "touch" || !event.target.closest(".time")) return;
+    const place = ({ clientX }) => Math.min(Math.max((clientX - column.left) / column.width, 0), 1);
+    const from = place(event);
+    const selection = byId("selection");
+    const ended = new AbortController();
+    const move = (event) => {
+      const to = place(event);
+      selection.hidden = Math.abs(to - from) * column.width < 4;
+      selection.style.left = `${Math.min(from, to) * 100}%`;
+      selection.style.width = `${Math.abs(to - from) * 100}%`;
+    };
+    const end = (event) => {
+      ended.abort();
+      if (selection.hidden) return;
+      selection.hidden = true;
+      const [left, right] = [from, place(event)].sort((a, b) => a - b);
+      // The click that follows belongs to the drag.
+      addEventListener("click", (event) => event.stopPropagation(), { capture: true, once: true });
+      setTimeout(() => this.#zoom(this.#axis.time(left), this.#axis.time(right)));
+    };
+    addEventListener("pointermove", move, { signal: ended.signal });
+    addEventListener("pointerup", end, { signal: ended.signal });
+    event.preventDefault();
+    this.focus();
   }
 
   focus() {
@@ -144,7 +227,7 @@ export class Waterfall {
       shown.element.id = `row-${index}`;
       shown.element.style.transform = `translateY(${index * height}px)`;
       setAttribute(shown.element, "aria-rowindex", index + 2);
-      shown.show(span, this.#trace, this.#collapsed.has(span.key));
+      shown.show(span, this.#axis, this.#collapsed.has(span.key));
     }
     setAttribute(shown.element, "aria-selected", String(span.key === this.#selected));
     shown.element.classList.toggle("active", span === this.active);
@@ -237,9 +320,26 @@ export class Waterfall {
   }
 }
 
-function showScale(whole) {
-  const marks = [0, 0.25, 0.5, 0.75, 1].map((part) =>
-    element("span", {}, part ? duration(whole * part) : "0"),
-  );
-  byId("scale").replaceChildren(...marks);
+/** Labels the quarters of the axis, and marks its pauses. */
+function showScale({ trace, pauses, place, time }) {
+  const edges = pauses
+    .map(({ start, end }) => [place(start), place(end), duration(end - start)])
+    .filter(([left, right]) => right > 0 && left < 1);
+  const marks = [0, 0.25, 0.5, 0.75, 1].map((share) => {
+    // There would be no room for a label beside that of a pause.
+    if (share % 1 && edges.some(([left, right]) => share > left - 0.12 && share < right + 0.12)) return element("span");
+    // After a pause of minutes, microseconds would be lost in the time since the start.
+    const earlier = pauses.findLast(({ end }) => end <= time(share));
+    const at = Math.max(time(share) - (earlier?.end ?? trace.start), 0);
+    return element("span", {}, (earlier ? "+" : "") + (at ? duration(at) : "0"));
+  });
+  byId("scale").replaceChildren(...marks, ...edges.map(([left, right, text]) => pause(left, right, text)));
+  byId("pauses").replaceChildren(...edges.map(([left, right]) => pause(left, right)));
+}
+
+function pause(left, right, text = "") {
+  const mark = element("i", { class: "pause", title: `${text} in which no span ran` }, text);
+  mark.style.left = `${Math.max(left, 0) * 100}%`;
+  mark.style.width = `${(Math.min(right, 1) - Math.max(left, 0)) * 100}%`;
+  return mark;
 }

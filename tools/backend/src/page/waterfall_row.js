@@ -2,18 +2,19 @@
 
 import { element, setAttribute, setText } from "./dom.js";
 import { count, duration, short } from "./format.js";
-import { colour } from "./services.js";
+import { coloured } from "./services.js";
 
-/** Marks on a bar that are closer than this share of the whole trace are drawn as one mark. */
+/** Marks that are closer than this share of the axis are drawn as one mark. */
 const RESOLUTION = 1 / 500;
 
-/** Returns `{ element, show(span, trace, isCollapsed) }`. Rows are reused for other spans. */
+/** Returns `{ element, show(span, axis, isCollapsed) }`. Rows are reused for other spans. */
 export function row() {
   const indent = element("span", { class: "indent", "aria-hidden": "true" });
   const twist = element("span", { class: "twist", "aria-hidden": "true" });
   const service = element("span", { class: "service" });
   const operation = element("span", { class: "operation" });
   const note = element("span", { class: "note" });
+  const outcome = element("span", { class: "outcome" });
   const kind = element("span", { class: "kind" });
   const bar = element("div", { class: "bar-of-span" });
   const label = element("span", { class: "took" });
@@ -25,13 +26,15 @@ export function row() {
     service,
     operation,
     note,
+    outcome,
     kind,
   );
-  const time = element("div", { class: "time", role: "gridcell" }, bar, label);
+  const time = element("div", { class: "time", role: "gridcell" });
   const node = element("div", { role: "row" }, name, time);
 
-  function show(span, trace, isCollapsed) {
-    node.className = `row ${colour(span.service)}`;
+  function show(span, axis, isCollapsed) {
+    node.className = "row";
+    coloured(node, span.service);
     node.classList.toggle("failed", span.error);
     node.classList.toggle("found", Boolean(span.found));
     setAttribute(node, "aria-level", span.depth + 1);
@@ -43,66 +46,74 @@ export function row() {
     setText(service, short(span.service || "(no service)"));
     setText(operation, short(span.name || "(no name)"));
     setText(note, notes(span, isCollapsed));
+    setText(outcome, short(span.outcome, 100));
+    outcome.classList.toggle("failed", span.error || span.refused);
     setText(kind, span.kind);
-    setAttribute(name, "title", short(`${span.service} ${span.name}`, 1000));
-    showTime(span, trace);
+    setAttribute(name, "title", short(`${span.service} ${span.name} ${span.outcome}`, 1000));
+    showTime(span, axis);
   }
 
-  function showTime(span, trace) {
-    const whole = trace.duration || 1;
-    const from = (span.start - trace.start) / whole;
-    const to = (span.end - trace.start) / whole;
-    bar.style.left = `${from * 100}%`;
-    bar.style.width = `${(to - from) * 100}%`;
-    bar.replaceChildren(...marks(span, whole));
-    setText(label, duration(span.duration));
-    const side = to < 0.86 ? "after" : from > 0.14 ? "before" : "inside";
+  function showTime(span, axis) {
+    const [from, to] = [axis.place(span.start), axis.place(span.end)];
+    const [left, right] = [within(from), within(to)];
+    const isBefore = to < 0;
+    const isAfter = from > 1;
+    bar.hidden = isBefore || isAfter;
+    bar.style.left = `${left * 100}%`;
+    bar.style.width = `${(right - left) * 100}%`;
+    time.replaceChildren(bar, ...marks(span, axis), label);
+    setText(label, `${isBefore ? "◂ " : ""}${duration(span.duration)}${isAfter ? " ▸" : ""}`);
+    const side = right < 0.86 ? "after" : left > 0.14 ? "before" : "inside";
     label.dataset.side = side;
-    label.style.left = side === "after" ? `${to * 100}%` : "";
-    label.style.right = side === "after" ? "" : `${(1 - (side === "before" ? from : to)) * 100}%`;
+    label.style.left = side === "after" ? `${right * 100}%` : "";
+    label.style.right = side === "after" ? "" : `${(1 - (side === "before" ? left : right)) * 100}%`;
     setAttribute(
       time,
       "aria-label",
-      `${duration(span.duration)}, starts at ${duration(span.start - trace.start)}`,
+      `${duration(span.duration)}, starts at ${duration(span.start - axis.trace.start)}`,
     );
   }
 
   return { element: node, show, span: null, index: -1 };
 }
 
+const within = (place) => Math.min(Math.max(place, 0), 1);
+
 function notes(span, isCollapsed) {
   const said = [];
-  if (span.error) said.push("error");
   if (span.orphan) said.push("parent missing");
-  if (span.links.length) said.push(count(span.links.length, "link"));
+  const links = span.links.length + span.linked.length;
+  if (links) said.push(count(links, "link"));
   if (isCollapsed) said.push(`+${span.descendants}`);
   return said.join(" · ");
 }
 
-function marks(span, whole) {
-  const within = (time) => Math.min(Math.max((time - span.start) / (span.duration || 1), 0), 1);
-  const drawn = [];
-  for (const [from, to] of merged(span.critical, whole * RESOLUTION)) {
-    const mark = element("i", { class: "critical" });
-    mark.style.left = `${within(from) * 100}%`;
-    mark.style.width = `${(within(to) - within(from)) * 100}%`;
-    drawn.push(mark);
-  }
-  const times = span.events.map(({ time }) => [time, time]).sort((a, b) => a[0] - b[0]);
-  for (const [time] of merged(times, whole * RESOLUTION)) {
-    const mark = element("i", { class: "event" });
-    mark.style.left = `${within(time) * 100}%`;
-    drawn.push(mark);
-  }
-  return drawn;
+/** Returns the marks of the critical path and of the events that are on the shown part of the axis. */
+function marks(span, axis) {
+  const times = span.events.map(({ time }) => Math.min(Math.max(time, span.start), span.end));
+  const events = times.sort((a, b) => a - b).map((time) => [time, time]);
+  return [
+    ...merged(span.critical, axis).map(([from, to]) => mark("critical", from, to)),
+    ...merged(events, axis).map(([place]) => mark("event", place, place)),
+  ];
 }
 
-function merged(intervals, gap) {
+function mark(name, from, to) {
+  const mark = element("i", { class: name });
+  mark.style.left = `${from * 100}%`;
+  if (to > from) mark.style.width = `${(to - from) * 100}%`;
+  return mark;
+}
+
+/** Returns the places of times on the axis, without those out of sight. Times that are close to each other are merged. */
+function merged(times, axis) {
   const wide = [];
-  for (const [from, to] of intervals) {
+  for (const [start, end] of times) {
+    const [from, to] = [axis.place(start), axis.place(end)];
     const last = wide.at(-1);
-    if (last && from - last[1] < gap) last[1] = to;
-    else wide.push([from, to]);
+    if (to < 0 || from > 1) continue;
+    if (last && from - last[1] < RESOLUTION) last[1] = within(to);
+    else wide.push([within(from), within(to)]);
   }
   return wide;
 }

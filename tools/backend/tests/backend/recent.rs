@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use loopback::PATIENCE;
 use opentelemetry_proto::tonic::{
     common::v1::any_value::Value,
-    trace::v1::{Span, Status, status::StatusCode},
+    trace::v1::{Span, Status, span::Link, status::StatusCode},
 };
 use serde_json::{Value as Json, json};
 use std::time::Duration;
@@ -47,20 +47,23 @@ impl Events {
     }
 }
 
+fn failed() -> Option<Status> {
+    Some(Status { code: StatusCode::Error.into(), message: String::new() })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_is_summarized_also_while_its_root_is_missing() -> Result<()> {
     let fixture = Fixture::start().await?;
     assert_eq!(fixture.get("/api/recent").await?.json()["data"], json!([]));
-    let failed = Some(Status { code: StatusCode::Error.into(), message: String::new() });
     let child = Span {
         start_time_unix_nano: NOON + 2 * MILLISECOND,
         end_time_unix_nano: NOON + 5 * MILLISECOND,
-        status: failed.clone(),
+        status: failed(),
         ..span(1, 2, 1, "child")
     };
-    fixture.export("mq", [child, Span { status: failed, ..span(1, 3, 2, "grandchild") }]).await?;
+    fixture.export("mq", [child, Span { status: failed(), ..span(1, 3, 2, "grandchild") }]).await?;
     let mut expected = json!({
-        "traceID": trace_id(1), "rootService": "mq", "rootOperation": "child",
+        "traceID": trace_id(1), "rootService": "mq", "rootOperation": "child", "status": "error",
         "startTime": 1_769_860_800_000_000_u64, "duration": 5000, "spans": 2, "errors": 2,
         "services": [{ "name": "mq", "spans": 2 }],
     });
@@ -68,9 +71,11 @@ async fn a_trace_is_summarized_also_while_its_root_is_missing() -> Result<()> {
     let envelope = json!({ "data": [expected], "total": 1, "limit": 0, "offset": 0, "errors": null });
     assert_eq!(recent.json(), envelope);
 
-    fixture.export("api", [span(1, 1, 0, "root")]).await?;
+    let attributes = vec![attribute("http.response.status_code", Value::IntValue(404))];
+    fixture.export("api", [Span { attributes, ..span(1, 1, 0, "root") }]).await?;
     expected["rootService"] = "api".into();
     expected["rootOperation"] = "root".into();
+    expected["status"] = "404".into();
     expected["spans"] = 3.into();
     expected["services"] = json!([{ "name": "api", "spans": 1 }, { "name": "mq", "spans": 2 }]);
     assert_eq!(fixture.get("/api/recent").await?.json()["data"], json!([expected]));
@@ -92,12 +97,22 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
     fixture.export("shop", [at(3, 30, "buy"), at(1, 10, "buy")]).await?;
     fixture.export("bank", [at(2, 20, "pay"), at(4, 40, "look")]).await?;
     // Adds a span of less than a millisecond within the second trace.
-    fixture
-        .export("bank", [Span { end_time_unix_nano: NOON + 2 * MILLISECOND + 1, ..at(2, 0, "x") }])
-        .await?;
+    let short = Span {
+        span_id: 2_u64.to_be_bytes().into(),
+        end_time_unix_nano: NOON + 2 * MILLISECOND + 1,
+        status: failed(),
+        ..at(2, 0, "x")
+    };
+    fixture.export("bank", [short]).await?;
     for (query, expected) in [
         ("", &[4, 3, 2, 1][..]),
         ("limit=2", &[4, 3]),
+        ("limit=2&offset=1", &[3, 2]),
+        ("offset=4", &[]),
+        ("sort=newest", &[4, 3, 2, 1]),
+        ("sort=longest&service=shop", &[3, 1]),
+        ("sort=longest&maxDuration=30ms&offset=1", &[2, 1]),
+        ("sort=errors", &[2, 4, 3, 1]),
         ("service=shop", &[3, 1]),
         ("service=nobody", &[]),
         ("operation=buy", &[3, 1]),
@@ -115,7 +130,16 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
     ] {
         assert_eq!(numbers(&fixture.get(&format!("/api/recent?{query}")).await?), expected, "{query}");
     }
-    for query in ["limit=0", "minDuration=1", "traceID=x", "tags=[]", "minDuration=2s&maxDuration=1s"] {
+    assert_eq!(fixture.get("/api/recent?limit=1&offset=1").await?.json()["total"], 4);
+    for query in [
+        "limit=0",
+        "offset=-1",
+        "sort=name",
+        "minDuration=1",
+        "traceID=x",
+        "tags=[]",
+        "minDuration=2s&maxDuration=1s",
+    ] {
         assert_eq!(fixture.get(&format!("/api/recent?{query}")).await?.status, 400, "{query}");
     }
     Ok(())
@@ -185,6 +209,31 @@ async fn of_more_changes_than_a_client_is_told_some_are_lost_and_not_kept() -> R
     let pauses = start.elapsed().as_millis() / 250 + 1;
     assert!((1..=100 * pauses).contains(&told), "{told} in {pauses} pauses");
     assert!(matches!(changes.recv().await, Err(RecvError::Lagged(_))));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_knows_the_links_from_others_and_an_event_tells_of_a_new_one() -> Result<()> {
+    let fixture = Fixture::start().await?;
+    let link = |trace: u128, span: u64| Link {
+        trace_id: trace.to_be_bytes().into(),
+        span_id: span.to_be_bytes().into(),
+        ..Link::default()
+    };
+    fixture.export("shop", [span(1, 1, 0, "root")]).await?;
+    let mut events = Events::of(&fixture).await?;
+    let links = vec![link(1, 1), link(3, 1), link(2, 5), Link::default()];
+    fixture.export("bank", [Span { links, ..span(2, 5, 0, "collect") }]).await?;
+    let told = [events.next().await?, events.next().await?].map(|event| event["traceID"].to_string());
+    assert!(told.contains(&json!(trace_id(1)).to_string()), "{told:?}");
+    let expected = json!([{
+        "traceID": trace_id(2), "spanID": "0000000000000005", "service": "bank", "operation": "collect",
+        "to": "0000000000000001",
+    }]);
+    for (trace, expected) in [(1, expected.clone()), (3, expected), (2, json!([])), (9, json!([]))] {
+        assert_eq!(fixture.get(&format!("/api/links/{trace}")).await?.json()["data"], expected, "{trace}");
+    }
+    assert_eq!(fixture.get("/api/links/x").await?.status, 400);
     Ok(())
 }
 

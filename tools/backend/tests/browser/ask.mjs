@@ -33,6 +33,7 @@ export const rows = (page) =>
         name: node.querySelector(".operation").textContent,
         kind: node.querySelector(".kind").textContent,
         note: node.querySelector(".note").textContent,
+        outcome: node.querySelector(".outcome").textContent,
       }))
       .sort((a, b) => a.index - b.index),
   );

@@ -3,10 +3,13 @@
 //     cargo dev backend
 //     node run.mjs [--page http://127.0.0.1:16686] [--otlp http://127.0.0.1:4318] [--only text]
 //
+// With `--controls`, it checks only the buttons, for which `cargo dev` must run.
+//
 // Every check has its own page. An error on the page's console fails the check.
 
 import { parseArgs } from "node:util";
 import { chromium } from "playwright-core";
+import controls from "./checks/controls.mjs";
 import hostile from "./checks/hostile.mjs";
 import large from "./checks/large.mjs";
 import list from "./checks/list.mjs";
@@ -20,11 +23,13 @@ const { values: options } = parseArgs({
     otlp: { type: "string", default: "http://127.0.0.1:4318" },
     browser: { type: "string", default: "/usr/bin/chromium" },
     only: { type: "string", default: "" },
+    controls: { type: "boolean", default: false },
   },
 });
 
 const browser = await chromium.launch({ executablePath: options.browser, args: ["--no-sandbox"] });
-const checks = [list, trace, hostile, large, reach].flatMap((checks) => Object.entries(checks));
+const all = options.controls ? [controls] : [list, trace, hostile, large, reach];
+const checks = all.flatMap((checks) => Object.entries(checks));
 const wanted = checks.filter(([name]) => name.includes(options.only));
 let failed = 0;
 for (const [name, check] of wanted) {

@@ -1,4 +1,4 @@
-//! Logins by key: one, or ten a second.
+//! Logins by key or button: one, or ten a second.
 
 use super::say;
 use harness::{client::Client, stack::KNOWN_MOBILE};
@@ -34,10 +34,15 @@ impl Logins {
         self.load.is_some()
     }
 
-    /// Logs in once, and says what the answer was.
-    pub fn once(&self) {
+    /// Logs in once with this body, says what the answer was, and returns it with its trace id.
+    pub fn once(&self, body: String) -> JoinHandle<(String, String)> {
         let (client, url) = (self.client.clone(), self.url.clone());
-        tokio::spawn(async move { say(&format!("login: {}", answer(&client, &url).await)) });
+        tokio::spawn(async move {
+            let (answer, trace_id) = answer(&client, &url, body).await;
+            let said = format!("login: {answer}");
+            say(&said);
+            (said, trace_id)
+        })
     }
 
     /// Switches the load on, or off; then says what the answers were.
@@ -64,17 +69,22 @@ async fn load(client: Client, url: String, counts: Counts) {
         let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
         let (client, url, counts) = (client.clone(), url.clone(), Arc::clone(&counts));
         tokio::spawn(async move {
-            let answer = answer(&client, &url).await;
+            let (answer, _) = answer(&client, &url, body(KNOWN_MOBILE)).await;
             *counts.lock().unwrap_or_else(PoisonError::into_inner).entry(answer).or_default() += 1;
             drop(place);
         });
     }
 }
 
-async fn answer(client: &Client, url: &str) -> String {
-    let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
+/// Returns the body of a login with this number.
+pub fn body(mobile: &str) -> String {
+    format!(r#"{{"mobile":"{mobile}"}}"#)
+}
+
+/// Returns the status, or the reason why there is none, and the trace id.
+async fn answer(client: &Client, url: &str, body: String) -> (String, String) {
     match client.send(Method::POST, url, &[("content-type", "application/json")], body).await {
-        Ok(answer) => answer.status.to_string(),
-        Err(error) => format!("{error:#}; if api is stopped, a starts it"),
+        Ok(answer) => (answer.status.to_string(), answer.trace_id()),
+        Err(error) => (format!("{error:#}; if api is stopped, a starts it"), String::new()),
     }
 }

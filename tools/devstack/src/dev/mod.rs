@@ -2,18 +2,22 @@
 //! the terminal as it arrives.
 //!
 //! - `parts`: the parts of the system, their start and their end
-//! - `keys`: what the user presses; `logins`: what a key can send
+//! - `keys`, `controls`: what the user presses in the terminal and on the page
+//! - `logins`, `poison`: what a press can send
 //! - `view`: when a trace is drawn
 //! - `terminal`: how it is drawn
 
+mod controls;
 mod keys;
 mod logins;
 mod parts;
+mod poison;
 mod terminal;
 mod view;
 
 use anyhow::Result;
 use clap::Args;
+use harness::stack::KNOWN_MOBILE;
 use keys::Keys;
 use logins::Logins;
 use parts::Parts;
@@ -87,7 +91,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
             () = stopped() => break ExitCode::SUCCESS,
             Some(key) = keys.next() => match key {
                 'q' => break ExitCode::SUCCESS,
-                'l' => logins.once(),
+                'l' => drop(logins.once(logins::body(KNOWN_MOBILE))),
                 '0' => logins.toggle_load(),
                 'o' => open(parts.page_url()),
                 key => {
@@ -99,7 +103,13 @@ pub async fn run(options: Options) -> Result<ExitCode> {
                     }
                 }
             },
+            Some(press) = parts.presses.recv() => controls::act(press, &mut parts, &mut logins).await,
             _ = tick.tick() => {}
+        }
+        if parts.go_on().await
+            && let Some(backend) = &parts.backend
+        {
+            view.follow(backend);
         }
         let mut news = parts.new_log_lines(options.logs);
         news.extend(parts.ends(keys.exist()).await);

@@ -1,7 +1,12 @@
 //! The parts of the system: how they start and end, by key or by themselves, and what they log.
 
-use super::{Options, TICK, say};
+use super::{
+    Options, TICK,
+    controls::{Press, controls},
+    say,
+};
 use anyhow::{Result, bail};
+use axum::Router;
 use backend::{Addresses, Backend};
 use broker::Broker;
 use futures_util::future::join_all;
@@ -9,6 +14,7 @@ use harness::{
     client::Client,
     free_port,
     process::{self, Process},
+    proxy::Proxy,
 };
 use serving::health;
 use std::{
@@ -19,6 +25,7 @@ use std::{
 };
 use tempfile::TempDir;
 use tokio::{
+    sync::mpsc::Receiver,
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -31,6 +38,12 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The folder of the services' data if the broker is elsewhere.
 const FOR_GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/dev");
+
+/// How much longer the answers of a slow usercenter take.
+const DELAY: Duration = Duration::from_millis(300);
+
+/// How long after its button was pressed the trace backend starts again.
+const OUTAGE: Duration = Duration::from_secs(10);
 
 /// When a service has ended, this many of its last lines are printed.
 const LAST_LINES: usize = 10;
@@ -45,6 +58,11 @@ pub struct Parts {
     /// The embedded broker and whether it is up, or `None` if another broker is used.
     broker: Option<(Broker, bool)>,
     options: Options,
+    /// The routes of the page's buttons, and the presses that arrive there.
+    routes: Router,
+    pub presses: Receiver<Press>,
+    /// When the trace backend is to stop and start again, because its button was pressed.
+    outage: Option<Instant>,
     variables: Vec<(&'static str, String)>,
     /// The services' data, which are deleted at the end.
     _data: Option<TempDir>,
@@ -55,12 +73,21 @@ struct Service {
     key: char,
     name: &'static str,
     binary: &'static str,
+    /// The variable with the address that it listens at.
+    listen: &'static str,
     address: SocketAddr,
     process: Option<Process>,
     /// The task that waits until the service is ready, and returns whether it is.
     start: Option<JoinHandle<bool>>,
     /// When the service was told to stop.
     stopping: Option<Instant>,
+    /// Whether it is to start again when it has stopped.
+    restarts: bool,
+    /// Whether it has stopped because it was told to.
+    is_stopped: bool,
+    /// How much longer its answers take, and the proxy at its address that makes them late.
+    delay: Duration,
+    proxy: Option<Proxy>,
 }
 
 impl Parts {
@@ -82,6 +109,8 @@ impl Parts {
             let port = if options.free_ports { free_port()? } else { usual };
             anyhow::Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
         };
+        let query = address(16686)?;
+        let (routes, presses) = controls(query.port());
         let (api, usercenter, mq) = (address(8888)?, address(50051)?, address(50052)?);
         let (broker, amqp_url) = match amqp_url {
             Some(url) => (None, url),
@@ -95,13 +124,9 @@ impl Parts {
         let (backend, endpoint) = match endpoint {
             Some(url) => (None, url),
             None => {
-                let addresses = Addresses {
-                    otlp_grpc: address(4317)?,
-                    otlp_http: address(4318)?,
-                    query: address(16686)?,
-                };
+                let addresses = Addresses { otlp_grpc: address(4317)?, otlp_http: address(4318)?, query };
                 let url = format!("http://{}", addresses.otlp_grpc);
-                let backend = backend(options, addresses).await?;
+                let backend = backend(options, addresses, routes.clone()).await?;
                 say("the trace backend is ready");
                 (Some(backend), url)
             }
@@ -110,9 +135,6 @@ impl Parts {
         say("building the services");
         tokio::task::spawn_blocking(|| process::binary("api")).await??;
         let mut variables = vec![
-            ("API_LISTEN", api.to_string()),
-            ("USERCENTER_LISTEN", usercenter.to_string()),
-            ("MQ_LISTEN", mq.to_string()),
             ("USERCENTER_URL", format!("http://{usercenter}")),
             ("AMQP_URL", amqp_url),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
@@ -133,23 +155,39 @@ impl Parts {
         }
         let defaults = defaults.into_iter().filter(|(variable, _)| env::var_os(variable).is_none());
         variables.extend(defaults.map(|(variable, value)| (variable, value.to_owned())));
-        let service = |key, name, binary, address| Service {
+        let service = |key, name, binary, listen, address| Service {
             key,
             name,
             binary,
+            listen,
             address,
             process: None,
             start: None,
             stopping: None,
+            restarts: false,
+            is_stopped: false,
+            delay: Duration::ZERO,
+            proxy: None,
         };
         let services = vec![
-            service('u', "usercenter", "rpc", usercenter),
-            service('m', "mq", "mq", mq),
-            service('a', "api", "api", api),
+            service('u', "usercenter", "rpc", "USERCENTER_LISTEN", usercenter),
+            service('m', "mq", "mq", "MQ_LISTEN", mq),
+            service('a', "api", "api", "API_LISTEN", api),
         ];
         let addresses = backend.as_ref().map(Backend::addresses).copied();
         let options = options.clone();
-        let mut parts = Self { services, backend, addresses, broker, options, variables, _data: data };
+        let mut parts = Self {
+            services,
+            backend,
+            addresses,
+            broker,
+            options,
+            routes,
+            presses,
+            outage: None,
+            variables,
+            _data: data,
+        };
         for service in &mut parts.services {
             service.start(&parts.variables)?;
         }
@@ -197,7 +235,7 @@ impl Parts {
         service.expect("one of the three names").address
     }
 
-    fn variable(&self, name: &str) -> &str {
+    pub fn variable(&self, name: &str) -> &str {
         self.variables
             .iter()
             .find(|(variable, _)| *variable == name)
@@ -251,7 +289,10 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
     pub async fn toggle(&mut self, key: char) -> bool {
         match key {
             'b' => self.toggle_broker().await,
-            't' => self.toggle_backend().await,
+            't' => {
+                self.outage = None;
+                self.toggle_backend().await;
+            }
             _ => {
                 let Some(service) = self.services.iter_mut().find(|service| service.key == key) else {
                     return false;
@@ -284,7 +325,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
             Some(_) if self.backend.take().is_some() => {
                 say("the trace backend has stopped, and its traces are gone; t starts it");
             }
-            Some(addresses) => match backend(&self.options, addresses).await {
+            Some(addresses) => match backend(&self.options, addresses, self.routes.clone()).await {
                 Ok(backend) => {
                     self.backend = Some(backend);
                     say("the trace backend is ready");
@@ -292,6 +333,58 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
                 Err(error) => drop(say(&format!("the trace backend does not start: {error:#}"))),
             },
         }
+    }
+
+    /// Returns each part's key and name, and whether it runs.
+    pub fn all(&self) -> Vec<(char, &'static str, bool)> {
+        let services = self.services.iter();
+        let services = services.map(|service| {
+            (service.key, service.name, service.process.is_some() && service.stopping.is_none())
+        });
+        let broker = self.broker.iter().map(|(_, is_up)| ('b', "broker", *is_up));
+        services.chain(broker).collect()
+    }
+
+    /// Returns whether usercenter is slow.
+    pub fn is_slow(&self) -> bool {
+        self.services.iter().any(|service| !service.delay.is_zero())
+    }
+
+    /// Starts usercenter again, with answers that take longer than before, or no longer than before.
+    pub async fn toggle_delay(&mut self) {
+        let Some(service) = self.services.iter_mut().find(|service| service.name == "usercenter") else {
+            return;
+        };
+        service.delay = if service.delay.is_zero() { DELAY } else { Duration::ZERO };
+        match (&service.process, service.stopping) {
+            (None, _) => service.toggle(&self.variables).await,
+            (Some(_), None) => {
+                service.toggle(&self.variables).await;
+                service.restarts = true;
+            }
+            (Some(_), Some(_)) => service.restarts = true,
+        }
+    }
+
+    /// Stops the trace backend in a moment, and starts it some seconds later. (It can't answer the press while it
+    /// stops, and its page can't start it.)
+    pub fn interrupt_backend(&mut self) {
+        self.outage.get_or_insert_with(Instant::now);
+    }
+
+    /// Stops or starts the trace backend if that is due; returns whether it has started.
+    pub async fn go_on(&mut self) -> bool {
+        let Some(since) = self.outage.map(|outage| outage.elapsed()) else { return false };
+        if self.backend.is_some() && since > TICK * 3 && since < OUTAGE {
+            self.toggle_backend().await;
+        } else if since > OUTAGE {
+            self.outage = None;
+            if self.backend.is_none() {
+                self.toggle_backend().await;
+                return self.backend.is_some();
+            }
+        }
+        false
     }
 
     /// Returns the log lines since the last call: all of them, or only warnings and errors.
@@ -318,6 +411,11 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
             }
             let is_stopping = service.stopping.is_some();
             let Some(end) = service.end() else { continue };
+            service.is_stopped = is_stopping;
+            if is_stopping && service.restarts {
+                service.toggle(&self.variables).await;
+                continue;
+            }
             let Service { key, name, .. } = service;
             ends.push(match (is_stopping, keys) {
                 (true, _) => format!("{name} has stopped; {key} starts it"),
@@ -330,9 +428,9 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         ends
     }
 
-    /// Returns whether no service runs.
+    /// Returns whether all services have ended by themselves.
     pub fn have_all_ended(&self) -> bool {
-        self.services.iter().all(|service| service.process.is_none())
+        self.services.iter().all(|service| service.process.is_none() && !service.is_stopped)
     }
 
     /// Stops the services, all at once. The other parts stop when they are dropped.
@@ -350,7 +448,19 @@ impl Service {
     fn start(&mut self, variables: &[(&'static str, String)]) -> Result<()> {
         let variables: Vec<_> =
             variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
-        self.process = Some(Process::start_beside(self.binary, self.address, &variables)?);
+        let mut variables = variables;
+        let mut address = self.address;
+        if !self.delay.is_zero() {
+            address.set_port(free_port()?);
+            let proxy = Proxy::start_at(self.address, address)?;
+            // A call passes the proxy twice.
+            proxy.slow_down(self.delay / 2);
+            self.proxy = Some(proxy);
+        }
+        let listen = address.to_string();
+        variables.push((self.listen, &listen));
+        self.process = Some(Process::start_beside(self.binary, address, &variables)?);
+        (self.restarts, self.is_stopped) = (false, false);
         self.start = Some(tokio::spawn(tell_when_ready(self.name, self.address)));
         Ok(())
     }
@@ -378,7 +488,7 @@ impl Service {
         if let Some(start) = self.start.take() {
             start.abort();
         }
-        (self.process, self.stopping) = (None, None);
+        (self.process, self.stopping, self.proxy) = (None, None, None);
         Some(format!("{} has ended by itself ({exit}). Its last lines:\n{words}", self.name))
     }
 }
@@ -411,16 +521,16 @@ async fn tell_when_ready(name: &'static str, address: SocketAddr) -> bool {
 }
 
 #[cfg(feature = "jaeger-ui")]
-async fn backend(options: &Options, addresses: Addresses) -> Result<Backend> {
+async fn backend(options: &Options, addresses: Addresses, routes: Router) -> Result<Backend> {
     match options.jaeger_ui {
         true => Backend::start_with_jaeger_ui(addresses).await,
-        false => Backend::start_at(addresses).await,
+        false => Backend::start_with_controls(addresses, routes).await,
     }
 }
 
 #[cfg(not(feature = "jaeger-ui"))]
-async fn backend(_: &Options, addresses: Addresses) -> Result<Backend> {
-    Backend::start_at(addresses).await
+async fn backend(_: &Options, addresses: Addresses, routes: Router) -> Result<Backend> {
+    Backend::start_with_controls(addresses, routes).await
 }
 
 fn is_warning(line: &str) -> bool {

@@ -159,11 +159,15 @@ export default {
     };
     const answers = [];
     const record = { spanID: "a1", timestamp: 12, severity: "INFO", body: { value: "b" }, attributes: [] };
+    const link = { traceID, spanID: "b2", service: "s", operation: "o", to: "a1" };
     const trace = { data: [{ traceID, spans: [whole] }] };
     for (const value of values) {
       for (const field of Object.keys(record))
         answers.push([trace, { data: [{ ...record, [field]: value }] }]);
-      answers.push([trace, value], [trace, { data: value }], [trace, { data: [value] }]);
+      for (const field of Object.keys(link))
+        answers.push([trace, {}, { data: [{ ...link, [field]: value }] }]);
+      answers.push([trace, value, value], [trace, { data: value }, { data: value }]);
+      answers.push([trace, { data: [value] }, { data: [value] }]);
       for (const field of Object.keys(whole))
         answers.push({ data: [{ traceID, processes: {}, spans: [{ ...whole, [field]: value }] }] });
       for (const field of ["key", "value"])
@@ -193,6 +197,7 @@ export default {
       const { showDetails } = await import("/page/details.js");
       const { showOverview } = await import("/page/overview.js");
       const { row } = await import("/page/waterfall_row.js");
+      const { timeline } = await import("/page/timeline.js");
       const side = document.createElement("aside");
       for (const answer of answers) {
         try {
@@ -200,7 +205,7 @@ export default {
           showOverview(side, trace);
           for (const span of trace.spans) {
             showDetails(side, trace, span, {});
-            row().show(span, trace, false);
+            row().show(span, timeline(trace), false);
           }
         } catch (error) {
           throw new Error(`${JSON.stringify(answer)}: ${error.stack}`);

@@ -31,17 +31,18 @@ export default {
     const cells = await page.$$eval("#rows tr", (rows) =>
       rows.map((row) => [...row.cells].map((cell) => cell.textContent)),
     );
-    assert.match(cells[0][5], /^\d+ s ago$/);
-    assert.deepEqual(cells[0].slice(0, 5), [
+    assert.match(cells[0][6], /^\d+ s ago$/);
+    assert.deepEqual(cells[0].slice(0, 6), [
       `shop GET /cart${newer.traceID.slice(0, 8)}`,
+      "error",
       "shop 1stock 1",
-      "2",
+      "2 spans",
       "2 errors",
       "25.0 ms",
     ]);
-    assert.equal(cells[1][5], "1 min ago");
-    assert.deepEqual(cells[1].slice(2, 5), ["6", "", "2.47 ms"]);
-    assert.deepEqual(cells[1][1].split(/(?<=\d)/).sort(), ["api 4", "mq 1", "usercenter 1"]);
+    assert.equal(cells[1][6], "1 min ago");
+    assert.deepEqual([cells[1][1], ...cells[1].slice(3, 6)], ["200", "6 spans", "", "2.47 ms"]);
+    assert.deepEqual(cells[1][2].split(/(?<=\d)/).sort(), ["api 4", "mq 1", "usercenter 1"]);
   },
 
   async a_new_trace_appears_by_itself({ open, post }) {
@@ -77,7 +78,7 @@ export default {
         traceID: first.traceID,
       }),
     );
-    await eventually(() => row.locator("td").nth(2).textContent(), "7");
+    await eventually(() => row.locator(".spans").textContent(), "7 spans");
     assert.deepEqual(await row.boundingBox(), place);
     await page.mouse.move(700, 20);
     await eventually(() => listed(page), [added[1].traceID, added[0].traceID, ...before]);
@@ -135,6 +136,111 @@ export default {
     await search({ service, minDuration: "1.5s" }, [slow]);
     await search({ service, maxDuration: "200us" }, [quick]);
     await search({ traceID: quick.traceID }, [quick]);
+  },
+
+  async the_search_has_a_time_range({ open, post }) {
+    const service = `time-${id(4)}`;
+    const make = (age) => trace([{ service, name: "a", at: 0, took: 5 }], { start: now() - age * 60e6 });
+    const [fresh, old] = [make(1), make(120)];
+    await post(fresh, old);
+    const page = await open(`/?service=${service}`);
+    await eventually(() => listed(page), [fresh.traceID, old.traceID]);
+    await page.selectOption("[name=lookback]", "1h");
+    await eventually(() => listed(page), [fresh.traceID]);
+    assert.equal(new URL(page.url()).searchParams.get("lookback"), "1h");
+    await page.selectOption("[name=lookback]", "custom");
+    const local = (age) => {
+      const time = new Date(Date.now() - age * 60e3);
+      return new Date(time - time.getTimezoneOffset() * 60e3).toISOString().slice(0, 19);
+    };
+    await page.fill("[name=start]", local(180));
+    await page.fill("[name=end]", local(60));
+    await page.click("#search [type=submit]");
+    await eventually(() => listed(page), [old.traceID]);
+    const link = new URL(page.url());
+    const again = await open(link.pathname + link.search);
+    await eventually(() => listed(again), [old.traceID]);
+    assert.equal(await again.inputValue("[name=start]"), await page.inputValue("[name=start]"));
+  },
+
+  async the_list_is_sorted_and_shows_a_refusal_and_all_services({ open, post }) {
+    const service = `sort-${id(4)}`;
+    const make = (name, took, more, others = []) =>
+      trace(
+        [
+          { service, name, kind: "SERVER", at: 0, took, ...more },
+          ...others.map((service) => ({ service, name: "x", at: 0, took: 1, parent: 0 })),
+        ],
+        { start: now() - 10e6 + took },
+      );
+    const code = (code) => ({ attributes: { "http.response.status_code": code } });
+    const names = Array.from({ length: 12 }, (_, i) => `part-${i}`);
+    const failed = make("failed", 10, { ...code(503), error: "" });
+    const long = make("long", 5000, code(200), names);
+    const lost = make("lost", 9000, code(404));
+    const order = (...traces) => traces.map((trace) => trace.traceID);
+    await post(failed, long, lost);
+    const page = await open(`/?service=${service}`);
+    await eventually(() => listed(page), order(lost, long, failed));
+    await page.selectOption("[name=sort]", "errors");
+    await eventually(() => listed(page), order(failed, lost, long));
+    await page.selectOption("[name=sort]", "longest");
+    await eventually(() => listed(page), order(lost, long, failed));
+    const statuses = await page.$$eval("td.status", (cells) =>
+      cells.map((cell) => [cell.textContent, cell.classList.contains("refused")]),
+    );
+    assert.deepEqual(statuses, [
+      ["404", true],
+      ["200", false],
+      ["503", true],
+    ]);
+    assert.equal(await page.locator("td.spans").first().textContent(), "1 span");
+    const chips = page.locator("tr", { hasText: "long" }).locator(".chip");
+    assert.equal(await chips.count(), 13);
+    for (const chip of await chips.all()) {
+      const [inner, cell] = await chip.evaluate((chip) =>
+        [chip, chip.parentElement].map((node) => node.getBoundingClientRect().bottom),
+      );
+      assert.ok(inner <= cell, `${inner} in ${cell}`);
+    }
+  },
+
+  async a_long_list_has_pages_and_tells_of_new_traces_while_one_scrolls({ open, post }) {
+    const service = `pages-${id(4)}`;
+    const make = (i) => trace([{ service, name: `${i}`, at: 0, took: 5 }], { start: now() - 60e6 + i * 1000 });
+    const traces = Array.from({ length: 120 }, (_, i) => make(i));
+    await post(...traces);
+    const ids = traces.map((trace) => trace.traceID).reverse();
+    const page = await open(`/?service=${service}`);
+    await eventually(() => listed(page), ids.slice(0, 100));
+    await eventually(() => page.textContent("#count"), "1–100 of 120 traces");
+    await page.mouse.move(700, 5);
+    await page.mouse.wheel(0, 1500);
+    await page.waitForFunction(() => scrollY > 1000);
+    await page.waitForSelector("[data-state=live]");
+    const added = make(200);
+    await post(added);
+    await page.waitForSelector("#pending:visible");
+    assert.deepEqual(await listed(page), ids.slice(0, 100));
+    const place = await page.locator("#pending").boundingBox();
+    assert.ok(place.y >= 0 && place.y < 100, JSON.stringify(place));
+    await page.click("#pending");
+    await eventually(() => listed(page), [added.traceID, ...ids.slice(0, 99)]);
+    await page.click("#next");
+    await eventually(() => listed(page), ids.slice(99));
+    await eventually(() => page.textContent("#count"), "101–121 of 121 traces");
+    assert.equal(await page.isVisible("#next"), false);
+    // A later page stays as it is.
+    const newest = make(300);
+    await post(newest);
+    await eventually(() => page.locator("#pending:visible").allTextContents(), ["Show 1 new"]);
+    assert.deepEqual(await listed(page), ids.slice(99));
+    await page.goBack();
+    await eventually(async () => (await listed(page))[0], newest.traceID);
+    await page.keyboard.press("]");
+    await eventually(() => listed(page), ids.slice(98));
+    await page.click("#previous");
+    await eventually(async () => (await listed(page))[0], newest.traceID);
   },
 
   async the_browsers_back_leads_to_the_search_before({ open, post }) {

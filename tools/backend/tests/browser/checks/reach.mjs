@@ -126,7 +126,7 @@ export default {
     const page = await open(`/trace/${posted.traceID}#${posted.ids[1]}`);
     await eventually(async () => (await tree(page)).length, 6);
     const stops = [];
-    for (let i = 0; i < 8; i++) {
+    for (let i = 0; i < 12; i++) {
       await page.keyboard.press("Tab");
       stops.push(
         await page.evaluate(
@@ -139,10 +139,14 @@ export default {
       "home",
       "find-text",
       "help-button",
+      "copy",
+      "copy",
       "waterfall",
       "side",
       "Close the details",
       "id",
+      "copy",
+      "copy",
       "link",
     ]);
   },

@@ -87,7 +87,7 @@ export default {
     assert.equal(await page.getAttribute("#waterfall", "aria-rowcount"), "7");
     assert.deepEqual(
       await page.$$eval("#facts dd", (facts) =>
-        facts.map((fact) => fact.textContent).filter((_, i) => i !== 1),
+        facts.map((fact) => fact.firstChild.textContent).filter((_, i) => i !== 1),
       ),
       [posted.traceID, "2.47 ms", "6 spans", "3 services", "0 errors"],
     );
@@ -206,7 +206,7 @@ export default {
     assert.deepEqual(titles, ["Attributes", "Resource"]);
     assert.match(await fact(page, "Start"), /^\+1\.63 ms \d{4}-/);
     assert.equal(await fact(page, "Duration"), "840 µs 34 % of the trace");
-    assert.equal(await fact(page, "Span id"), posted.ids[5]);
+    assert.equal(await fact(page, "Span id"), `${posted.ids[5]}Copy idCopy link`);
     const cells = await page.$$eval("#side tr", (rows) =>
       rows.map((row) => `${row.cells[0].textContent}=${row.cells[1].textContent}`),
     );
@@ -217,7 +217,7 @@ export default {
     ]) {
       assert.ok(cells.includes(expected), `${expected} in ${cells}`);
     }
-    await page.click("#side dd button");
+    await page.click("#side dd button.link");
     await eventually(() => beside(page), "api send_msg_mq");
     assert.equal(await active(page), "send_msg_mq");
     await page.click("[aria-label='Close the details']");
@@ -293,8 +293,8 @@ export default {
     const page = await open(`/trace/${posted.traceID}`);
     await page.waitForSelector(".row");
     assert.deepEqual(
-      (await rows(page)).map((row) => row.note),
-      ["", "error", "error"],
+      (await rows(page)).map((row) => row.outcome),
+      ["", "it broke", "error"],
     );
     assert.equal(await page.textContent("#facts .failed"), "2 errors");
     const outlines = await page.$$eval(".bar-of-span", (bars) =>
@@ -374,6 +374,165 @@ export default {
     await page.click("#side ul a");
     await page.waitForURL(`**/trace/${linked.traceID}#${linked.ids[4]}`);
     await eventually(() => beside(page), "api send_msg_mq");
+    // The link also leads back, and so does a link that comes late.
+    assert.equal((await rows(page))[4].note, "1 link");
+    await page.click("#side ul a");
+    await page.waitForURL(`**/trace/${posted.traceID}#${posted.ids[0]}`);
+    await page.waitForSelector("[data-state=live]");
+    const late = { service: "late", name: "b", at: 0, took: 9 };
+    await post(trace([{ ...late, links: [{ traceID: posted.traceID, spanID: posted.ids[0] }] }]));
+    await eventually(async () => (await rows(page))[0].note, "2 links");
+    await page.keyboard.press("Escape");
+    await eventually(() => page.locator("#side ul .quiet").allTextContents(), ["late b"]);
+  },
+
+  async a_row_shows_the_status_and_the_reason_of_a_failure({ open, post }) {
+    const status = (code) => ({ "http.response.status_code": code });
+    const grpc = { "rpc.response.status_code": "UNAVAILABLE", "error.type": "UNAVAILABLE" };
+    const spans = [
+      { service: "a", name: "lost", kind: "SERVER", at: 0, took: 99, attributes: status(404) },
+      { service: "a", name: "fine", kind: "CLIENT", at: 1, took: 9, parent: 0, attributes: status(200) },
+      { service: "a", name: "down", kind: "CLIENT", at: 2, took: 9, parent: 0, attributes: grpc, error: "" },
+      {
+        service: "a",
+        name: "late",
+        at: 3,
+        took: 9,
+        parent: 0,
+        attributes: { ...status(503), "error.type": "timeout" },
+        error: "",
+      },
+    ];
+    const posted = trace(spans);
+    await post(posted);
+    const page = await open(`/trace/${posted.traceID}`);
+    await page.waitForSelector(".row");
+    const shown = await page.$$eval(".outcome", (nodes) =>
+      nodes.map((node) => [node.textContent, node.classList.contains("failed")]),
+    );
+    assert.deepEqual(shown, [
+      ["404", true],
+      ["200", false],
+      ["UNAVAILABLE", true],
+      ["503 timeout", true],
+    ]);
+    await openDetails(page, "lost");
+    assert.equal(await fact(page, "Status"), "404");
+  },
+
+  async a_service_has_the_same_colour_everywhere({ open, post }) {
+    const names = ["one", "two", "three", "four", "five", "six"];
+    const make = (names) => trace(names.map((service, i) => ({ service, name: "x", at: i, took: 5 })));
+    const [there, back] = [make(names), make([...names].reverse())];
+    await post(there, back);
+    const seen = new Set();
+    for (const path of [`/trace/${there.traceID}`, `/trace/${back.traceID}`, "/?service=six"]) {
+      const page = await open(path);
+      await page.waitForSelector(".row, #rows tr");
+      const colours = await page.evaluate(() =>
+        [...document.querySelectorAll(".row, .chip")].map((node) => {
+          const name = node.querySelector(".service")?.textContent ?? node.firstChild.data;
+          return `${name} ${node.style.getPropertyValue("--hue")}`;
+        }),
+      );
+      colours.forEach((colour) => seen.add(colour));
+    }
+    assert.equal(seen.size, names.length, [...seen].join(", "));
+  },
+
+  async a_pause_of_ten_minutes_takes_little_of_the_axis({ open, post }) {
+    const later = 600e6;
+    const posted = trace([
+      { service: "a", name: "send", kind: "PRODUCER", at: 0, took: 1000 },
+      { service: "b", name: "work", kind: "CONSUMER", at: later, took: 3000, parent: 0 },
+    ]);
+    await post(posted);
+    const page = await open(`/trace/${posted.traceID}`);
+    await page.waitForSelector(".row");
+    // The pause takes 5 % of the axis, and the work divides the rest.
+    assertClose(await geometry(page, "send", ".bar-of-span"), [[0, 0.2375]]);
+    assertClose(await geometry(page, "work", ".bar-of-span"), [[0.2875, 1]]);
+    assert.equal(await page.textContent("#scale .pause"), "10 min 0 s");
+    assert.equal(await page.locator("#pauses .pause").count(), 1);
+    assert.equal(await page.textContent("#scale span:last-of-type"), "+3.00 ms");
+  },
+
+  async the_axis_is_zoomed_by_drag_and_by_keys({ open, post }) {
+    const posted = known();
+    await post(posted);
+    const page = await open(`/trace/${posted.traceID}`);
+    await page.waitForSelector(".row");
+    const scale = () => page.$$eval("#scale span", (marks) => marks.map((mark) => mark.textContent));
+    const whole = await scale();
+    const column = await page.locator("#time").boundingBox();
+    const drag = async (from, to) => {
+      await page.mouse.move(column.x + column.width * from, column.y + 40);
+      await page.mouse.down();
+      await page.mouse.move(column.x + column.width * to, column.y + 60, { steps: 3 });
+      assert.equal(await page.isVisible("#selection"), true);
+      await page.mouse.up();
+    };
+    // From 250 to 750 of 1250 ms, backwards.
+    await drag(0.6, 0.2);
+    await eventually(scale, ["250 ms", "375 ms", "500 ms", "625 ms", "750 ms"]);
+    assertClose(await geometry(page, "second", ".bar-of-span"), [[0.4, 1]]);
+    // A part of this span's time is out of sight.
+    assertClose(await geometry(page, "first", ".bar-of-span"), [[0, 0.3]]);
+    // The drag does not open any details.
+    assert.equal(await beside(page), "Services");
+    await page.click("#whole");
+    await eventually(scale, whole);
+    await page.focus("#waterfall");
+    await page.keyboard.press("End");
+    await page.keyboard.press("ArrowUp");
+    await page.keyboard.press("z");
+    await eventually(scale, ["700 ms", "725 ms", "750 ms", "775 ms", "800 ms"]);
+    await page.keyboard.press("]");
+    await eventually(scale, ["750 ms", "775 ms", "800 ms", "825 ms", "850 ms"]);
+    assert.equal(await page.locator(".row", { hasText: "inner" }).locator(".took").textContent(), "◂ 150 ms");
+    await page.keyboard.press("[");
+    await page.keyboard.press("-");
+    await eventually(scale, ["650 ms", "700 ms", "750 ms", "800 ms", "850 ms"]);
+    await page.keyboard.press("+");
+    await eventually(scale, ["700 ms", "725 ms", "750 ms", "775 ms", "800 ms"]);
+    await page.keyboard.press("Escape");
+    await eventually(scale, whole);
+  },
+
+  async a_stack_trace_keeps_its_lines_and_ids_can_be_copied({ open, post }) {
+    const line = "   at com.example.a.rather.long.package.Handler.handle(Handler.java:42)";
+    const stack = ["java.lang.IllegalStateException: no", ...Array.from({ length: 9 }, () => line)].join("\n");
+    const posted = trace([
+      {
+        service: "a",
+        name: "broken",
+        at: 0,
+        took: 99,
+        error: "no",
+        events: [{ name: "exception", at: 9, attributes: { "exception.stacktrace": stack } }],
+      },
+    ]);
+    await post(posted);
+    const permissions = ["clipboard-read", "clipboard-write"];
+    const page = await open(`/trace/${posted.traceID}`, { permissions });
+    await page.waitForSelector(".row");
+    await openDetails(page, "broken");
+    const [cell, side] = await page.$eval("#side .lines td", (cell) => [
+      { height: cell.clientHeight, line: Number.parseFloat(getComputedStyle(cell).lineHeight), width: cell.clientWidth },
+      cell.closest("aside").clientWidth,
+    ]);
+    assert.equal(Math.floor(cell.height / cell.line), 10, JSON.stringify(cell));
+    assert.ok(cell.width > side * 0.8, `${cell.width} of ${side}`);
+    const link = new URL(`/trace/${posted.traceID}`, page.url()).href;
+    for (const [place, button, text] of [
+      ["#facts", "Copy id", posted.traceID],
+      ["#facts", "Copy link", link],
+      ["#side", "Copy id", posted.ids[0]],
+      ["#side", "Copy link", `${link}#${posted.ids[0]}`],
+    ]) {
+      await page.locator(place).getByText(button).click();
+      await eventually(() => page.evaluate(() => navigator.clipboard.readText()), text);
+    }
   },
 
   async a_url_leads_to_a_span_and_to_what_was_found({ open, post }) {
