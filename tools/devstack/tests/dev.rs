@@ -423,8 +423,8 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
         own.clone(),
         // The name of another site leads to this machine.
         format!("host: evil.example:{port}\r\norigin: http://evil.example:{port}\r\n"),
-        format!("host: evil.example\r\norigin: http://evil.example\r\n"),
-        format!("host: localhost\r\norigin: http://localhost\r\n"),
+        "host: evil.example\r\norigin: http://evil.example\r\n".to_owned(),
+        "host: localhost\r\norigin: http://localhost\r\n".to_owned(),
         format!("host: localhost:{port}.evil.example\r\norigin: http://localhost:{port}.evil.example\r\n"),
     ];
     for headers in refused {
