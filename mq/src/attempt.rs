@@ -16,7 +16,7 @@ use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
 use opentelemetry::{
     Context, KeyValue,
     context::FutureExt as _,
-    global::{self, BoxedTracer},
+    global::BoxedTracer,
     metrics::{Counter, Histogram},
     trace::{Span, Status, TraceContextExt, Tracer},
 };
@@ -47,7 +47,7 @@ struct Metrics {
 }
 
 static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
-    let meter = global::meter("mq");
+    let meter = telemetry::meter("mq", env!("CARGO_PKG_VERSION"));
     let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
     Metrics {
         // The bounds, in seconds, go from the usual time to the time after an outage.

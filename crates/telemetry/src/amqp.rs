@@ -214,6 +214,8 @@ impl Broker {
         if let Some(metrics) = &self.metrics {
             let attributes = self.labels("send", destination_name(&[exchange, routing_key]), error);
             metrics.sent.add(messages, &attributes);
+            let operation_type = KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, "send");
+            let attributes = [&attributes[..], &[operation_type]].concat();
             metrics.operation.record(started.elapsed().as_secs_f64(), &attributes);
         }
     }
@@ -239,7 +241,6 @@ impl Broker {
         let mut labels = vec![
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
-            KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination),
             KeyValue::new(semconv::SERVER_ADDRESS, self.address.clone()),
             KeyValue::new(semconv::SERVER_PORT, self.port),

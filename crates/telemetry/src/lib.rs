@@ -43,6 +43,7 @@ pub mod metrics;
 mod otlp;
 mod outage;
 mod prometheus;
+mod records;
 mod redaction;
 mod resource;
 pub mod semconv;
@@ -59,6 +60,7 @@ pub use telemetry::Telemetry;
 use opentelemetry::{
     Context, InstrumentationScope, KeyValue,
     global::{self, BoxedSpan, BoxedTracer},
+    metrics::Meter,
     propagation::{Extractor, Injector},
     trace::{Span, Status, TraceContextExt},
 };
@@ -66,6 +68,11 @@ use opentelemetry::{
 /// Returns a tracer for hand-written spans. `name` and `version` tell which code makes them.
 pub fn tracer(name: &'static str, version: &'static str) -> BoxedTracer {
     global::tracer_with_scope(scope(name, version))
+}
+
+/// Returns a meter for hand-written metrics, with the scope of [`tracer`].
+pub fn meter(name: &'static str, version: &'static str) -> Meter {
+    global::meter_with_scope(scope(name, version))
 }
 
 /// Returns the tracer of the HTTP and gRPC layers.
