@@ -204,7 +204,9 @@ impl Problem {
             | Code::DataLoss
             | Code::Unauthenticated => Problem::UsercenterFailed,
         };
-        tracing::warn!(code = ?status.code(), "usercenter failed");
+        // What usercenter itself wrote is not logged, because it may hold anything.
+        let reason = telemetry::grpc::cause(status);
+        tracing::warn!(code = telemetry::grpc::code_name(status.code()), reason, "usercenter failed");
         problem
     }
 }

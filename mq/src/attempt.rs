@@ -168,6 +168,8 @@ where
             KeyValue::new(semconv::CHUNK_SIZE, chunk.size as i64),
             milliseconds(semconv::CHUNK_PAUSE, chunk.pause),
         ]);
+        let time_in_spool = properties::time_in_spool(&delivery.properties);
+        attributes.extend(time_in_spool.map(|time| KeyValue::new(semconv::MESSAGE_TIME_IN_SPOOL, time)));
         if header(&delivery.properties, HEADERS_LEFT_OUT).is_some() {
             attributes.push(KeyValue::new(semconv::MESSAGE_HEADERS_LEFT_OUT, true));
         }

@@ -100,7 +100,8 @@ where
                 Ok(session) => {
                     let start = Instant::now();
                     let Err(error) = self.session(session, stop.clone()).await else { return };
-                    tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
+                    let why = telemetry::causes(&*error);
+                    tracing::warn!(%broker, "lost the connection to the broker: {why}");
                     failures = Failures::default();
                     // If the queue was deleted, its binding is gone too.
                     is_bound = !error.is::<Cancelled>();

@@ -19,7 +19,8 @@ use opentelemetry::{
     propagation::{Extractor, Injector},
     trace::{Link, SpanBuilder, SpanKind, TraceContextExt},
 };
-use std::{fmt, str::FromStr, time::Instant};
+use std::{fmt, str::FromStr, sync::LazyLock, time::Instant};
+use uuid::Uuid;
 
 /// AMQP message headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut FieldTable);
@@ -165,7 +166,7 @@ fn with_baggage_only(cx: &Context) -> Context {
 pub struct Broker {
     address: String,
     port: i64,
-    client_id: &'static str,
+    client_id: String,
     metrics: Option<Metrics>,
 }
 
@@ -191,13 +192,17 @@ impl Metrics {
     }
 }
 
+/// Tells this process from other instances of its service.
+static INSTANCE: LazyLock<String> = LazyLock::new(|| Uuid::new_v4().simple().to_string().split_off(24));
+
 impl Broker {
-    /// `client_id` is the name that the connection has on the broker.
+    /// `client_id` is the name that the connection has on the broker. Spans add some digits to it, because several
+    /// instances of a service have the same name there.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
         Self {
             address: uri.authority.host.clone(),
             port: uri.authority.port.into(),
-            client_id,
+            client_id: format!("{client_id}-{}", *INSTANCE),
             metrics: metrics::are_exported().then(Metrics::new),
         }
     }
@@ -292,7 +297,7 @@ impl Broker {
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
             KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination.to_owned()),
-            KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id),
+            KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id.clone()),
             KeyValue::new(semconv::SERVER_ADDRESS, self.address.clone()),
             KeyValue::new(semconv::SERVER_PORT, self.port),
         ]);

@@ -26,7 +26,8 @@ use crate::{
     semconv::{self, OTHER},
 };
 use bytes::Bytes;
-use grpc_protocol::{GRPC_STATUS, code_name, code_of_http, parse_timeout, status_code, transport_status};
+pub use grpc_protocol::code_name;
+use grpc_protocol::{GRPC_STATUS, code_of_http, parse_timeout, status_code, transport_status};
 use http::{HeaderMap, Request, Response, Uri};
 use http_body::{Body, Frame, SizeHint};
 use opentelemetry::{
@@ -41,6 +42,7 @@ use prost::Message;
 use std::{
     collections::HashSet,
     error::Error,
+    fmt,
     pin::Pin,
     sync::{
         Arc,
@@ -71,6 +73,13 @@ fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
 struct Server {
     address: Arc<str>,
     port: Option<u16>,
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.address)?;
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
 }
 
 impl GrpcClientLayer {
@@ -135,6 +144,7 @@ where
         let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
+        let server = server.clone();
         let peer = server.port.map_or_else(Vec::new, |port| crate::peer(&server.address, port.into()));
 
         let response = {
@@ -150,8 +160,12 @@ where
                 }
                 Err(error) => {
                     let status = transport_status(error.into());
+                    let description = match cause(&status) {
+                        Some(cause) => format!("connect to {server}: {cause}"),
+                        None => status.message().to_owned(),
+                    };
                     // `end` sets no description, and of two errors a span keeps the one with a description.
-                    span.cx.span().set_status(SpanStatus::error(cause(&status)));
+                    span.cx.span().set_status(SpanStatus::error(description));
                     span.end(status.code(), ErrorType::of(&status));
                     Err(status)
                 }
@@ -160,14 +174,12 @@ where
     }
 }
 
-/// Returns the last cause of a call that did not reach its server, for example `Connection refused`.
-fn cause(status: &Status) -> String {
+/// Returns why a call did not reach its server, for example `Connection refused`; `None` if the status has no
+/// cause on this side.
+pub fn cause(status: &Status) -> Option<String> {
     let causes = std::iter::successors(status.source(), |&error| error.source());
     // An `ErrorType` is the span's `error.type` already.
-    causes
-        .filter(|cause| !cause.is::<ErrorType>())
-        .last()
-        .map_or_else(|| status.message().to_owned(), ToString::to_string)
+    causes.filter(|cause| !cause.is::<ErrorType>()).last().map(ToString::to_string)
 }
 
 /// Opens a SERVER span for each call, named `{package.Service}/{Method}`, or `grpc` if the method is unknown.

@@ -29,6 +29,7 @@
 pub mod amqp;
 #[cfg(any(feature = "axum", feature = "tonic"))]
 mod body;
+mod causes;
 mod config;
 mod error_type;
 mod export;
@@ -51,6 +52,7 @@ mod telemetry;
 #[cfg(feature = "zipkin")]
 mod zipkin;
 
+pub use causes::causes;
 pub use config::{Config, ConfigError};
 pub use error_type::ErrorType;
 pub use export::{DroppedSpans, SpanCounts};

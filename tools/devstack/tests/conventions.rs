@@ -107,11 +107,11 @@ async fn logins_and_their_messages() -> Result<Stack> {
     }
 
     let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
-    let too_late = call(&channel, "/usercenter.v1.Usercenter/GetUserByMobile").await.unwrap_err();
+    let too_late = call(&channel, "/usercenter.v1.Usercenter/GetUserByMobile").await.expect_err("a refusal");
     assert_eq!(too_late.code(), Code::DeadlineExceeded);
     // These calls are cut off before their message is complete, until one of them has come to usercenter.
     assert_eq!(
-        call(&channel, "/usercenter.v1.Usercenter/None").await.unwrap_err().code(),
+        call(&channel, "/usercenter.v1.Usercenter/None").await.expect_err("a refusal").code(),
         Code::Unimplemented
     );
     let cancelled = format!("usercenter {LOOKUP} SERVER CANCELLED");
@@ -152,6 +152,10 @@ async fn logins_and_their_messages() -> Result<Stack> {
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 503);
     proxy.restore();
     stack.api.said("published the spooled logins").await?;
+    stack
+        .receiver
+        .expect_span(|span| span.attributes.contains_key("throughline.message.time_in_spool_ms"))
+        .await;
     stack.rpc.stop().await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 503);
     stack.api.stop().await?;
