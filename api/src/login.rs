@@ -58,7 +58,7 @@ pub async fn login(
     // message, or if the message is in the spool.
     app.publisher.clone().oneshot(LoginEvent { mobile: request.mobile }).await?;
 
-    tracing::info!(user.id, "logged in");
+    tracing::info!(%user.id, "logged in");
     Ok(Json(LoginResponse {
         access_token: token.access_token,
         access_expire: token.expires,

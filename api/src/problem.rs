@@ -6,7 +6,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use opentelemetry::{Context, KeyValue, global, metrics::Counter, trace::TraceContextExt};
+use opentelemetry::{Context, KeyValue, metrics::Counter, trace::TraceContextExt};
 use resilience::{CircuitOpen, Rejection};
 use serde_json::json;
 use std::sync::LazyLock;
@@ -15,7 +15,10 @@ use tonic::{Code, Status};
 
 /// Counts the requests that were answered with a problem, by the kind of problem.
 static REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
-    global::meter("api").u64_counter("throughline.requests.refused").with_unit("{request}").build()
+    telemetry::meter("api", env!("CARGO_PKG_VERSION"))
+        .u64_counter("throughline.requests.refused")
+        .with_unit("{request}")
+        .build()
 });
 
 /// Every problem that a caller can be told instead of an answer.
@@ -201,7 +204,9 @@ impl Problem {
             | Code::DataLoss
             | Code::Unauthenticated => Problem::UsercenterFailed,
         };
-        tracing::warn!(code = ?status.code(), "usercenter failed");
+        // What usercenter itself wrote is not logged, because it may hold anything.
+        let reason = telemetry::grpc::cause(status);
+        tracing::warn!(code = telemetry::grpc::code_name(status.code()), reason, "usercenter failed");
         problem
     }
 }

@@ -17,7 +17,7 @@ use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
 use opentelemetry::{
     Context, KeyValue,
     context::FutureExt as _,
-    global::{self, BoxedTracer},
+    global::BoxedTracer,
     metrics::{Counter, Histogram},
     trace::{Span, Status, TraceContextExt, Tracer},
 };
@@ -48,7 +48,7 @@ struct Metrics {
 }
 
 static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
-    let meter = global::meter("mq");
+    let meter = telemetry::meter("mq", env!("CARGO_PKG_VERSION"));
     let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
     Metrics {
         // The bounds, in seconds, go from the usual time to the time after an outage.
@@ -165,6 +165,8 @@ where
             KeyValue::new(semconv::CHUNK_SIZE, chunk.size as i64),
             milliseconds(semconv::CHUNK_PAUSE, chunk.pause),
         ]);
+        let time_in_spool = properties::time_in_spool(&delivery.properties);
+        attributes.extend(time_in_spool.map(|time| KeyValue::new(semconv::MESSAGE_TIME_IN_SPOOL, time)));
         if header(&delivery.properties, HEADERS_LEFT_OUT).is_some() {
             attributes.push(KeyValue::new(semconv::MESSAGE_HEADERS_LEFT_OUT, true));
         }

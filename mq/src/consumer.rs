@@ -90,7 +90,8 @@ where
                 Ok(session) => {
                     let start = Instant::now();
                     let Err(error) = self.session(session, stop.clone()).await else { return };
-                    tracing::warn!(%broker, "lost the connection to the broker: {error:#}");
+                    let why = telemetry::causes(&*error);
+                    tracing::warn!(%broker, "lost the connection to the broker: {why}");
                     failures = Failures::default();
                     has_bound = true;
                     // The pauses start anew only if the connection lasted. If each one is lost at once, they

@@ -168,7 +168,7 @@ impl Replay {
         let published = published.context("waiting for the broker's confirm").flatten();
         if let Err(error) = &published {
             cx.span().set_attribute(KeyValue::new(semconv::ERROR_TYPE, "publish_failed"));
-            cx.span().set_status(Status::error(format!("{error:#}")));
+            cx.span().set_status(Status::error(telemetry::causes(&**error)));
         }
         cx.span().end();
         published?;

@@ -49,7 +49,8 @@ impl Forwarder {
                 self.failures.lock().await.log(&self.server, error);
             } else if !std::mem::replace(&mut was_told, true) {
                 // This is logged once, not for every attempt.
-                tracing::warn!(queue, "can't publish a message; still trying: {error:#}");
+                let why = telemetry::causes(&*error);
+                tracing::warn!(queue, "can't publish a message; still trying: {why}");
             }
             backoff.pause().await;
         }

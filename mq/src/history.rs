@@ -211,7 +211,8 @@ async fn commit(
                 available.send_if_modified(|available| std::mem::replace(available, false));
                 // This is logged once, not for every attempt.
                 if !std::mem::replace(&mut was_told, true) {
-                    tracing::warn!("the database is unavailable; still trying: {error:#}");
+                    let why = telemetry::causes(&*error);
+                    tracing::warn!("the database is unavailable; still trying: {why}");
                 }
                 sleep(PAUSE).await;
             }

@@ -6,7 +6,7 @@ use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, PUBLISHED_AT};
+use proto::headers::{ATTEMPT, DEAD_LETTER_ATTEMPTS, DEAD_LETTER_REASON, PUBLISHED_AT, TIME_IN_SPOOL};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -53,6 +53,11 @@ pub fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
     };
     const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
     (!since_1970.is_zero() && since_1970 < YEAR_10000).then(|| UNIX_EPOCH + since_1970)
+}
+
+/// Returns how long the login was in api's spool before it was published, in milliseconds.
+pub fn time_in_spool(properties: &BasicProperties) -> Option<i64> {
+    header(properties, TIME_IN_SPOOL).and_then(integer).filter(|milliseconds| *milliseconds >= 0)
 }
 
 /// Makes the properties with which a message is published again. They are its own properties and `headers`,

@@ -1,5 +1,6 @@
 //! Every layer of the gRPC service.
 
+use crate::protocol::ProtocolLayer;
 use http::Response;
 use proto::usercenter::v1::FILE_DESCRIPTOR_SET;
 use resilience::{CatchPanicLayer, DeadlineLayer, Rejection, ShedLayer};
@@ -21,7 +22,10 @@ pub struct RequestLimits {
 pub type Layered = Server<
     Stack<
         DeadlineLayer<Answer>,
-        Stack<ShedLayer<Answer>, Stack<CatchPanicLayer<Answer>, Stack<GrpcServerLayer, Identity>>>,
+        Stack<
+            ShedLayer<Answer>,
+            Stack<CatchPanicLayer<Answer>, Stack<ProtocolLayer, Stack<GrpcServerLayer, Identity>>>,
+        >,
     >,
 >;
 
@@ -35,6 +39,7 @@ pub fn in_layers(server: Server, limits: RequestLimits) -> Layered {
     let answer: Answer = rejected;
     server
         .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span, around all that follows
+        .layer(ProtocolLayer) // only gRPC goes further
         .layer(CatchPanicLayer::new(answer)) // a panic is answered like any failure
         .layer(ShedLayer::new(limits.max_in_flight, answer)) // a bound on calls in flight
         .layer(DeadlineLayer::grpc(limits.deadline, answer)) // an answer in time, or a refusal

@@ -8,6 +8,7 @@
 pub mod config;
 pub mod directory;
 pub mod layers;
+mod protocol;
 pub mod service;
 
 use anyhow::Context;

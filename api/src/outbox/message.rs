@@ -22,6 +22,12 @@ pub struct Message {
     /// When the login was taken, in seconds since 1970.
     #[serde(default)]
     taken_at: u64,
+    /// The milliseconds beyond those seconds.
+    #[serde(default)]
+    taken_at_ms: u16,
+    /// Whether the message was read from the spool.
+    #[serde(skip)]
+    was_spooled: bool,
     /// The trace context of its producer span.
     headers: Carrier,
     /// The mobile number that has logged in.
@@ -51,8 +57,9 @@ impl Message {
     pub fn new(cx: &Context, id: String, mobile: MobileNumber) -> Self {
         let mut headers = Carrier::default();
         telemetry::inject(cx, &mut headers);
-        let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Self { id, taken_at, headers, mobile }
+        let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let taken_at_ms = taken_at.subsec_millis() as u16;
+        Self { id, taken_at: taken_at.as_secs(), taken_at_ms, was_spooled: false, headers, mobile }
     }
 
     /// Returns the message id.
@@ -62,7 +69,7 @@ impl Message {
 
     /// Returns when the login was taken.
     pub fn taken_at(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_secs(self.taken_at)
+        UNIX_EPOCH + Duration::from_secs(self.taken_at) + Duration::from_millis(self.taken_at_ms.into())
     }
 
     /// Returns the body of the message. The context travels twice: in the headers for every consumer, and in
@@ -84,6 +91,11 @@ impl Message {
             HeadersMut(&mut headers).set(name, value.clone());
         }
         headers.insert(headers::PUBLISHED_AT.into(), AMQPValue::LongLongInt(milliseconds));
+        if self.was_spooled && self.taken_at > 0 {
+            let time = now.duration_since(self.taken_at()).unwrap_or_default().as_millis();
+            let time = i64::try_from(time).unwrap_or(i64::MAX);
+            headers.insert(headers::TIME_IN_SPOOL.into(), AMQPValue::LongLongInt(time));
+        }
         BasicProperties::default()
             .with_content_type("application/json".into())
             .with_delivery_mode(PERSISTENT)
@@ -99,7 +111,8 @@ impl Message {
 
     /// Decodes a message from the spool; `None` if the bytes are not a message.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        serde_json::from_slice(bytes).ok()
+        let message: Self = serde_json::from_slice(bytes).ok()?;
+        Some(Self { was_spooled: true, ..message })
     }
 }
 
@@ -112,7 +125,7 @@ mod tests {
     #[test]
     fn a_hand_over_says_when_it_is() {
         let mobile = MobileNumber::try_from("13800138000".to_owned()).unwrap();
-        let message = Message { id: "id".to_owned(), taken_at: 7, headers: Carrier::default(), mobile };
+        let message = Message::new(&Context::new(), "id".to_owned(), mobile);
         let properties = message.properties(UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         let headers = properties.headers().clone().unwrap();
@@ -136,13 +149,28 @@ mod tests {
         assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
     }
 
+    #[test]
+    fn a_message_from_the_spool_says_how_long_it_was_there() {
+        let mobile = MobileNumber::try_from("13800138000".to_owned()).unwrap();
+        let message = Message::new(&Context::new(), "id".to_owned(), mobile);
+        let later = message.taken_at() + Duration::from_millis(1234);
+        let time = |message: &Message| {
+            let headers = message.properties(later).headers().clone().unwrap();
+            headers.inner().get(headers::TIME_IN_SPOOL).cloned()
+        };
+        assert_eq!(time(&message), None);
+        let spooled = Message::from_bytes(&message.to_bytes()).unwrap();
+        assert_eq!(time(&spooled), Some(AMQPValue::LongLongInt(1234)));
+    }
+
     proptest! {
         #[test]
         fn what_the_spool_gives_back_is_what_it_got(
             id in ".*", mobile in "[0-9]{7,15}", headers in proptest::collection::vec((".*", ".*"), 0..4)
         ) {
             let mobile = MobileNumber::try_from(mobile).unwrap();
-            let message = Message { id, taken_at: 7, headers: Carrier(headers), mobile };
+            let headers = Carrier(headers);
+            let message = Message { id, taken_at: 7, taken_at_ms: 8, was_spooled: true, headers, mobile };
             prop_assert!(Message::from_bytes(&message.to_bytes()) == Some(message));
         }
 

@@ -204,7 +204,7 @@ impl Outbox {
 
 /// Registers the metrics of what is in the spool.
 fn observe(spool: spool::State) {
-    let meter = opentelemetry::global::meter("api");
+    let meter = telemetry::meter("api", env!("CARGO_PKG_VERSION"));
     let gauge = |name, unit, description, value: fn(&spool::State) -> u64| {
         let spool = spool.clone();
         meter

@@ -2,7 +2,6 @@
 
 use serving::seldom::Seldom;
 use std::{
-    error::Error,
     future::Future,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -89,15 +88,9 @@ impl Service<Request<Body>> for Connection {
             match &answer {
                 Ok(_) => shared.current().unanswered_since = None,
                 // One such error is that the call's time is over, so it is no sign of life.
-                Err(error) => shared.warn(&chain(error)),
+                Err(error) => shared.warn(&telemetry::causes(error)),
             }
             answer
         })
     }
-}
-
-/// Joins an error and its causes to one text. Of a TLS failure, only the last cause tells the reason.
-fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(error.source(), |&cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -2,7 +2,7 @@
 
 use crate::{Circuit, CircuitOpen, circuit::Permission};
 use http::{Request, Response};
-use opentelemetry::{KeyValue, global, trace::get_active_span};
+use opentelemetry::{KeyValue, trace::get_active_span};
 use pin_project_lite::pin_project;
 use std::{
     pin::Pin,
@@ -25,7 +25,7 @@ impl CircuitBreakerLayer {
     pub fn new(circuit: Circuit) -> Self {
         let circuit = Arc::new(circuit);
         let observed = circuit.clone();
-        global::meter("resilience")
+        telemetry::meter("resilience", env!("CARGO_PKG_VERSION"))
             .u64_observable_gauge("throughline.circuit.state")
             .with_description("1 for the current state of the circuit, 0 for the others.")
             .with_callback(move |observer| {

@@ -9,7 +9,7 @@ use grpc_protocol::code_name;
 use http::{Request, Response};
 use http_body::Body;
 use http_body_util::{BodyExt, Limited};
-use opentelemetry::{KeyValue, global, metrics::Counter, trace::get_active_span};
+use opentelemetry::{KeyValue, metrics::Counter, trace::get_active_span};
 use std::{
     pin::Pin,
     sync::Arc,
@@ -45,8 +45,10 @@ impl RetryLayer {
         // The budget allows one retry for five calls, and ten more retries a second. So retries don't make an
         // outage worse.
         let budget = Arc::new(TpsBudget::new(Duration::from_secs(10), 10, 0.2));
-        let retries =
-            global::meter("resilience").u64_counter("throughline.rpc.retries").with_unit("{attempt}").build();
+        let retries = telemetry::meter("resilience", env!("CARGO_PKG_VERSION"))
+            .u64_counter("throughline.rpc.retries")
+            .with_unit("{attempt}")
+            .build();
         Self { idempotent, attempts, budget, retries }
     }
 }

@@ -32,7 +32,7 @@ pub async fn run(
 
     let result = service(&shutdown).await;
     if let Err(error) = &result {
-        tracing::error!("{error:#}");
+        tracing::error!("{}", telemetry::causes(&**error));
     }
     // Telemetry is shut down after a failure too, because the last spans matter most.
     telemetry.shut_down(shutdown.time_left()).await;

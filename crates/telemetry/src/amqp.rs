@@ -23,11 +23,12 @@ use std::{
     fmt, slice,
     str::FromStr,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
 };
+use uuid::Uuid;
 
 /// AMQP message headers, as a carrier that a context is written to.
 pub struct HeadersMut<'a>(pub &'a mut FieldTable);
@@ -174,7 +175,7 @@ pub struct Broker {
     /// The name or address of each host, and its port.
     hosts: Vec<(String, i64)>,
     current: Arc<AtomicUsize>,
-    client_id: &'static str,
+    client_id: String,
     metrics: Option<Metrics>,
 }
 
@@ -200,8 +201,12 @@ impl Metrics {
     }
 }
 
+/// Tells this process from other instances of its service.
+static INSTANCE: LazyLock<String> = LazyLock::new(|| Uuid::new_v4().simple().to_string().split_off(24));
+
 impl Broker {
-    /// `client_id` is the name that the connection has on the broker.
+    /// `client_id` is the name that the connection has on the broker. Spans add some digits to it, because several
+    /// instances of a service have the same name there.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
         Self::of_hosts(slice::from_ref(uri), Arc::default(), client_id)
     }
@@ -213,7 +218,7 @@ impl Broker {
         Self {
             hosts: hosts.iter().map(host).collect(),
             current,
-            client_id,
+            client_id: format!("{client_id}-{}", *INSTANCE),
             metrics: metrics::are_exported().then(Metrics::new),
         }
     }
@@ -235,6 +240,8 @@ impl Broker {
         if let Some(metrics) = &self.metrics {
             let attributes = self.labels("send", destination_name(&[exchange, routing_key]), error);
             metrics.sent.add(messages, &attributes);
+            let operation_type = KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, "send");
+            let attributes = [&attributes[..], &[operation_type]].concat();
             metrics.operation.record(started.elapsed().as_secs_f64(), &attributes);
         }
     }
@@ -261,7 +268,6 @@ impl Broker {
         let mut labels = vec![
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
-            KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination),
             KeyValue::new(semconv::SERVER_ADDRESS, address.to_owned()),
             KeyValue::new(semconv::SERVER_PORT, port),
@@ -315,7 +321,7 @@ impl Broker {
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
             KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination.to_owned()),
-            KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id),
+            KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id.clone()),
             KeyValue::new(semconv::SERVER_ADDRESS, address.to_owned()),
             KeyValue::new(semconv::SERVER_PORT, port),
         ]);

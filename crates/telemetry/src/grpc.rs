@@ -25,9 +25,11 @@ use crate::{
     redaction::without_long_numbers,
     semconv::{self, OTHER},
 };
-use grpc_protocol::{GRPC_STATUS, code_name, code_of_http, parse_timeout, status_code, transport_status};
+use bytes::Bytes;
+pub use grpc_protocol::code_name;
+use grpc_protocol::{GRPC_STATUS, code_of_http, parse_timeout, status_code, transport_status};
 use http::{HeaderMap, Request, Response, Uri};
-use http_body::Body;
+use http_body::{Body, Frame, SizeHint};
 use opentelemetry::{
     Context, KeyValue,
     context::FutureExt,
@@ -35,13 +37,18 @@ use opentelemetry::{
     metrics::Histogram,
     trace::{SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
 };
+use pin_project_lite::pin_project;
 use prost::Message;
 use std::{
     collections::HashSet,
     error::Error,
+    fmt,
     pin::Pin,
-    sync::Arc,
-    task::{self, Poll},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{self, Poll, ready},
     time::{Duration, Instant},
 };
 use tonic::{Code, Status, transport::server::TcpConnectInfo};
@@ -66,6 +73,13 @@ fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
 struct Server {
     address: Arc<str>,
     port: Option<u16>,
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.address)?;
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
 }
 
 impl GrpcClientLayer {
@@ -130,6 +144,7 @@ where
         let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
+        let server = server.clone();
         let peer = server.port.map_or_else(Vec::new, |port| crate::peer(&server.address, port.into()));
 
         let response = {
@@ -145,8 +160,12 @@ where
                 }
                 Err(error) => {
                     let status = transport_status(error.into());
+                    let description = match cause(&status) {
+                        Some(cause) => format!("connect to {server}: {cause}"),
+                        None => status.message().to_owned(),
+                    };
                     // `end` sets no description, and of two errors a span keeps the one with a description.
-                    span.cx.span().set_status(SpanStatus::error(cause(&status)));
+                    span.cx.span().set_status(SpanStatus::error(description));
                     span.end(status.code(), ErrorType::of(&status));
                     Err(status)
                 }
@@ -155,10 +174,12 @@ where
     }
 }
 
-/// Returns the last cause of a call that did not reach its server, for example `Connection refused`.
-fn cause(status: &Status) -> String {
+/// Returns why a call did not reach its server, for example `Connection refused`; `None` if the status has no
+/// cause on this side.
+pub fn cause(status: &Status) -> Option<String> {
     let causes = std::iter::successors(status.source(), |&error| error.source());
-    causes.last().map_or_else(|| status.message().to_owned(), ToString::to_string)
+    // An `ErrorType` is the span's `error.type` already.
+    causes.filter(|cause| !cause.is::<ErrorType>()).last().map(ToString::to_string)
 }
 
 /// Opens a SERVER span for each call, named `{package.Service}/{Method}`, or `grpc` if the method is unknown.
@@ -207,9 +228,9 @@ pub struct GrpcServer<S> {
     layer: GrpcServerLayer,
 }
 
-impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for GrpcServer<S>
+impl<S, ResBody> Service<Request<tonic::body::Body>> for GrpcServer<S>
 where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S: Service<Request<tonic::body::Body>, Response = Response<ResBody>>,
     S::Future: Send + 'static,
     ResBody: Body,
 {
@@ -221,7 +242,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+    fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
         if request.uri().path().starts_with("/grpc.") {
             let response = self.inner.call(request);
             return Box::pin(async { Ok(response.await?.map(|body| TracedBody::new(body, None, None))) });
@@ -230,6 +251,9 @@ where
         let cx = crate::with_span(&parent, self.layer.start_span(&request, &parent));
         let span =
             GrpcSpan::new(cx.clone(), SpanKind::Server, request.headers(), self.layer.measure(&request));
+        let broke_off = Arc::new(AtomicBool::new(false));
+        let watch = |body| tonic::body::Body::new(WatchedBody { body, broke_off: broke_off.clone() });
+        let request = request.map(watch);
 
         let response = {
             let _attached = cx.clone().attach();
@@ -237,6 +261,12 @@ where
         };
         Box::pin(async move {
             match response.with_context(cx).await {
+                // tonic answers INTERNAL to a message that breaks off. But the caller is gone, and does not hear
+                // that. Without an outcome, the span ends as that of any other caller that is gone.
+                Ok(response) if broke_off.load(Relaxed) => {
+                    drop(span);
+                    Ok(response.map(|body| TracedBody::new(body, None, None)))
+                }
                 Ok(response) => Ok(span.respond(response)),
                 Err(error) => {
                     span.end(Code::Unknown, None);
@@ -244,6 +274,40 @@ where
                 }
             }
         })
+    }
+}
+
+pin_project! {
+    /// The message of a call, which may break off because its caller cancels the call or is gone.
+    struct WatchedBody {
+        #[pin]
+        body: tonic::body::Body,
+        broke_off: Arc<AtomicBool>,
+    }
+}
+
+impl Body for WatchedBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        task: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.project();
+        let frame = ready!(this.body.poll_frame(task));
+        if let Some(Err(_)) = &frame {
+            this.broke_off.store(true, Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -29,6 +29,7 @@
 pub mod amqp;
 #[cfg(any(feature = "axum", feature = "tonic"))]
 mod body;
+mod causes;
 mod config;
 mod error_type;
 mod export;
@@ -43,6 +44,7 @@ pub mod metrics;
 mod otlp;
 mod outage;
 mod prometheus;
+mod records;
 mod redaction;
 mod resource;
 pub mod semconv;
@@ -50,6 +52,7 @@ mod telemetry;
 #[cfg(feature = "zipkin")]
 mod zipkin;
 
+pub use causes::causes;
 pub use config::{Config, ConfigError};
 pub use error_type::ErrorType;
 pub use export::{DroppedSpans, SpanCounts};
@@ -59,6 +62,7 @@ pub use telemetry::Telemetry;
 use opentelemetry::{
     Context, InstrumentationScope, KeyValue,
     global::{self, BoxedSpan, BoxedTracer},
+    metrics::Meter,
     propagation::{Extractor, Injector},
     trace::{Span, Status, TraceContextExt},
 };
@@ -66,6 +70,11 @@ use opentelemetry::{
 /// Returns a tracer for hand-written spans. `name` and `version` tell which code makes them.
 pub fn tracer(name: &'static str, version: &'static str) -> BoxedTracer {
     global::tracer_with_scope(scope(name, version))
+}
+
+/// Returns a meter for hand-written metrics, with the scope of [`tracer`].
+pub fn meter(name: &'static str, version: &'static str) -> Meter {
+    global::meter_with_scope(scope(name, version))
 }
 
 /// Returns the tracer of the HTTP and gRPC layers.

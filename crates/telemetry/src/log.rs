@@ -5,7 +5,7 @@
 //! because spans have a filter of their own. A separate thread writes the lines, so that a reader of standard
 //! error that stops reading delays nobody. Lines beyond a bound are dropped and counted.
 
-use crate::outage::PartialSuccess;
+use crate::{outage::PartialSuccess, records::Namespaced};
 use opentelemetry::{
     Context,
     trace::{SpanContext, TraceContextExt},
@@ -144,7 +144,8 @@ pub(crate) fn install(
         .with_filter(filter.layer());
     // Each filter is around the `Option` of its layer. If an absent layer had no filter, tracing would ask
     // for each span anew whether somebody wants it.
-    let records = loggers.map(OpenTelemetryTracingBridge::new).with_filter(filter.layer());
+    let records = loggers.map(|loggers| OpenTelemetryTracingBridge::new(&Namespaced(loggers.clone())));
+    let records = records.with_filter(filter.layer());
     let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
     let spans = tracer.map(|tracer| tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false));
     let spans = spans.with_filter(recorded);

@@ -84,7 +84,7 @@ pub(crate) fn start(
 
 /// Returns the meter of the boundaries, whose scope is that of their spans.
 pub(crate) fn meter() -> Meter {
-    global::meter_with_scope(crate::scope("throughline", env!("CARGO_PKG_VERSION")))
+    crate::meter("throughline", env!("CARGO_PKG_VERSION"))
 }
 
 /// Whether metrics are exported. If they are not, their attributes need not be prepared.

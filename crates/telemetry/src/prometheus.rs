@@ -9,14 +9,15 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use opentelemetry_prometheus::PrometheusExporter;
 use prometheus::{Registry, TextEncoder};
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, time::Duration};
 use tokio::{
     net::TcpListener,
-    sync::Semaphore,
+    task::AbortHandle,
     time::{sleep, timeout},
 };
 
-/// The most open connections. Further connections wait until one is closed.
+/// The most open connections. A further connection closes the one that was opened first, so that connections on
+/// which nothing is asked keep nobody out.
 const MAX_CONNECTIONS: usize = 8;
 
 /// How long a connection may stay open. It is for one answer, and is closed after this time even if the
@@ -43,18 +44,19 @@ async fn serve(listener: TcpListener, registry: Registry) {
     if let Ok(address) = listener.local_addr() {
         tracing::info!(%address, "metrics for Prometheus");
     }
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = VecDeque::with_capacity(MAX_CONNECTIONS);
     loop {
-        let Ok(permit) = connections.clone().acquire_owned().await else {
-            return;
-        };
         let Ok((stream, _)) = listener.accept().await else {
             // Most likely the process is out of file descriptors, so wait until some are closed.
             sleep(Duration::from_millis(100)).await;
             continue;
         };
+        if connections.len() == MAX_CONNECTIONS {
+            // Most likely this task has ended already.
+            connections.pop_front().as_ref().map(AbortHandle::abort);
+        }
         let registry = registry.clone();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             let answer = service_fn(async |request| Ok::<_, Infallible>(answer(&request, &registry)));
             let mut http = http1::Builder::new();
             let connection = http
@@ -62,8 +64,8 @@ async fn serve(listener: TcpListener, registry: Registry) {
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), answer);
             let _ = timeout(CONNECTION_TIMEOUT, connection).await;
-            drop(permit);
         });
+        connections.push_back(task.abort_handle());
     }
 }
 

@@ -10,6 +10,7 @@ pub const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.45.0";
 pub const CLIENT_ADDRESS: &str = "client.address";
 pub const CLIENT_PORT: &str = "client.port";
 pub const ERROR_TYPE: &str = "error.type";
+pub const EXCEPTION_MESSAGE: &str = "exception.message";
 pub const NETWORK_PEER_ADDRESS: &str = "network.peer.address";
 pub const NETWORK_PEER_PORT: &str = "network.peer.port";
 pub const NETWORK_PROTOCOL_VERSION: &str = "network.protocol.version";
@@ -60,6 +61,8 @@ pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
 pub const MESSAGE_HEADERS_LEFT_OUT: &str = "throughline.message.headers_left_out";
 /// Our own: the time since the message was last published, in milliseconds.
 pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";
+/// Our own: how long the login was in the spool before its message was first published, in milliseconds.
+pub const MESSAGE_TIME_IN_SPOOL: &str = "throughline.message.time_in_spool_ms";
 /// Our own: how many deliveries, including this one, the consumer took together to share a commit.
 pub const CHUNK_SIZE: &str = "throughline.chunk.size";
 /// Our own: how long deliveries gathered before the consumer took them, in milliseconds. This message waited for

@@ -14,7 +14,9 @@
 //!
 //! - [`receiver`]: an OTLP receiver that keeps everything it receives
 //! - [`trace`], [`metric`], [`log`]: spans, data points and log records as they were received
+//! - [`conventions`]: checks what was received against the semantic conventions
 
+pub mod conventions;
 mod ids;
 pub mod ingest;
 mod jaeger;

@@ -2,7 +2,7 @@
 //! receives, so a test sees what a service really exported. It also accepts Zipkin's JSON.
 
 use crate::{
-    Rejected, ingest,
+    Rejected, conventions, ingest,
     ingest::Sink,
     log::{self, LogRecord},
     metric::{self, Metric},
@@ -23,6 +23,7 @@ use opentelemetry_proto::tonic::collector::{
 };
 use serde_json::Value;
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -46,6 +47,7 @@ struct Received {
     spans: Vec<Span>,
     metrics: Vec<Metric>,
     logs: Vec<LogRecord>,
+    faults: BTreeSet<String>,
     zipkin: Vec<Value>,
     /// The headers of each request with spans, including gRPC metadata.
     requests: Vec<HeaderMap>,
@@ -117,6 +119,11 @@ impl Receiver {
     /// Returns all log records received so far.
     pub fn logs(&self) -> Vec<LogRecord> {
         self.store.lock().logs.clone()
+    }
+
+    /// Returns how the spans, metrics and log records received so far break the [`conventions`].
+    pub fn faults(&self) -> BTreeSet<String> {
+        self.store.lock().faults.clone()
     }
 
     /// Returns the headers of each request with spans.
@@ -219,6 +226,7 @@ impl Sink for Store {
                 Refusal::OneSpan => Ok(Rejected { count: 1, reason: "refused" }),
             };
         }
+        received.faults.extend(conventions::of_traces(&request));
         received.spans.extend(request.resource_spans.iter().flat_map(trace::spans));
         Ok(Rejected::default())
     }
@@ -226,6 +234,7 @@ impl Sink for Store {
     fn metrics(&self, headers: HeaderMap, request: ExportMetricsServiceRequest) -> Result<Rejected, Status> {
         let mut received = self.lock();
         received.metrics_requests.push(headers);
+        received.faults.extend(conventions::of_metrics(&request));
         received.metrics.extend(request.resource_metrics.iter().flat_map(metric::metrics));
         Ok(Rejected::default())
     }
@@ -233,6 +242,7 @@ impl Sink for Store {
     fn logs(&self, headers: HeaderMap, request: ExportLogsServiceRequest) -> Result<Rejected, Status> {
         let mut received = self.lock();
         received.logs_requests.push(headers);
+        received.faults.extend(conventions::of_logs(&request));
         received.logs.extend(request.resource_logs.iter().flat_map(log::records));
         Ok(Rejected::default())
     }

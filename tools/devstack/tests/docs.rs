@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const DOCUMENTS: [&str; 11] = [
+const DOCUMENTS: [&str; 12] = [
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
@@ -17,6 +17,7 @@ const DOCUMENTS: [&str; 11] = [
     "docs/bounds.md",
     "docs/chaos.md",
     "docs/configuration.md",
+    "docs/conventions.md",
     "docs/copying.md",
     "docs/layers.md",
 ];

@@ -202,8 +202,12 @@ async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     let call = spans.iter().find(|span| span.kind == "CLIENT").expect("the call");
-    assert_eq!(call.status_message, "Connection refused (os error 111)");
-    stack.api.said("can't reach usercenter: ").await?;
+    assert_eq!(call.status_message, format!("connect to {listen}: Connection refused (os error 111)"));
+    let unreachable = stack.api.said("can't reach usercenter: ").await?;
+    let failed = stack.api.said("usercenter failed code=\"UNAVAILABLE\" reason=\"Connection refused").await?;
+    for line in [unreachable, failed] {
+        assert_eq!(line.matches("refused").count(), 1, "{line}");
+    }
 
     let _rpc = stack.another("rpc", &[("USERCENTER_LISTEN", &listen)]).await?;
     let back = harness::poll(PATIENCE, async || {

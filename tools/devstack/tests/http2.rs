@@ -2,13 +2,19 @@
 //! the service lives, and its memory stays bounded.
 
 use anyhow::{Context, Result};
+use bytes::Bytes;
 use harness::{
     PATIENCE,
     client::raw,
     poll,
     stack::{KNOWN_MOBILE, Stack},
 };
+use http::Request;
+use http_body_util::Empty;
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use proto::usercenter::v1::{GetUserByMobileRequest, usercenter_client::UsercenterClient};
 use std::fs;
+use tonic::{Code, transport::Channel};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -114,5 +120,29 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
     for service in [&stack.rpc, &stack.mq] {
         assert!(!service.output().contains("panicked"), "{}", service.output());
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_grpc_is_refused_and_a_message_that_is_too_large_has_its_own_status() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let url = format!("http://{}/usercenter.v1.Usercenter/GetUserByMobile", stack.rpc.address);
+    let client = Client::builder(TokioExecutor::new()).http2_only(true).build_http::<Empty<Bytes>>();
+    for (method, content_type, status) in [
+        ("GET", "application/grpc", 405),
+        ("POST", "application/json", 415),
+        ("POST", "application/grpcx", 415),
+        ("POST", "application/grpc+proto", 200),
+    ] {
+        let request = Request::builder().method(method).uri(&url).header("content-type", content_type);
+        let answer = client.request(request.body(Empty::new())?).await?;
+        assert_eq!(answer.status(), status, "{method} {content_type}");
+        // An answer of gRPC has a status of its own, here for the missing message.
+        assert_eq!(answer.headers().contains_key("grpc-status"), status == 200, "{method} {content_type}");
+    }
+    let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
+    let lookup = GetUserByMobileRequest { mobile: "1".repeat(100_000) };
+    let too_large = UsercenterClient::new(channel).get_user_by_mobile(lookup).await.unwrap_err();
+    assert_eq!(too_large.code(), Code::ResourceExhausted, "{too_large}");
     Ok(())
 }

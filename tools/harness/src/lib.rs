@@ -26,5 +26,5 @@ pub mod stand_in;
 pub mod tls_front;
 
 // These modules are re-exported, so that a test finds everything in one crate.
-pub use backend::{log, metric, receiver, trace};
+pub use backend::{conventions, log, metric, receiver, trace};
 pub use loopback::{PATIENCE, client, free_port, poll};
