@@ -275,7 +275,6 @@ mod tests {
     mod power_cut;
 
     use super::*;
-    use opentelemetry::Context;
     use proptest::prelude::*;
     use std::{collections::BTreeMap, os::unix::fs::PermissionsExt};
     use tempfile::TempDir;
@@ -283,7 +282,8 @@ mod tests {
     const LARGE: Capacity = Capacity { entries: 1000, bytes: 1_000_000 };
 
     fn message(id: &str) -> Message {
-        Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned().try_into().unwrap())
+        let entry = serde_json::json!({ "id": id, "taken_at": 7, "headers": [], "mobile": "13800138000" });
+        Message::from_bytes(entry.to_string().as_bytes()).unwrap()
     }
 
     fn append(store: &mut Store, ids: &[&str]) -> Vec<bool> {
