@@ -17,28 +17,31 @@
 //! # }
 //! ```
 
+mod request;
+mod span;
+
+pub use grpc_protocol::code_name;
+pub use span::{GrpcSpan, cause};
+
 use crate::{
     ErrorType,
-    body::{AwaitsBody, BodyEnd, TracedBody},
-    headers::{Headers, HeadersMut, peer_attributes, server_attributes},
+    body::TracedBody,
+    headers::{Headers, HeadersMut},
     metrics::{self, Measurement},
-    redaction::without_long_numbers,
-    semconv::{self, OTHER},
+    semconv,
 };
-use bytes::Bytes;
-pub use grpc_protocol::code_name;
-use grpc_protocol::{GRPC_STATUS, code_of_http, parse_timeout, status_code, transport_status};
-use http::{HeaderMap, Request, Response, Uri};
-use http_body::{Body, Frame, SizeHint};
+use grpc_protocol::transport_status;
+use http::{Request, Response, Uri};
+use http_body::Body;
 use opentelemetry::{
     Context, KeyValue,
     context::FutureExt,
-    global::{BoxedSpan, BoxedTracer},
+    global::BoxedTracer,
     metrics::Histogram,
     trace::{SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
 };
-use pin_project_lite::pin_project;
 use prost::Message;
+use request::WatchedBody;
 use std::{
     collections::HashSet,
     error::Error,
@@ -48,10 +51,9 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    task::{self, Poll, ready},
-    time::{Duration, Instant},
+    task::{self, Poll},
 };
-use tonic::{Code, Status, transport::server::TcpConnectInfo};
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 /// Opens a CLIENT span for each call, named `{package.Service}/{Method}`.
@@ -174,14 +176,6 @@ where
     }
 }
 
-/// Returns why a call did not reach its server, for example `Connection refused`; `None` if the status has no
-/// cause on this side.
-pub fn cause(status: &Status) -> Option<String> {
-    let causes = std::iter::successors(status.source(), |&error| error.source());
-    // An `ErrorType` is the span's `error.type` already.
-    causes.filter(|cause| !cause.is::<ErrorType>()).last().map(ToString::to_string)
-}
-
 /// Opens a SERVER span for each call, named `{package.Service}/{Method}`, or `grpc` if the method is unknown.
 ///
 /// Calls of gRPC's own services (`grpc.health.*`, `grpc.reflection.*`) make no span.
@@ -274,203 +268,5 @@ where
                 }
             }
         })
-    }
-}
-
-pin_project! {
-    /// The message of a call, which may break off because its caller cancels the call or is gone.
-    struct WatchedBody {
-        #[pin]
-        body: tonic::body::Body,
-        broke_off: Arc<AtomicBool>,
-    }
-}
-
-impl Body for WatchedBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        task: &mut task::Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = self.project();
-        let frame = ready!(this.body.poll_frame(task));
-        if let Some(Err(_)) = &frame {
-            this.broke_off.store(true, Relaxed);
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-impl GrpcServerLayer {
-    /// Returns the name of the called method, or `_OTHER` if the method is unknown.
-    fn method<B>(&self, request: &Request<B>) -> &str {
-        let path = request.uri().path().trim_start_matches('/');
-        self.methods.get(path).map_or(OTHER, String::as_str)
-    }
-
-    fn measure<B>(&self, request: &Request<B>) -> Option<Measurement> {
-        let duration = self.duration.as_ref()?;
-        let method = KeyValue::new(semconv::RPC_METHOD, self.method(request).to_owned());
-        Some(Measurement::start(duration, vec![KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"), method]))
-    }
-
-    fn start_span<B>(&self, request: &Request<B>, parent: &Context) -> BoxedSpan {
-        let path = request.uri().path().trim_start_matches('/');
-        let method = self.method(request);
-        let name = if method == OTHER { "grpc" } else { method };
-        let mut attributes = Vec::with_capacity(12);
-        attributes.extend([
-            KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
-            KeyValue::new(semconv::RPC_METHOD, method.to_owned()),
-        ]);
-        if method == OTHER {
-            let original = without_long_numbers(&path.chars().take(200).collect::<String>());
-            attributes.push(KeyValue::new(semconv::RPC_METHOD_ORIGINAL, original));
-        }
-        if let Some(authority) = request.uri().authority() {
-            attributes.extend(server_attributes(authority));
-        }
-        let connection = request.extensions().get::<TcpConnectInfo>();
-        if let Some(peer) = connection.and_then(TcpConnectInfo::remote_addr) {
-            attributes.extend(peer_attributes(peer));
-        }
-        let builder =
-            SpanBuilder::from_name(name.to_owned()).with_kind(SpanKind::Server).with_attributes(attributes);
-        self.tracer.build_with_context(builder, parent)
-    }
-}
-
-/// The span of a call, on either side. It ends when the status is known. If it is dropped before that, the
-/// call was cancelled or has passed its deadline.
-#[derive(Debug)]
-pub struct GrpcSpan {
-    cx: Context,
-    kind: SpanKind,
-    deadline: Option<Instant>,
-    /// The status that counts if the answer turns out to have no gRPC status.
-    status: Code,
-    measured: Option<Measurement>,
-    /// The status of the call, and why this side refused it, if it did.
-    outcome: Option<(Code, Option<ErrorType>)>,
-}
-
-impl GrpcSpan {
-    fn new(cx: Context, kind: SpanKind, request: &HeaderMap, measured: Option<Measurement>) -> Self {
-        let timeout = request.get("grpc-timeout").and_then(|value| parse_timeout(value.to_str().ok()?));
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        Self { cx, kind, deadline, status: Code::Unknown, measured, outcome: None }
-    }
-
-    fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
-        self.status = code_of_http(response.status());
-        // Without a message, the gRPC status is in the headers. If this isn't gRPC at all, the HTTP status
-        // counts.
-        let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
-        let span = if only_headers {
-            let reason = response.extensions().get::<ErrorType>().copied();
-            let code = status_code(response.headers()).unwrap_or(self.status);
-            self.end(code, reason);
-            None
-        } else {
-            Some(self)
-        };
-        response.map(|body| TracedBody::new(body, span, None))
-    }
-
-    fn end(mut self, code: Code, reason: Option<ErrorType>) {
-        self.outcome = Some((code, reason));
-    }
-}
-
-impl AwaitsBody for GrpcSpan {
-    fn context(&self) -> &Context {
-        &self.cx
-    }
-
-    fn end_of_body(self, end: BodyEnd<'_>) {
-        let code = match end {
-            BodyEnd::Trailers(trailers) => status_code(trailers),
-            // A stream that ends without a status broke off, or isn't gRPC.
-            BodyEnd::Complete | BodyEnd::Error => None,
-        };
-        let code = code.unwrap_or(self.status);
-        self.end(code, None);
-    }
-}
-
-/// Ends the span. A client that refuses a call has no status from a server, so its reason is the error's type.
-/// A server's error has its status as type, and the reason as description.
-impl Drop for GrpcSpan {
-    fn drop(&mut self) {
-        let (code, reason) = self.outcome.unwrap_or_else(|| {
-            // The timer that drops a span at its deadline is exact to a millisecond, and was started a little
-            // earlier.
-            let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now() + TIMER_SLACK);
-            (if expired { Code::DeadlineExceeded } else { Code::Cancelled }, None)
-        });
-        let name = code_name(code);
-        let (error_type, description) = match reason {
-            Some(ErrorType(reason)) if self.kind == SpanKind::Client => (reason, ""),
-            Some(ErrorType(reason)) if !reason.eq_ignore_ascii_case(name) => (name, reason),
-            _ => (name, ""),
-        };
-        let error_type = is_error(code, &self.kind).then_some(error_type);
-        if let Some(measured) = &mut self.measured {
-            measured.set(semconv::RPC_STATUS_CODE, name);
-            if let Some(error_type) = error_type {
-                measured.set(semconv::ERROR_TYPE, error_type);
-            }
-            measured.record();
-        }
-        let span = self.cx.span();
-        if span.is_recording() {
-            span.set_attribute(KeyValue::new(semconv::RPC_STATUS_CODE, name));
-            if let Some(error_type) = error_type {
-                span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error_type));
-                span.set_status(SpanStatus::error(description));
-            }
-        }
-        span.end();
-    }
-}
-
-const TIMER_SLACK: Duration = Duration::from_millis(5);
-
-/// Whether a status is an error. For a client every status but OK is one; for a server, only its own faults
-/// are.
-fn is_error(code: Code, kind: &SpanKind) -> bool {
-    match code {
-        Code::Ok => false,
-        Code::Unknown
-        | Code::DeadlineExceeded
-        | Code::Unimplemented
-        | Code::Internal
-        | Code::Unavailable
-        | Code::DataLoss => true,
-        _ => *kind == SpanKind::Client,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_server_is_to_blame_for_some_codes_a_client_sees_all_as_errors() {
-        let server_errors = [2, 4, 12, 13, 14, 15];
-        for code in 0..=16 {
-            assert_eq!(is_error(Code::from(code), &SpanKind::Server), server_errors.contains(&code));
-            assert_eq!(is_error(Code::from(code), &SpanKind::Client), code != 0);
-        }
     }
 }

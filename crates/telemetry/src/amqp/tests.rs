@@ -1,4 +1,4 @@
-use super::*;
+use super::{broker::destination_name, *};
 use lapin::types::FieldArray;
 use opentelemetry::propagation::TextMapPropagator;
 use propagation::{BaggagePropagator, TraceContextPropagator};
