@@ -1,11 +1,15 @@
-//! Jaeger's own page over this backend, from the crate `otlp-embedded`, which ships a build of it.
+//! Jaeger's own page over this backend, beside this project's page, from the crate `otlp-embedded`, which ships a
+//! build of it.
 
+use super::{query, store::Store};
 use axum::Router;
 use otlp_embedded::{Config, State};
+use std::sync::Arc;
 
-/// Returns a router that serves Jaeger's page on every path that the query APIs don't use.
-pub(super) fn page() -> Router {
-    // The crate's own store stays empty, because the page asks `/api`, which this backend answers.
+/// Returns the route of Jaeger's page and of the query APIs that it asks.
+pub(super) fn routes(store: Arc<Store>) -> Router {
+    // The crate's own store stays empty, because the page asks `/jaeger/api`, which this backend answers.
     let unused = State::new(Config { max_length: 1, max_memory_usage: 1 });
-    Router::new().fallback_service(otlp_embedded::ui_app(unused, "/"))
+    let page = Router::new().fallback_service(otlp_embedded::ui_app(unused, "/jaeger/"));
+    Router::new().nest("/jaeger", query::router(store, page))
 }

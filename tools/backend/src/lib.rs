@@ -126,17 +126,10 @@ impl Backend {
         Self::serve(addresses, Limits::default(), page::page_with_controls(controls))
     }
 
-    /// Listens at these addresses, with Jaeger's own page instead of this project's.
-    ///
-    /// # Errors
-    /// If an address is in use. The error names the address.
-    #[cfg(feature = "jaeger-ui")]
-    pub async fn start_with_jaeger_ui(addresses: Addresses) -> Result<Self> {
-        Self::serve(addresses, Limits::default(), jaeger_ui::page())
-    }
-
     fn serve(addresses: Addresses, limits: Limits, page: Router) -> Result<Self> {
         let store = Arc::new(Store::new(limits));
+        #[cfg(feature = "jaeger-ui")]
+        let page = page.merge(jaeger_ui::routes(Arc::clone(&store)));
         // Queries run on blocking threads. If more than two queries ran at a time, each query would take
         // longer, and all would use more memory.
         let runtime = Background::start(2, 2)?;

@@ -61,19 +61,27 @@ const CONTROLS: [(&str, &str, &str); 2] = [
 
 /// What a page with controls has in its head.
 const HEAD: &str = "<link rel=\"stylesheet\" href=\"/page/controls.css\">\n    \
-                    <script type=\"module\" src=\"/page/controls.js\"></script>\n  </head>";
+                    <script type=\"module\" src=\"/page/controls.js\"></script>\n  ";
+
+/// What the page has in its head to say where Jaeger's page is, if it is there.
+const JAEGER: &str =
+    if cfg!(feature = "jaeger-ui") { "<meta name=\"jaeger\" content=\"/jaeger\">\n  " } else { "" };
 
 pub(super) fn page() -> Router {
-    FILES.into_iter().fold(Router::new(), |router, (path, content_type, content)| {
-        router.route(path, get(async move || file(content_type, content)))
-    })
+    with_files(Router::new(), &FILES, JAEGER)
 }
 
 /// The page with controls, which call these routes.
 pub(super) fn page_with_controls(routes: Router) -> Router {
-    FILES.into_iter().chain(CONTROLS).fold(routes, |router, (path, content_type, content)| {
+    with_files(routes, &[&FILES[..], &CONTROLS].concat(), &format!("{HEAD}{JAEGER}"))
+}
+
+/// Adds the routes of files, whose HTML gets `head` at the end of its head.
+fn with_files(router: Router, files: &[(&'static str, &'static str, &'static str)], head: &str) -> Router {
+    let head = format!("{head}</head>");
+    files.iter().fold(router, |router, &(path, content_type, content)| {
         let content =
-            if content_type == HTML { content.replace("</head>", HEAD) } else { content.to_owned() };
+            if content_type == HTML { content.replace("</head>", &head) } else { content.to_owned() };
         router.route(path, get(async move || file(content_type, content)))
     })
 }

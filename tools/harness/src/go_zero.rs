@@ -86,6 +86,7 @@ fn binaries() -> Result<&'static Path> {
         // They are beside the directories in which cargo puts the services.
         let target = process::binary("api")?;
         let target = target.ancestors().nth(2).context("the target directory")?.join("go-zero");
+        fs::create_dir_all(&target)?;
         let build = go(&["build", "-o"]).arg(&target).args(["./api", "./rpc", "./mq"]).output()?;
         ensure!(build.status.success(), "go build: {}", String::from_utf8_lossy(&build.stderr));
         Ok(target)

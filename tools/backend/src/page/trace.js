@@ -61,6 +61,8 @@ function showSummary() {
     copyButton("Copy id", trace.traceID),
     copyButton("Copy link", new URL(tracePath(trace.traceID) ?? "", location).href),
   ];
+  const jaeger = document.querySelector("meta[name=jaeger]")?.content;
+  if (jaeger) copies.push(element("a", { href: `${jaeger}/trace/${trace.traceID}` }, "Open in Jaeger"));
   const facts = [
     ["Trace", element("span", { class: "id" }, trace.traceID), ...copies],
     ["Start", clock(trace.start)],

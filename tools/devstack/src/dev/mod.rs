@@ -35,7 +35,7 @@ use tokio::{
 use view::View;
 
 /// How to run.
-#[derive(Args, Clone)]
+#[derive(Args)]
 pub struct Options {
     /// Use any free ports instead of the usual ports.
     #[arg(long)]
@@ -43,10 +43,6 @@ pub struct Options {
     /// Show every log line of the services, not only warnings and errors.
     #[arg(long)]
     logs: bool,
-    /// Show traces in Jaeger's own page.
-    #[cfg(feature = "jaeger-ui")]
-    #[arg(long)]
-    jaeger_ui: bool,
 }
 
 /// How often new traces and log lines are printed.

@@ -57,7 +57,6 @@ pub struct Parts {
     addresses: Option<Addresses>,
     /// The embedded broker and whether it is up, or `None` if another broker is used.
     broker: Option<(Broker, bool)>,
-    options: Options,
     /// The routes of the page's buttons, and the presses that arrive there.
     routes: Router,
     pub presses: Receiver<Press>,
@@ -126,7 +125,7 @@ impl Parts {
             None => {
                 let addresses = Addresses { otlp_grpc: address(4317)?, otlp_http: address(4318)?, query };
                 let url = format!("http://{}", addresses.otlp_grpc);
-                let backend = backend(options, addresses, routes.clone()).await?;
+                let backend = Backend::start_with_controls(addresses, routes.clone()).await?;
                 say("the trace backend is ready");
                 (Some(backend), url)
             }
@@ -175,13 +174,11 @@ impl Parts {
             service('a', "api", "api", "API_LISTEN", api),
         ];
         let addresses = backend.as_ref().map(Backend::addresses).copied();
-        let options = options.clone();
         let mut parts = Self {
             services,
             backend,
             addresses,
             broker,
-            options,
             routes,
             presses,
             outage: None,
@@ -325,7 +322,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
             Some(_) if self.backend.take().is_some() => {
                 say("the trace backend has stopped, and its traces are gone; t starts it");
             }
-            Some(addresses) => match backend(&self.options, addresses, self.routes.clone()).await {
+            Some(addresses) => match Backend::start_with_controls(addresses, self.routes.clone()).await {
                 Ok(backend) => {
                     self.backend = Some(backend);
                     say("the trace backend is ready");
@@ -518,19 +515,6 @@ async fn tell_when_ready(name: &'static str, address: SocketAddr) -> bool {
             Err(_) => sleep(TICK).await,
         }
     }
-}
-
-#[cfg(feature = "jaeger-ui")]
-async fn backend(options: &Options, addresses: Addresses, routes: Router) -> Result<Backend> {
-    match options.jaeger_ui {
-        true => Backend::start_with_jaeger_ui(addresses).await,
-        false => Backend::start_with_controls(addresses, routes).await,
-    }
-}
-
-#[cfg(not(feature = "jaeger-ui"))]
-async fn backend(_: &Options, addresses: Addresses, routes: Router) -> Result<Backend> {
-    Backend::start_with_controls(addresses, routes).await
 }
 
 fn is_warning(line: &str) -> bool {
