@@ -47,7 +47,7 @@ impl Usercenter for Service {
         let mobile = MobileNumber::try_from(request.into_inner().mobile);
         let mobile = mobile.map_err(|_| LookupError::NotAMobileNumber)?;
         let user = self.directory.by_mobile(mobile.as_str()).ok_or(LookupError::UnknownUser)?;
-        tracing::debug!(%user.id, "user found");
+        tracing::info!(%user.id, "user found");
         let user = User { id: user.id, nickname: user.nickname.to_owned() };
         Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))
     }

@@ -2,7 +2,7 @@
 //! build of it.
 
 use super::{query, store::Store};
-use axum::Router;
+use axum::{Router, http::StatusCode, middleware::map_response, response::Response};
 use otlp_embedded::{Config, State};
 use std::sync::Arc;
 
@@ -10,6 +10,14 @@ use std::sync::Arc;
 pub(super) fn routes(store: Arc<Store>) -> Router {
     // The crate's own store stays empty, because the page asks `/jaeger/api`, which this backend answers.
     let unused = State::new(Config { max_length: 1, max_memory_usage: 1 });
-    let page = Router::new().fallback_service(otlp_embedded::ui_app(unused, "/jaeger/"));
+    let page = Router::new()
+        .fallback_service(otlp_embedded::ui_app(unused, "/jaeger/"))
+        // The crate sends the page of a trace with 307, but does not redirect.
+        .layer(map_response(async |mut response: Response| {
+            if response.status() == StatusCode::TEMPORARY_REDIRECT {
+                *response.status_mut() = StatusCode::OK;
+            }
+            response
+        }));
     Router::new().nest("/jaeger", query::router(store, page))
 }
