@@ -469,7 +469,10 @@ impl Service {
                 Ok(()) => drop(say(&format!("{name} starts"))),
                 Err(error) => drop(say(&format!("{name} does not start: {error:#}"))),
             },
-            Some(_) if self.stopping.is_some() => drop(say(&format!("{name} is still stopping"))),
+            Some(_) if self.stopping.is_some() => {
+                self.restarts = true;
+                say(&format!("{name} is still stopping, and starts after that"));
+            }
             Some(process) => {
                 // It may have ended by itself, which `end` finds out.
                 self.stopping = process.signal("TERM").await.is_ok().then(Instant::now);
