@@ -104,8 +104,7 @@ async fn readiness_follows_the_dependencies() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<()> {
     for format in ["text", "json"] {
-        let debug = "info,rpc=debug";
-        let stack = Stack::start(&[("*", "LOG_FORMAT", format), ("*", "RUST_LOG", debug)]).await?;
+        let stack = Stack::start(&[("*", "LOG_FORMAT", format)]).await?;
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
         let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
         for (service, line, span) in [
@@ -120,7 +119,7 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
                 let line: Value = serde_json::from_str(&line)?;
                 assert_eq!(line["trace_id"], span.trace_id);
                 assert_eq!(line["span_id"], span.span_id);
-                assert_eq!(line["level"], if service.name == "rpc" { "DEBUG" } else { "INFO" });
+                assert_eq!(line["level"], "INFO");
                 assert!(line["target"].as_str().is_some_and(|target| target.starts_with(service.name)));
                 assert!(line["timestamp"].as_str().is_some_and(|timestamp| timestamp.ends_with('Z')));
                 assert!(line["fields"]["message"].is_string());
