@@ -2,12 +2,13 @@
 //! must not keep out the others.
 
 use crate::{
-    bounds::{MAX_BODIES, MAX_BODY},
+    bounds::{LINGER, MAX_BODIES, MAX_BODY},
     problem::Problem,
 };
 use axum::{
     body::{Body, HttpBody},
     extract::{MatchedPath, Request, State},
+    http::header::EXPECT,
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -16,7 +17,7 @@ use resilience::Deadline;
 use std::sync::Arc;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout_at,
+    time::{timeout, timeout_at},
 };
 
 /// The memory that bodies may take.
@@ -39,6 +40,10 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
         return next.run(request).await;
     }
     if request.body().size_hint().lower() > MAX_BODY as u64 {
+        // Reading would tell a caller who waits with `Expect` to send the body.
+        if !request.headers().contains_key(EXPECT) {
+            tokio::spawn(timeout(LINGER, read_on(request.into_body())));
+        }
         return Problem::BodyTooLarge.into_response();
     }
     let (head, body) = request.into_parts();
@@ -51,6 +56,18 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     match read {
         Ok((body, _memory)) => next.run(Request::from_parts(head, Body::from(body))).await,
         Err(problem) => problem.into_response(),
+    }
+}
+
+/// Reads what is left of a body that is too large, of at most `MAX_BODIES` bytes, so that the caller has sent it and
+/// sees the answer before the connection is closed (RFC 9112, section 9.6).
+async fn read_on(mut body: Body) {
+    let mut left = MAX_BODIES;
+    while let Some(Ok(frame)) = body.frame().await {
+        left = left.saturating_sub(frame.data_ref().map_or(0, |data| data.len()));
+        if left == 0 {
+            return;
+        }
     }
 }
 

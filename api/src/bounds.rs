@@ -15,6 +15,9 @@ pub const MAX_BUFFER: usize = 32 * 1024;
 /// The largest body of one request, in bytes.
 pub const MAX_BODY: usize = 1024 * 1024;
 
+/// How long the rest of a body that is too large is read, and dropped, after the answer.
+pub const LINGER: Duration = Duration::from_secs(2);
+
 /// The largest total of the bodies of all requests, in bytes. It bounds how much memory thousands of callers
 /// can take.
 pub const MAX_BODIES: usize = 64 * 1024 * 1024;

@@ -311,8 +311,8 @@ impl Dispatcher {
 
 impl Backlog {
     /// Waits for the end of a round. Logins that come meanwhile wait as well, but once the round takes longer than
-    /// `patience`, they go to the spool, if it takes them. Otherwise a broker that does not answer would fill the room for requests
-    /// in flight with waiting logins, and further logins would be refused.
+    /// `patience`, they go to the spool, if it takes them. Otherwise a broker that does not answer would fill the
+    /// room for requests in flight with waiting logins, and further logins would be refused.
     async fn wait_for(
         &mut self,
         round: impl Future<Output = Result<(), amqp::Unconfirmed>>,

@@ -6,7 +6,6 @@ use super::ledger::{Ledger, Login, Outcome, TraceId};
 use anyhow::{Result, ensure};
 use harness::{client::read_status, stack::KNOWN_MOBILE};
 use std::{
-    io,
     net::SocketAddr,
     sync::{
         Arc,
@@ -130,16 +129,7 @@ pub async fn send_too_large_body(address: SocketAddr) -> Result<()> {
         ensure!(status == 413, "a body that is too large was answered {status}");
         Ok(())
     };
-    let is_closed = |error: &anyhow::Error| {
-        error.downcast_ref::<io::Error>().is_some_and(|error| {
-            matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
-        })
-    };
-    match timeout(PATIENCE, sent).await? {
-        // api answers without reading the body. If it has closed the connection before all is sent, the answer is lost.
-        Err(error) if is_closed(&error) => Ok(()),
-        sent => sent,
-    }
+    timeout(PATIENCE, sent).await?
 }
 
 /// Sends one login; returns the connection if it can be used again.

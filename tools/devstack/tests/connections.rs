@@ -289,6 +289,21 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_sends_a_body_that_is_too_large_can_send_it_and_reads_the_answer() -> Result<()> {
+    const LENGTH: usize = 16 * 1024 * 1024;
+    let stack = Stack::start(&[]).await?;
+    let mut stream = TcpStream::connect(stack.api.address).await?;
+    let head = format!(
+        "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         content-length: {LENGTH}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(&vec![b' '; LENGTH]).await?;
+    assert_eq!(timeout(LOGIN_PATIENCE, read_status(&mut stream, &mut Vec::new())).await??, 413);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn if_an_address_makes_room_for_itself_no_other_has_to() -> Result<()> {
     let bounds = [("api", "API_MAX_CONNECTIONS", "6"), ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "5")];
     let stack = Stack::start(&bounds).await?;
