@@ -8,7 +8,7 @@ use crate::{
 use axum::{
     body::{Body, HttpBody},
     extract::{MatchedPath, Request, State},
-    http::header::EXPECT,
+    http::header::{CONNECTION, EXPECT, TRANSFER_ENCODING},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -38,6 +38,12 @@ impl BodyMemory {
 pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next: Next) -> Response {
     if request.extensions().get::<MatchedPath>().is_none() {
         return next.run(request).await;
+    }
+    let mut codings = request.headers().get_all(TRANSFER_ENCODING).iter();
+    if !codings.all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        // RFC 9112, section 6.1. hyper looks only at the last coding. The connection is closed, because what follows
+        // may be a part of this request to a proxy on the way.
+        return ([(CONNECTION, "close")], Problem::UnknownTransferCoding).into_response();
     }
     if request.body().size_hint().lower() > MAX_BODY as u64 {
         // Reading would tell a caller who waits with `Expect` to send the body.
@@ -84,6 +90,7 @@ async fn read(
         let Ok(data) = frame.into_data() else { continue };
         let size = read.len() + data.len();
         if size > MAX_BODY {
+            tokio::spawn(timeout(LINGER, read_on(body)));
             return Err(Problem::BodyTooLarge);
         }
         let more =

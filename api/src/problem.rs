@@ -32,6 +32,8 @@ pub enum Problem {
     BodyTooSlow,
     /// The body is longer than the limit.
     BodyTooLarge,
+    /// The body has a transfer coding other than `chunked`.
+    UnknownTransferCoding,
     /// The body is not declared as JSON.
     UnsupportedMediaType,
     /// The body has no mobile number, or an invalid one.
@@ -76,6 +78,11 @@ impl Problem {
                 (StatusCode::REQUEST_TIMEOUT, "body-too-slow", "The body did not arrive in time")
             }
             Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "The body is too large"),
+            Self::UnknownTransferCoding => (
+                StatusCode::NOT_IMPLEMENTED,
+                "unknown-transfer-coding",
+                "The only transfer coding is chunked",
+            ),
             Self::UnsupportedMediaType => (
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "unsupported-media-type",

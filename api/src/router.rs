@@ -11,7 +11,7 @@ use axum::{
     middleware::{from_fn, from_fn_with_state},
     routing::{get, post},
 };
-use resilience::{CatchPanicLayer, DeadlineLayer, ShedLayer};
+use resilience::{CatchPanicLayer, DeadlineLayer, InFlight, ShedLayer};
 use std::{sync::Arc, time::Duration};
 use telemetry::http::HttpServerLayer;
 use tower::ServiceBuilder;
@@ -49,6 +49,6 @@ pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Re
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
             .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or a refusal
             .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body if not too large
-            .layer(ShedLayer::new(limits.max_in_flight, Problem::rejected)), // a bound on requests in flight
+            .layer(ShedLayer::new(InFlight::at_most(limits.max_in_flight), Problem::rejected)), // a bound on requests in flight
     )
 }

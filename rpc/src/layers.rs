@@ -3,17 +3,17 @@
 use crate::protocol::ProtocolLayer;
 use http::Response;
 use proto::usercenter::v1::FILE_DESCRIPTOR_SET;
-use resilience::{CatchPanicLayer, DeadlineLayer, Rejection, ShedLayer};
+use resilience::{CatchPanicLayer, DeadlineLayer, InFlight, Rejection, ShedLayer};
 use std::time::Duration;
 use telemetry::grpc::GrpcServerLayer;
 use tonic::{Status, body::Body, transport::Server};
 use tower::layer::util::{Identity, Stack};
 
 /// The limits that the layers enforce.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct RequestLimits {
-    /// How many calls may be in flight.
-    pub max_in_flight: u32,
+    /// The calls in flight, and how many there may be.
+    pub in_flight: InFlight,
     /// How long a call may take.
     pub deadline: Duration,
 }
@@ -41,7 +41,7 @@ pub fn in_layers(server: Server, limits: RequestLimits) -> Layered {
         .layer(GrpcServerLayer::new(FILE_DESCRIPTOR_SET)) // the server span, around all that follows
         .layer(ProtocolLayer) // only gRPC goes further
         .layer(CatchPanicLayer::new(answer)) // a panic is answered like any failure
-        .layer(ShedLayer::new(limits.max_in_flight, answer)) // a bound on calls in flight
+        .layer(ShedLayer::new(limits.in_flight, answer)) // a bound on calls in flight
         .layer(DeadlineLayer::grpc(limits.deadline, answer)) // an answer in time, or a refusal
 }
 

@@ -17,9 +17,10 @@ use directory::Directory;
 use futures_util::FutureExt;
 use layers::RequestLimits;
 use proto::usercenter::v1::{FILE_DESCRIPTOR_SET, usercenter_server::UsercenterServer};
+use resilience::InFlight;
 use service::Service;
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
-use tokio::{net::TcpListener, time::timeout_at};
+use tokio::{net::TcpListener, time::sleep_until};
 use tonic::transport::Endpoint;
 use tonic_health::ServingStatus;
 
@@ -58,7 +59,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let usercenter = UsercenterServer::new(Service::new(Directory::demo()));
     let tls = config.tls().map_err(anyhow::Error::msg)?.map(|tls| tls.rustls);
     let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), config.max_connection_age, tls);
-    let limits = RequestLimits { max_in_flight: config.max_in_flight, deadline: config.deadline };
+    let in_flight = InFlight::at_most(config.max_in_flight);
+    let limits = RequestLimits { in_flight: in_flight.clone(), deadline: config.deadline };
     let server = layers::in_layers(grpc::builder(config.max_connection_age), limits)
         .add_service(usercenter.max_decoding_message_size(MAX_MESSAGE))
         .add_service(health)
@@ -81,9 +83,11 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     };
     tracing::info!("stopping: finishing calls in flight");
     health_reporter.set_not_serving::<UsercenterServer<Service>>().await;
-    match timeout_at(schedule.finish_by, server).await {
-        Ok(served) => served.context("serving gRPC"),
-        Err(_) => {
+    tokio::select! {
+        served = server => served.context("serving gRPC"),
+        // A peer that does not answer HTTP/2's GOAWAY, or that watches the health, would hold its connection.
+        () = in_flight.ended() => Ok(()),
+        () = sleep_until(schedule.finish_by) => {
             tracing::warn!("calls in flight were cut off at the deadline");
             Ok(())
         }

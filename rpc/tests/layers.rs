@@ -11,6 +11,7 @@ use proto::usercenter::v1::{
     usercenter_client::UsercenterClient,
     usercenter_server::{Usercenter, UsercenterServer},
 };
+use resilience::InFlight;
 use rpc::layers::{self, RequestLimits};
 use std::{
     sync::{Arc, Mutex},
@@ -61,7 +62,7 @@ async fn a_panic_is_internal_closes_its_span_frees_its_place_and_leaves_the_conn
     global::set_tracer_provider(SdkTracerProvider::builder().with_span_processor(ended.clone()).build());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let limits = RequestLimits { max_in_flight: 1, deadline: Duration::from_secs(2) };
+    let limits = RequestLimits { in_flight: InFlight::at_most(1), deadline: Duration::from_secs(2) };
     let server = layers::in_layers(Server::builder(), limits).add_service(UsercenterServer::new(Panics));
     tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
 

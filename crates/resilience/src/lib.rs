@@ -33,5 +33,5 @@ pub use deadline::Deadline;
 pub use rejection::Rejection;
 pub use request_deadline::{DeadlineLayer, RequestDeadline};
 pub use retry::{Retry, RetryLayer};
-pub use shed::{Shed, ShedLayer};
+pub use shed::{InFlight, Shed, ShedLayer};
 pub use unary::{Unary, UnaryLayer};

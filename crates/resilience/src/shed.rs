@@ -11,25 +11,54 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{self, Poll, ready},
+    time::Duration,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
 use tower::{Layer, Service};
 
-/// Refuses requests while the allowed number is in flight. A request is in flight from the call until the
-/// headers of its answer.
+/// The requests in flight, and the bound on their number. A request is in flight from the call until the headers
+/// of its answer.
+#[derive(Debug, Clone)]
+pub struct InFlight {
+    free: Arc<Semaphore>,
+    most: usize,
+}
+
+impl InFlight {
+    /// Allows at most `most` requests at a time.
+    pub fn at_most(most: u32) -> Self {
+        let most = most as usize;
+        Self { free: Arc::new(Semaphore::new(most)), most }
+    }
+
+    /// Waits until no request has been in flight for a moment, in which the last answer reaches its caller. A
+    /// server that stops need not wait for connections after that.
+    pub async fn ended(&self) {
+        const MOMENT: u32 = 25;
+        let mut moment = 0;
+        while moment < MOMENT {
+            sleep(Duration::from_millis(20)).await;
+            moment = if self.free.available_permits() == self.most { moment + 1 } else { 0 };
+        }
+    }
+}
+
+/// Refuses requests while the allowed number is in flight.
 ///
 /// Calls of gRPC's own services, such as health checks, are never refused, because a busy service is not dead.
 #[derive(Clone)]
 pub struct ShedLayer<A> {
-    in_flight: Arc<Semaphore>,
+    in_flight: InFlight,
     answer: A,
 }
 
 impl<A> ShedLayer<A> {
-    /// Makes a layer that allows at most `max_in_flight` requests at a time, in all services that it wraps
-    /// together.
-    pub fn new(max_in_flight: u32, answer: A) -> Self {
-        Self { in_flight: Arc::new(Semaphore::new(max_in_flight as usize)), answer }
+    /// Makes a layer for the requests of all services that it wraps.
+    pub fn new(in_flight: InFlight, answer: A) -> Self {
+        Self { in_flight, answer }
     }
 }
 
@@ -45,7 +74,7 @@ impl<S, A: Clone> Layer<S> for ShedLayer<A> {
 #[derive(Clone)]
 pub struct Shed<S, A> {
     inner: S,
-    in_flight: Arc<Semaphore>,
+    in_flight: InFlight,
     answer: A,
 }
 
@@ -63,7 +92,7 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        let permit = self.in_flight.clone().try_acquire_owned().ok();
+        let permit = self.in_flight.free.clone().try_acquire_owned().ok();
         let is_served = permit.is_some() || request.uri().path().starts_with("/grpc.");
         let future = is_served.then(|| self.inner.call(request));
         ResponseFuture { future, _permit: permit, answer: self.answer.clone() }

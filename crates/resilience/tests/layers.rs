@@ -6,7 +6,7 @@ use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full};
 use resilience::{
     CallDeadlineLayer, CatchPanicLayer, Circuit, CircuitBreakerLayer, CircuitOpen, Deadline, DeadlineLayer,
-    Rejection, RetryLayer, ShedLayer, UnaryLayer,
+    InFlight, Rejection, RetryLayer, ShedLayer, UnaryLayer,
 };
 use std::{
     convert::Infallible,
@@ -62,7 +62,7 @@ fn a_layer_is_ready_when_the_service_inside_is() {
     }
     let answer = |_| Response::new(Empty::new());
     assert!(!is_ready::<()>(CatchPanicLayer::new(answer).layer(Unready)));
-    assert!(!is_ready::<()>(ShedLayer::new(1, answer).layer(Unready)));
+    assert!(!is_ready::<()>(ShedLayer::new(InFlight::at_most(1), answer).layer(Unready)));
     assert!(!is_ready::<()>(DeadlineLayer::new(SECOND, answer).layer(Unready)));
     assert!(!is_ready(UnaryLayer.layer(Unready)));
 }
@@ -93,10 +93,10 @@ async fn one_request_too_many_is_refused_until_another_is_answered() {
         }
         Ok::<_, Infallible>(Response::new("served"))
     });
-    let mut shed = ShedLayer::new(1, refusal).layer(served);
+    let mut shed = ShedLayer::new(InFlight::at_most(1), refusal).layer(served);
     let mut body = async |path| *shed.call(request(path)).await.unwrap().body();
     assert_eq!(body("/").await, "served");
-    let waits = ShedLayer::new(1, refusal);
+    let waits = ShedLayer::new(InFlight::at_most(1), refusal);
     let (mut one, mut other) = (waits.layer(served), waits.layer(served));
     let waiting = one.call(request("/waits"));
     let refused = other.call(request("/")).await.unwrap();

@@ -24,6 +24,7 @@ use proto::{
         usercenter_server::{Usercenter, UsercenterServer},
     },
 };
+use resilience::InFlight;
 use std::{
     sync::mpsc::{self, Receiver, Sender},
     task::{Context, Poll},
@@ -128,7 +129,7 @@ impl Usercenter for Unwell {
 #[tokio::test]
 async fn around_the_grpc_server_and_the_grpc_client() -> Result<()> {
     let ([outer, inner], served) = timed(["outer", "inner"]);
-    let limits = rpc::layers::RequestLimits { max_in_flight: 10, deadline: PATIENCE };
+    let limits = rpc::layers::RequestLimits { in_flight: InFlight::at_most(10), deadline: PATIENCE };
     let service = UsercenterServer::new(Unwell);
 
     let server =

@@ -19,11 +19,14 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    net::TcpListener,
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::{JoinHandle, JoinSet},
     time::sleep,
 };
+use tonic::transport::Endpoint;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 /// Eight callers that log in until told to stop. The load returns the trace ids of the logins answered with
 /// 200.
@@ -240,6 +243,28 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     assert_eq!((answer.status.as_u16(), answer.header("connection")), (200, "close"));
     for service in [&mut stack.api, &mut stack.rpc] {
         assert!(service.exit().await?.success());
+    }
+    Ok(())
+}
+
+/// Peers that would hold the connection of a server that waits for them: one says nothing, one never reads and so
+/// answers no ping, and one watches the health.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
+    let mut stack = Stack::start(&[("*", "SHUTDOWN_TIMEOUT", "2m")]).await?;
+    for service in [&mut stack.rpc, &mut stack.mq] {
+        let _silent = TcpStream::connect(service.address).await?;
+        let mut deaf = TcpStream::connect(service.address).await?;
+        deaf.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await?;
+        let channel = Endpoint::from_shared(format!("http://{}", service.address))?.connect().await?;
+        let watched = HealthClient::new(channel).watch(HealthCheckRequest::default()).await?;
+        assert!(watched.into_inner().message().await?.is_some());
+
+        let start = Instant::now();
+        assert!(service.stop().await?.success());
+        // HTTP/2's own pings find out after 40 s that a peer is deaf, and work in progress would have 72 s.
+        assert!(start.elapsed() < Duration::from_secs(20), "{}: {:?}", service.name, start.elapsed());
+        assert!(!service.output().contains("cut off"), "{}", service.output());
     }
     Ok(())
 }

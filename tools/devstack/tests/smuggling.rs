@@ -29,6 +29,13 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
         ("TE.TE", format!("{LOGIN}{chunked}transfer-encoding: x\r\n\r\n{as_body}"), "400"),
         ("chunked, but not last", format!("{LOGIN}transfer-encoding: chunked, x\r\n\r\n{as_body}"), "400"),
         (
+            "a coding before chunked",
+            format!("{LOGIN}transfer-encoding: JUNK, chunked\r\n\r\n{as_body}"),
+            "501",
+        ),
+        ("gzip", format!("{LOGIN}transfer-encoding: gzip, chunked\r\n\r\n{as_body}"), "501"),
+        ("a coding in another line", format!("{LOGIN}transfer-encoding: x\r\n{chunked}\r\n{as_body}"), "501"),
+        (
             "chunked with a vertical tab",
             format!("{LOGIN}transfer-encoding: \x0bchunked\r\n\r\n{as_body}"),
             "400",
