@@ -3,9 +3,9 @@
 //!
 //! For the services here and for ordinary clients, the broker behaves like RabbitMQ. The same conformance
 //! checks run on both brokers (`tests/broker_conformance/`). These features are refused with 540
-//! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, the
-//! headers CC and BCC, priorities of messages and of consumers, single active consumers, direct reply-to, and
-//! streams. There is one virtual host, `/`, and one user.
+//! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, the headers CC and BCC,
+//! priorities of messages and of consumers, single active consumers, a prefetch count for a whole channel, direct
+//! reply-to, the length of a queue in bytes, and streams. There is one virtual host, `/`, and one user.
 //!
 //! A quorum queue behaves towards clients as RabbitMQ's does: it can keep dead letters until another queue has
 //! them, it counts how often a message is returned (without the header `x-delivery-count`), and it is always
