@@ -214,21 +214,6 @@ async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_does_not_sample_leaves_no_spans() -> Result<()> {
-    let mut stack = Stack::start(&[]).await?;
-    let not_sampled = REMOTE_PARENT.replace("-01", "-00");
-    let answer = stack.login(KNOWN_MOBILE, &[("traceparent", &not_sampled)]).await?;
-    assert_eq!(answer.status, 200);
-    assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
-    assert!(answer.header("traceparent").ends_with("-00"));
-    // The message was processed all the same.
-    stack.mq.said("login recorded").await?;
-    stack.stop().await?;
-    assert_eq!(stack.receiver.spans(), []);
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn the_consumer_span_may_be_linked_instead() -> Result<()> {
     let stack = Stack::start(&[("mq", "MQ_RELATION", "link")]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
