@@ -209,15 +209,6 @@ impl VirtualHost {
         queues
     }
 
-    /// Requeues all unacknowledged deliveries of a channel, and returns their queues.
-    pub(super) fn recover(&mut self, at: ChannelId) -> BTreeSet<QueueId> {
-        let Some(channel) = self.channel(at) else {
-            return BTreeSet::new();
-        };
-        let unacked = std::mem::take(&mut channel.unacked).into_values().collect();
-        self.settle_all(at, unacked, Fate::Requeued)
-    }
-
     /// Removes a channel: its unacknowledged deliveries are requeued, and its consumers are removed.
     pub(super) fn close_channel(&mut self, at: ChannelId) {
         let Some(peer) = self.peers.get_mut(&at.connection) else { return };

@@ -147,14 +147,7 @@ impl VirtualHost {
                 self.reply(at, AMQPClass::Basic(Method::QosOk(basic::QosOk {})));
                 Ok(())
             }
-            Method::Recover(recover) if !recover.requeue => Err(Exception::not_implemented("requeue=false")),
-            Method::Recover(_) => {
-                let queues = self.recover(at);
-                self.reply(at, AMQPClass::Basic(Method::RecoverOk(basic::RecoverOk {})));
-                queues.into_iter().for_each(|id| self.push(id));
-                Ok(())
-            }
-            Method::RecoverAsync(_) => Err(Exception::not_implemented("basic.recover-async")),
+            Method::Recover(_) | Method::RecoverAsync(_) => Err(Exception::not_implemented("basic.recover")),
             // The client answers a `basic.cancel`, although the broker sent it with `nowait`.
             Method::CancelOk(_) => Ok(()),
             _ => Err(not_for_a_server()),

@@ -273,14 +273,6 @@ async fn usercenter_failing_is_502_whatever_the_code_and_tells_no_detail() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn usercenter_answering_without_a_user_is_502() -> Result<()> {
-    let usercenter = StandIn::start(|_| Reply::Nobody).await?;
-    let stack = Stack::start(&[("api", "USERCENTER_URL", &usercenter.url)]).await?;
-    assert_problem(&stack.login(KNOWN_MOBILE, &[]).await?, 502, "usercenter-failed");
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_hangs_up_leaves_a_span_that_says_so() -> Result<()> {
     let usercenter = StandIn::start(|_| Reply::Never).await?;
     let stack = Stack::start(&[("api", "USERCENTER_URL", &usercenter.url)]).await?;

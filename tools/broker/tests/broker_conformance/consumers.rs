@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use lapin::{
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions,
-        BasicQosOptions, BasicRecoverOptions, BasicRejectOptions, QueueDeleteOptions,
+        BasicQosOptions, BasicRejectOptions, QueueDeleteOptions,
     },
     types::FieldTable,
 };
@@ -217,26 +217,6 @@ async fn what_is_rejected_without_requeue_is_gone() -> Result<()> {
     assert_eq!(body(&client.expect(&queue).await?), "c");
     assert!(client.get(&queue).await?.is_none());
     Ok(())
-}
-
-#[tokio::test]
-async fn what_is_recovered_comes_again() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = client.queue("q", &[]).await?;
-    client.fill(&queue, &["a", "b"]).await?;
-    for _ in 0..2 {
-        client.expect(&queue).await?;
-    }
-    client.channel.basic_recover(BasicRecoverOptions { requeue: true }).await?;
-    for expected in ["a", "b"] {
-        let message = client.expect(&queue).await?;
-        assert_eq!((body(&message), message.redelivered), (expected, true));
-    }
-    client
-        .expect_connection_error(540, async |channel| {
-            channel.basic_recover(BasicRecoverOptions { requeue: false }).await
-        })
-        .await
 }
 
 #[tokio::test]
