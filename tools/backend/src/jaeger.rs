@@ -1,4 +1,4 @@
-//! Jaeger's first query API, `/api/…`, which Jaeger's page and Grafana call.
+//! Jaeger's query API, `/api/…`, which Jaeger's page and Grafana call.
 
 use super::{
     ids::TraceId,
@@ -68,7 +68,7 @@ struct Error {
 /// An operation of a service.
 #[derive(Serialize, PartialEq, Eq, PartialOrd, Ord)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Operation {
+struct Operation {
     name: String,
     span_kind: &'static str,
 }
@@ -135,7 +135,13 @@ struct Dependency {
 }
 
 async fn services(State(store): State<Arc<Store>>) -> Response {
-    blocking(move || Ok(json(&Envelope::new(service_names(&store))))).await
+    blocking(move || {
+        let traces = store.traces();
+        let names: BTreeSet<&str> =
+            traces.iter().flat_map(|trace| trace.spans()).map(StoredSpan::service).collect();
+        Ok(json(&Envelope::new(names.into_iter().collect())))
+    })
+    .await
 }
 
 async fn operation_names(State(store): State<Arc<Store>>, Path(service): Path<String>) -> Response {
@@ -230,16 +236,8 @@ fn not_implemented(why: &str) -> Refusal {
     Refusal(StatusCode::NOT_IMPLEMENTED, why.to_owned())
 }
 
-/// Returns the services that have spans, in alphabetical order.
-pub(super) fn service_names(store: &Store) -> Vec<String> {
-    let traces = store.traces();
-    let names: BTreeSet<&str> =
-        traces.iter().flat_map(|trace| trace.spans()).map(StoredSpan::service).collect();
-    names.into_iter().map(str::to_owned).collect()
-}
-
 /// Returns the operations of a service, of one span kind or of all.
-pub(super) fn operations_of(store: &Store, service: &str, kind: Option<&str>) -> Vec<Operation> {
+fn operations_of(store: &Store, service: &str, kind: Option<&str>) -> Vec<Operation> {
     let traces = store.traces();
     let spans = traces.iter().flat_map(|trace| trace.spans()).filter(|span| span.service() == service);
     let operations: BTreeSet<(&str, &'static str)> = spans

@@ -4,7 +4,7 @@
 //! - [`ingest`]: OTLP over gRPC and HTTP, for the receiver too
 //! - `store`: the bounded store of `spans`; `size` calculates how much memory spans take
 //! - `query`: the router of all modules below
-//! - `jaeger`, `jaeger_v3`: Jaeger's two query APIs; `tags` translates OTLP's attributes
+//! - `jaeger`: Jaeger's query API; `tags` translates OTLP's attributes
 //! - `logs`: the log records of traces, for the page
 //! - `recent`: the latest traces, and events when a trace changes, for the page
 //! - `search`, `parameters`, `ids`: the parts of a query
@@ -22,7 +22,6 @@ pub mod ingest;
 mod jaeger;
 #[cfg(feature = "jaeger-ui")]
 mod jaeger_ui;
-mod jaeger_v3;
 pub mod log;
 mod logs;
 pub mod metric;
@@ -165,7 +164,7 @@ impl Backend {
         let spans = trace.decoded().into_iter();
         let spans = spans.map(|decoded| {
             let (resource, scope) = (&decoded.stored.resource, &decoded.stored.scope);
-            Span::new(&decoded.span, &resource.resource, &scope.scope)
+            Span::new(&decoded.span, &resource.resource, scope)
         });
         spans.collect()
     }

@@ -122,39 +122,9 @@ pub(super) fn duration(value: &str) -> Result<u64, String> {
     Ok(sum.round() as u64)
 }
 
-/// Parses a date and time of RFC 3339, from 1970 on; returns nanoseconds since 1970.
-pub(super) fn rfc3339(value: &str) -> Result<u64, String> {
-    let malformed = || format!("'{value}' is not a time such as 2026-01-31T12:00:00.5Z");
-    // `humantime` parses times in UTC only, so the offset is subtracted here.
-    let (local, offset) = match value.as_bytes() {
-        [.., b'+' | b'-', _, _, b':', _, _] if value.is_char_boundary(value.len() - 6) => {
-            let (local, offset) = value.split_at(value.len() - 6);
-            (format!("{local}Z"), offset)
-        }
-        _ => (value.to_owned(), "+00:00"),
-    };
-    let time = humantime::parse_rfc3339(&local).map_err(|_| malformed())?;
-    let (hours, minutes) = offset[1..].split_once(':').ok_or_else(malformed)?;
-    let seconds = match (hours.parse::<u64>(), minutes.parse::<u64>()) {
-        (Ok(hours @ 0..24), Ok(minutes @ 0..60)) => hours * 3600 + minutes * 60,
-        _ => return Err(malformed()),
-    };
-    let local = nanoseconds(time);
-    let offset_nanoseconds = seconds * 1_000_000_000;
-    Ok(if offset.starts_with('+') {
-        local.saturating_sub(offset_nanoseconds)
-    } else {
-        local.saturating_add(offset_nanoseconds)
-    })
-}
-
 /// Returns the current time in nanoseconds since 1970.
 pub(super) fn now() -> u64 {
-    nanoseconds(SystemTime::now())
-}
-
-fn nanoseconds(time: SystemTime) -> u64 {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -184,20 +154,6 @@ mod tests {
     }
 
     #[test]
-    fn times_are_read_in_utc_and_with_an_offset() {
-        let expected = Ok(1_769_860_800_500_000_000);
-        for text in
-            ["2026-01-31T12:00:00.5Z", "2026-01-31T14:00:00.5+02:00", "2026-01-31T08:30:00.500000000-03:30"]
-        {
-            assert_eq!(rfc3339(text), expected, "{text}");
-        }
-        for text in ["", "Z", "2026-01-31", "+02:00", "2026-01-31T14:00:00+02:60", "2026-01-31T14:00:00+é:00"]
-        {
-            assert!(rfc3339(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
     fn a_parameter_may_come_more_than_once_and_percent_encoded() {
         let parameters = Parameters::parse("tag=a%3Ab&tag=c:d+e&empty=&tags=%7B%7D&x");
         assert_eq!(parameters.all("tag").collect::<Vec<_>>(), ["a:b", "c:d e"]);
@@ -208,8 +164,8 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_that_is_asked_panics(text in any::<String>(), number in any::<f64>()) {
-            let _ = (duration(&text), rfc3339(&text), microseconds(&text), milliseconds(&text), trace_id(&text));
-            let _ = (duration(&format!("{number}s")), rfc3339(&format!("2026-01-31T14:00:00{text}")));
+            let _ = (duration(&text), microseconds(&text), milliseconds(&text), trace_id(&text));
+            let _ = duration(&format!("{number}s"));
             let parameters = Parameters::parse(&text);
             let _ = parameters.limit(&text, 1);
         }

@@ -172,18 +172,6 @@ impl Receiver {
         self.expect_tree_below("", trace_id, expected).await
     }
 
-    /// Waits for a data point that `wanted` accepts; returns the first such data point.
-    ///
-    /// # Panics
-    /// If no such item comes in time.
-    pub async fn expect_metric(&self, wanted: impl Fn(&Metric) -> bool) -> Metric {
-        let seen = poll(PATIENCE, async || self.metrics().into_iter().find(|metric| wanted(metric)));
-        match seen.await {
-            Some(metric) => metric,
-            None => panic!("no such data point among:\n{:#?}", self.metrics()),
-        }
-    }
-
     /// Waits for a log record that `wanted` accepts; returns the first such log record.
     ///
     /// # Panics

@@ -21,7 +21,6 @@ use axum::{
 };
 use futures_util::stream;
 use serde::Serialize;
-use serde_json::json;
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashSet},
@@ -57,7 +56,6 @@ pub(super) fn routes() -> Router<Arc<Store>> {
         .route("/api/recent", get(recent))
         .route("/api/links/{id}", get(links))
         .route("/api/events", get(events))
-        .route("/api/statistics", get(statistics))
 }
 
 /// A summary of a trace, for one line of the list.
@@ -161,11 +159,6 @@ async fn events(State(store): State<Arc<Store>>) -> Response {
         Some((Ok::<_, Infallible>(event), feed))
     });
     Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)).into_response()
-}
-
-/// Returns how full the store is, and its limits.
-async fn statistics(State(store): State<Arc<Store>>) -> Response {
-    json(&json!({ "statistics": store.statistics(), "limits": store.limits() }))
 }
 
 /// The events of one client. An event is made only when the previous event has been written. If the client

@@ -27,7 +27,7 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Reads the criteria from the parameters of Jaeger's first API.
+    /// Reads the criteria from the parameters of Jaeger's API.
     pub fn from_parameters(parameters: &Parameters) -> Result<Self, Refusal> {
         let mut tags = BTreeMap::new();
         for tag in parameters.all("tag") {
@@ -39,7 +39,10 @@ impl Filter {
             tags.insert(key.to_owned(), value.to_owned());
         }
         for json in parameters.all("tags").filter(|json| !json.is_empty()) {
-            tags.extend(tags_from_json("tags", json)?);
+            let more: BTreeMap<String, String> = serde_json::from_str(json).map_err(|error| {
+                Refusal::malformed(&format!("malformed 'tags' parameter, cannot unmarshal JSON: {error}"))
+            })?;
+            tags.extend(more);
         }
         let to = parameters.parsed("end", parameters::microseconds)?;
         let lookback = parameters.parsed("lookback", |value| match value {
@@ -50,26 +53,20 @@ impl Filter {
         })?;
         let earliest =
             || lookback.map(|lookback| to.unwrap_or_else(parameters::now).saturating_sub(lookback));
-        let filter = Self {
+        let min_duration = parameters.parsed("minDuration", parameters::duration)?;
+        let max_duration = parameters.parsed("maxDuration", parameters::duration)?;
+        if min_duration.zip(max_duration).is_some_and(|(min, max)| max < min) {
+            return Err(Refusal::malformed("'maxDuration' should be greater than 'minDuration'"));
+        }
+        Ok(Self {
             service: parameters.first("service").map(str::to_owned),
             operation: parameters.first("operation").map(str::to_owned),
             tags,
-            min_duration: parameters.parsed("minDuration", parameters::duration)?,
-            max_duration: parameters.parsed("maxDuration", parameters::duration)?,
+            min_duration,
+            max_duration,
             from: parameters.parsed("start", parameters::microseconds)?.or_else(earliest),
             to,
-        };
-        filter.checked()
-    }
-
-    /// Refuses a range of durations that no span can meet.
-    pub fn checked(self) -> Result<Self, Refusal> {
-        match (self.min_duration, self.max_duration) {
-            (Some(min), Some(max)) if max < min => {
-                Err(Refusal::malformed("'maxDuration' should be greater than 'minDuration'"))
-            }
-            _ => Ok(self),
-        }
+        })
     }
 
     /// Returns the latest traces that meet the criteria, at most `limit`. The search also ends when the traces
@@ -121,11 +118,4 @@ pub(super) fn latest_first(store: &Store) -> Vec<Arc<Trace>> {
     let mut traces = store.traces();
     traces.sort_unstable_by_key(|trace| Reverse((trace.start, trace.id)));
     traces
-}
-
-/// Parses tags from a JSON object of strings.
-pub(super) fn tags_from_json(name: &str, json: &str) -> Result<BTreeMap<String, String>, Refusal> {
-    serde_json::from_str(json).map_err(|error| {
-        Refusal::malformed(&format!("malformed '{name}' parameter, cannot unmarshal JSON: {error}"))
-    })
 }

@@ -51,7 +51,7 @@ pub(super) struct StoredSpan {
     /// The end in nanoseconds since 1970.
     pub end: u64,
     pub resource: Arc<Shared<Resource>>,
-    pub scope: Arc<Shared<Scope>>,
+    pub scope: Arc<Shared<InstrumentationScope>>,
     /// The spans that the span has links to. A link without valid ids is left out.
     pub links: Box<[(TraceId, SpanId)]>,
     encoded: Box<[u8]>,
@@ -68,13 +68,6 @@ pub(super) struct DecodedSpan<'a> {
 pub(super) struct Resource {
     pub service: String,
     pub resource: v1::Resource,
-    pub schema_url: String,
-}
-
-/// The source of spans within a process: a library.
-pub(super) struct Scope {
-    pub scope: InstrumentationScope,
-    pub schema_url: String,
 }
 
 /// Data that the spans of a request share. The memory of this data is counted once, as long as any of the spans
@@ -156,17 +149,15 @@ pub(super) fn stored_spans(
     for resource_spans in request.resource_spans {
         let resource = resource_spans.resource.unwrap_or_default();
         let service = service_name(&resource);
-        let bytes =
-            size::block(service.len()) + size::of_resource(&resource) + resource_spans.schema_url.capacity();
-        let resource =
-            Shared::new(Resource { service, resource, schema_url: resource_spans.schema_url }, bytes);
+        let bytes = size::block(service.len()) + size::of_resource(&resource);
+        let resource = Shared::new(Resource { service, resource }, bytes);
         for scope_spans in resource_spans.scope_spans {
             let scope = scope_spans.scope.unwrap_or_default();
-            let bytes = size::of_scope(&scope) + scope_spans.schema_url.capacity();
+            let bytes = size::of_scope(&scope);
             let is_too_large = resource.bytes > MAX_ORIGIN_BYTES
                 || bytes > MAX_ORIGIN_BYTES
                 || scope.name.len() + scope.version.len() > MAX_SCOPE_NAME_BYTES;
-            let scope = Shared::new(Scope { scope, schema_url: scope_spans.schema_url }, bytes);
+            let scope = Shared::new(scope, bytes);
             for span in scope_spans.spans {
                 let (Some(trace_id), Some(id)) =
                     (TraceId::from_bytes(&span.trace_id), SpanId::from_bytes(&span.span_id))

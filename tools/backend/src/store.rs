@@ -10,7 +10,6 @@ use super::{
 use opentelemetry_proto::tonic::collector::{
     logs::v1::ExportLogsServiceRequest, trace::v1::ExportTraceServiceRequest,
 };
-use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     mem::size_of,
@@ -26,7 +25,7 @@ const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 
 /// How much is stored. Beyond these limits, the oldest traces are evicted. No trace may take more than a
 /// quarter of a limit. Log records have the same limits, counted separately.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// The largest number of spans.
     pub spans: usize,
@@ -53,7 +52,7 @@ impl Limits {
 }
 
 /// How much is stored, and what happened to everything else that was received.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Statistics {
     /// Traces stored.
     pub traces: usize,

@@ -32,7 +32,7 @@ enum Value<'a> {
 
 /// Returns the span's attributes, then the tags that are fields in OTLP.
 pub(super) fn of_span<'a>(DecodedSpan { stored, span }: &'a DecodedSpan<'_>) -> Vec<Tag<'a>> {
-    let scope = &stored.scope.scope;
+    let scope = &stored.scope;
     let status = span.status.as_ref();
     let code = status.map_or(StatusCode::Unset, |status| status.code());
     let mut tags = of_attributes(&span.attributes);

@@ -7,12 +7,8 @@
 //! variants of the lap. Many laps show how reliable a figure is. The last variant repeats the first variant, so
 //! the distance of the last variant's ratios from 1 is the error of the method.
 //!
-//! - `running`: a variant while it runs; `sink`: its collector; `load`: the load generator
-//! - [`mod@broker`]: compares the speed of the embedded broker with RabbitMQ's
-//! - [`mod@backend`]: measures how many spans a second the embedded trace backend accepts
+//! `running` is a variant while it runs, `sink` its collector, and `load` the load generator.
 
-pub mod backend;
-pub mod broker;
 mod load;
 mod running;
 mod sink;

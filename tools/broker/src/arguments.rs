@@ -22,8 +22,6 @@ pub enum Overflow {
     DropHead,
     /// The new message is refused, and a publisher in confirm mode gets a nack.
     RejectPublish,
-    /// The new message is refused as with `RejectPublish`, and also dead-lettered.
-    RejectPublishDlx,
 }
 
 /// The arguments that this broker supports. If a queue is declared again, these arguments must be the same.
@@ -47,8 +45,6 @@ pub struct Arguments {
     pub dead_letter_routing_key: Option<ShortString>,
     /// `x-max-length`: how many messages may wait.
     pub max_length: Option<usize>,
-    /// `x-max-length-bytes`: how many bytes the bodies of the waiting messages may have.
-    pub max_length_bytes: Option<usize>,
     /// `x-overflow`: what the broker does when the queue is full.
     pub overflow: Option<Overflow>,
 }
@@ -85,6 +81,9 @@ impl Arguments {
         if table.contains_key("x-max-priority") {
             return Err(Exception::not_implemented("priorities"));
         }
+        if table.contains_key("x-max-length-bytes") {
+            return Err(Exception::not_implemented("a maximum length in bytes"));
+        }
         if table.inner().get("x-single-active-consumer") == Some(&AMQPValue::Boolean(true)) {
             return Err(Exception::not_implemented("single active consumers"));
         }
@@ -92,7 +91,7 @@ impl Arguments {
             None => None,
             Some("drop-head") => Some(Overflow::DropHead),
             Some("reject-publish") => Some(Overflow::RejectPublish),
-            Some("reject-publish-dlx") => Some(Overflow::RejectPublishDlx),
+            Some("reject-publish-dlx") => return Err(Exception::not_implemented("reject-publish-dlx")),
             Some(_) => return Err(invalid("x-overflow")),
         };
         let arguments = Self {
@@ -104,7 +103,6 @@ impl Arguments {
             dead_letter_exchange: string("x-dead-letter-exchange")?,
             dead_letter_routing_key: string("x-dead-letter-routing-key")?,
             max_length: number("x-max-length")?.map(|n| n as usize),
-            max_length_bytes: number("x-max-length-bytes")?.map(|n| n as usize),
             overflow,
         };
         if arguments.expires == Some(Duration::ZERO) {
@@ -142,7 +140,6 @@ impl Arguments {
             ("x-dead-letter-exchange", self.dead_letter_exchange == other.dead_letter_exchange),
             ("x-dead-letter-routing-key", self.dead_letter_routing_key == other.dead_letter_routing_key),
             ("x-max-length", self.max_length == other.max_length),
-            ("x-max-length-bytes", self.max_length_bytes == other.max_length_bytes),
             ("x-overflow", self.overflow == other.overflow),
         ]
         .into_iter()
@@ -195,6 +192,8 @@ mod tests {
             ("x-queue-type", AMQPValue::LongString("stream".into()), 540),
             ("x-dead-letter-strategy", AMQPValue::LongString("twice".into()), 406),
             ("x-max-priority", AMQPValue::LongInt(10), 540),
+            ("x-max-length-bytes", AMQPValue::LongInt(10), 540),
+            ("x-overflow", AMQPValue::LongString("reject-publish-dlx".into()), 540),
             ("x-single-active-consumer", AMQPValue::Boolean(true), 540),
         ] {
             let refused = parse(name, value.clone()).expect_err(name);

@@ -4,7 +4,7 @@ use super::{
     content::Content,
     exception::{Exception, Outcome},
     output::Output,
-    queue::{Consumer, Entry},
+    queue::Entry,
     virtual_host::QueueId,
 };
 use amq_protocol::{
@@ -21,12 +21,8 @@ pub const CHANNEL_MAX: u16 = 2047;
 pub struct Channel {
     /// Deliveries that the client has not acknowledged, by their delivery tag.
     pub unacked: BTreeMap<u64, Unacked>,
-    /// How many of these deliveries went to consumers.
-    pub unacked_of_consumers: usize,
     /// The prefetch count of each future consumer; 0 means no limit.
     pub prefetch: u16,
-    /// The prefetch count of all consumers together; 0 means no limit.
-    pub global_prefetch: u16,
     /// The queue that was declared last on this channel. An empty queue name stands for this queue.
     pub last_queue: ShortString,
     /// The queue of each consumer, by consumer tag.
@@ -73,13 +69,6 @@ impl Channel {
     pub(super) fn next_delivery_tag(&mut self) -> u64 {
         self.delivery_tag += 1;
         self.delivery_tag
-    }
-
-    pub(super) fn has_room_for(&self, consumer: &Consumer) -> bool {
-        let below = |most: u16, unacked: usize| most == 0 || unacked < most.into();
-        consumer.no_ack
-            || (below(consumer.prefetch, consumer.unacked)
-                && below(self.global_prefetch, self.unacked_of_consumers))
     }
 
     pub(super) fn consumes(&self, tag: &str) -> bool {

@@ -1,7 +1,6 @@
 //! Outgoing messages: how they are delivered to consumers that have room, and how deliveries are settled.
 
 use super::{
-    arguments::QueueType,
     channel::Unacked,
     definitions::count,
     exception::{Exception, Outcome},
@@ -50,14 +49,10 @@ impl VirtualHost {
         if channel.consumes(tag.as_str()) {
             return Err(Exception::not_allowed(format!("attempt to reuse consumer tag '{tag}'")));
         }
-        let (prefetch, is_global) = (channel.prefetch, channel.global_prefetch > 0);
+        let prefetch = channel.prefetch;
         let Some(queue) = self.queues.get_mut(&id) else {
             return Ok(());
         };
-        if is_global && queue.arguments.queue_type == QueueType::Quorum {
-            let text = format!("queue '{}' in vhost '/' does not support global qos", queue.name);
-            return Err(Exception::not_implemented(text));
-        }
         if queue.has_exclusive_consumer() || (consume.exclusive && !queue.consumers.is_empty()) {
             let name = &queue.name;
             return Err(Exception::access_refused(format!("queue '{name}' in vhost '/' in exclusive use")));
@@ -150,7 +145,7 @@ impl VirtualHost {
             let number = consumer.channel.number;
             let room = peer.and_then(|peer| {
                 let channel = peer.channels.get_mut(&number)?;
-                let has_room = channel.has_room_for(consumer) && peer.output.has_room();
+                let has_room = consumer.has_room() && peer.output.has_room();
                 has_room.then_some((channel, &mut peer.output))
             });
             let Some((channel, output)) = room else {
@@ -173,7 +168,6 @@ impl VirtualHost {
             let delivery_tag = deliver.delivery_tag;
             output.content(number, AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)), &entry.message);
             if !no_ack {
-                channel.unacked_of_consumers += 1;
                 channel.unacked.insert(delivery_tag, Unacked { queue: id, consumer: Some(tag), entry });
             }
         }
@@ -195,9 +189,7 @@ impl VirtualHost {
     /// Settles these deliveries, and returns the queues that may be able to deliver now.
     fn settle_all(&mut self, at: ChannelId, settled: Vec<Unacked>, fate: Fate) -> BTreeSet<QueueId> {
         let mut queues = BTreeSet::new();
-        let mut of_consumers = 0;
         for Unacked { queue: id, consumer, entry } in settled {
-            of_consumers += usize::from(consumer.is_some());
             // A deleted queue has no messages, so the delivery is forgotten.
             let Some(queue) = self.queues.get_mut(&id) else { continue };
             if let Some(consumer) = consumer.and_then(|tag| queue.consumer(at, tag.as_str())) {
@@ -214,23 +206,7 @@ impl VirtualHost {
                 Fate::Rejected => self.dead_letter(id, entry, Reason::Rejected),
             }
         }
-        if let Some(channel) = self.channel(at) {
-            channel.unacked_of_consumers = channel.unacked_of_consumers.saturating_sub(of_consumers);
-            if channel.global_prefetch > 0 {
-                // The channel's other consumers may have room again as well.
-                queues.extend(channel.consumed_queues());
-            }
-        }
         queues
-    }
-
-    /// Requeues all unacknowledged deliveries of a channel, and returns their queues.
-    pub(super) fn recover(&mut self, at: ChannelId) -> BTreeSet<QueueId> {
-        let Some(channel) = self.channel(at) else {
-            return BTreeSet::new();
-        };
-        let unacked = std::mem::take(&mut channel.unacked).into_values().collect();
-        self.settle_all(at, unacked, Fate::Requeued)
     }
 
     /// Removes a channel: its unacknowledged deliveries are requeued, and its consumers are removed.

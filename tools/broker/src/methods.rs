@@ -8,7 +8,7 @@ use super::{
     frames::Frame,
     virtual_host::{ChannelId, VirtualHost},
 };
-use amq_protocol::protocol::{AMQPClass, access, basic, channel, confirm, exchange, queue};
+use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, exchange, queue};
 
 impl VirtualHost {
     /// Handles a frame that a client sent on a channel. Returns only errors that end the connection, because
@@ -116,15 +116,9 @@ impl VirtualHost {
                 }
                 Ok(())
             }
-            // `access.request` is a method of AMQP 0-8 that some clients still send.
-            AMQPClass::Access(access::AMQPMethod::Request(_)) => {
-                self.reply(at, AMQPClass::Access(access::AMQPMethod::RequestOk(access::RequestOk {})));
-                Ok(())
-            }
+            AMQPClass::Access(_) => Err(Exception::not_implemented("access.request")),
             AMQPClass::Tx(_) => Err(Exception::not_implemented("transactions")),
-            AMQPClass::Connection(_) | AMQPClass::Confirm(_) | AMQPClass::Access(_) => {
-                Err(not_for_a_server())
-            }
+            AMQPClass::Connection(_) | AMQPClass::Confirm(_) => Err(not_for_a_server()),
         }
     }
 
@@ -145,36 +139,15 @@ impl VirtualHost {
                 }
                 Ok(())
             }
+            Method::Qos(qos) if qos.global => Err(Exception::not_implemented("global=true")),
             Method::Qos(qos) => {
-                let Some(channel) = self.channel(at) else { return Ok(()) };
-                if qos.global {
-                    channel.global_prefetch = qos.prefetch_count;
-                } else {
+                if let Some(channel) = self.channel(at) {
                     channel.prefetch = qos.prefetch_count;
                 }
-                let queues: Vec<_> = channel.consumed_queues().collect();
                 self.reply(at, AMQPClass::Basic(Method::QosOk(basic::QosOk {})));
-                for id in queues {
-                    self.push(id);
-                }
                 Ok(())
             }
-            Method::Recover(basic::Recover { requeue })
-            | Method::RecoverAsync(basic::RecoverAsync { requeue })
-                if !requeue =>
-            {
-                Err(Exception::not_implemented("requeue=false"))
-            }
-            Method::Recover(_) => {
-                let queues = self.recover(at);
-                self.reply(at, AMQPClass::Basic(Method::RecoverOk(basic::RecoverOk {})));
-                queues.into_iter().for_each(|id| self.push(id));
-                Ok(())
-            }
-            Method::RecoverAsync(_) => {
-                self.recover(at).into_iter().for_each(|id| self.push(id));
-                Ok(())
-            }
+            Method::Recover(_) | Method::RecoverAsync(_) => Err(Exception::not_implemented("basic.recover")),
             // The client answers a `basic.cancel`, although the broker sent it with `nowait`.
             Method::CancelOk(_) => Ok(()),
             _ => Err(not_for_a_server()),
@@ -248,11 +221,7 @@ impl VirtualHost {
                 self.reply(at, AMQPClass::Channel(Method::CloseOk(channel::CloseOk {})));
                 Ok(())
             }
-            Method::Flow(flow) if flow.active => {
-                self.reply(at, AMQPClass::Channel(Method::FlowOk(channel::FlowOk { active: true })));
-                Ok(())
-            }
-            Method::Flow(_) => Err(Exception::not_implemented("active=false")),
+            Method::Flow(_) => Err(Exception::not_implemented("channel.flow")),
             _ => Err(not_for_a_server()),
         }
     }

@@ -1,7 +1,6 @@
 //! Incoming messages: from a publisher, or dead-lettered by a queue, through an exchange into queues.
 
 use super::{
-    arguments::Overflow,
     content::Content,
     definitions::no_exchange,
     exception::{Exception, Outcome},
@@ -16,7 +15,7 @@ use amq_protocol::{
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
-/// A message that its queue has removed or refused, on its way to the queue's dead-letter exchange.
+/// A message that its queue has removed, on its way to the queue's dead-letter exchange.
 #[derive(Debug)]
 pub struct DeadLetter {
     entry: Entry,
@@ -119,20 +118,13 @@ impl VirtualHost {
         let Some(queue) = self.queues.get_mut(&id) else {
             return true;
         };
-        let appended = queue.append(Arc::clone(message), held);
-        let is_taken = appended.is_ok();
-        match appended {
+        let is_taken = queue.append(Arc::clone(message), held);
+        if is_taken {
             // A new message expires only after the attempt to deliver it, because even with a time to live of
             // 0 it must reach a waiting consumer.
-            Ok(()) => {
-                self.deliver(id, now);
-                self.expire(id, Instant::now());
-                self.drop_excess(id);
-            }
-            Err(refused) if queue.arguments.overflow == Some(Overflow::RejectPublishDlx) => {
-                self.dead_letter(id, refused, Reason::MaxLen);
-            }
-            Err(_) => {}
+            self.deliver(id, now);
+            self.expire(id, Instant::now());
+            self.drop_excess(id);
         }
         self.schedule(id);
         is_taken
@@ -159,7 +151,7 @@ impl VirtualHost {
         }
     }
 
-    /// Records a removed or refused message as a dead letter, if its queue has a dead-letter exchange.
+    /// Records a removed message as a dead letter, if its queue has a dead-letter exchange.
     pub(super) fn dead_letter(&mut self, id: QueueId, entry: Entry, reason: Reason) {
         let Some(queue) = self.queues.get(&id) else { return };
         let Some(exchange) = queue.arguments.dead_letter_exchange.clone() else {

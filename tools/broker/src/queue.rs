@@ -34,7 +34,6 @@ pub struct Queue {
     /// The queue's share of the broker's memory.
     pub _held: Held,
     ready: VecDeque<Entry>,
-    ready_bytes: usize,
     next_position: u64,
 }
 
@@ -70,6 +69,13 @@ pub struct Consumer {
     pub _held: Held,
 }
 
+impl Consumer {
+    /// Returns whether the consumer may get another delivery.
+    pub fn has_room(&self) -> bool {
+        self.no_ack || self.prefetch == 0 || self.unacked < self.prefetch.into()
+    }
+}
+
 impl Queue {
     /// Creates an empty queue.
     pub fn new(
@@ -92,7 +98,6 @@ impl Queue {
             due: None,
             _held: held,
             ready: VecDeque::new(),
-            ready_bytes: 0,
             next_position: 0,
         }
     }
@@ -102,8 +107,11 @@ impl Queue {
         self.ready.len()
     }
 
-    /// Appends a message, or returns it if the queue is full and refuses new messages.
-    pub fn append(&mut self, message: Arc<Message>, held: Held) -> Result<(), Entry> {
+    /// Appends a message. Returns false if the queue is full and refuses new messages.
+    pub fn append(&mut self, message: Arc<Message>, held: Held) -> bool {
+        if self.refuses() {
+            return false;
+        }
         let ttl = match (message.expiration, self.arguments.message_ttl) {
             (Some(message), Some(queue)) => Some(message.min(queue)),
             (message, queue) => message.or(queue),
@@ -111,13 +119,9 @@ impl Queue {
         let expires = ttl.map(|ttl| Instant::now() + ttl);
         let position = self.next_position;
         let entry = Entry { message, redelivered: false, returns: 0, position, expires, _held: held };
-        if self.refuses() {
-            return Err(entry);
-        }
         self.next_position += 1;
-        self.ready_bytes += entry.message.body.len();
         self.ready.push_back(entry);
-        Ok(())
+        true
     }
 
     /// Puts a delivered message back into its position in the queue. If the message was returned too often,
@@ -128,7 +132,6 @@ impl Queue {
         if self.arguments.most_returns().is_some_and(|most| entry.returns > most) {
             return Err(entry);
         }
-        self.ready_bytes += entry.message.body.len();
         let at = self.ready.partition_point(|other| other.position < entry.position);
         self.ready.insert(at, entry);
         Ok(())
@@ -137,7 +140,6 @@ impl Queue {
     /// Takes the oldest waiting message.
     pub fn take(&mut self) -> Option<Entry> {
         let entry = self.ready.pop_front()?;
-        self.ready_bytes -= entry.message.body.len();
         // The queue frees the memory that a long backlog took.
         if self.ready.capacity() > 1024 && self.ready.len() < self.ready.capacity() / 4 {
             self.ready.shrink_to(self.ready.capacity() / 2);
@@ -154,13 +156,12 @@ impl Queue {
 
     /// Takes the oldest waiting message if the queue is too long and drops its head (`x-overflow`).
     pub fn take_excess(&mut self) -> Option<Entry> {
-        if matches!(self.arguments.overflow, None | Some(Overflow::DropHead))
-            && (self.max_length().is_some_and(|most| self.ready.len() > most)
-                || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes > most))
-        {
-            return self.take();
+        let is_too_long = self.max_length().is_some_and(|most| self.ready.len() > most);
+        if is_too_long && self.arguments.overflow != Some(Overflow::RejectPublish) {
+            self.take()
+        } else {
+            None
         }
-        None
     }
 
     fn max_length(&self) -> Option<usize> {
@@ -168,20 +169,17 @@ impl Queue {
     }
 
     fn refuses(&self) -> bool {
-        matches!(self.arguments.overflow, Some(Overflow::RejectPublish | Overflow::RejectPublishDlx))
-            && (self.max_length().is_some_and(|most| self.ready.len() >= most)
-                || self.arguments.max_length_bytes.is_some_and(|most| self.ready_bytes >= most))
+        self.arguments.overflow == Some(Overflow::RejectPublish)
+            && self.max_length().is_some_and(|most| self.ready.len() >= most)
     }
 
     /// Removes the waiting messages that are not wanted.
     pub fn retain(&mut self, wanted: impl Fn(&Message) -> bool) {
         self.ready.retain(|entry| wanted(&entry.message));
-        self.ready_bytes = self.ready.iter().map(|entry| entry.message.body.len()).sum();
     }
 
     /// Removes all waiting messages, and returns how many there were.
     pub fn purge(&mut self) -> usize {
-        self.ready_bytes = 0;
         std::mem::take(&mut self.ready).len()
     }
 

@@ -8,15 +8,13 @@ use amq_protocol::{
 use amqp::content_header::CONTENT_HEAD;
 use anyhow::{Context, Result, bail};
 use lapin::uri::AMQPUri;
+use loopback::PATIENCE;
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
-
-/// How long to wait for the broker.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A socket to the broker.
 pub struct Raw {

@@ -2,11 +2,14 @@
 //! disconnects it, and no other client is harmed.
 
 use amq_protocol::{
-    frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame, parse_frame},
-    protocol::{AMQPClass, basic, channel, confirm, connection, exchange, queue},
+    frame::{AMQPContentHeader, AMQPFrame},
+    protocol::{AMQPClass, basic, channel, confirm, exchange, queue},
 };
-use anyhow::{Context, Result, bail};
-use broker::Broker;
+use anyhow::{Context, Result};
+use broker::{
+    Broker,
+    raw::{Raw, encoded},
+};
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
     options::{
@@ -17,11 +20,7 @@ use lapin::{
 };
 use loopback::{PATIENCE, poll};
 use std::time::{Duration, Instant};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::time::timeout;
 
 /// A well-behaved client, connected at the same time as the hostile clients.
 struct Healthy {
@@ -65,10 +64,6 @@ async fn publish(channel: &Channel, exchange: &str, key: &str, body: &[u8]) -> R
     Ok(())
 }
 
-fn encoded(frame: &AMQPFrame) -> Vec<u8> {
-    gen_frame(frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner().0
-}
-
 fn method(channel: u16, method: AMQPClass) -> Vec<u8> {
     encoded(&AMQPFrame::Method(channel, method))
 }
@@ -87,54 +82,12 @@ fn begin_message(number: u16, body_size: u64) -> Vec<u8> {
     .concat()
 }
 
-/// The bytes that open a connection and a channel.
-fn introduction() -> Vec<u8> {
-    let start_ok = connection::StartOk {
-        mechanism: "PLAIN".into(),
-        response: "\0guest\0guest".into(),
-        locale: "en_US".into(),
-        ..Default::default()
-    };
-    let tune_ok = connection::TuneOk { channel_max: 2047, frame_max: 131_072, heartbeat: 0 };
-    let open = connection::Open { virtual_host: "/".into() };
-    [
-        b"AMQP\0\0\x09\x01".to_vec(),
-        method(0, AMQPClass::Connection(connection::AMQPMethod::StartOk(start_ok))),
-        method(0, AMQPClass::Connection(connection::AMQPMethod::TuneOk(tune_ok))),
-        method(0, AMQPClass::Connection(connection::AMQPMethod::Open(open))),
-        open_channel(1),
-    ]
-    .concat()
-}
-
 /// Connects, opens a channel, and sends `bytes`.
-async fn attack(broker: &Broker, bytes: &[u8]) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect(broker.address()).await?;
-    stream.write_all(&introduction()).await?;
+async fn attack(broker: &Broker, bytes: &[u8]) -> Result<Raw> {
+    let mut raw = Raw::open(&broker.url()).await?;
     // The write may fail, because the broker may have closed the socket by now.
-    let _ = stream.write_all(bytes).await;
-    Ok(stream)
-}
-
-/// Returns the code with which the broker closes the connection or a channel.
-async fn closed_with(stream: &mut TcpStream) -> Result<u16> {
-    let mut input = Vec::new();
-    loop {
-        while let Ok((rest, frame)) = parse_frame(&input[..]) {
-            match frame {
-                AMQPFrame::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
-                    return Ok(close.reply_code);
-                }
-                AMQPFrame::Method(_, AMQPClass::Channel(channel::AMQPMethod::Close(close))) => {
-                    return Ok(close.reply_code);
-                }
-                _ => input = rest.to_vec(),
-            }
-        }
-        if timeout(PATIENCE, stream.read_buf(&mut input)).await?? == 0 {
-            bail!("closed without a word");
-        }
-    }
+    let _ = raw.send(bytes).await;
+    Ok(raw)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,12 +100,12 @@ async fn random_frames_harm_nobody() -> Result<()> {
     let mut attacks = 0;
     while start.elapsed() < Duration::from_secs(5) || attacks < 200 {
         let bytes: Vec<u8> = (0..random.usize(1..30)).flat_map(|_| frame(&mut random)).collect();
-        let mut stream = attack(&broker, &bytes).await?;
+        let mut raw = attack(&broker, &bytes).await?;
         if random.bool() {
             // Some clients read an answer before they disconnect.
-            let _ = timeout(Duration::from_millis(20), stream.read(&mut [0; 4096])).await;
+            let _ = raw.next_within(Duration::from_millis(20)).await;
         }
-        drop(stream);
+        drop(raw);
         attacks += 1;
         healthy.works(&format!("attack {attacks} of seed {seed}")).await?;
     }
@@ -262,33 +215,13 @@ fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_as_deep_as_a_frame_is_refused() -> Result<()> {
-    let broker = Broker::start().await?;
-    let healthy = Healthy::connect(&broker).await?;
-    let depth: u32 = 26_000;
-    // The frame has an empty routing key and so on, then a table with deeply nested arrays.
-    let mut payload = vec![0, 50, 0, 10, 0, 0, 0, 0];
-    payload.extend((depth * 5 + 2).to_be_bytes());
-    payload.extend([1, b'a']);
-    for level in 0..depth {
-        payload.push(b'A');
-        payload.extend(((depth - 1 - level) * 5).to_be_bytes());
-    }
-    let mut frame = vec![1, 0, 1];
-    frame.extend(u32::try_from(payload.len())?.to_be_bytes());
-    frame.extend(payload);
-    frame.push(0xce);
-    let mut stream = attack(&broker, &frame).await?;
-    assert_eq!(closed_with(&mut stream).await?, 502);
-    healthy.works("nested arrays").await
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_message_beyond_16_mebibytes_is_refused() -> Result<()> {
     let broker = Broker::start().await?;
     let healthy = Healthy::connect(&broker).await?;
-    let mut stream = attack(&broker, &begin_message(1, 16 * 1024 * 1024 + 1)).await?;
-    assert_eq!(closed_with(&mut stream).await?, 406);
+    let mut raw = attack(&broker, &begin_message(1, 16 * 1024 * 1024 + 1)).await?;
+    let closed = raw.expect(|method| matches!(method, AMQPClass::Channel(_))).await?;
+    let AMQPClass::Channel(channel::AMQPMethod::Close(close)) = closed else { panic!("{closed:?}") };
+    assert_eq!(close.reply_code, 406);
     let largest = vec![7; 16 * 1024 * 1024];
     declare(&healthy.channel, "large", &[]).await?;
     publish(&healthy.channel, "", "large", &largest).await?;
@@ -301,21 +234,21 @@ async fn a_message_beyond_16_mebibytes_is_refused() -> Result<()> {
 async fn many_messages_that_are_begun_and_never_finished_end_the_connection() -> Result<()> {
     let broker = Broker::start().await?;
     let healthy = Healthy::connect(&broker).await?;
-    let mut stream = attack(&broker, &[]).await?;
+    let mut raw = attack(&broker, &[]).await?;
     let part = vec![0; 131_064];
     let begun = async {
         for number in 2..10 {
-            stream.write_all(&open_channel(number)).await?;
-            stream.write_all(&begin_message(number, 16 * 1024 * 1024)).await?;
+            raw.send(&open_channel(number)).await?;
+            raw.send(&begin_message(number, 16 * 1024 * 1024)).await?;
             for _ in 0..60 {
-                stream.write_all(&encoded(&AMQPFrame::Body(number, part.clone()))).await?;
+                raw.frame(&AMQPFrame::Body(number, part.clone())).await?;
             }
         }
         anyhow::Ok(())
     };
     // The broker may close the connection while the test is still writing, so a write may fail.
     let _ = timeout(PATIENCE, begun).await?;
-    assert_eq!(closed_with(&mut stream).await?, 506);
+    assert_eq!(raw.closed_with().await?, 506);
     healthy.works("messages without an end").await
 }
 
@@ -327,8 +260,8 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
     let healthy = Healthy::connect(&broker).await?;
     declare(&healthy.channel, "q", &[]).await?;
     let consume = basic::Consume { queue: "q".into(), no_ack: true, ..Default::default() };
-    let mut stream =
-        attack(&broker, &method(1, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)))).await?;
+    let consume = method(1, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)));
+    let mut raw = attack(&broker, &consume).await?;
     let body = vec![0; 50_000];
     for _ in 0..MESSAGES {
         publish(&healthy.channel, "", "q", &body).await?;
@@ -339,14 +272,13 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
     healthy.works("a consumer that does not read").await?;
     // When the consumer reads, it gets the remaining messages.
     let mut read = 0;
-    let mut buffer = vec![0; 1 << 20];
     while read < MESSAGES as usize * body.len() {
-        match timeout(PATIENCE, stream.read(&mut buffer)).await?? {
-            0 => bail!("cut after {read} bytes"),
-            some => read += some,
+        if let AMQPFrame::Body(_, part) =
+            raw.next().await?.with_context(|| format!("cut after {read} bytes"))?
+        {
+            read += part.len();
         }
     }
-    // The bytes read include frame headers, so the last messages may still be on their way.
     let none = poll(PATIENCE, async || (declare(&healthy.channel, "q", &[]).await.ok()? == 0).then_some(()));
     none.await.context("messages are left")
 }
@@ -356,14 +288,14 @@ async fn a_client_that_asks_and_does_not_read_is_not_read_either() -> Result<()>
     let broker = Broker::start().await?;
     let healthy = Healthy::connect(&broker).await?;
     declare(&healthy.channel, "q", &[]).await?;
-    let mut stream = attack(&broker, &[]).await?;
+    let mut raw = attack(&broker, &[]).await?;
     let ask =
         method(1, AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q".into(), no_ack: true })));
     let many = ask.repeat(1000);
     let mut sent = 0;
     let stuck = async {
         loop {
-            stream.write_all(&many).await?;
+            raw.send(&many).await?;
             sent += many.len();
             anyhow::ensure!(sent < 200_000_000, "it takes whatever comes");
         }
@@ -376,11 +308,9 @@ async fn a_client_that_asks_and_does_not_read_is_not_read_either() -> Result<()>
 #[tokio::test(flavor = "multi_thread")]
 async fn who_does_not_introduce_himself_is_cut() -> Result<()> {
     let broker = Broker::start().await?;
-    let mut stream = TcpStream::connect(broker.address()).await?;
-    stream.write_all(b"AMQP").await?;
-    let mut answer = Vec::new();
-    timeout(PATIENCE, stream.read_to_end(&mut answer)).await??;
-    assert_eq!(answer, b"");
+    let mut raw = Raw::connect(&broker.url()).await?;
+    raw.send(b"AMQP").await?;
+    assert_eq!(raw.until_the_end().await?, b"");
     Ok(())
 }
 

@@ -49,10 +49,6 @@ enum Tool {
     /// Measure the cost of traces, and of traces with metrics and logs, in the three services on a real broker
     /// under load.
     Bench(bench::Options),
-    /// Measure whether the embedded broker is as fast as RabbitMQ.
-    BenchBroker(bench::broker::Options),
-    /// Measure how many spans a second the embedded trace backend accepts.
-    BenchBackend(bench::backend::Options),
 }
 
 #[tokio::main]
@@ -68,8 +64,6 @@ async fn main() -> ExitCode {
         Some(Tool::Chaos(options)) => chaos::run(options).await,
         Some(Tool::Control(service)) => chaos::control::run(service).await.map(done),
         Some(Tool::Bench(options)) => bench::run(options).await.map(done),
-        Some(Tool::BenchBroker(options)) => bench::broker::run(options).await.map(done),
-        Some(Tool::BenchBackend(options)) => bench::backend::run(options).await.map(done),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

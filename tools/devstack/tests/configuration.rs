@@ -62,6 +62,8 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         // The delay is as long as the time-out.
         ("SHUTDOWN_DELAY", "8s"),
         ("API_MAX_CONNECTIONS", "0"),
+        ("API_SPOOL_MAX_ENTRIES", "0"),
+        ("API_SPOOL_MAX_BYTES", "-1"),
         ("USERCENTER_MAX_CONNECTION_AGE", "old"),
         ("AMQP_URL", "http://user:s3cr3t@host"),
         ("MQ_PREFETCH", "0"),
@@ -377,47 +379,6 @@ async fn without_an_exporter_there_are_ids_but_no_export() -> Result<()> {
     stack.mq.said(&format!("trace_id={}", answer.trace_id())).await?;
     stack.stop().await?;
     assert_eq!(stack.receiver.spans(), []);
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn otlp_goes_by_http_with_gzip_and_headers_too() -> Result<()> {
-    let receiver = Receiver::start().await?;
-    let endpoint = format!("http://{}/", receiver.http);
-    let variables = [
-        ("*", "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
-        ("*", "OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
-        ("*", "OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
-        ("*", "OTEL_EXPORTER_OTLP_HEADERS", "api-key=k%20v,user-agent=mine"),
-    ];
-    let stack = Stack::start(&variables).await?;
-    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    for headers in receiver.requests() {
-        assert_eq!(headers["api-key"], "k v");
-        assert_eq!(headers["content-encoding"], "gzip");
-        assert_eq!(headers["content-type"], "application/x-protobuf");
-        assert_eq!(headers["user-agent"], "mine");
-    }
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn otlp_by_grpc_has_gzip_and_headers_too() -> Result<()> {
-    let variables = [
-        ("*", "OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
-        ("*", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "api-key=k"),
-    ];
-    let stack = Stack::start(&variables).await?;
-    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    for headers in stack.receiver.requests() {
-        assert_eq!(headers["api-key"], "k");
-        assert_eq!(headers["grpc-encoding"], "gzip");
-        // tonic's own user agent follows.
-        let agent = headers["user-agent"].to_str()?;
-        assert!(agent.starts_with("OTel-OTLP-Exporter-Rust/"), "{agent}");
-    }
     Ok(())
 }
 

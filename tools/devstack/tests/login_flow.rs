@@ -214,42 +214,19 @@ async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_does_not_sample_leaves_no_spans() -> Result<()> {
-    let mut stack = Stack::start(&[]).await?;
-    let not_sampled = REMOTE_PARENT.replace("-01", "-00");
-    let answer = stack.login(KNOWN_MOBILE, &[("traceparent", &not_sampled)]).await?;
-    assert_eq!(answer.status, 200);
-    assert_eq!(answer.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
-    assert!(answer.header("traceparent").ends_with("-00"));
-    // The message was processed all the same.
-    stack.mq.said("login recorded").await?;
-    stack.stop().await?;
-    assert_eq!(stack.receiver.spans(), []);
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_consumer_span_may_be_linked_instead() -> Result<()> {
-    let stack = Stack::start(&[("mq", "MQ_RELATION", "link")]).await?;
-    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+async fn the_consumer_span_may_be_linked_instead_of_being_a_child_or_as_well() -> Result<()> {
     let until_the_broker = LOGIN_TREE.replace("        mq mq_consumer_msg CONSUMER\n", "");
-    let spans = stack.receiver.expect_tree(&answer.trace_id(), &until_the_broker).await;
-    let consumer = stack.receiver.expect_span(|span| span.service == "mq").await;
-    assert_ne!(consumer.trace_id, answer.trace_id());
-    assert_eq!(consumer.parent_span_id, "");
-    let producer = span(&spans, "api", "send_msg_mq");
-    assert_eq!(consumer.links, [(answer.trace_id(), producer.span_id.clone())]);
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_consumer_span_may_be_child_and_linked() -> Result<()> {
-    let stack = Stack::start(&[("mq", "MQ_RELATION", "both")]).await?;
-    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-    let producer = span(&spans, "api", "send_msg_mq");
-    let consumer = span(&spans, "mq", "mq_consumer_msg");
-    assert_eq!(consumer.links, [(answer.trace_id(), producer.span_id.clone())]);
+    for (relation, tree) in [("link", until_the_broker.as_str()), ("both", LOGIN_TREE)] {
+        let stack = Stack::start(&[("mq", "MQ_RELATION", relation)]).await?;
+        let answer = stack.login(KNOWN_MOBILE, &[]).await?;
+        let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
+        let consumer = stack.receiver.expect_span(|span| span.service == "mq").await;
+        let is_child = relation == "both";
+        assert_eq!(consumer.trace_id == answer.trace_id(), is_child, "{consumer:#?}");
+        assert_eq!(!consumer.parent_span_id.is_empty(), is_child, "{consumer:#?}");
+        let producer = span(&spans, "api", "send_msg_mq");
+        assert_eq!(consumer.links, [(answer.trace_id(), producer.span_id.clone())]);
+    }
     Ok(())
 }
 

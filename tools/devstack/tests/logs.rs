@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use harness::{
-    PATIENCE, poll, process,
+    PATIENCE, poll,
     receiver::Receiver,
     stack::{KNOWN_MOBILE, LOGIN_TREE, Stack},
 };
@@ -37,21 +37,6 @@ async fn records_are_exported_with_the_ids_of_their_span_and_filtered_by_rust_lo
         let of_mq: Vec<_> = receiver.logs().into_iter().filter(|record| record.service == "mq").collect();
         assert!(of_mq.iter().any(|record| record.body.contains("consuming")), "{of_mq:#?}");
         assert!(of_mq.iter().all(|record| record.scope != "mq::processing"), "{of_mq:#?}");
-    }
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn records_inside_of_spans_by_tracing_have_the_ids_of_the_innermost() -> Result<()> {
-    let receiver = Receiver::start().await?;
-    let endpoint = format!("http://{}", receiver.grpc);
-    let variables = [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()), ("OTEL_LOGS_EXPORTER", "otlp")];
-    let output = process::example("spans", &variables)?.output().await?;
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    for (body, span) in [("in the inner span", "inner"), ("in the asynchronous span", "asynchronous")] {
-        let span = receiver.expect_span(|other| other.name == span).await;
-        let record = receiver.expect_log(|record| record.body.ends_with(body)).await;
-        assert_eq!((record.trace_id, record.span_id), (span.trace_id, span.span_id));
     }
     Ok(())
 }

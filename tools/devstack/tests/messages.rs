@@ -366,15 +366,3 @@ async fn a_dead_letter_keeps_its_properties_and_its_trace() -> Result<()> {
     stack.mq.said("login recorded").await?;
     Ok(())
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_was_published_before_the_consumer_came_is_consumed() -> Result<()> {
-    let mut stack = Stack::start(&[]).await?;
-    stack.mq.stop().await?;
-    let answer = stack.login(KNOWN_MOBILE, &[]).await?;
-    assert_eq!(answer.status, 200);
-
-    let _mq = stack.another("mq", &[]).await?;
-    stack.receiver.expect_tree(&answer.trace_id(), harness::stack::LOGIN_TREE).await;
-    Ok(())
-}

@@ -43,16 +43,28 @@ async fn a_login_arrives_by_each_protocol_with_each_compression() -> Result<()> 
             ("api", "OTEL_EXPORTER_OTLP_COMPRESSION", "none"),
             ("rpc", "OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
             ("mq", "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "zstd"),
+            ("api", "OTEL_EXPORTER_OTLP_HEADERS", "api-key=k%20v,user-agent=mine"),
+            ("rpc", "OTEL_EXPORTER_OTLP_HEADERS", "api-key=k%20v"),
+            ("mq", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "api-key=k%20v"),
         ])
         .await?;
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;
         receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-        let mut encodings = BTreeSet::new();
+        let (mut encodings, mut agents) = (BTreeSet::new(), BTreeSet::new());
         for headers in receiver.requests() {
             assert_eq!(headers["content-type"], content_type);
+            assert_eq!(headers["api-key"], "k v");
+            // Over gRPC, tonic's own name follows.
+            let agent = headers["user-agent"].to_str()?.split(['/', ' ']).next().unwrap_or_default();
+            agents.insert(agent.to_owned());
             encodings.insert(headers.get(encoding).map_or("none", |name| name.to_str().unwrap()).to_owned());
         }
         assert_eq!(encodings, BTreeSet::from(["gzip", "none", "zstd"].map(String::from)), "{protocol}");
+        assert_eq!(
+            agents,
+            BTreeSet::from(["OTel-OTLP-Exporter-Rust", "mine"].map(String::from)),
+            "{protocol}"
+        );
     }
     Ok(())
 }

@@ -378,20 +378,6 @@ async fn an_operator_lists_exports_and_drains_the_spool_of_an_instance_that_is_g
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bounds_of_the_spool_that_are_none_end_the_service_with_2() -> Result<()> {
-    for variable in ["API_SPOOL_MAX_ENTRIES", "API_SPOOL_MAX_BYTES"] {
-        for value in ["0", "-1", "many"] {
-            let data = TempDir::new()?;
-            let directory = data.path().join("unmade");
-            let (code, said) = ends(&directory.to_string_lossy(), &[(variable, value)]).await?;
-            assert_eq!(code, Some(2), "{variable}={value}: {said}");
-            assert!(!directory.exists());
-        }
-    }
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn the_bytes_of_the_spool_are_bounded_as_well() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "500")]).await?;
     proxy.refuse();

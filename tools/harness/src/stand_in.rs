@@ -18,8 +18,6 @@ use tonic::{Code, Request, Response, Status, service::Routes};
 pub enum Reply {
     /// A user.
     User,
-    /// Success, but without a user.
-    Nobody,
     /// This error, with a message that no caller of `api` may see.
     Error(Code),
     /// A user, as soon as there is a permit.
@@ -96,7 +94,6 @@ impl Usercenter for StandIn {
         }
         let user = match reply {
             Reply::User | Reply::After(_) => Some(User { id: 1, nickname: "Ada".to_owned() }),
-            Reply::Nobody => None,
             Reply::Error(code) | Reply::ErrorAfter(code, _) => {
                 return Err(Status::new(code, "internal detail"));
             }

@@ -1,4 +1,4 @@
-//! Whole documents from both generations of Jaeger's query API.
+//! Whole documents from Jaeger's query API.
 
 use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, envelope, refusal, span, text, trace_id};
 use anyhow::Result;
@@ -195,81 +195,9 @@ async fn a_link_to_the_parent_is_the_only_reference_to_it() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_the_third_api_a_trace_is_what_was_exported() -> Result<()> {
-    let fixture = with_everything().await?;
-    let span = |id: u64, name: &str, kind: u8, parent: &str, start: &str, end: &str| {
-        json!({
-            "traceId": trace_id(1), "spanId": format!("{id:016x}"), "parentSpanId": parent, "traceState": "",
-            "flags": 0, "name": name, "kind": kind, "startTimeUnixNano": start, "endTimeUnixNano": end,
-            "attributes": [], "droppedAttributesCount": 0, "events": [], "droppedEventsCount": 0,
-            "links": [], "droppedLinksCount": 0, "status": null,
-        })
-    };
-    let mut buy = span(1, "buy", 2, "", "1769860800000000000", "1769860800002000999");
-    buy["traceState"] = "vendor=1".into();
-    buy["flags"] = 1.into();
-    buy["attributes"] = json!([
-        { "key": "string", "value": { "stringValue": "text" } },
-        { "key": "bool", "value": { "boolValue": true } },
-        { "key": "int", "value": { "intValue": "-7" } },
-        { "key": "large int", "value": { "intValue": "9223372036854775807" } },
-        { "key": "double", "value": { "doubleValue": 1.5 } },
-        { "key": "infinity", "value": { "doubleValue": null } },
-        { "key": "bytes", "value": { "bytesValue": "AP8=" } },
-        { "key": "list", "value": { "arrayValue": { "values": [{ "stringValue": "a" }, { "intValue": "1" }] } } },
-        { "key": "map", "value": { "kvlistValue": { "values": [
-            { "key": "key", "value": { "stringValue": "value" } },
-            { "key": "on", "value": { "boolValue": true } },
-        ] } } },
-        { "key": "empty", "value": null },
-    ]);
-    buy["events"] = json!([{
-        "timeUnixNano": "1769860800000001500", "name": "exception", "droppedAttributesCount": 0,
-        "attributes": [{ "key": "exception.type", "value": { "stringValue": "Overflow" } }],
-    }]);
-    buy["status"] = json!({ "code": 2, "message": "no stock" });
-    let mut pack = span(2, "pack", 5, "0000000000000001", "1769860800001000000", "1769860800000000000");
-    pack["status"] = json!({ "code": 1, "message": "" });
-    pack["links"] = json!([
-        {
-            "traceId": trace_id(2), "spanId": "0000000000000009", "traceState": "", "flags": 0,
-            "attributes": [], "droppedAttributesCount": 0,
-        },
-        {
-            "traceId": "", "spanId": "", "traceState": "", "flags": 0, "droppedAttributesCount": 0,
-            "attributes": [{ "key": "to", "value": { "stringValue": "nowhere" } }],
-        },
-    ]);
-    let part = |attributes, scope: (&str, &str), span| {
-        json!({
-            "resource": { "attributes": attributes, "droppedAttributesCount": 0, "entityRefs": [] },
-            "scopeSpans": [{
-                "scope": {
-                    "name": scope.0, "version": scope.1, "attributes": [], "droppedAttributesCount": 0,
-                },
-                "spans": [span],
-                "schemaUrl": "",
-            }],
-            "schemaUrl": "",
-        })
-    };
-    let shop = json!([
-        { "key": "service.name", "value": { "stringValue": "shop" } },
-        { "key": "process.pid", "value": { "intValue": "7" } },
-    ]);
-    let parts = [part(shop, ("library", "1.0"), buy), part(json!([]), ("", ""), pack)];
-    let expected = json!({ "result": { "resourceSpans": parts } });
-    for path in ["/api/v3/traces/1".to_owned(), "/api/v3/traces?query.service_name=shop".to_owned()] {
-        assert_answer(&fixture.get(&path).await?, 200, &expected);
-    }
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn services_and_operations_are_listed_by_both() -> Result<()> {
+async fn services_and_operations_are_listed() -> Result<()> {
     let fixture = Fixture::start().await?;
     assert_answer(&fixture.get("/api/services").await?, 200, &envelope(json!([])));
-    assert_answer(&fixture.get("/api/v3/services").await?, 200, &json!({ "services": [] }));
 
     let kind = |span: Span, kind: SpanKind| Span { kind: kind.into(), ..span };
     let shop = [
@@ -282,7 +210,6 @@ async fn services_and_operations_are_listed_by_both() -> Result<()> {
     fixture.export("a/b ü", [span(1, 2, 1, "other")]).await?;
 
     assert_answer(&fixture.get("/api/services").await?, 200, &envelope(json!(["a/b ü", "shop"])));
-    assert_answer(&fixture.get("/api/v3/services").await?, 200, &json!({ "services": ["a/b ü", "shop"] }));
     for (service, names) in
         [("shop", json!(["buy", "local"])), ("a%2Fb%20%C3%BC", json!(["other"])), ("nobody", json!([]))]
     {
@@ -301,15 +228,8 @@ async fn services_and_operations_are_listed_by_both() -> Result<()> {
         ("service=shop&spanKind=producer", json!([])),
         ("service=nobody", json!([])),
     ] {
-        assert_answer(
-            &fixture.get(&format!("/api/operations?{query}")).await?,
-            200,
-            &envelope(operations.clone()),
-        );
-        for query in [query.to_owned(), query.replace("spanKind", "span_kind")] {
-            let answer = fixture.get(&format!("/api/v3/operations?{query}")).await?;
-            assert_answer(&answer, 200, &json!({ "operations": operations }));
-        }
+        let answer = fixture.get(&format!("/api/operations?{query}")).await?;
+        assert_answer(&answer, 200, &envelope(operations));
     }
     Ok(())
 }
@@ -386,9 +306,5 @@ async fn a_trace_of_ten_thousand_spans_is_answered_whole() -> Result<()> {
     fixture.export("shop", (1..=10_000).map(|id| span(1, id, id - 1, "step"))).await?;
     let answer = fixture.get("/api/traces/1").await?;
     assert_eq!(answer.json()["data"][0]["spans"].as_array().unwrap().len(), 10_000);
-    let answer = fixture.get("/api/v3/traces/1").await?;
-    let parts = &answer.json()["result"]["resourceSpans"];
-    assert_eq!(parts.as_array().unwrap().len(), 1);
-    assert_eq!(parts[0]["scopeSpans"][0]["spans"].as_array().unwrap().len(), 10_000);
     Ok(())
 }

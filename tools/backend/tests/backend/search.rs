@@ -1,10 +1,8 @@
-//! Every parameter of a search in both generations of Jaeger's query API, and the searches that are refused.
+//! Every parameter of a search in Jaeger's query API, and the searches that are refused.
 
 use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, numbers, refusal, span, text, trace_id};
 use anyhow::Result;
-use loopback::client::Answer;
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::ExportTraceServiceRequest,
     common::v1::any_value::Value,
     trace::v1::{
         Span, Status,
@@ -13,7 +11,6 @@ use opentelemetry_proto::tonic::{
     },
 };
 use serde_json::json;
-use std::collections::BTreeSet;
 
 /// Makes a backend with three traces of `shop`, a second apart, and one trace of `bank`. The name of a trace is
 /// its number.
@@ -111,51 +108,6 @@ async fn a_search_finds_the_latest_traces_with_a_span_that_fulfils_everything() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_search_by_the_third_api_finds_the_same() -> Result<()> {
-    let fixture = searchable().await?;
-    let shop = "query.serviceName=shop";
-    assert_eq!(
-        traces_of(&fixture.get("/api/v3/traces?query.service_name=shop").await?),
-        [1, 2, 3].into_iter().collect()
-    );
-    for (query, older, expected) in [
-        ("query.searchDepth=1", "query.search_depth=1", &[3][..]),
-        ("query.operationName=buy", "query.operation_name=buy", &[2, 1]),
-        ("query.durationMin=20ms", "query.duration_min=20ms", &[3, 2]),
-        ("query.durationMax=20ms", "query.duration_max=20ms", &[2, 1]),
-    ] {
-        for query in [query, older] {
-            let answer = fixture.get(&format!("/api/v3/traces?{shop}&{query}")).await?;
-            assert_eq!(traces_of(&answer), expected.iter().copied().collect(), "{query}");
-        }
-    }
-    for (query, expected) in [
-        ("query.startTimeMin=2026-01-31T12:00:02Z", &[3, 2][..]),
-        ("query.start_time_min=2026-01-31T12:00:02.000000000Z", &[3, 2]),
-        ("query.startTimeMin=2026-01-31T14:00:02%2B02:00", &[3, 2]),
-        ("query.startTimeMax=2026-01-31T12:00:01.999999999Z", &[1]),
-        ("query.start_time_min=2026-01-31T12:00:02Z&query.start_time_max=2026-01-31T12:00:02Z", &[2]),
-        ("query.num_traces=2", &[3, 2]),
-        // Unlike the first API, the third doesn't need a service.
-        ("query.attributes=%7B%22user%22%3A%22eve%22%7D", &[1]),
-    ] {
-        let answer = fixture.get(&format!("/api/v3/traces?{query}")).await?;
-        assert_eq!(traces_of(&answer), expected.iter().copied().collect(), "{query}");
-    }
-    Ok(())
-}
-
-/// Returns the numbers of the traces in a response of the third API.
-fn traces_of(answer: &Answer) -> BTreeSet<u128> {
-    assert_eq!(answer.status, 200, "{answer:?}");
-    let result = answer.json()["result"].take();
-    let request: ExportTraceServiceRequest = serde_json::from_value(result).expect("OTLP");
-    let scopes = request.resource_spans.into_iter().flat_map(|part| part.scope_spans);
-    let spans = scopes.flat_map(|scope| scope.spans);
-    spans.map(|span| u128::from_be_bytes(span.trace_id.try_into().expect("16 bytes"))).collect()
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
     let fixture = searchable().await?;
     assert_answer(&fixture.get("/api/traces/f00").await?, 404, &refusal(404, "trace not found"));
@@ -210,22 +162,6 @@ async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
         "/api/recent?traceID=x",
     ] {
         assert_eq!(fixture.get(path).await?.status, 400, "{path}");
-    }
-
-    let error = |code: u16, message: &str| json!({ "error": { "httpCode": code, "message": message } });
-    for (path, code, message) in [
-        ("traces/f00", 404, "No traces found"),
-        ("traces?query.serviceName=nobody", 404, "No traces found"),
-        ("nothing", 404, "there is no such API"),
-        ("traces/x", 400, "malformed parameter trace_id: a trace id has 1 to 32 hexadecimal digits"),
-        ("operations", 400, "parameter 'service' is required"),
-        (
-            "traces?query.startTimeMin=noon",
-            400,
-            "unable to parse param 'query.startTimeMin': 'noon' is not a time such as 2026-01-31T12:00:00.5Z",
-        ),
-    ] {
-        assert_answer(&fixture.get(&format!("/api/v3/{path}")).await?, code, &error(code, message));
     }
     Ok(())
 }

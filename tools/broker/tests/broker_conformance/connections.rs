@@ -6,7 +6,7 @@ use anyhow::Result;
 use broker::raw::Raw;
 use lapin::{
     Connection, ConnectionProperties,
-    options::{AccessRequestOptions, BasicAckOptions, ChannelFlowOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, QueueDeclareOptions},
     types::FieldTable,
 };
 
@@ -114,21 +114,4 @@ async fn a_closed_channel_number_can_be_opened_again() -> Result<()> {
         raw.expect(|method| matches!(method, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_)))).await?;
     }
     Ok(())
-}
-
-#[tokio::test]
-async fn flow_is_answered_if_it_is_to_go_on_and_not_implemented_if_not() -> Result<()> {
-    let client = Client::connect().await?;
-    assert!(client.channel.channel_flow(ChannelFlowOptions { active: true }).await?);
-    client
-        .expect_connection_error(540, async |channel| {
-            channel.channel_flow(ChannelFlowOptions { active: false }).await
-        })
-        .await
-}
-
-#[tokio::test]
-async fn access_is_granted_to_clients_that_still_ask() -> Result<()> {
-    let client = Client::connect().await?;
-    Ok(client.channel.access_request("/data".into(), AccessRequestOptions::default()).await?)
 }

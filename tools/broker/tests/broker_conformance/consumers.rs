@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use lapin::{
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions,
-        BasicQosOptions, BasicRecoverOptions, BasicRejectOptions, QueueDeleteOptions,
+        BasicQosOptions, BasicRejectOptions, QueueDeleteOptions,
     },
     types::FieldTable,
 };
@@ -16,14 +16,6 @@ use loopback::{PATIENCE, poll};
 use tokio::time::timeout;
 
 const REQUEUE: BasicNackOptions = BasicNackOptions { multiple: false, requeue: true };
-
-#[tokio::test]
-async fn getting_from_an_empty_queue_gets_nothing() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = client.queue("q", &[]).await?;
-    assert!(client.get(&queue).await?.is_none());
-    Ok(())
-}
 
 #[tokio::test]
 async fn a_get_tells_how_many_are_left_and_without_ack_takes_for_good() -> Result<()> {
@@ -107,24 +99,6 @@ async fn a_prefetch_count_limits_what_each_consumer_has_in_hand() -> Result<()> 
     let mut two = client.consume(&queue, "two").await?;
     assert_eq!(body(&next(&mut two).await?), "d");
     client.expect_counts(&queue, (0, 2)).await;
-    Ok(())
-}
-
-/// In RabbitMQ 4, the global prefetch count is deprecated but still works.
-#[tokio::test]
-async fn a_global_prefetch_count_limits_what_a_channel_has_in_hand() -> Result<()> {
-    let client = Client::connect().await?;
-    let (one, two) = (client.queue("one", &[]).await?, client.queue("two", &[]).await?);
-    client.channel.basic_qos(3, BasicQosOptions { global: true }).await?;
-    let mut first = client.consume(&one, "one").await?;
-    let mut second = client.consume(&two, "two").await?;
-    client.fill(&one, &["a", "b"]).await?;
-    let (a, _b) = (next(&mut first).await?, next(&mut first).await?);
-    client.fill(&two, &["c", "d"]).await?;
-    assert_eq!(body(&next(&mut second).await?), "c");
-    client.expect_counts(&two, (1, 1)).await;
-    a.ack(BasicAckOptions::default()).await?;
-    assert_eq!(body(&next(&mut second).await?), "d");
     Ok(())
 }
 
@@ -243,26 +217,6 @@ async fn what_is_rejected_without_requeue_is_gone() -> Result<()> {
     assert_eq!(body(&client.expect(&queue).await?), "c");
     assert!(client.get(&queue).await?.is_none());
     Ok(())
-}
-
-#[tokio::test]
-async fn what_is_recovered_comes_again() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = client.queue("q", &[]).await?;
-    client.fill(&queue, &["a", "b"]).await?;
-    for _ in 0..2 {
-        client.expect(&queue).await?;
-    }
-    client.channel.basic_recover(BasicRecoverOptions { requeue: true }).await?;
-    for expected in ["a", "b"] {
-        let message = client.expect(&queue).await?;
-        assert_eq!((body(&message), message.redelivered), (expected, true));
-    }
-    client
-        .expect_connection_error(540, async |channel| {
-            channel.basic_recover(BasicRecoverOptions { requeue: false }).await
-        })
-        .await
 }
 
 #[tokio::test]

@@ -50,20 +50,6 @@ fn count(death: &FieldTable) -> i64 {
 }
 
 #[tokio::test]
-async fn a_message_is_gone_after_its_expiration() -> Result<()> {
-    let client = Client::connect().await?;
-    client.confirm().await?;
-    let queue = client.queue("q", &[]).await?;
-    for body in [b"a", b"b"] {
-        client.publish("", &queue, body, BasicProperties::default().with_expiration("100".into())).await?;
-    }
-    client.fill(&queue, &["stays"]).await?;
-    client.expect_counts(&queue, (1, 0)).await;
-    assert_eq!(body(&client.expect(&queue).await?), "stays");
-    Ok(())
-}
-
-#[tokio::test]
 async fn messages_of_a_queue_are_gone_after_its_time_to_live_or_their_own_if_that_is_less() -> Result<()> {
     let client = Client::connect().await?;
     client.confirm().await?;

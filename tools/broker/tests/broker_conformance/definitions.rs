@@ -36,16 +36,6 @@ async fn predeclared_exchanges_route_by_their_types() -> Result<()> {
 }
 
 #[tokio::test]
-async fn every_queue_is_bound_to_the_default_exchange_by_its_name() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = client.queue("q", &[]).await?;
-    client.fill(&queue, &["by name"]).await?;
-    let message = client.expect(&queue).await?;
-    assert_eq!((message.exchange.as_str(), message.routing_key.as_str()), ("", queue.as_str()));
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_direct_exchange_routes_by_the_whole_key() -> Result<()> {
     let client = Client::connect().await?;
     client.confirm().await?;
@@ -79,6 +69,10 @@ async fn a_topic_exchange_routes_by_words() -> Result<()> {
     for (pattern, routed, others) in [
         ("a.*", &["a.b", "a."][..], &["a", "a.b.c", "b.a"][..]),
         ("a.#", &["a", "a.b", "a.b.c"], &["b", "ab"]),
+        ("a.*.b", &["a.c.b", "a..b"], &["a.b"]),
+        ("a.#.*", &["a.b", "a.b.c"], &["a"]),
+        ("#.#", &["", "a"], &[]),
+        ("#.a.#.a.#", &["a.a", "b.a.b.a"], &["a.b"]),
         ("#.z", &["z", "a.z", "a.b.z"], &["z.a"]),
         ("*.*.c", &["a.b.c"], &["b.c", "a.b.b.c"]),
         ("a.#.c.*", &["a.c.d", "a.b.b.c.d"], &["a.c", "a.b.c"]),
@@ -314,15 +308,6 @@ async fn a_quorum_queue_is_durable_and_shared_and_its_arguments_stay() -> Result
         client.expect_channel_error(406, refused).await?;
     }
     client.channel.queue_delete(name.as_str().into(), Default::default()).await?;
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_classic_queue_may_be_called_so() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = client.queue("q", &[("x-queue-type", long_string("classic"))]).await?;
-    client.fill(&queue, &["m"]).await?;
-    assert_eq!(body(&client.expect(&queue).await?), "m");
     Ok(())
 }
 

@@ -57,16 +57,6 @@ async fn a_full_queue_that_rejects_has_the_publisher_nacked() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_limit_in_bytes_counts_bodies() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = client.queue("q", &[("x-max-length-bytes", AMQPValue::LongInt(10))]).await?;
-    client.fill(&queue, &["aaaa", "bbbb", "cccc"]).await?;
-    client.expect_counts(&queue, (2, 0)).await;
-    assert_eq!(body(&client.expect(&queue).await?), "bbbb");
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_limit_does_not_count_what_was_delivered() -> Result<()> {
     let client = Client::connect().await?;
     let queue = client.queue("q", &[max_length(1)]).await?;

@@ -1,6 +1,6 @@
 //! Publishing: confirms, returned messages, and the messages that arrive.
 
-use crate::client::{Client, body, declare, exclusive, long_string};
+use crate::client::{Client, body, long_string};
 use amq_protocol::{
     frame::AMQPFrame,
     protocol::{AMQPClass, basic, confirm},
@@ -97,18 +97,6 @@ async fn what_is_unroutable_and_mandatory_is_returned_and_then_confirmed() -> Re
         });
     }
     assert_eq!(seen, ["return 312 NO_ROUTE ", "header 4", "back", "ack 1"]);
-    Ok(())
-}
-
-#[tokio::test]
-async fn what_is_unroutable_and_not_mandatory_is_confirmed_and_gone() -> Result<()> {
-    let client = Client::connect().await?;
-    client.confirm().await?;
-    let missing = client.name("nowhere");
-    let options = BasicPublishOptions::default();
-    let sent =
-        client.channel.basic_publish("".into(), missing.into(), options, b"m", BasicProperties::default());
-    assert_eq!(sent.await?.await?, Confirmation::Ack(None));
     Ok(())
 }
 
@@ -247,16 +235,4 @@ async fn immediate_publishing_is_a_540_of_the_connection() -> Result<()> {
                 .await
         })
         .await
-}
-
-#[tokio::test]
-async fn what_one_channel_publishes_stays_in_order() -> Result<()> {
-    let client = Client::connect().await?;
-    let queue = declare(&client.channel, "", exclusive(), &[]).await?;
-    let bodies: Vec<String> = (0..100).map(|i| i.to_string()).collect();
-    client.fill(queue.name().as_str(), &bodies.iter().map(String::as_str).collect::<Vec<_>>()).await?;
-    for expected in bodies {
-        assert_eq!(body(&client.expect(queue.name().as_str()).await?), expected);
-    }
-    Ok(())
 }
