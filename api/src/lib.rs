@@ -13,7 +13,7 @@
 //! - [`problem`]: which failure gets which answer
 //! - [`host`]: the header `Host`
 //! - [`health`]: alive, ready, and the probe that `api health` makes
-//! - [`mod@server`][]: connections; [`head`]: their first bytes
+//! - [`mod@server`][]: connections; [`head`]: their first bytes; [`stream`][]: their ends
 //! - [`usercenter`]: the gRPC client, and every layer around it
 
 pub mod app;
@@ -30,6 +30,7 @@ pub mod publisher;
 pub mod router;
 pub mod server;
 pub mod spool;
+pub mod stream;
 pub mod token;
 pub mod usercenter;
 

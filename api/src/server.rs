@@ -6,6 +6,7 @@
 use crate::{
     bounds::{HEADER_TIMEOUT, MAX_BUFFER},
     head,
+    stream::Stream,
 };
 use axum::{Router, extract::ConnectInfo};
 use hyper::{
@@ -55,7 +56,10 @@ pub async fn serve(
     shutdown: Shutdown,
 ) -> Schedule {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_BUFFER);
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_BUFFER)
+        .half_close(true);
     let connections = Connections { http, router, shutdown: shutdown.clone() };
     let mut listener = Listener::new(listener);
     let (waiting, mut by_address) = (Waiting::default(), ByAddress::new(max.by_address));
@@ -152,17 +156,18 @@ impl Connections {
                 Ok::<_, Infallible>(answer)
             }
         });
-        let (reader, writer) = stream.into_split();
-        let stream = join(Cursor::new(head).chain(reader), writer);
-        let connection = self.http.serve_connection(TokioIo::new(stream), service);
+        let stream = Stream::new(stream);
+        let joined = join(Cursor::new(head).chain(stream.clone()), stream.clone());
+        let connection = self.http.serve_connection(TokioIo::new(joined), service);
         pin!(connection);
         let served = select! {
             // This is polled first, so that hyper reads `head` before it is told to end.
             biased;
             served = &mut connection => served,
+            () = stream.failed() => return tracing::debug!("the caller reset the connection"),
             _ = self.shutdown.stopped() => {
                 connection.as_mut().graceful_shutdown();
-                connection.await
+                select! { served = connection => served, () = stream.failed() => Ok(()) }
             }
         };
         if let Err(error) = served {

@@ -307,6 +307,18 @@ async fn whoever_sends_a_body_that_is_too_large_can_send_it_and_reads_the_answer
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_closes_its_half_of_the_connection_after_the_request_is_answered() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(stack.api.address).await?;
+        stream.write_all(LOGIN).await?;
+        stream.shutdown().await?;
+        assert_eq!(timeout(LOGIN_PATIENCE, read_status(&mut stream, &mut Vec::new())).await??, 200);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn if_an_address_makes_room_for_itself_no_other_has_to() -> Result<()> {
     let bounds = [("api", "API_MAX_CONNECTIONS", "6"), ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "5")];
     let stack = Stack::start(&bounds).await?;

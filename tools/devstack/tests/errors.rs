@@ -273,7 +273,7 @@ async fn usercenter_failing_is_502_whatever_the_code_and_tells_no_detail() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_hangs_up_leaves_a_span_that_says_so() -> Result<()> {
+async fn a_caller_that_resets_its_connection_leaves_a_span_that_says_so() -> Result<()> {
     let usercenter = StandIn::start(|_| Reply::Never).await?;
     let stack = Stack::start(&[("api", "USERCENTER_URL", &usercenter.url)]).await?;
     let mut connection = TcpStream::connect(stack.api.address).await?;
@@ -283,6 +283,7 @@ async fn a_caller_that_hangs_up_leaves_a_span_that_says_so() -> Result<()> {
     connection.write_all(request.as_bytes()).await?;
     usercenter.called(1).await?;
     timeout(Duration::from_millis(100), connection.read_u8()).await.unwrap_err();
+    connection.set_zero_linger()?;
     drop(connection);
     let tree = "
         api POST /usercenter/v1/user/login SERVER ERROR error.type=cancelled
