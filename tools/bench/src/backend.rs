@@ -128,7 +128,7 @@ async fn measure(options: &Options, rate: Option<u32>) -> Result<Run> {
     let endpoint = Endpoint::from_shared(format!("http://{}", backend.addresses.otlp_grpc))?;
     let batches = Arc::new(AtomicU64::new(0));
     let template = Template::new();
-    let (start, cpu_before) = (Instant::now(), cpu_time([backend.id])?);
+    let (start, cpu_before) = (Instant::now(), cpu_time(backend.id)?);
     let end = start + Duration::from_secs(options.seconds);
     let mut senders = JoinSet::new();
     for _ in 0..options.connections {
@@ -142,7 +142,7 @@ async fn measure(options: &Options, rate: Option<u32>) -> Result<Run> {
         sender??;
     }
     let seconds = start.elapsed().as_secs_f64();
-    let cpu = (cpu_time([backend.id])? - cpu_before).as_secs_f64() / seconds;
+    let cpu = (cpu_time(backend.id)? - cpu_before).as_secs_f64() / seconds;
 
     let sent = batches.load(Relaxed) * BATCH as u64;
     let statistics = backend.statistics().await?;
