@@ -20,7 +20,7 @@ use lapin::{
 };
 use opentelemetry::{
     Context, KeyValue,
-    trace::{Span, SpanKind, Status, TraceContextExt, Tracer},
+    trace::{SpanKind, Status, TraceContextExt, Tracer},
 };
 use proto::login::LoginMessage;
 use std::{
@@ -152,11 +152,8 @@ impl Replay {
         let queue = self.topology.queue.as_str();
         let tracer = telemetry::tracer("mq", env!("CARGO_PKG_VERSION"));
         let builder = tracer.span_builder("replay_msg_mq").with_kind(SpanKind::Producer);
-        let mut span = builder.start_with_context(&tracer, &producer);
-        if span.is_recording() {
-            span.set_attributes(self.broker.producer_attributes("", queue, &message_id));
-        }
-        let cx = producer.with_span(span);
+        let builder = builder.with_attributes(self.broker.producer_attributes("", queue, &message_id));
+        let cx = producer.with_span(builder.start_with_context(&tracer, &producer));
 
         let mut headers = FieldTable::default();
         telemetry::inject(&cx, &mut HeadersMut(&mut headers));

@@ -14,8 +14,8 @@ mod running;
 mod sink;
 
 use anyhow::{Context, Result};
-use clap::Args;
-use harness::rabbitmq::Node;
+use clap::{Args, ValueEnum};
+use harness::{go_zero, rabbitmq::Node};
 use load::{Load, Report};
 use running::{Costs, Place, Running};
 use std::{fmt, fs, path::Path, time::Duration};
@@ -46,6 +46,16 @@ pub struct Options {
     /// Run only this part: paced or closed.
     #[arg(long)]
     only: Option<String>,
+    /// Instead, compare these services with another system that does the same work: the one in Go, in
+    /// tools/peers/go-zero.
+    #[arg(long)]
+    peer: Option<Peer>,
+}
+
+/// Another system, with which this one can be compared.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Peer {
+    GoZero,
 }
 
 /// A file system in memory.
@@ -62,6 +72,8 @@ struct Variant {
     records: u64,
     /// Whether the collector answers.
     has_collector: bool,
+    /// Whether these are the services in Go.
+    in_go: bool,
 }
 
 const DISABLED: Variant = Variant {
@@ -70,6 +82,7 @@ const DISABLED: Variant = Variant {
     spans: 0,
     records: 0,
     has_collector: true,
+    in_go: false,
 };
 
 const ALL_SIGNALS: Variant = Variant {
@@ -83,11 +96,11 @@ const ALL_SIGNALS: Variant = Variant {
     ],
     spans: 6,
     records: 2,
-    has_collector: true,
+    ..DISABLED
 };
 
-/// All variants. Each of them is compared with the first.
-const VARIANTS: [Variant; 6] = [
+/// The variants that show what tracing costs. Each of them is compared with the first.
+const VARIANTS: &[Variant] = &[
     DISABLED,
     Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
     Variant { name: "all traced", variables: &[], spans: 6, ..DISABLED },
@@ -97,21 +110,30 @@ const VARIANTS: [Variant; 6] = [
     Variant { name: "disabled again", ..DISABLED },
 ];
 
-/// A value for each variant.
-type ByVariant<T> = [T; VARIANTS.len()];
+const TRACED: Variant = Variant { name: "in Rust", variables: &[], spans: 6, ..DISABLED };
 
-/// The measurements of all rounds under one load.
-#[derive(Default)]
+/// The variants of `--peer go-zero`. Each of them is compared with the first.
+const PEERS: &[Variant] =
+    &[TRACED, Variant { name: "in Go", in_go: true, ..TRACED }, Variant { name: "in Rust again", ..TRACED }];
+
+/// The measurements of all rounds under one load. Each lap and each round has a value for each variant.
 struct Measured {
-    laps: Vec<ByVariant<Report>>,
-    rounds: Vec<ByVariant<Costs>>,
+    variants: &'static [Variant],
+    laps: Vec<Vec<Report>>,
+    rounds: Vec<Vec<Costs>>,
 }
 
-/// Measures all variants, and prints tables.
+/// Measures all variants, and prints tables. If the other system can't be built, this says so on standard error,
+/// and measures nothing.
 ///
 /// # Errors
 /// If a process doesn't start, or if a login fails.
 pub async fn run(options: Options) -> Result<()> {
+    let variants = match options.peer {
+        None => VARIANTS,
+        Some(Peer::GoZero) if go_zero::is_available() => PEERS,
+        Some(Peer::GoZero) => return Ok(()),
+    };
     let node = match options.in_memory {
         true => Some(Node::start_in(Path::new(MEMORY)).await?),
         false => None,
@@ -126,7 +148,7 @@ pub async fn run(options: Options) -> Result<()> {
         if options.only.as_deref().is_some_and(|only| only != name) {
             continue;
         }
-        let mut measured = Measured::default();
+        let mut measured = Measured { variants, laps: Vec::new(), rounds: Vec::new() };
         for round in 1..=options.rounds {
             print(&format!("\r{name}: round {round} of {}", options.rounds));
             round_of(&load, options.laps, &place, &mut measured).await?;
@@ -137,64 +159,85 @@ pub async fn run(options: Options) -> Result<()> {
         };
         let Options { rounds, laps, seconds, .. } = options;
         print(&format!("\r{title}, medians of {rounds} rounds of {laps} laps, turns of {seconds} s\n"));
-        print_table(&measured);
+        print_tables(&measured);
     }
     Ok(())
 }
 
 async fn round_of(load: &Load, laps: usize, place: &Place, measured: &mut Measured) -> Result<()> {
     let mut running = Vec::new();
-    for variant in &VARIANTS {
+    for variant in measured.variants {
         running.push(Running::start(variant, load, place).await?);
     }
     for _ in 0..laps {
-        let mut order: Vec<usize> = (0..VARIANTS.len()).collect();
+        let mut order: Vec<usize> = (0..running.len()).collect();
         fastrand::shuffle(&mut order);
-        let mut lap = ByVariant::<Report>::default();
+        let mut lap: Vec<Report> = running.iter().map(|_| Report::default()).collect();
         for i in order {
             lap[i] = running[i].turn(load).await?;
         }
         measured.laps.push(lap);
     }
-    let mut costs = ByVariant::<Costs>::default();
-    for (costs, running) in costs.iter_mut().zip(running) {
-        *costs = running.stop().await?;
+    let mut costs = Vec::new();
+    for running in running {
+        costs.push(running.stop().await?);
     }
     measured.rounds.push(costs);
     Ok(())
 }
 
-/// Prints the medians of all variants, then the ratios of the other variants to the first.
-fn print_table(Measured { laps, rounds }: &Measured) {
+/// Prints the medians of all variants, in all and for each process, then the ratios of the other variants to the
+/// first.
+fn print_tables(Measured { variants, laps, rounds }: &Measured) {
     let over_laps = |i: usize, value: fn(&Report) -> f64| median(laps.iter().map(|lap| value(&lap[i])));
     let over_rounds =
-        |i: usize, value: fn(&Costs) -> f64| median(rounds.iter().map(|round| value(&round[i])));
+        |i: usize, value: &dyn Fn(&Costs) -> f64| median(rounds.iter().map(|round| value(&round[i])));
 
     print(&format!(
-        "{:<24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}{:>11}\n",
-        "", "logins/s", "p50 ms", "p99 ms", "CPU us", "RSS MB", "spans lost", "logs lost"
+        "{:<24}{:>10}{:>10}{:>10}{:>10}{:>12}{:>11}{:>15}{:>10}\n",
+        "", "logins/s", "p50 ms", "p99 ms", "CPU us", "spans lost", "logs lost", "messages lost", "ready ms"
     ));
-    for (i, variant) in VARIANTS.iter().enumerate() {
+    for (i, variant) in variants.iter().enumerate() {
         print(&format!(
-            "{:<24}{:>10.0}{:>10.2}{:>10.2}{:>10.0}{:>10.1}{:>12.0}{:>11.0}\n",
+            "{:<24}{:>10.0}{:>10.2}{:>10.2}{:>10.0}{:>12.0}{:>11.0}{:>15.0}{:>10.0}\n",
             variant.name,
             over_laps(i, Report::throughput),
             over_laps(i, |report| milliseconds(report.latency(0.50))),
             over_laps(i, |report| milliseconds(report.latency(0.99))),
-            over_rounds(i, |costs| costs.cpu_per_login.as_secs_f64() * 1e6),
-            over_rounds(i, |costs| costs.resident),
-            over_rounds(i, |costs| costs.dropped as f64),
-            over_rounds(i, |costs| costs.lost_records as f64),
+            over_rounds(i, &|costs| costs.cpu_per_login().as_secs_f64() * 1e6),
+            over_rounds(i, &|costs| costs.lost_spans as f64),
+            over_rounds(i, &|costs| costs.lost_records as f64),
+            over_rounds(i, &|costs| costs.lost_messages as f64),
+            over_rounds(i, &|costs| milliseconds(costs.ready)),
+        ));
+    }
+    print(&format!(
+        "\n{:<24}{:>10}{:>18}{:>10}{:>12}{:>18}{:>10}\n",
+        "", "api us", "usercenter us", "mq us", "api MB", "usercenter MB", "mq MB"
+    ));
+    for (i, variant) in variants.iter().enumerate() {
+        let cpu = |service: usize| over_rounds(i, &|costs| costs.cpu[service].as_secs_f64() * 1e6);
+        let memory = |service: usize| over_rounds(i, &|costs| costs.resident[service]);
+        print(&format!(
+            "{:<24}{:>10.0}{:>18.0}{:>10.0}{:>12.1}{:>18.1}{:>10.1}\n",
+            variant.name,
+            cpu(0),
+            cpu(1),
+            cpu(2),
+            memory(0),
+            memory(1),
+            memory(2),
         ));
     }
     print(&format!(
         "\nas a multiple of {}\n{:<24}{:>22}{:>22}{:>22}{:>22}\n",
-        VARIANTS[0].name, "(of this, 95 % sure)", "logins/s", "p50", "p99", "CPU"
+        variants[0].name, "(of this, 95 % sure)", "logins/s", "p50", "p99", "CPU"
     ));
-    for (i, variant) in VARIANTS.iter().enumerate().skip(1) {
+    for (i, variant) in variants.iter().enumerate().skip(1) {
         let of_laps =
             |value: fn(&Report) -> f64| Ratio::of(laps.iter().map(|lap| value(&lap[i]) / value(&lap[0])));
-        let cpu = rounds.iter().map(|round| round[i].cpu_per_login.div_duration_f64(round[0].cpu_per_login));
+        let cpu =
+            rounds.iter().map(|round| round[i].cpu_per_login().div_duration_f64(round[0].cpu_per_login()));
         print(&format!(
             "{:<24}{:>22}{:>22}{:>22}{:>22}\n",
             variant.name,
@@ -238,18 +281,15 @@ fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// Returns the user and system time that these processes have used so far, from `/proc/{pid}/stat`.
-fn cpu_time(processes: impl IntoIterator<Item = u32>) -> Result<Duration> {
+/// Returns the user and system time that a process has used so far, from `/proc/{pid}/stat`.
+fn cpu_time(process: u32) -> Result<Duration> {
     const TICKS_PER_SECOND: u64 = 100;
 
-    let mut ticks = 0;
-    for process in processes {
-        let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-        // The name in parentheses may contain spaces. User and system time are fields 14 and 15.
-        let (_, fields) = stat.rsplit_once(')').context("stat")?;
-        let fields: Vec<&str> = fields.split_whitespace().collect();
-        ticks += fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
-    }
+    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // The name in parentheses may contain spaces. User and system time are fields 14 and 15.
+    let (_, fields) = stat.rsplit_once(')').context("stat")?;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    let ticks = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
     Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
 }
 

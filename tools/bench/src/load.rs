@@ -11,7 +11,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-const BODY: &str = r#"{"mobile":"13800138000"}"#;
+/// The body of every login.
+pub const BODY: &str = r#"{"mobile":"13800138000"}"#;
 
 /// The beginning of a load, when connections open and the caches refill after another variant's turn. Logins of
 /// this time count, but their latencies do not.

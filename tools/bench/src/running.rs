@@ -2,18 +2,23 @@
 
 use super::{
     Variant, cpu_time,
-    load::{Load, Report},
-    resident,
+    load::{self, Load, Report},
     sink::Sink,
 };
 use anyhow::{Context, Result, ensure};
 use harness::{
-    poll,
-    process::Process,
-    stack::{PATIENT, TestBroker},
+    client::Client,
+    database::Database,
+    go_zero, poll,
+    process::{self, Process},
+    stack::{KNOWN_MOBILE, PATIENT, TestBroker},
 };
+use http::Method;
 use lapin::options::QueueDeclareOptions;
-use std::{net::TcpListener, time::Duration};
+use std::{
+    net::TcpListener,
+    time::{Duration, Instant},
+};
 use tempfile::TempDir;
 use tokio::try_join;
 
@@ -25,19 +30,35 @@ pub struct Place {
     pub amqp_url: Option<String>,
 }
 
+/// How long spans and deliveries may be on their way when the load has ended. Longer than the interval between
+/// two exports.
+const SETTLED: Duration = Duration::from_secs(10);
+
 /// The costs of one variant in one round.
 #[derive(Clone, Copy, Default)]
 pub struct Costs {
-    /// The CPU time of the three services for each login after the warm-up, including the work after the login
-    /// is answered.
-    pub cpu_per_login: Duration,
-    /// The memory of the largest service at the end of the round, in megabytes.
-    pub resident: f64,
-    /// How many spans the services dropped.
-    pub dropped: u64,
+    /// The CPU time of api, rpc and mq for each login after the warm-up, including the work after the login is
+    /// answered.
+    pub cpu: [Duration; 3],
+    /// The memory of api, rpc and mq at the end of the round, in megabytes.
+    pub resident: [f64; 3],
+    /// The time from the start of the first process to the answer to the first login. Services are asked every
+    /// ten milliseconds whether they have started.
+    pub ready: Duration,
+    /// How many logins were answered 200 but are not in the history.
+    pub lost_messages: u64,
+    /// How many spans did not arrive.
+    pub lost_spans: u64,
     /// How many log records should have been exported but did not arrive. The SDK drops log records when its
     /// queue is full.
     pub lost_records: u64,
+}
+
+impl Costs {
+    /// Returns the CPU time of the three services for each login.
+    pub fn cpu_per_login(&self) -> Duration {
+        self.cpu.iter().sum()
+    }
 }
 
 /// The services after their warm-up.
@@ -54,7 +75,8 @@ pub struct Running {
     logins: u64,
     /// The logins of the warm-up.
     warm_up: u64,
-    cpu_of_warm_up: Duration,
+    cpu_of_warm_up: [Duration; 3],
+    ready: Duration,
 }
 
 impl Running {
@@ -64,13 +86,13 @@ impl Running {
     /// If a process doesn't start, or if a login fails.
     pub async fn start(variant: &'static Variant, load: &Load, place: &Place) -> Result<Self> {
         let sink = Sink::start().await?;
-        let broker = match &place.amqp_url {
+        let mut broker = match &place.amqp_url {
             Some(url) => TestBroker::at(url.clone()).await?,
             None => TestBroker::rabbitmq().await?,
         };
         let data = TempDir::new_in(&place.directory)?;
         let data_dir = data.path().to_str().context("the name of the directory")?;
-        let database = format!("sqlite://{data_dir}/mq.db");
+        broker.database = Database::new_in(data.path())?;
         let black_hole = TcpListener::bind("127.0.0.1:0")?;
         let collector = if variant.has_collector { sink.address } else { black_hole.local_addr()? };
         let endpoint = format!("http://{collector}");
@@ -79,7 +101,7 @@ impl Running {
             ("AMQP_PREFIX", &broker.prefix),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
             ("API_DATA_DIR", data_dir),
-            ("MQ_DATABASE_URL", &database),
+            ("MQ_DATABASE_URL", &broker.database.url),
         ];
         // A stalling disk makes a login slow, but it must not make a login fail.
         variables.extend(PATIENT);
@@ -88,11 +110,29 @@ impl Running {
             variables.push(("SHUTDOWN_TIMEOUT", "2s"));
         }
         variables.extend(variant.variables);
-        let rpc = Process::start("rpc", &variables).await?;
+        let start = async |name, variables: &[(&str, &str)]| match variant.in_go {
+            true => go_zero::start(name, variables).await,
+            false => Process::start(name, variables).await,
+        };
+        // Builds the binaries before the time runs.
+        if variant.in_go {
+            go_zero::binaries()?;
+        } else {
+            process::binary("rpc")?;
+        }
+        let started = Instant::now();
+        let rpc = start("rpc", &variables).await?;
         let usercenter = format!("http://{}", rpc.address);
         let for_api = [&variables[..], &[("USERCENTER_URL", &usercenter)]].concat();
-        let (api, mq) = try_join!(Process::start("api", &for_api), Process::start("mq", &variables))?;
-        try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
+        let (api, mq) = try_join!(start("api", &for_api), start("mq", &variables))?;
+        if !variant.in_go {
+            try_join!(api.said("connected to the broker"), mq.said("consuming"))?;
+        }
+        let url = format!("http://{}/usercenter/v1/user/login", api.address);
+        let headers = [("content-type", "application/json")];
+        let first = Client::new().send(Method::POST, &url, &headers, load::BODY).await?;
+        ensure!(first.status == 200, "the first login was answered {}:\n{}", first.status, api.output());
+        let ready = started.elapsed();
 
         let mut running = Self {
             services: [api, rpc, mq],
@@ -101,9 +141,10 @@ impl Running {
             _black_hole: black_hole,
             broker,
             _data: data,
-            logins: 0,
+            logins: 1,
             warm_up: 0,
-            cpu_of_warm_up: Duration::ZERO,
+            cpu_of_warm_up: <[Duration; 3]>::default(),
+            ready,
         };
         running.turn(load).await?;
         running.warm_up = running.logins;
@@ -137,32 +178,57 @@ impl Running {
     /// If a service doesn't stop cleanly, if the number of missing spans differs from the number reported as
     /// dropped, or if metrics are missing or unexpected.
     pub async fn stop(mut self) -> Result<Costs> {
-        let cpu = self.cpu_time()? - self.cpu_of_warm_up;
-        let resident =
-            self.services.iter().map(|service| resident(service.id())).collect::<Result<Vec<_>>>()?;
-        let &Variant { spans, records, has_collector, .. } = self.variant;
+        let (cpu, logins) = (self.cpu_time()?, u32::try_from(self.logins - self.warm_up)?);
+        let mut resident = [0.0; 3];
+        for (resident, service) in resident.iter_mut().zip(&self.services) {
+            *resident = super::resident(service.id())?;
+        }
+        let &Variant { spans, records, has_collector, in_go, .. } = self.variant;
+        let recorded = async || Some(self.broker.database.logins(KNOWN_MOBILE).await.ok()?.0.cast_unsigned());
+        let all = async || recorded().await.filter(|recorded| *recorded == self.logins);
+        // Deliveries may still be on their way through mq.
+        let recorded = match poll(SETTLED, all).await {
+            Some(all) => all,
+            None => recorded().await.context("reading the history")?,
+        };
+        if in_go {
+            // go-zero exports every five seconds. A process that stops may end before its last export.
+            let _ =
+                poll(SETTLED, async || (self.sink.received()[0] == self.logins * spans).then_some(())).await;
+        }
         let mut dropped = 0;
         for service in &mut self.services {
             service.stop().await?;
-            if spans > 0 {
+            if spans > 0 && !in_go {
                 dropped += dropped_spans(&service.output()).with_context(|| service.last_lines(20))?;
             }
         }
         let [received_spans, received_metrics, received_records] = self.sink.received();
         let missing = (self.logins * spans).saturating_sub(received_spans);
-        ensure!(missing == dropped, "{missing} spans did not arrive, but {dropped} were reported as dropped");
+        // go-zero doesn't say how many spans it dropped.
+        ensure!(
+            in_go || missing == dropped,
+            "{missing} spans did not arrive, but {dropped} were reported as dropped"
+        );
         let has_metrics = records > 0 && has_collector;
         ensure!(has_metrics == (received_metrics > 0), "{received_metrics} metrics arrived");
         Ok(Costs {
-            cpu_per_login: cpu / u32::try_from(self.logins - self.warm_up)?,
-            resident: resident.into_iter().fold(0.0, f64::max),
-            dropped,
+            cpu: std::array::from_fn(|i| (cpu[i] - self.cpu_of_warm_up[i]) / logins),
+            resident,
+            ready: self.ready,
+            lost_messages: self.logins.saturating_sub(recorded),
+            lost_spans: missing,
             lost_records: (self.logins * records).saturating_sub(received_records),
         })
     }
 
-    fn cpu_time(&self) -> Result<Duration> {
-        cpu_time(self.services.iter().map(Process::id))
+    /// Returns the CPU time of api, rpc and mq so far.
+    fn cpu_time(&self) -> Result<[Duration; 3]> {
+        let mut times = <[Duration; 3]>::default();
+        for (time, service) in times.iter_mut().zip(&self.services) {
+            *time = cpu_time(service.id())?;
+        }
+        Ok(times)
     }
 }
 

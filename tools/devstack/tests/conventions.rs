@@ -75,6 +75,13 @@ async fn everything_that_is_exported_follows_the_conventions() -> Result<()> {
     let (first, second) = (logins_and_their_messages().await?, calls_that_fail().await?);
     let spans = [first.receiver.spans(), second.receiver.spans()].concat();
     assert_eq!(conventions::unseen(&spans), [] as [&str; 0]);
+    // Two instances of api published. Each instance of a service has a client id of its own.
+    let clients = spans.iter().filter_map(|span| {
+        Some((span.attributes.get("messaging.client.id")?, span.resource.get("service.instance.id")?))
+    });
+    let clients: BTreeSet<_> = clients.collect();
+    let ids: BTreeSet<_> = clients.iter().map(|(id, _)| id).collect();
+    assert!(ids.len() == clients.len() && ids.len() >= 4, "{clients:#?}");
     Ok(())
 }
 
@@ -96,6 +103,13 @@ async fn logins_and_their_messages() -> Result<Stack> {
     database.poison(POISONED).await?;
 
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
+    let mut other = stack.another("api", &[]).await?;
+    other.said("connected to the broker").await?;
+    let url = format!("http://{}/usercenter/v1/user/login", other.address);
+    let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
+    let json = [("content-type", "application/json")];
+    assert_eq!(stack.client.send(Method::POST, &url, &json, body).await?.status, 200);
+    other.stop().await?;
     assert_eq!(stack.login("13800138009", &[]).await?.status, 401);
     assert_eq!(stack.post("{", &[]).await?.status, 400);
     let elsewhere = format!("http://{}/users", stack.api.address);

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::env;
+use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// A database that outlives the mq that uses it.
@@ -19,7 +20,15 @@ impl Database {
     /// # Errors
     /// If the directory can't be created.
     pub fn new() -> Result<Self> {
-        let directory = TempDir::new()?;
+        Self::new_in(&env::temp_dir())
+    }
+
+    /// Does the same in this directory.
+    ///
+    /// # Errors
+    /// If the directory can't be created.
+    pub fn new_in(parent: &Path) -> Result<Self> {
+        let directory = TempDir::new_in(parent)?;
         // The folder `data` doesn't exist yet either, so mq has to create it.
         let url = format!("sqlite://{}", directory.path().join("data/mq.db").display());
         Ok(Self { url, directory })

@@ -79,7 +79,10 @@ pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Pro
 }
 
 /// Returns the directory of the binaries. The first call builds them.
-fn binaries() -> Result<&'static Path> {
+///
+/// # Errors
+/// If the services can't be built.
+pub fn binaries() -> Result<&'static Path> {
     static BINARIES: OnceLock<Result<PathBuf, String>> = OnceLock::new();
 
     let build = || -> Result<PathBuf> {
