@@ -1,8 +1,9 @@
-//! The broker of a run, which can be killed, started again and blocked.
+//! The broker of a run, which can be killed, started again and blocked. It may be a cluster.
 
 use ::broker::Broker as Embedded;
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use futures_util::future::try_join_all;
 use harness::rabbitmq::{self, Node};
 use lapin::{Channel, Connection};
 use std::{env, net::SocketAddr};
@@ -14,14 +15,21 @@ pub enum Kind {
     Embedded,
     /// A RabbitMQ node that belongs to this program.
     Rabbitmq,
+    /// Three such nodes that form a cluster.
+    Cluster,
 }
 
 /// A running broker.
 pub enum Broker {
     /// The embedded broker, in this process.
     Embedded(Embedded),
-    /// A RabbitMQ node, as a process.
-    Rabbitmq(Node),
+    /// RabbitMQ nodes, each as a process.
+    Rabbitmq {
+        /// The nodes. They form a cluster.
+        nodes: Vec<Node>,
+        /// The number of the node that new connections lead to.
+        current: usize,
+    },
 }
 
 impl Kind {
@@ -39,26 +47,32 @@ impl Broker {
     pub async fn start(kind: Kind) -> Result<Self> {
         Ok(match kind {
             Kind::Embedded => Self::Embedded(Embedded::start().await?),
-            Kind::Rabbitmq => Self::Rabbitmq(Node::start_in(&env::temp_dir()).await?),
+            Kind::Rabbitmq | Kind::Cluster => {
+                let mut nodes = vec![Node::start_in(&env::temp_dir()).await?];
+                while kind == Kind::Cluster && nodes.len() < 3 {
+                    nodes.push(nodes[0].start_beside().await?);
+                }
+                Self::Rabbitmq { nodes, current: 0 }
+            }
         })
     }
 
-    /// Returns the address that the broker listens on.
+    /// Returns the address that new connections lead to.
     pub fn address(&self) -> SocketAddr {
         match self {
             Self::Embedded(broker) => broker.address(),
-            Self::Rabbitmq(node) => node.address,
+            Self::Rabbitmq { nodes, current } => nodes[*current].address,
         }
     }
 
-    /// Kills the broker.
+    /// Kills the broker, with all its nodes.
     ///
     /// # Errors
     /// If the broker can't be killed.
     pub async fn down(&mut self) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.crash().await,
-            Self::Rabbitmq(node) => node.kill()?,
+            Self::Rabbitmq { nodes, .. } => nodes.iter_mut().try_for_each(Node::kill)?,
         }
         Ok(())
     }
@@ -70,7 +84,8 @@ impl Broker {
     pub async fn up(&mut self) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.restart(),
-            Self::Rabbitmq(node) => node.up().await?,
+            // After a crash of all nodes, each waits for the others.
+            Self::Rabbitmq { nodes, .. } => drop(try_join_all(nodes.iter_mut().map(Node::up)).await?),
         }
         Ok(())
     }
@@ -82,7 +97,45 @@ impl Broker {
     pub async fn set_alarm(&self, alarm: bool) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.set_alarm(alarm),
-            Self::Rabbitmq(node) => node.set_alarm(alarm).await?,
+            Self::Rabbitmq { .. } => self.node()?.set_alarm(alarm).await?,
+        }
+        Ok(())
+    }
+
+    /// Returns the node that new connections lead to.
+    ///
+    /// # Errors
+    /// If the broker is embedded.
+    pub fn node(&self) -> Result<&Node> {
+        match self {
+            Self::Embedded(_) => bail!("the embedded broker is no node of RabbitMQ"),
+            Self::Rabbitmq { nodes, current } => Ok(&nodes[*current]),
+        }
+    }
+
+    /// Lets new connections lead to the next node; returns its address, and the node before it.
+    ///
+    /// # Errors
+    /// If the broker is embedded.
+    pub fn move_on(&mut self) -> Result<(SocketAddr, &mut Node)> {
+        match self {
+            Self::Embedded(_) => bail!("the embedded broker is no node of RabbitMQ"),
+            Self::Rabbitmq { nodes, current } => {
+                let before = *current;
+                *current = (before + 1) % nodes.len();
+                Ok((nodes[*current].address, &mut nodes[before]))
+            }
+        }
+    }
+
+    /// Lets new connections lead to the node that has the leader of a queue.
+    ///
+    /// # Errors
+    /// If there is no such queue, or the broker is embedded.
+    pub async fn choose_leader(&mut self, queue: &str) -> Result<()> {
+        let leader = self.node()?.leader(queue).await?;
+        if let Self::Rabbitmq { nodes, current } = self {
+            *current = nodes.iter().position(|node| node.name == leader).context("an unknown leader")?;
         }
         Ok(())
     }

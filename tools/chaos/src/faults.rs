@@ -1,5 +1,6 @@
 //! The kinds of fault, and their order. Only the seed decides the order, so that a run can be repeated.
 
+use super::broker::Kind;
 use clap::ValueEnum;
 use fastrand::Rng;
 use std::{fmt, time::Duration};
@@ -34,6 +35,8 @@ pub enum Fault {
     /// The queue is deleted while it has a consumer. The queue must be empty, because messages in it would be
     /// lost.
     QueueDeleted,
+    /// The queue is deleted, and the delays of retries end before it is declared again.
+    QueueDeletedWithRetries,
     /// The collector goes silent.
     CollectorSilent,
     /// api is killed while the broker is away, and started again before it is back.
@@ -57,6 +60,27 @@ pub enum Fault {
     /// Second instances of all services run beside the first, which are then killed. The spool of the killed api
     /// is drained.
     TwoOfEach,
+    /// The default queue type of the virtual host becomes quorum, and then classic. After each change, api and mq
+    /// are killed and started again. This needs RabbitMQ.
+    DefaultTypeChanged,
+    /// The node with the leader of the main queue is killed, and comes back. This needs a cluster.
+    LeaderKilled,
+    /// The node with the leader of the main queue freezes, while the services are connected to another node. This
+    /// needs a cluster.
+    LeaderFrozen,
+    /// The nodes are stopped and started again, one after the other. This needs a cluster.
+    RollingRestart,
+}
+
+impl Fault {
+    /// Returns whether this kind of fault exists on this broker.
+    pub fn exists_on(self, broker: Kind) -> bool {
+        match self {
+            Self::DefaultTypeChanged => broker != Kind::Embedded,
+            Self::LeaderKilled | Self::LeaderFrozen | Self::RollingRestart => broker == Kind::Cluster,
+            _ => true,
+        }
+    }
 }
 
 /// A link that can fail while the other links work.
@@ -124,6 +148,8 @@ impl Iterator for Plan {
             // A silent link is detected after 4 seconds, so some of these faults are detected and others are
             // not.
             Fault::HalfOpen => between(2000, 7000),
+            // After 5 seconds, the other nodes have chosen another leader.
+            Fault::LeaderFrozen => between(5000, 15000),
             _ => between(1000, 3000),
         };
         let link = [Link::ApiBroker, Link::MqBroker, Link::ApiUsercenter][self.rng.usize(..3)];
@@ -146,6 +172,7 @@ impl Step {
             | Fault::CrashBeforeAck
             | Fault::Poison
             | Fault::QueueDeleted
+            | Fault::QueueDeletedWithRetries
             | Fault::CollectorSilent
             | Fault::KillApiWithoutBroker
             | Fault::HostileCaller
@@ -154,7 +181,11 @@ impl Step {
             | Fault::Tap
             | Fault::DatabaseGone
             | Fault::KillMqOften
-            | Fault::BrokerRestartWithRetries => false,
+            | Fault::BrokerRestartWithRetries
+            | Fault::DefaultTypeChanged
+            | Fault::LeaderKilled
+            | Fault::LeaderFrozen
+            | Fault::RollingRestart => false,
         }
     }
 }

@@ -7,6 +7,7 @@ use super::{
     hostile::Hostile,
     ledger::{Ledger, Verdict},
     load::Load,
+    poison::Poison,
     report::say,
     settle,
     system::{Service, System},
@@ -134,7 +135,7 @@ async fn carry_out(options: &Options, seconds: u64, system: &mut System) -> Resu
         );
     }
     load.stop().await;
-    settle(system, &ledger, &mut history).await?;
+    settle(system, &ledger, &Poison::default(), &mut history).await?;
     let ended = system.stop().await?;
     history.read_all().await?;
     let mut verdict = ledger.verdict(&history, &HashSet::new(), &[]);

@@ -7,7 +7,7 @@ use super::{
     ledger::Ledger,
     load::{self, Load},
     poison::Poison,
-    system::{Service, System},
+    system::{LAST_RETRY_DELAY, Service, System},
 };
 use amqp::Topology;
 use anyhow::{Context, Result};
@@ -105,7 +105,8 @@ impl Target<'_> {
                 self.system.api_broker.restore();
                 self.system.start_service(Service::Api, None).await?;
             }
-            Fault::QueueDeleted => return Ok(self.delete_queue().await?.into()),
+            Fault::QueueDeleted => return Ok(self.delete_queue(None).await?.into()),
+            Fault::QueueDeletedWithRetries => return Ok(self.delete_queue(Some(step.hold)).await?.into()),
             Fault::CollectorSilent => {
                 self.system.collector_link.freeze();
                 sleep(step.hold).await;
@@ -160,6 +161,36 @@ impl Target<'_> {
             Fault::TwoOfEach => {
                 for service in Service::ALL {
                     self.system.replace(service, step.hold / 2).await?;
+                }
+            }
+            Fault::DefaultTypeChanged => {
+                for queue_type in ["quorum", "classic"] {
+                    self.system.broker.node()?.set_default_queue_type(queue_type).await?;
+                    self.restart(Service::Mq).await?;
+                    self.restart(Service::Api).await?;
+                    sleep(step.hold / 2).await;
+                }
+            }
+            Fault::LeaderKilled => {
+                self.system.broker.choose_leader(&self.system.topology.queue).await?;
+                let leader = self.system.next_node()?;
+                leader.kill()?;
+                sleep(step.hold).await;
+                leader.up().await?;
+            }
+            Fault::LeaderFrozen => {
+                self.system.broker.choose_leader(&self.system.topology.queue).await?;
+                let leader = self.system.next_node()?;
+                leader.set_frozen(true)?;
+                sleep(step.hold).await;
+                leader.set_frozen(false)?;
+            }
+            Fault::RollingRestart => {
+                for _ in 0..3 {
+                    let node = self.system.next_node()?;
+                    node.stop().await?;
+                    node.up().await?;
+                    sleep(step.hold / 3).await;
                 }
             }
             Fault::MessageTooLarge => {
@@ -225,9 +256,10 @@ impl Target<'_> {
     }
 
     /// Deletes the queue once it is empty and no message can enter it any more, not even from a retry queue.
-    /// With the control, only the queue itself is checked, because the control loses logins and has no dead
-    /// letters.
-    async fn delete_queue(&mut self) -> Result<Option<&'static str>> {
+    /// With `hold`, messages are then published to a retry queue, and the main queue is missing for this long
+    /// after their delay. With the control, only the queue itself is checked, because the control loses logins
+    /// and has no dead letters.
+    async fn delete_queue(&mut self, hold: Option<Duration>) -> Result<Option<&'static str>> {
         self.load.pause().await;
         let (connection, channel) = self.system.broker.connect().await?;
         let queue: ShortString = self.system.topology.queue.as_str().into();
@@ -235,12 +267,20 @@ impl Target<'_> {
             self.history.catch_up().await.ok()?;
             let owes_nothing = self.system.is_control
                 || (self.poison.is_dead(&channel, self.system).await.ok()?
+                    && self.poison.owed(self.history) == 0
                     && self.ledger.owed(self.history).is_empty());
             let is_empty = owes_nothing && messages(&channel, &queue).await.ok()? == 0;
             is_empty.then_some(())
         });
         let is_empty = empty.await.is_some();
-        if is_empty {
+        if is_empty && let Some(hold) = hold {
+            // mq would declare the queue again.
+            self.system.mq_broker.refuse();
+            channel.queue_delete(queue, QueueDeleteOptions::default()).await?;
+            self.poison.publish_retries(self.system).await?;
+            sleep(LAST_RETRY_DELAY + hold).await;
+            self.system.mq_broker.restore();
+        } else if is_empty {
             channel.queue_delete(queue, QueueDeleteOptions::default()).await?;
         }
         connection.close(200, "done".into()).await?;

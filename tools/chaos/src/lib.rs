@@ -65,10 +65,10 @@ pub struct Options {
     /// The seed that decides the order, the times and the durations of the faults; random by default.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Only these faults, comma-separated.
+    /// Only these faults, comma-separated; by default, all that the broker can have.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub faults: Vec<Fault>,
-    /// The broker to use; `rabbitmq` starts a node for this run.
+    /// The broker to use; `rabbitmq` starts a node for this run, and `cluster` starts three.
     #[arg(long, value_enum, default_value = "embedded")]
     pub broker: Kind,
     /// Test the way of the Go original instead: no confirms, and messages acknowledged on receipt. It must lose
@@ -95,7 +95,8 @@ pub struct Outcome {
 }
 
 /// Runs the test, and prints its progress and its results. The exit code is 0 if nothing was lost, duplicated
-/// or unexpected. With the control, it is 0 if something was lost. It is 2 if the broker is not installed.
+/// or unexpected. With the control, it is 0 if something was lost. It is 2 if the broker
+/// is not installed, or can't have one of the faults.
 ///
 /// # Errors
 /// If the test can't be carried out.
@@ -104,6 +105,11 @@ pub async fn run(mut options: Options) -> Result<ExitCode> {
         say(
             "RabbitMQ is not installed here (apt-get install rabbitmq-server); --broker embedded needs nothing",
         );
+        return Ok(ExitCode::from(2));
+    }
+    if let Some(fault) = options.faults.iter().find(|fault| !fault.exists_on(options.broker)) {
+        let needed = if fault.exists_on(Kind::Rabbitmq) { "rabbitmq" } else { "cluster" };
+        say(&format!("the fault {fault} needs --broker {needed}"));
         return Ok(ExitCode::from(2));
     }
     if let Some(seconds) = options.flood {
@@ -131,8 +137,11 @@ pub async fn run(mut options: Options) -> Result<ExitCode> {
 /// # Errors
 /// If the run can't be carried out.
 pub async fn test(options: &Options) -> Result<Outcome> {
-    let faults = if options.faults.is_empty() { Fault::value_variants() } else { &options.faults };
-    let plan = Plan::new(options.seed.unwrap_or_default(), faults);
+    let mut faults = options.faults.clone();
+    if faults.is_empty() {
+        faults.extend(Fault::value_variants().iter().filter(|fault| fault.exists_on(options.broker)));
+    }
+    let plan = Plan::new(options.seed.unwrap_or_default(), &faults);
     report::begin(options, plan.round());
     let start = Instant::now();
     let mut system = System::start(options.broker, options.control).await?;
@@ -186,7 +195,7 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
     }
     load.stop().await;
 
-    settle(system, &ledger, &mut history).await?;
+    settle(system, &ledger, &poison, &mut history).await?;
     // The control only logs poison and drops it.
     if !options.control {
         // mq retries the logins that the database refuses, which takes time.
@@ -206,7 +215,7 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
 
 /// Waits until all answered logins have taken effect and nothing has changed for `GRACE`, or until nothing has
 /// changed for [`QUIET`].
-async fn settle(system: &System, ledger: &Ledger, history: &mut History) -> Result<()> {
+async fn settle(system: &System, ledger: &Ledger, poison: &Poison, history: &mut History) -> Result<()> {
     /// How long to wait for logins that were not answered, because these logins may still take effect.
     const GRACE: Duration = Duration::from_secs(2);
 
@@ -219,7 +228,7 @@ async fn settle(system: &System, ledger: &Ledger, history: &mut History) -> Resu
         if (history.rows(), now_waiting) != (rows, waiting) {
             (rows, waiting, changed) = (history.rows(), now_waiting, Instant::now());
         }
-        let owes_nothing = waiting == 0 && ledger.owed(history).is_empty();
+        let owes_nothing = waiting == 0 && poison.owed(history) == 0 && ledger.owed(history).is_empty();
         if changed.elapsed() > if owes_nothing { GRACE } else { QUIET } {
             connection.close(200, "done".into()).await?;
             return Ok(());

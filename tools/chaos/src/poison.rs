@@ -1,7 +1,12 @@
 //! Messages that can't be processed. Each of these messages must become a dead letter, and no other message
 //! may.
 
-use super::{history::History, ledger::TraceId, system::System};
+use super::{
+    history::History,
+    ledger::TraceId,
+    system::{LAST_RETRY_DELAY, System},
+};
+use amqp::Topology;
 use anyhow::{Result, ensure};
 use harness::poll;
 use lapin::{
@@ -20,7 +25,7 @@ use uuid::Uuid;
 pub struct Poison {
     published: BTreeMap<String, TraceId>,
     dead: BTreeSet<String>,
-    /// The traces of published messages that are large, but must be applied.
+    /// The traces of published messages that must be applied: large ones, and retries.
     to_apply: Vec<TraceId>,
 }
 
@@ -36,10 +41,30 @@ impl Poison {
         let refused: TraceId = Uuid::new_v4().as_u128();
         history.refuse(refused).await?;
         for (trace, body) in [(Uuid::new_v4().as_u128(), "no login"), (refused, LOGIN)] {
-            let id = publish(system, trace, FieldTable::default(), body).await?;
+            let id = publish(system, None, trace, FieldTable::default(), body).await?;
             self.published.insert(id, trace);
         }
         Ok(())
+    }
+
+    /// Publishes logins to the last retry queue, as mq does after an attempt that failed. They must take effect.
+    ///
+    /// # Errors
+    /// If the broker refuses the messages.
+    pub async fn publish_retries(&mut self, system: &System) -> Result<()> {
+        // The control has no retries.
+        for _ in 0..if system.is_control { 0 } else { 10 } {
+            let trace = Uuid::new_v4().as_u128();
+            let queue = system.topology.retry_queue(LAST_RETRY_DELAY);
+            publish(system, Some(&queue), trace, FieldTable::default(), LOGIN).await?;
+            self.to_apply.push(trace);
+        }
+        Ok(())
+    }
+
+    /// Returns how many of the messages that must take effect have not done so yet.
+    pub fn owed(&self, history: &History) -> usize {
+        self.to_apply.iter().filter(|trace| !history.has(**trace)).count()
     }
 
     /// Publishes a message whose body is longer than mq takes, and a login with a header that is longer than a
@@ -50,12 +75,12 @@ impl Poison {
     pub async fn publish_too_large(&mut self, system: &System) -> Result<()> {
         let trace = Uuid::new_v4().as_u128();
         let body = LOGIN.replace('{', &format!("{{{}", " ".repeat(300 * 1024)));
-        self.published.insert(publish(system, trace, FieldTable::default(), &body).await?, trace);
+        self.published.insert(publish(system, None, trace, FieldTable::default(), &body).await?, trace);
         if !system.is_control {
             let trace = Uuid::new_v4().as_u128();
             let mut headers = FieldTable::default();
             headers.insert("x-large".into(), AMQPValue::LongString("x".repeat(16 * 1024).into()));
-            publish(system, trace, headers, LOGIN).await?;
+            publish(system, None, trace, headers, LOGIN).await?;
             self.to_apply.push(trace);
         }
         Ok(())
@@ -99,9 +124,9 @@ impl Poison {
         if strange > 0 {
             wrong.push(format!("{strange} dead letters were no poison"));
         }
-        let not_applied = self.to_apply.iter().filter(|trace| !history.has(**trace)).count();
-        if not_applied > 0 {
-            wrong.push(format!("{not_applied} logins with a long header took no effect"));
+        let owed = self.owed(history);
+        if owed > 0 {
+            wrong.push(format!("{owed} logins with a long header, or from a retry queue, took no effect"));
         }
         Ok(wrong)
     }
@@ -112,8 +137,14 @@ impl Poison {
     }
 }
 
-/// Publishes a message as api would; returns its message id.
-async fn publish(system: &System, trace: TraceId, mut headers: FieldTable, body: &str) -> Result<String> {
+/// Publishes a message to this queue, or else as other producers do; returns its message id.
+async fn publish(
+    system: &System,
+    queue: Option<&str>,
+    trace: TraceId,
+    mut headers: FieldTable,
+    body: &str,
+) -> Result<String> {
     let (connection, channel) = system.broker.connect().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
     let message_id = Uuid::new_v4().to_string();
@@ -123,7 +154,8 @@ async fn publish(system: &System, trace: TraceId, mut headers: FieldTable, body:
         .with_delivery_mode(2)
         .with_message_id(message_id.as_str().into())
         .with_headers(headers);
-    let (exchange, key) = (system.topology.exchange.as_str(), system.topology.routing_key.as_str());
+    let Topology { exchange, routing_key, .. } = &system.topology;
+    let (exchange, key) = queue.map_or((exchange.as_str(), routing_key.as_str()), |queue| ("", queue));
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
     let published = channel
         .basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties)

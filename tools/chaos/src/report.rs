@@ -124,6 +124,7 @@ fn command(options: &Options) -> String {
         match options.broker {
             Kind::Embedded => "embedded",
             Kind::Rabbitmq => "rabbitmq",
+            Kind::Cluster => "cluster",
         },
         options.seed.unwrap_or_default(),
         options.logins,
@@ -142,6 +143,7 @@ fn broker(kind: Kind) -> &'static str {
     match kind {
         Kind::Embedded => "the embedded broker",
         Kind::Rabbitmq => "RabbitMQ",
+        Kind::Cluster => "a cluster of three nodes of RabbitMQ",
     }
 }
 

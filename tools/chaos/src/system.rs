@@ -7,7 +7,7 @@ use super::{
 };
 use amqp::{QueueType, Topology};
 use anyhow::{Context, Result, ensure};
-use harness::{process::Process, proxy::Proxy};
+use harness::{process::Process, proxy::Proxy, rabbitmq::Node};
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use std::{
     fs::{self, File},
@@ -18,6 +18,9 @@ use std::{
 };
 use tempfile::TempDir;
 use tokio::{sync::watch, time::sleep};
+
+/// How long a message waits for its last attempt.
+pub const LAST_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// A service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +133,7 @@ impl System {
             ("PUBLISH_TIMEOUT", "2s".to_owned()),
             ("API_DEADLINE", "9s".to_owned()),
             // A message that always fails must soon become a dead letter.
-            ("MQ_RETRY_DELAYS", "200ms,1s".to_owned()),
+            ("MQ_RETRY_DELAYS", format!("200ms,{}s", LAST_RETRY_DELAY.as_secs())),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", self.collector_link.address)),
             // The spans that a killed process has not sent yet are lost, so there should be few of them.
             ("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned()),
@@ -207,6 +210,19 @@ impl System {
             ensure!(drained.status.success(), "draining: {}", String::from_utf8_lossy(&drained.stderr));
         }
         Ok(())
+    }
+
+    /// Connects the services to the next node of a cluster; returns the node that they were connected to.
+    ///
+    /// # Errors
+    /// If the broker is embedded.
+    pub fn next_node(&mut self) -> Result<&mut Node> {
+        let (address, before) = self.broker.move_on()?;
+        for link in [&self.api_broker, &self.mq_broker] {
+            link.lead_to(address);
+            link.cut();
+        }
+        Ok(before)
     }
 
     /// Waits until a line of a service's output contains `text`.
