@@ -16,8 +16,8 @@
 //!
 //! Exporters of metrics and log records are not counted; [`Guarded`] gives them the same warnings.
 
-use crate::{config::BatchConfig, outage::Outage};
-use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
+use crate::{clock::Clock, config::BatchConfig, outage::Outage};
+use opentelemetry::{Array, Context, KeyValue, StringValue, Value, trace::Span as _};
 use opentelemetry_sdk::{
     Resource,
     error::{OTelSdkError, OTelSdkResult},
@@ -205,8 +205,12 @@ pub(crate) fn start<E: SpanExporter + 'static>(
         .with_max_export_batch_size(config.max_export_batch_size)
         .build();
     let batches = Arc::new(BatchSpanProcessor::builder(exporter).with_batch_config(config).build());
-    let processor =
-        AccountedProcessor { account: account.clone(), batches: batches.clone(), value_length_limit };
+    let processor = AccountedProcessor {
+        account: account.clone(),
+        batches: batches.clone(),
+        value_length_limit,
+        clock: Clock::default(),
+    };
     (processor, Export { account, batches, closing })
 }
 
@@ -234,12 +238,16 @@ pub(crate) struct AccountedProcessor {
     account: Arc<Account>,
     batches: Arc<BatchSpanProcessor>,
     value_length_limit: Option<usize>,
+    clock: Clock,
 }
 
 impl SpanProcessor for AccountedProcessor {
-    fn on_start(&self, _span: &mut Span, _cx: &Context) {}
+    fn on_start(&self, span: &mut Span, _cx: &Context) {
+        self.clock.started(span.span_context().span_id());
+    }
 
     fn on_end(&self, mut span: SpanData) {
+        self.clock.ended(&mut span);
         if !span.span_context.is_sampled() {
             return;
         }

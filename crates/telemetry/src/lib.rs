@@ -30,6 +30,7 @@ pub mod amqp;
 #[cfg(any(feature = "axum", feature = "tonic"))]
 mod body;
 mod causes;
+mod clock;
 mod config;
 mod error_type;
 mod export;
