@@ -1,6 +1,6 @@
 //! A connection that is served and watched at the same time. A client that has sent all that it will send may close
 //! its half of the connection and wait for the answer (RFC 9112, section 9.6), so the end of its half is no reason to
-//! end its request. A reset is, and hyper, which does not read during a request, would not see it.
+//! end its request. A reset is a reason, but hyper, which does not read during a request, would not see the reset.
 
 use std::{
     io::{self, IoSlice},

@@ -34,14 +34,13 @@ impl InFlight {
         Self { free: Arc::new(Semaphore::new(most)), most }
     }
 
-    /// Waits until no request has been in flight for a moment, in which the last answer reaches its caller. A
-    /// server that stops need not wait for connections after that.
+    /// Waits until no request has been in flight for half a second, in which the last answer reaches its caller.
+    /// After that, a server that stops need not wait for its connections.
     pub async fn ended(&self) {
-        const MOMENT: u32 = 25;
-        let mut moment = 0;
-        while moment < MOMENT {
+        let mut quiet = 0;
+        while quiet < 25 {
             sleep(Duration::from_millis(20)).await;
-            moment = if self.free.available_permits() == self.most { moment + 1 } else { 0 };
+            quiet = if self.free.available_permits() == self.most { quiet + 1 } else { 0 };
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Ends each span at its start plus the time that has passed. The SDK takes both ends of a span from the wall clock,
-//! so a clock that is set back during a request would make spans that end before they start.
+//! Ends each span at its start plus the time that has passed. The SDK takes the start and the end of a span from the
+//! wall clock. If that clock was set back in between, the span would end before it starts.
 
 use opentelemetry::trace::SpanId;
 use opentelemetry_sdk::trace::SpanData;
@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// A difference below this is the drift of the clocks, or the time between reading one and the other.
-const DRIFT: Duration = Duration::from_millis(10);
+/// A difference up to this is the drift of the clocks, or the time between reading one and the other.
+const DRIFT: Duration = Duration::from_millis(100);
 
 /// When the open spans started, by both clocks.
 #[derive(Debug, Default)]
@@ -41,7 +41,7 @@ fn correct(span: &mut SpanData, right: SystemTime, now: SystemTime) {
         _ => None,
     };
     span.end_time = set(span.end_time).unwrap_or(span.end_time);
-    // An event is corrected if it was recorded after the clock was set, which its time shows when it is not in the span.
+    // An event that was recorded after the clock was set shows a time outside of the span.
     for event in &mut span.events.events {
         if !(span.start_time..=span.end_time).contains(&event.timestamp) {
             event.timestamp = set(event.timestamp).unwrap_or(event.timestamp);

@@ -233,6 +233,7 @@ async fn calls_that_fail() -> Result<Stack> {
                    content-length: 24\r\n\r\n{\"mobile\":\"13800138000\"}";
     hung_up.write_all(request.as_bytes()).await?;
     fake.called(before + 1).await?;
+    hung_up.set_zero_linger()?;
     drop(hung_up);
     expect(&stack, &format!("api {LOGIN} error.type=cancelled")).await;
     permits.add_permits(1000);
