@@ -2,26 +2,26 @@
 //! the client sends. hyper would allocate 16 KiB before the first byte.
 
 use std::io;
-use tokio::{net::TcpStream, select};
+use tokio::{net::TcpStream, pin, select};
 
 /// The most bytes that are read at once.
 const CHUNK: usize = 4096;
 
 /// Reads until hyper can answer: until the headers are complete, malformed, or at least `max` bytes long.
-/// Returns `None` if the client closes the connection before, or if it has sent nothing when `stopped` is ready.
+/// Returns `None` if the client closes the connection before, or if the headers are incomplete when `stopped` is ready.
 pub async fn read<S>(
     stream: &mut TcpStream,
     max: usize,
     stopped: impl Future<Output = S>,
 ) -> Option<Vec<u8>> {
-    select! {
-        biased;
-        readable = stream.readable() => readable.ok()?,
-        _ = stopped => return None,
-    }
+    pin!(stopped);
     let mut head = Vec::new();
     loop {
-        stream.readable().await.ok()?;
+        select! {
+            biased;
+            readable = stream.readable() => readable.ok()?,
+            _ = &mut stopped => return None,
+        }
         // This buffer is on the stack, because it does not outlive the call.
         let mut chunk = [0; CHUNK];
         match stream.try_read(&mut chunk) {

@@ -160,18 +160,23 @@ impl Connections {
         let joined = join(Cursor::new(head).chain(stream.clone()), stream.clone());
         let connection = self.http.serve_connection(TokioIo::new(joined), service);
         pin!(connection);
-        let served = select! {
-            // This is polled first, so that hyper reads `head` before it is told to end.
-            biased;
-            served = &mut connection => served,
-            () = stream.failed() => return tracing::debug!("the caller reset the connection"),
-            _ = self.shutdown.stopped() => {
-                connection.as_mut().graceful_shutdown();
-                select! { served = connection => served, () = stream.failed() => Ok(()) }
+        let served = async {
+            select! {
+                // This is polled first, so that hyper reads `head` before it is told to end.
+                biased;
+                served = &mut connection => served,
+                _ = self.shutdown.stopped() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
             }
         };
-        if let Err(error) = served {
-            tracing::debug!(%error, "connection failed");
+        select! {
+            biased;
+            served = served => if let Err(error) = served {
+                tracing::debug!(%error, "connection failed");
+            },
+            () = stream.failed() => tracing::debug!("the caller reset the connection"),
         }
     }
 }

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::{JoinHandle, JoinSet},
@@ -247,11 +247,24 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     Ok(())
 }
 
-/// Peers that would hold the connection of a server that waits for them: one says nothing, one never reads and so
-/// answers no ping, and one watches the health.
+/// Peers that would hold the connection of a server that waits for them: one says nothing, one has sent half of a
+/// request's headers, one never reads and so answers no ping, and one watches the health.
 #[tokio::test(flavor = "multi_thread")]
 async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
     let mut stack = Stack::start(&[("*", "SHUTDOWN_TIMEOUT", "2m")]).await?;
+    let _silent = TcpStream::connect(stack.api.address).await?;
+    let mut half_sent = TcpStream::connect(stack.api.address).await?;
+    half_sent.write_all(b"POST /usercenter/v1/user/login HTTP/1.1\r\nhost: ").await?;
+    let mut kept = TcpStream::connect(stack.api.address).await?;
+    kept.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n").await?;
+    kept.read_exact(&mut [0; 15]).await?;
+    kept.write_all(b"GET /healthz HTTP/1.1\r\nhost: ").await?;
+    let start = Instant::now();
+    assert!(stack.api.stop().await?.success());
+    // The headers of a request may take 10 s.
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(!stack.api.output().contains("cut off"), "{}", stack.api.output());
+
     for service in [&mut stack.rpc, &mut stack.mq] {
         let _silent = TcpStream::connect(service.address).await?;
         let mut deaf = TcpStream::connect(service.address).await?;
