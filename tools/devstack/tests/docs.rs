@@ -253,6 +253,27 @@ fn in_backticks(line: &str) -> impl Iterator<Item = &str> {
     line.split('`').skip(1).step_by(2)
 }
 
+/// The first layer of the images builds only the dependencies, from manifests without their sources. cargo refuses a
+/// manifest that names a target whose file is missing.
+#[test]
+fn the_dockerfile_has_every_manifest_and_a_file_for_each_target_that_one_names() -> Result<()> {
+    let dockerfile = fs::read_to_string(root().join("deploy/Dockerfile"))?;
+    for folder in ["crates", "tools"] {
+        for entry in fs::read_dir(root().join(folder))? {
+            let path = entry?.path();
+            let Ok(manifest) = fs::read_to_string(path.join("Cargo.toml")) else { continue };
+            let name = format!("{folder}/{}", path.file_name().context("a name")?.display());
+            assert!(dockerfile.contains(&format!("COPY {name}/Cargo.toml {name}/\n")), "{name}");
+            for kind in ["test", "example"] {
+                for target in between(&manifest, &format!("[[{kind}]]\nname = \""), '"') {
+                    assert!(dockerfile.contains(&format!("{kind}s/{target}.rs")), "{name}: {kind} {target}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Counts the lines of all files in a folder.
 fn lines(folder: &Path) -> Result<usize> {
     let mut files = Vec::new();
