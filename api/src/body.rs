@@ -8,7 +8,10 @@ use crate::{
 use axum::{
     body::{Body, HttpBody},
     extract::{MatchedPath, Request, State},
-    http::header::{CONNECTION, EXPECT, TRANSFER_ENCODING},
+    http::{
+        Method,
+        header::{CONNECTION, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING},
+    },
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -52,6 +55,9 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
         }
         return Problem::BodyTooLarge.into_response();
     }
+    if request.headers().contains_key(EXPECT) && !may_be_accepted(&request) {
+        return next.run(request).await;
+    }
     let (head, body) = request.into_parts();
     let reading = read(body, memory);
     // If the deadline passes before the body has come, that is the caller's fault.
@@ -63,6 +69,13 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
         Ok((body, _memory)) => next.run(Request::from_parts(head, Body::from(body))).await,
         Err(problem) => problem.into_response(),
     }
+}
+
+/// Returns false if the method or the media type already decides: all routes that take a body take JSON by POST.
+fn may_be_accepted(request: &Request) -> bool {
+    let content_type = request.headers().get(CONTENT_TYPE).map_or(&b""[..], |value| value.as_bytes());
+    *request.method() == Method::POST
+        && content_type.windows(4).any(|part| part.eq_ignore_ascii_case(b"json"))
 }
 
 /// Reads what is left of a body that is too large, of at most `MAX_BODIES` bytes, so that the caller has sent it and

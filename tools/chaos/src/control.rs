@@ -11,7 +11,7 @@ use axum::{Json, Router, extract::State, http::HeaderMap, routing::post};
 use clap::Subcommand;
 use futures_util::StreamExt;
 use lapin::{
-    BasicProperties,
+    BasicProperties, Consumer,
     options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions},
     types::{AMQPValue, FieldTable},
 };
@@ -25,7 +25,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use std::{env, net::SocketAddr, sync::Arc, time::Duration};
-use tokio::{net::TcpListener, time::sleep};
+use tokio::{
+    net::TcpListener,
+    time::{sleep, timeout},
+};
 use uuid::Uuid;
 
 /// Which service the control replaces.
@@ -105,15 +108,8 @@ async fn consume(server: &Server) -> Result<()> {
 }
 
 async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnection) -> Result<()> {
-    let connection = connection::connect(server, "control mq").await?;
-    let channel = connection.create_channel().await?;
-    channel.basic_qos(64, BasicQosOptions::default()).await?;
-    let topology = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
-    topology.declare(&channel, &[]).await?;
-    topology.bind(&channel).await?;
-    let (queue, tag) = (topology.queue.as_str().into(), "mq".into());
-    let mut deliveries =
-        channel.basic_consume(queue, tag, BasicConsumeOptions::default(), FieldTable::default()).await?;
+    // If a connection breaks at a bad moment, its opening may wait for ever.
+    let (_connection, mut deliveries) = timeout(Duration::from_secs(5), open(server)).await??;
     say("consuming");
     while let Some(delivery) = deliveries.next().await {
         let delivery = delivery?;
@@ -123,6 +119,19 @@ async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnectio
         }
     }
     Ok(())
+}
+
+async fn open(server: &Server) -> Result<(lapin::Connection, Consumer)> {
+    let connection = connection::connect(server, "control mq").await?;
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(64, BasicQosOptions::default()).await?;
+    let topology = Topology::new("", EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
+    topology.declare(&channel, &[]).await?;
+    topology.bind(&channel).await?;
+    let (queue, tag) = (topology.queue.as_str().into(), "mq".into());
+    let consumer =
+        channel.basic_consume(queue, tag, BasicConsumeOptions::default(), FieldTable::default()).await?;
+    Ok((connection, consumer))
 }
 
 async fn process(delivery: &lapin::message::Delivery, database: &mut SqliteConnection) -> Result<()> {

@@ -139,6 +139,16 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             &["404"],
         ),
         (
+            "expect with another method",
+            format!("{}{whole}expect: 100-continue\r\n\r\n", LOGIN.replace("POST", "PUT")),
+            &["405"],
+        ),
+        (
+            "expect with another media type",
+            format!("{}{whole}expect: 100-continue\r\n\r\n", LOGIN.replace("/json", "/xml")),
+            &["415"],
+        ),
+        (
             "expect with a body that is too long",
             format!("{LOGIN}content-length: 9999999\r\nexpect: 100-continue\r\n\r\n"),
             &["413"],
