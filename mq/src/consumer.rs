@@ -94,11 +94,7 @@ where
                     tracing::warn!(%broker, "lost the connection to the broker: {why}");
                     failures = Failures::default();
                     has_bound = true;
-                    // The pauses start anew only if the connection lasted. If each one is lost at once, they
-                    // keep growing.
-                    if start.elapsed() > Backoff::LONGEST {
-                        backoff = Backoff::new();
-                    }
+                    backoff.connection_lasted(start.elapsed());
                 }
                 Err(error) => failures.log(&self.server, &error),
             }

@@ -160,6 +160,8 @@ mod tests {
         assert_eq!(published_at(&BasicProperties::default()), None);
         assert_eq!(published_at(&with_header(PUBLISHED_AT, AMQPValue::LongLongInt(-1))), None);
         assert_eq!(published_at(&BasicProperties::default().with_timestamp(u64::MAX)), None);
+        // The year 10000.
+        assert_eq!(published_at(&BasicProperties::default().with_timestamp(253_402_300_800)), None);
         assert_eq!(published_at(&BasicProperties::default().with_timestamp(0)), None);
         assert_eq!(
             published_at(&with_header(PUBLISHED_AT, AMQPValue::LongLongInt(0)).with_timestamp(7)),

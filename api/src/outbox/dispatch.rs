@@ -66,16 +66,13 @@ struct RoundPublisher {
     topology: Topology,
     /// Bounds the wait for the confirms of a round.
     timeout: Duration,
+    /// How long a round may take before logins stop waiting for its end.
+    patience: Duration,
     copies: Option<Copies>,
     broker: Broker,
 }
 
 impl RoundPublisher {
-    /// Returns how long a round may take before logins stop waiting for its end.
-    fn patience(&self) -> Duration {
-        self.timeout / 10
-    }
-
     async fn publish(
         &self,
         session: &mut Session,
@@ -136,7 +133,8 @@ impl Dispatcher {
         let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
         let (backoff, log) = (Backoff::new(), Log::new(broker.clone()));
         let copies = options.copies.then(|| Copies::start(server.for_another(), topology.clone()));
-        let publisher = RoundPublisher { topology, timeout: options.timeout, copies, broker };
+        let timeout = options.timeout;
+        let publisher = RoundPublisher { topology, timeout, patience: timeout / 10, copies, broker };
         Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log }
     }
 
@@ -258,7 +256,7 @@ impl Dispatcher {
         }
         let Self { backlog, requests, publisher, .. } = self;
         let publishing = publisher.publish(session, round.iter().map(|request| &request.message));
-        match backlog.wait_for(publishing, publisher.patience(), requests).await {
+        match backlog.wait_for(publishing, publisher.patience, requests).await {
             Ok(()) => {
                 self.log.confirmed();
                 for request in round {
@@ -289,8 +287,7 @@ impl Dispatcher {
             }
             return Ok(());
         };
-        let is_last_round = entries.len() < backlog.round;
-        let patience = if is_last_round { publisher.patience() } else { Duration::ZERO };
+        let patience = if backlog.ends_with(entries.len()) { publisher.patience } else { Duration::ZERO };
         let messages = entries.iter().map(|(_, message)| message);
         let published = backlog.wait_for(publisher.publish(session, messages), patience, requests).await;
         if let (Err(amqp::Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
@@ -347,6 +344,11 @@ impl Backlog {
     /// Reads the entries of the next round; `None` if they can't be read.
     async fn next(&self) -> Option<Vec<(u64, Message)>> {
         self.spool.read(self.confirmed, self.round).await
+    }
+
+    /// Whether a round of so many entries is the last one, because the spool has no more.
+    fn ends_with(&self, count: usize) -> bool {
+        count < self.round
     }
 
     fn set_aside(&mut self, number: u64) {
@@ -416,14 +418,48 @@ mod tests {
     use crate::outbox::Capacity;
     use tempfile::TempDir;
 
+    fn backlog() -> (TempDir, Backlog) {
+        let directory = TempDir::new().unwrap();
+        let spool = Spool::open(directory.path(), Capacity { entries: 1000, bytes: 1_000_000 }).unwrap();
+        (directory, Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 })
+    }
+
     #[tokio::test]
     async fn rounds_double_up_to_the_largest() {
-        let directory = TempDir::new().unwrap();
-        let spool = Spool::open(directory.path(), Capacity { entries: 1, bytes: 1 }).unwrap();
-        let mut backlog = Backlog { spool, is_empty: false, confirmed: 0, round: 1, published: 0 };
+        let (_directory, mut backlog) = backlog();
         for expected in [2, 4, 8, 16, 32, 64, 128, 256, 512, 512] {
             backlog.confirm(0, 1);
             assert_eq!(backlog.round, expected);
+            assert!(backlog.ends_with(expected - 1) && !backlog.ends_with(expected));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_login_waits_for_a_round_that_is_not_overdue() {
+        let (_directory, mut backlog) = backlog();
+        let (sender, mut requests) = mpsc::channel(1);
+        let mobile = "13800138000".to_owned().try_into().unwrap();
+        let message = Message::new(&opentelemetry::Context::new(), "id".to_owned(), mobile);
+        assert!(sender.try_send(Request { message, done: oneshot::channel().0 }).is_ok());
+        let round = async {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            Ok(())
+        };
+        assert_eq!(backlog.wait_for(round, Duration::MAX, &mut requests).await, Ok(()));
+        assert!(requests.try_recv().is_ok());
+    }
+
+    #[test]
+    fn a_session_that_published_nothing_is_fruitless_unless_it_broke() {
+        let server = amqp::connection::parse_url(amqp::connection::DEFAULT_URL).unwrap();
+        for (why, is_fruitless) in
+            [(amqp::Unconfirmed::NotAccepted, true), (amqp::Unconfirmed::ConnectionBroken, false)]
+        {
+            let mut log = Log::new(Broker::new(server.uri(), "test"));
+            log.ended(&End::Trouble(why));
+            assert_eq!(log.is_fruitless, is_fruitless, "{why}");
         }
     }
 }

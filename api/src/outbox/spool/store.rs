@@ -364,6 +364,14 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_fails_is_no_damaged_file() {
+        let error =
+            |kind: io::ErrorKind| open_error(DatabaseError::Storage(redb::StorageError::Io(kind.into())));
+        assert!(matches!(error(io::ErrorKind::StorageFull), OpenError::Io(_)));
+        assert!(matches!(error(io::ErrorKind::InvalidData), OpenError::Damaged(_)));
+    }
+
+    #[test]
     fn what_is_no_message_is_no_spool() {
         let directory = TempDir::new().unwrap();
         drop(Store::open(directory.path(), LARGE).unwrap());
@@ -373,6 +381,18 @@ mod tests {
         transaction.commit().unwrap();
         drop(database);
         assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenError::Damaged(_))));
+    }
+
+    #[test]
+    fn after_a_failure_the_file_is_not_opened_again_at_once() {
+        let directory = TempDir::new().unwrap();
+        let mut store = Store::open(directory.path(), LARGE).unwrap();
+        store.database = None;
+        // The attempt to open it was a moment ago, however long this test takes.
+        store.opened = Instant::now() + Duration::from_secs(3600);
+        assert!(store.change(std::iter::empty(), None).is_err());
+        store.opened = Instant::now() - RETRY;
+        assert!(store.change(std::iter::empty(), None).is_ok());
     }
 
     #[derive(Debug, Clone)]
@@ -420,6 +440,8 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(store.entries(), model.len() as u64);
+                let bytes: usize = model.values().map(|message| message.to_bytes().len()).sum();
+                prop_assert_eq!(store.held.bytes, bytes as u64);
                 let expected: Vec<_> = model.clone().into_iter().collect();
                 prop_assert!(store.read(0, 1000).unwrap() == expected);
             }
