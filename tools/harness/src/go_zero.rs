@@ -41,6 +41,8 @@ pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Pro
     let after_scheme = |name: &str| of(name).rsplit("://").next().unwrap_or_default();
     let server = amqp::connection::parse_url(of("AMQP_URL")).map_err(anyhow::Error::msg)?;
     let broker = &server.uri().authority;
+    // The services in Go put the virtual host into a URL.
+    let vhost = server.uri().vhost.replace('/', "%2f");
     let (broker_port, port) = (broker.port.to_string(), free_port()?);
     let (listen, port_text) = (format!("127.0.0.1:{port}"), port.to_string());
     let database = after_scheme("MQ_DATABASE_URL");
@@ -52,6 +54,7 @@ pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Pro
     command.arg("-f").arg(file.with_extension("yaml")).envs([
         ("AMQP_HOST", broker.host.as_str()),
         ("AMQP_PORT", &broker_port),
+        ("AMQP_VHOST", &vhost),
         ("API_PORT", &port_text),
         ("USERCENTER_LISTEN", &listen),
         ("USERCENTER", after_scheme("USERCENTER_URL")),
