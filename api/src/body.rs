@@ -71,7 +71,9 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     }
 }
 
-/// Returns false if the method or the media type already decides: all routes that take a body take JSON by POST.
+/// Returns false if the method or the media type already decides: all routes that take a body take JSON by POST. A
+/// route that takes another one needs a place here, or else the body of a caller who waits with `Expect` would come to
+/// its handler unread, and without the bounds of [`read_first`].
 fn may_be_accepted(request: &Request) -> bool {
     let content_type = request.headers().get(CONTENT_TYPE).map_or(&b""[..], |value| value.as_bytes());
     *request.method() == Method::POST
