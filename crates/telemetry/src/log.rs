@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use std::{
     any::Any,
     fmt,
-    io::{self, IsTerminal},
+    io::{self, BufWriter, IsTerminal, Stderr, Write},
     panic::{self, PanicHookInfo},
     str::FromStr,
     sync::mpsc,
@@ -93,6 +93,28 @@ const MAX_LINES: usize = 4_096;
 /// How long writing the remaining lines may take at the end of the process.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
+/// How long lines gather after others were written. Waking the thread costs more than writing a line.
+const GATHERING: Duration = Duration::from_millis(5);
+
+/// The bytes of lines that are written at once. A pipe takes so many from each of several writers without mixing
+/// them (`PIPE_BUF`).
+const WRITTEN_AT_ONCE: usize = 4_096;
+
+/// Standard error, for the thread that writes the lines. The thread flushes it when no line is waiting.
+struct Gathering(BufWriter<Stderr>);
+
+impl Write for Gathering {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()?;
+        thread::sleep(GATHERING);
+        Ok(())
+    }
+}
+
 /// The writer of the lines. It must live as long as the process.
 pub(crate) struct Lines {
     guard: Option<WorkerGuard>,
@@ -133,7 +155,7 @@ pub(crate) fn install(
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(MAX_LINES)
         .thread_name("log lines")
-        .finish(io::stderr());
+        .finish(Gathering(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr())));
     let dropped = writer.error_counter();
     let filter = config.filter.unwrap_or_default();
     let lines = tracing_subscriber::fmt::layer()

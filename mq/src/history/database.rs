@@ -3,10 +3,11 @@
 use super::{Login, Refused, Secret};
 use anyhow::{Context, ensure};
 use sqlx::{
-    ConnectOptions, Connection, SqliteConnection,
+    ConnectOptions, Connection, QueryBuilder, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 use std::{
+    collections::{BTreeMap, HashSet},
     fs::{self, DirBuilder, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
@@ -42,6 +43,15 @@ pub enum Change {
     CountRedelivery(String),
     /// The count of a message's redeliveries is deleted. The result is how many counts were deleted.
     ForgetRedeliveries(String),
+}
+
+impl Change {
+    fn login(&self) -> Option<&Login> {
+        match self {
+            Self::Apply(login) => Some(login),
+            _ => None,
+        }
+    }
 }
 
 /// The database, opened when it is needed.
@@ -158,21 +168,19 @@ async fn commit(
     connection: &mut SqliteConnection,
     changes: &[Change],
 ) -> sqlx::Result<Vec<Result<i64, Refused>>> {
-    let mut answers = Vec::with_capacity(changes.len());
     let mut transaction = connection.begin().await?;
-    for change in changes {
-        match apply(&mut transaction, change).await {
-            Ok(answer) => answers.push(Ok(answer)),
-            // Refusals are rare, so transactions without one are spared the savepoints.
-            Err(error) if code_of_refusal(&error).is_some() => {
-                transaction.rollback().await?;
-                return commit_but_refused(connection, changes).await;
-            }
-            Err(error) => return Err(error),
+    match apply(&mut transaction, changes).await {
+        Ok(answers) => {
+            transaction.commit().await?;
+            Ok(answers.into_iter().map(Ok).collect())
         }
+        // Refusals are rare, so transactions without one are spared the savepoints.
+        Err(error) if code_of_refusal(&error).is_some() => {
+            transaction.rollback().await?;
+            commit_but_refused(connection, changes).await
+        }
+        Err(error) => Err(error),
     }
-    transaction.commit().await?;
-    Ok(answers)
 }
 
 /// Commits with a savepoint for each change, so that a refused change rolls back only itself.
@@ -184,10 +192,10 @@ async fn commit_but_refused(
     let mut transaction = connection.begin().await?;
     for change in changes {
         let mut savepoint = transaction.begin().await?;
-        match apply(&mut savepoint, change).await {
+        match apply(&mut savepoint, std::slice::from_ref(change)).await {
             Ok(answer) => {
                 savepoint.commit().await?;
-                answers.push(Ok(answer));
+                answers.extend(answer.into_iter().map(Ok));
             }
             Err(error) => {
                 let code = code_of_refusal(&error).ok_or(error)?;
@@ -200,52 +208,70 @@ async fn commit_but_refused(
     Ok(answers)
 }
 
-async fn apply(connection: &mut SqliteConnection, change: &Change) -> sqlx::Result<i64> {
-    match change {
-        Change::Apply(login) => record(connection, login).await,
-        Change::MarkRedelivery(message_id) => {
-            let mark = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) \
-                        ON CONFLICT DO NOTHING";
-            let marked = sqlx::query(mark).bind(message_id).execute(&mut *connection).await?;
-            if marked.rows_affected() == 1 {
-                return Ok(0);
+/// Makes these changes. Returns the result of each.
+async fn apply(connection: &mut SqliteConnection, changes: &[Change]) -> sqlx::Result<Vec<i64>> {
+    let logins: Vec<_> = changes.iter().filter_map(Change::login).collect();
+    let mut recorded = if logins.is_empty() { HashSet::new() } else { record(connection, &logins).await? };
+    let mut answers = Vec::with_capacity(changes.len());
+    for change in changes {
+        answers.push(match change {
+            // If a login is there twice, only the first one was recorded.
+            Change::Apply(login) => recorded.remove(&login.message_id).into(),
+            Change::MarkRedelivery(message_id) => mark_redelivery(connection, message_id).await?,
+            Change::CountRedelivery(message_id) => {
+                let count = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) \
+                             ON CONFLICT (message_id) DO UPDATE SET redeliveries = redelivery_count.redeliveries + 1 \
+                             RETURNING redeliveries";
+                sqlx::query_scalar(count).bind(message_id).fetch_one(&mut *connection).await?
             }
-            let counted = "SELECT redeliveries FROM redelivery_count WHERE message_id = $1";
-            sqlx::query_scalar(counted).bind(message_id).fetch_one(connection).await
-        }
-        Change::CountRedelivery(message_id) => {
-            let count = "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) \
-                         ON CONFLICT (message_id) DO UPDATE SET redeliveries = redelivery_count.redeliveries + 1 \
-                         RETURNING redeliveries";
-            sqlx::query_scalar(count).bind(message_id).fetch_one(connection).await
-        }
-        Change::ForgetRedeliveries(message_id) => {
-            let forget = "DELETE FROM redelivery_count WHERE message_id = $1";
-            let forgotten = sqlx::query(forget).bind(message_id).execute(connection).await?;
-            Ok(forgotten.rows_affected().cast_signed())
-        }
+            Change::ForgetRedeliveries(message_id) => {
+                let forget = "DELETE FROM redelivery_count WHERE message_id = $1";
+                let forgotten = sqlx::query(forget).bind(message_id).execute(&mut *connection).await?;
+                forgotten.rows_affected().cast_signed()
+            }
+        });
     }
+    Ok(answers)
 }
 
-/// Applies the effect of a login, and records that it was applied. Either both happen or neither.
-async fn record(connection: &mut SqliteConnection, login: &Login) -> sqlx::Result<i64> {
-    let record = "INSERT INTO login_history (message_id, trace_id, mobile, applied_at) VALUES ($1, $2, $3, $4) \
-                  ON CONFLICT DO NOTHING";
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let recorded = sqlx::query(record)
-        .bind(&login.message_id)
-        .bind(&login.trace_id)
-        .bind(login.mobile.as_str())
-        .bind(i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
-        .execute(&mut *connection)
-        .await?;
-    if recorded.rows_affected() == 0 {
+async fn mark_redelivery(connection: &mut SqliteConnection, message_id: &str) -> sqlx::Result<i64> {
+    let mark =
+        "INSERT INTO redelivery_count (message_id, redeliveries) VALUES ($1, 1) ON CONFLICT DO NOTHING";
+    let marked = sqlx::query(mark).bind(message_id).execute(&mut *connection).await?;
+    if marked.rows_affected() == 1 {
         return Ok(0);
     }
-    let count = "INSERT INTO login_count (mobile, logins) VALUES ($1, 1) \
-                 ON CONFLICT (mobile) DO UPDATE SET logins = login_count.logins + 1";
-    sqlx::query(count).bind(login.mobile.as_str()).execute(connection).await?;
-    Ok(1)
+    let counted = "SELECT redeliveries FROM redelivery_count WHERE message_id = $1";
+    sqlx::query_scalar(counted).bind(message_id).fetch_one(connection).await
+}
+
+/// Records logins, and counts those that were not recorded before. Either both happen or neither. Returns the ids of
+/// their messages. There are two statements for all logins, because each one is a round trip to the thread that runs
+/// SQLite, which costs more than the statement.
+async fn record(connection: &mut SqliteConnection, logins: &[&Login]) -> sqlx::Result<HashSet<String>> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);
+    let mut record =
+        QueryBuilder::new("INSERT INTO login_history (message_id, trace_id, mobile, applied_at) ");
+    record.push_values(logins, |mut row, login| {
+        row.push_bind(&login.message_id).push_bind(&login.trace_id);
+        row.push_bind(login.mobile.as_str()).push_bind(now);
+    });
+    record.push(" ON CONFLICT DO NOTHING RETURNING message_id, mobile");
+    let recorded: Vec<(String, String)> = record.build_query_as().fetch_all(&mut *connection).await?;
+    let mut counts = BTreeMap::<_, i64>::new();
+    for (_, mobile) in &recorded {
+        *counts.entry(mobile).or_default() += 1;
+    }
+    if !counts.is_empty() {
+        let mut count = QueryBuilder::new("INSERT INTO login_count (mobile, logins) ");
+        count.push_values(&counts, |mut row, (mobile, logins)| {
+            row.push_bind(mobile).push_bind(logins);
+        });
+        count.push(" ON CONFLICT (mobile) DO UPDATE SET logins = login_count.logins + excluded.logins");
+        count.build().execute(connection).await?;
+    }
+    Ok(recorded.into_iter().map(|(message_id, _)| message_id).collect())
 }
 
 /// Returns the code of an error that is due to the content of a row, and not to the state of the database.
@@ -256,4 +282,41 @@ fn code_of_refusal(error: &sqlx::Error) -> Option<String> {
     let code = error.as_database_error()?.code()?;
     let primary = code.parse::<i32>().ok()? & 0xff;
     OF_THE_ROW.contains(&primary).then(|| code.into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+
+    #[tokio::test]
+    async fn a_login_that_is_twice_in_a_group_counts_once_and_a_refused_one_leaves_the_others() {
+        let directory = TempDir::new().unwrap();
+        let url = format!("sqlite://{}/mq.db", directory.path().display());
+        let mut database = Database::new(parse_url(&url).unwrap());
+        let apply = |message_id: &str, mobile: &str| {
+            let mobile = mobile.to_owned().try_into().unwrap();
+            Change::Apply(Login { message_id: message_id.to_owned(), trace_id: None, mobile, attempt: 1 })
+        };
+        let (one, other) = ("13800138000", "13900139000");
+        let group = [
+            apply("a", one),
+            Change::CountRedelivery("a".to_owned()),
+            apply("b", one),
+            apply("a", other),
+            apply("c", other),
+        ];
+        assert_eq!(database.commit(&group).await.unwrap(), [1, 1, 1, 0, 1].map(Ok));
+
+        let (connection, _) = database.connection.as_mut().unwrap();
+        let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON login_history WHEN NEW.message_id = 'd' \
+                      BEGIN SELECT RAISE(ABORT, 'no'); END";
+        sqlx::query(refuse).execute(connection).await.unwrap();
+        let answers = database.commit(&[apply("c", one), apply("d", one), apply("e", one)]).await.unwrap();
+        assert!(matches!(answers[..], [Ok(0), Err(_), Ok(1)]), "{answers:?}");
+        let (connection, _) = database.connection.as_mut().unwrap();
+        let counts = "SELECT mobile, logins FROM login_count ORDER BY mobile";
+        let counts: Vec<(String, i64)> = sqlx::query_as(counts).fetch_all(connection).await.unwrap();
+        assert_eq!(counts, [(one.to_owned(), 3), (other.to_owned(), 1)]);
+    }
 }
