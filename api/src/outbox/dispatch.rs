@@ -451,6 +451,24 @@ mod tests {
         assert!(requests.try_recv().is_ok());
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn between_two_sessions_is_a_pause_which_the_stop_ends() {
+        let (_directory, Backlog { spool, .. }) = backlog();
+        let server = amqp::connection::parse_url(amqp::connection::DEFAULT_URL).unwrap();
+        let (topology, options) = (
+            Topology::new("", "e", "k", "q", amqp::QueueType::Classic),
+            PublishOptions { timeout: Duration::from_secs(1), copies: false },
+        );
+        let ((_requests, requests), (stop, stopped)) = (mpsc::channel(1), oneshot::channel());
+        let state = watch::Sender::new(BrokerState::Away);
+        let mut dispatcher = Dispatcher::new(server, topology, options, spool, requests, stopped, state);
+        let before = tokio::time::Instant::now();
+        assert!(dispatcher.pause().await);
+        assert!(before.elapsed() >= Duration::from_millis(50), "{:?}", before.elapsed());
+        stop.send(()).unwrap();
+        assert!(!dispatcher.pause().await);
+    }
+
     #[test]
     fn a_session_that_published_nothing_is_fruitless_unless_it_broke() {
         let server = amqp::connection::parse_url(amqp::connection::DEFAULT_URL).unwrap();

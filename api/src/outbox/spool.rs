@@ -281,3 +281,48 @@ impl Keeper {
         self.state.0.takes.store(!self.is_failing && !self.is_full && self.store.has_room(), Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry::Context;
+    use tempfile::TempDir;
+
+    /// Appends a login, and returns its outcome.
+    async fn append(spool: &Spool, id: &str) -> Appended {
+        let message =
+            Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned().try_into().unwrap());
+        let (outcome, appended) = oneshot::channel();
+        spool.append(message, move |appended| {
+            let _ = outcome.send(appended);
+        });
+        appended.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_state_tells_what_is_in_the_spool() {
+        let directory = TempDir::new().unwrap();
+        let open = || Spool::open(directory.path(), Capacity { entries: 2, bytes: 1_000_000 }).unwrap();
+        let spool = open();
+        let state = spool.state();
+        assert_eq!((state.entries(), state.bytes(), state.age()), (0, 0, Duration::ZERO));
+        assert!(state.takes());
+        for (id, outcome) in [("a", Appended::Stored), ("b", Appended::Stored), ("c", Appended::Full)] {
+            assert_eq!(append(&spool, id).await, outcome, "{id}");
+        }
+        assert_eq!((state.entries(), state.set_aside(), state.takes()), (2, 0, false));
+        assert!(state.bytes() > 2 && state.age() > Duration::ZERO);
+        let entries = spool.read(0, 10).await.unwrap();
+        assert_eq!(entries.iter().map(|(_, message)| message.id()).collect::<Vec<_>>(), ["a", "b"]);
+
+        // The entry that is set aside stays, and is there after the next start.
+        spool.set_aside(entries[0].0);
+        spool.remove(entries[1].0);
+        assert!(spool.read(entries[1].0, 10).await.unwrap().is_empty());
+        assert_eq!((state.entries(), state.set_aside(), state.takes()), (1, 1, true));
+        spool.close().await;
+        let spool = open();
+        assert_eq!((spool.state().entries(), spool.state().set_aside()), (1, 0));
+        assert_eq!(spool.read(0, 10).await.unwrap()[0].1.id(), "a");
+    }
+}
