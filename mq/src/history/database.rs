@@ -45,15 +45,6 @@ pub enum Change {
     ForgetRedeliveries(String),
 }
 
-impl Change {
-    fn login(&self) -> Option<&Login> {
-        match self {
-            Self::Apply(login) => Some(login),
-            _ => None,
-        }
-    }
-}
-
 /// The database, opened when it is needed.
 pub struct Database {
     options: SqliteConnectOptions,
@@ -210,7 +201,11 @@ async fn commit_but_refused(
 
 /// Makes these changes. Returns the result of each.
 async fn apply(connection: &mut SqliteConnection, changes: &[Change]) -> sqlx::Result<Vec<i64>> {
-    let logins: Vec<_> = changes.iter().filter_map(Change::login).collect();
+    let logins = changes.iter().filter_map(|change| match change {
+        Change::Apply(login) => Some(login),
+        _ => None,
+    });
+    let logins: Vec<_> = logins.collect();
     let mut recorded = if logins.is_empty() { HashSet::new() } else { record(connection, &logins).await? };
     let mut answers = Vec::with_capacity(changes.len());
     for change in changes {

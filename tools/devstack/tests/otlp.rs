@@ -260,8 +260,8 @@ async fn parrot(answer: &'static str) -> Result<SocketAddr> {
 #[tokio::test(flavor = "multi_thread")]
 async fn when_ports_of_grpc_and_http_are_mixed_up_one_warning_guesses_so() -> Result<()> {
     let receiver = Receiver::start().await?;
-    // A server of gRPC says this first (SETTINGS). One that says it before it has read anything, and then resets the
-    // connection, leaves one in a hundred requests of hyper's client without an answer until their time-out.
+    // A gRPC server sends this first (SETTINGS). A real one sends it before it reads the request, and then resets the
+    // connection. On a busy machine, about one request in a hundred of hyper's client then waits until its time-out.
     let http2 = parrot("\0\0\0\u{4}\0\0\0\0\0").await?;
     // The receiver's HTTP port also accepts HTTP/2, but most collectors' HTTP ports do not.
     let http1 = parrot("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await?;
