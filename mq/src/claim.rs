@@ -24,7 +24,11 @@ pub async fn claim(channel: &Channel, topology: &Topology, history: &str) -> Res
     let options = ExchangeDeclareOptions { durable: true, internal: true, ..Default::default() };
     let claimed =
         channel.exchange_declare(claim.as_str().into(), ExchangeKind::Fanout, options, arguments).await;
-    claimed.map_err(|error| match error.kind() {
+    claimed.map_err(|error| explained(error, queue, &claim))
+}
+
+fn explained(error: lapin::Error, queue: &str, claim: &str) -> OpenError {
+    match error.kind() {
         ErrorKind::ProtocolError(answer)
             if *answer.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
         {
@@ -34,5 +38,22 @@ pub async fn claim(channel: &Channel, topology: &Topology, history: &str) -> Res
             ))
         }
         _ => OpenError::Connection(error),
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::protocol::AMQPError;
+
+    #[test]
+    fn only_a_claim_that_differs_is_another_history() {
+        let refused = |error: AMQPSoftError| {
+            let error = ErrorKind::ProtocolError(AMQPError::new(error.into(), "no".into())).into();
+            matches!(explained(error, "queue", "claim"), OpenError::Refused(_))
+        };
+        assert!(refused(AMQPSoftError::PRECONDITIONFAILED));
+        // For example, this user may not declare exchanges.
+        assert!(!refused(AMQPSoftError::ACCESSREFUSED));
+    }
 }

@@ -1,6 +1,9 @@
 //! Connecting to the broker, with TLS or without.
 
-use crate::inbound::{self, Checked, LONGEST_FRAME, Limits, Socket};
+use crate::{
+    frames::{LONGEST_FRAME, Limits},
+    inbound::{self, Checked, Socket},
+};
 use async_compat::CompatExt;
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties,

@@ -7,13 +7,15 @@
 //! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries, all of one
 //!   [`QueueType`]
 //! - [`properties`]: reading the properties of a message that anybody may have written
-//! - [`inbound`]: frames from the broker, checked before lapin reads them; [`content_header`]: how
+//! - `inbound`: the connection, on which `frames` from the broker are checked before lapin reads them;
+//!   [`content_header`]: how
 
 mod arguments;
 mod backoff;
 pub mod connection;
 pub mod content_header;
-pub mod inbound;
+mod frames;
+mod inbound;
 pub mod opening;
 pub mod properties;
 mod session;

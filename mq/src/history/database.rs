@@ -284,6 +284,16 @@ mod tests {
     use super::*;
     use tempfile::TempDir;
 
+    #[test]
+    fn only_a_database_in_a_file_is_taken() {
+        for url in
+            ["mq.db", "sqlite://", "sqlite://?cache=shared", "sqlite://:memory:", "sqlite://a?mode=memory"]
+        {
+            assert!(parse_url(url).is_err(), "{url}");
+        }
+        assert_eq!(parse_url("sqlite://a/b.db").unwrap().get_filename(), Path::new("a/b.db"));
+    }
+
     #[tokio::test]
     async fn a_login_that_is_twice_in_a_group_counts_once_and_a_refused_one_leaves_the_others() {
         let directory = TempDir::new().unwrap();

@@ -12,7 +12,9 @@ use harness::{
 };
 use lapin::{
     BasicProperties,
-    options::{BasicGetOptions, BasicNackOptions, ExchangeDeleteOptions},
+    options::{
+        BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
+    },
     types::{AMQPValue, FieldTable},
 };
 use std::{fs::Permissions, os::unix::fs::PermissionsExt, time::Duration};
@@ -360,6 +362,13 @@ async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_t
 
     // If the history is lost, the operator gives the queue to another one.
     let options = ExchangeDeleteOptions::default();
-    stack.broker.channel.exchange_delete(claim.into(), options).await?;
-    refused.becomes(true).await
+    let channel = &stack.broker.channel;
+    channel.exchange_delete(claim.as_str().into(), options).await?;
+    refused.becomes(true).await?;
+    // Nobody can publish to the claim.
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    let (claim, options) = (claim.into(), BasicPublishOptions::default());
+    let published = channel.basic_publish(claim, "".into(), options, b"", BasicProperties::default()).await?;
+    assert!(published.await.is_err());
+    Ok(())
 }

@@ -198,7 +198,7 @@ async fn a_broker_that_is_killed_while_messages_wait_for_a_retry_loses_none() ->
     // Most delays end while the broker is away.
     let delays = "3s,3s,3s,3s,3s,3s,3s,3s,3s,3s,3s,3s";
     let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", delays)];
-    let stack = Stack::start_on(TestBroker::at(url).await?, &variables).await?;
+    let mut stack = Stack::start_on(TestBroker::at(url).await?, &variables).await?;
     database.poison(POISONED).await?;
     for _ in 0..LOGINS {
         assert_eq!(stack.login(POISONED, &[]).await?.status, 200);
@@ -211,11 +211,17 @@ async fn a_broker_that_is_killed_while_messages_wait_for_a_retry_loses_none() ->
     };
     poll(PATIENCE, waiting).await.context("not every login has failed once")?;
     broker.down().await?;
+    stack.mq.kill().await?;
     // The delay of each message is over when the broker is back.
     tokio::time::sleep(Duration::from_secs(4)).await;
     broker.up().await?;
+    // The broker still knows whose history the queue belongs to.
+    let another = Database::new()?;
+    let refused = stack.another("mq", &[("MQ_DATABASE_URL", &another.url)]).await?;
+    refused.said("belongs to another history").await?;
     database.cure().await?;
-    applied(&database, POISONED, LOGINS, &stack.mq).await
+    let mq = stack.another("mq", &[variables[0], variables[1]].map(|(_, name, value)| (name, value))).await?;
+    applied(&database, POISONED, LOGINS, &mq).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

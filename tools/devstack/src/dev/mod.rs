@@ -12,6 +12,7 @@ mod keys;
 mod logins;
 mod parts;
 mod poison;
+mod service;
 mod terminal;
 mod view;
 

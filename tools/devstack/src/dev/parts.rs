@@ -1,9 +1,11 @@
-//! The parts of the system: how they start and end, by key or by themselves, and what they log.
+//! The parts of the system: how they start and end, by key or by themselves, and what they log. A `service` is
+//! one of them.
 
 use super::{
     Options, TICK,
     controls::{Press, controls},
     say,
+    service::{LAST_LINES, Service},
 };
 use anyhow::{Result, bail};
 use axum::Router;
@@ -11,12 +13,9 @@ use backend::{Addresses, Backend};
 use broker::Broker;
 use futures_util::future::join_all;
 use harness::{
-    client::Client,
     free_port,
     process::{self, Process},
-    proxy::Proxy,
 };
-use serving::health;
 use std::{
     env,
     net::{Ipv4Addr, SocketAddr},
@@ -26,15 +25,11 @@ use std::{
 use tempfile::TempDir;
 use tokio::{
     sync::mpsc::Receiver,
-    task::JoinHandle,
     time::{sleep, timeout},
 };
 
 /// The time from SIGTERM until services that have not ended are killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// How long a service may take to become ready.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The folder of the services' data if the broker is elsewhere.
 const FOR_GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/dev");
@@ -44,9 +39,6 @@ const DELAY: Duration = Duration::from_millis(300);
 
 /// How long after its button was pressed the trace backend starts again.
 const OUTAGE: Duration = Duration::from_secs(10);
-
-/// When a service has ended, this many of its last lines are printed.
-const LAST_LINES: usize = 10;
 
 /// The running parts of the system.
 pub struct Parts {
@@ -65,28 +57,6 @@ pub struct Parts {
     variables: Vec<(&'static str, String)>,
     /// The services' data, which are deleted at the end.
     _data: Option<TempDir>,
-}
-
-/// One of the three services.
-struct Service {
-    key: char,
-    name: &'static str,
-    binary: &'static str,
-    /// The variable with the address that it listens at.
-    listen: &'static str,
-    address: SocketAddr,
-    process: Option<Process>,
-    /// The task that waits until the service is ready, and returns whether it is.
-    start: Option<JoinHandle<bool>>,
-    /// When the service was told to stop.
-    stopping: Option<Instant>,
-    /// Whether it is to start again when it has stopped.
-    restarts: bool,
-    /// Whether it has stopped because it was told to.
-    is_stopped: bool,
-    /// How much longer its answers take, and the proxy at its address that makes them late.
-    delay: Duration,
-    proxy: Option<Proxy>,
 }
 
 impl Parts {
@@ -154,24 +124,10 @@ impl Parts {
         }
         let defaults = defaults.into_iter().filter(|(variable, _)| env::var_os(variable).is_none());
         variables.extend(defaults.map(|(variable, value)| (variable, value.to_owned())));
-        let service = |key, name, binary, listen, address| Service {
-            key,
-            name,
-            binary,
-            listen,
-            address,
-            process: None,
-            start: None,
-            stopping: None,
-            restarts: false,
-            is_stopped: false,
-            delay: Duration::ZERO,
-            proxy: None,
-        };
         let services = vec![
-            service('u', "usercenter", "rpc", "USERCENTER_LISTEN", usercenter),
-            service('m', "mq", "mq", "MQ_LISTEN", mq),
-            service('a', "api", "api", "API_LISTEN", api),
+            Service::new('u', "usercenter", "rpc", "USERCENTER_LISTEN", usercenter),
+            Service::new('m', "mq", "mq", "MQ_LISTEN", mq),
+            Service::new('a', "api", "api", "API_LISTEN", api),
         ];
         let addresses = backend.as_ref().map(Backend::addresses).copied();
         let mut parts = Self {
@@ -437,86 +393,6 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         // A service that has not ended after this time is killed when it is dropped.
         let _ = timeout(STOP_TIMEOUT, ends).await;
         self.services.clear();
-    }
-}
-
-impl Service {
-    /// Starts the process, and a task that says when the service is ready.
-    fn start(&mut self, variables: &[(&'static str, String)]) -> Result<()> {
-        let variables: Vec<_> =
-            variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
-        let mut variables = variables;
-        let mut address = self.address;
-        if !self.delay.is_zero() {
-            address.set_port(free_port()?);
-            let proxy = Proxy::start_at(self.address, address)?;
-            // A call passes the proxy twice.
-            proxy.slow_down(self.delay / 2);
-            self.proxy = Some(proxy);
-        }
-        let listen = address.to_string();
-        variables.push((self.listen, &listen));
-        self.process = Some(Process::start_beside(self.binary, address, &variables)?);
-        (self.restarts, self.is_stopped) = (false, false);
-        self.start = Some(tokio::spawn(tell_when_ready(self.name, self.address)));
-        Ok(())
-    }
-
-    async fn toggle(&mut self, variables: &[(&'static str, String)]) {
-        let name = self.name;
-        match &self.process {
-            None => match self.start(variables) {
-                Ok(()) => drop(say(&format!("{name} starts"))),
-                Err(error) => drop(say(&format!("{name} does not start: {error:#}"))),
-            },
-            Some(_) if self.stopping.is_some() => {
-                self.restarts = true;
-                say(&format!("{name} is still stopping, and starts after that"));
-            }
-            Some(process) => {
-                // It may have ended by itself, which `end` finds out.
-                self.stopping = process.signal("TERM").await.is_ok().then(Instant::now);
-                say(&format!("{name} is stopping"));
-            }
-        }
-    }
-
-    /// Returns the exit status and the last lines of the process, if it has ended.
-    fn end(&mut self) -> Option<String> {
-        let process = self.process.as_mut()?;
-        let (exit, words) = (process.exited()?, process.last_lines(LAST_LINES));
-        if let Some(start) = self.start.take() {
-            start.abort();
-        }
-        (self.process, self.stopping, self.proxy) = (None, None, None);
-        Some(format!("{} has ended by itself ({exit}). Its last lines:\n{words}", self.name))
-    }
-}
-
-/// Waits until a service is ready, and says how long that took.
-async fn tell_when_ready(name: &'static str, address: SocketAddr) -> bool {
-    let (client, start) = (Client::new(), Instant::now());
-    loop {
-        let answer = match name {
-            "api" => match client.get(&format!("http://{address}/readyz")).await {
-                Ok(answer) if answer.status == 200 => Ok(()),
-                Ok(answer) => Err(anyhow::anyhow!("{}", String::from_utf8_lossy(&answer.body))),
-                Err(error) => Err(error),
-            },
-            _ => health::probe(address).await,
-        };
-        let took = start.elapsed();
-        match answer {
-            Ok(()) => {
-                say(&format!("{name} is ready, after {:.1} s", took.as_secs_f64()));
-                return true;
-            }
-            Err(error) if took > START_TIMEOUT => {
-                say(&format!("{name} is not ready, after {} s: {error:#}", took.as_secs()));
-                return false;
-            }
-            Err(_) => sleep(TICK).await,
-        }
     }
 }
 
