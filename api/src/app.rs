@@ -11,7 +11,7 @@ use serving::shutdown::Shutdown;
 pub struct App {
     /// The client of usercenter, in its layers.
     pub usercenter: Usercenter,
-    /// The client of usercenter's health, on the same connection.
+    /// The client that checks usercenter's health, on the same connection.
     pub usercenter_health: Health,
     /// Tells whether this instance is shutting down.
     pub shutdown: Shutdown,

@@ -36,16 +36,16 @@ impl BodyMemory {
 }
 
 /// Reads the body by the deadline of the request, and then passes the request on. The body is not read if the
-/// answer is known without it: a caller who waits with `Expect: 100-continue` then gets the final status at once
-/// (RFC 9110, section 10.1.1).
+/// answer is known without it. A caller who waits with `Expect: 100-continue` then gets the final status at
+/// once (RFC 9110, section 10.1.1).
 pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next: Next) -> Response {
     if request.extensions().get::<MatchedPath>().is_none() {
         return next.run(request).await;
     }
     let mut codings = request.headers().get_all(TRANSFER_ENCODING).iter();
     if !codings.all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
-        // RFC 9112, section 6.1. hyper looks only at the last coding. The connection is closed, because what follows
-        // may be a part of this request to a proxy on the way.
+        // RFC 9112, section 6.1. hyper looks only at the last coding. The connection is closed, because a proxy
+        // on the way may take the next bytes for a part of this request.
         return ([(CONNECTION, "close")], Problem::UnknownTransferCoding).into_response();
     }
     if request.body().size_hint().lower() > MAX_BODY as u64 {
@@ -60,7 +60,7 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     }
     let (head, body) = request.into_parts();
     let reading = read(body, memory);
-    // If the deadline passes before the body has come, that is the caller's fault.
+    // If the deadline passes before the whole body has come, that is the caller's fault.
     let read = match Deadline::current() {
         Some(Deadline(deadline)) => timeout_at(deadline, reading).await.unwrap_or(Err(Problem::BodyTooSlow)),
         None => reading.await,
@@ -71,17 +71,18 @@ pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next
     }
 }
 
-/// Returns false if the method or the media type already decides: all routes that take a body take JSON by POST. A
-/// route that takes another one needs a place here, or else the body of a caller who waits with `Expect` would come to
-/// its handler unread, and without the bounds of [`read_first`].
+/// Returns false if the request will be refused for its method or media type, because all routes that take a
+/// body take JSON by POST. A route that takes another method or media type must be added here. Otherwise, the
+/// body of a caller who waits with `Expect` would reach the handler unread, and without the bounds of
+/// [`read_first`].
 fn may_be_accepted(request: &Request) -> bool {
     let content_type = request.headers().get(CONTENT_TYPE).map_or(&b""[..], |value| value.as_bytes());
     *request.method() == Method::POST
         && content_type.windows(4).any(|part| part.eq_ignore_ascii_case(b"json"))
 }
 
-/// Reads what is left of a body that is too large, of at most `MAX_BODIES` bytes, so that the caller has sent it and
-/// sees the answer before the connection is closed (RFC 9112, section 9.6).
+/// Reads the rest of a body that is too large, at most `MAX_BODIES` bytes, so that the caller can send all of
+/// it and read the answer before the connection is closed (RFC 9112, section 9.6).
 async fn read_on(mut body: Body) {
     let mut left = MAX_BODIES;
     while let Some(Ok(frame)) = body.frame().await {

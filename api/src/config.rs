@@ -32,7 +32,7 @@ pub struct Config {
     #[arg(long, env = "API_DEADLINE", default_value = "3s", value_parser = positive_duration)]
     pub deadline: Duration,
 
-    /// How many requests may be in flight; more are refused at once.
+    /// How many requests may be in flight; further requests are refused at once.
     #[arg(long, env = "API_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_in_flight: u32,
 
@@ -40,8 +40,8 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_URL", default_value = "http://127.0.0.1:50051", value_parser = grpc_url)]
     pub usercenter_url: Uri,
 
-    /// For https: a PEM file with the certificates of the authorities that usercenter's certificate is
-    /// checked with; by default the system's.
+    /// For https: a PEM file with the CA certificates that usercenter's certificate is checked against; by
+    /// default, the system's CA certificates.
     #[arg(long, env = "USERCENTER_CA")]
     usercenter_ca: Option<PathBuf>,
 
@@ -50,19 +50,19 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_CLIENT_CERTIFICATE")]
     usercenter_client_certificate: Option<PathBuf>,
 
-    /// For https: a PEM file with the key of that certificate.
+    /// For https: a PEM file with the key of the client certificate.
     #[arg(long, env = "USERCENTER_CLIENT_KEY")]
     usercenter_client_key: Option<PathBuf>,
 
-    /// How long a call of usercenter may take, including its retries.
+    /// How long a call to usercenter may take, including its retries.
     #[arg(long, env = "USERCENTER_TIMEOUT", default_value = "2s", value_parser = positive_duration)]
     pub usercenter_timeout: Duration,
 
-    /// How many attempts a call of usercenter may have; 1 for no retries.
+    /// How many attempts a call to usercenter may have; 1 for no retries.
     #[arg(long, env = "USERCENTER_ATTEMPTS", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub usercenter_attempts: u32,
 
-    /// How long calls of usercenter are stopped once half of them fail.
+    /// How long calls to usercenter pause once half of them fail.
     #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
     pub usercenter_circuit_pause: Duration,
 
@@ -83,7 +83,7 @@ pub struct Config {
     pub publish_timeout: Duration,
 
     /// The directory of the spool, which holds the logins that the broker has not confirmed. No other process
-    /// may use it.
+    /// may use this directory.
     #[arg(long, env = "API_DATA_DIR", default_value = "data/api", global = true)]
     pub data_dir: PathBuf,
 
@@ -95,8 +95,8 @@ pub struct Config {
     #[arg(long, env = "API_SPOOL_MAX_BYTES", default_value_t = 512 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..))]
     spool_max_bytes: u64,
 
-    /// The secret that signs access tokens, of at least 32 bytes. Without it, tokens are valid until this
-    /// process ends.
+    /// The secret that signs access tokens, at least 32 bytes. Without a secret, tokens are valid only until
+    /// this process ends.
     #[arg(long, env = "ACCESS_SECRET", hide_env_values = true)]
     access_secret: Option<String>,
 
@@ -104,13 +104,13 @@ pub struct Config {
     #[arg(long, env = "ACCESS_EXPIRE", default_value = "24h", value_parser = whole_second)]
     pub access_expire: Duration,
 
-    /// How many connections from callers there may be at once. Beyond that, each new connection closes the
-    /// one that has waited longest for a request.
+    /// How many connections from callers there may be at once. Beyond that number, each new connection
+    /// replaces the connection that has waited longest for a request.
     #[arg(long, env = "API_MAX_CONNECTIONS", default_value_t = 10_000, value_parser = at_least_one)]
     pub max_connections: usize,
 
-    /// How many of these connections may come from one address; by default half. An address is an IPv4 address
-    /// or a /64 of IPv6.
+    /// How many connections may come from one address; by default half of the total. An address is an IPv4
+    /// address or a /64 of IPv6.
     #[arg(long, env = "API_MAX_CONNECTIONS_PER_ADDRESS", value_parser = at_least_one)]
     pub max_connections_per_address: Option<usize>,
 
@@ -122,9 +122,9 @@ pub struct Config {
 /// What to do instead of serving.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum Command {
-    /// Ask the service on this machine whether it is ready; exit code 0 if it is, 1 if not.
+    /// Ask the running service whether it is ready; exit code 0 if it is, 1 if not.
     Health,
-    /// Look at the spool of an instance that is gone, or take the logins out of it.
+    /// List, publish or export the logins in the spool of an instance that no longer runs.
     #[command(subcommand)]
     Spool(SpoolCommand),
 }
@@ -132,17 +132,17 @@ pub enum Command {
 /// What to do with a spool that no process uses.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum SpoolCommand {
-    /// List the message id, the age and the bytes of each login, the oldest first. The spool is left as it was.
+    /// List the message id, the age and the bytes of each login, the oldest first. The spool is not changed.
     List,
     /// Publish all logins, and remove those that the broker confirms.
     Drain,
-    /// Write all logins to standard output, one JSON object a line, which hold personal data. The spool is left as
-    /// it was.
+    /// Write all logins to standard output, one JSON object per line. They hold personal data. The spool is
+    /// not changed.
     Export,
 }
 
 impl Config {
-    /// Reads flags and environment variables; exits with code 2 if a value can't be honoured.
+    /// Reads flags and environment variables; exits with code 2 if a value can't be used.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // Secrets are checked here, not by clap, whose error messages quote the value.
@@ -230,7 +230,7 @@ fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     }
 }
 
-/// The parser accepts an invalid port as a missing one, so port 80 would be used.
+/// The URL parser treats an invalid port as missing, so port 80 would be used.
 fn has_good_port(authority: &Authority) -> bool {
     authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
 }

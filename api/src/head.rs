@@ -4,11 +4,12 @@
 use std::io;
 use tokio::{net::TcpStream, pin, select};
 
-/// The most bytes that are read at once.
+/// The most bytes that one call reads.
 const CHUNK: usize = 4096;
 
 /// Reads until hyper can answer: until the headers are complete, malformed, or at least `max` bytes long.
-/// Returns `None` if the client closes the connection before, or if the headers are incomplete when `stopped` is ready.
+/// Returns `None` if the client closes the connection before that, or if the headers are incomplete when
+/// `stopped` is ready.
 pub async fn read<S>(
     stream: &mut TcpStream,
     max: usize,
@@ -22,14 +23,14 @@ pub async fn read<S>(
             readable = stream.readable() => readable.ok()?,
             _ = &mut stopped => return None,
         }
-        // This buffer is on the stack, because it does not outlive the call.
+        // This buffer is on the stack, because it is not needed while the future waits.
         let mut chunk = [0; CHUNK];
         match stream.try_read(&mut chunk) {
             Ok(0) => return None,
             Ok(length) => {
                 let is_first = head.is_empty();
                 head.extend_from_slice(&chunk[..length]);
-                // Parsing at each byte would take time that grows with the square of the length.
+                // Parsing after each byte would take time that grows with the square of the length.
                 let may_be_complete = is_first || chunk[..length].contains(&b'\n');
                 if head.len() >= max || (may_be_complete && !is_partial(&head)) {
                     return Some(head);
@@ -42,7 +43,7 @@ pub async fn read<S>(
 }
 
 fn is_partial(head: &[u8]) -> bool {
-    // hyper takes at most this many headers. It refuses a request with more without waiting for the rest.
+    // hyper accepts at most this many headers. It refuses a request with more, without waiting for the rest.
     let mut headers = [httparse::EMPTY_HEADER; 100];
     matches!(httparse::Request::new(&mut headers).parse(head), Ok(httparse::Status::Partial))
 }

@@ -1,4 +1,4 @@
-//! Tells whether the service is ready, and has the probe by which a container without a shell checks its own
+//! Tells whether the service is ready, and has the probe with which a container without a shell checks its own
 //! health.
 
 use crate::{app::App, outbox::Readiness};
@@ -14,13 +14,14 @@ use tokio::{
 };
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-/// Answers `GET /readyz` with 200 if logins can be taken, and otherwise with 503. The body tells each
-/// condition: a login needs usercenter, the broker or the spool, and an instance that is not stopping. A broker
-/// that refuses the queues makes api not ready as well, because the refusal does not end by itself.
+/// Answers `GET /readyz` with 200 if logins can be taken, and otherwise with 503. The body shows each
+/// condition: a login needs usercenter, either the broker or the spool, and an instance that is not stopping.
+/// If the broker refuses the declaration of a queue, api is not ready either, because the refusal does not end
+/// by itself.
 pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
-    // Ask for the service by its name. An instance of usercenter that is about to end reports for itself ("")
-    // that it is not serving, but it goes on serving until its clients have moved to other instances.
+    // Ask for the service by its name. An instance of usercenter that is about to end reports under the empty
+    // name that it is not serving, but it goes on serving until its clients have moved to other instances.
     let check = usercenter.check(HealthCheckRequest { service: usercenter_server::SERVICE_NAME.to_owned() });
     let answer = timeout(Duration::from_secs(1), check).await;
     let usercenter = matches!(answer, Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving);
@@ -44,7 +45,7 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     (status, Json(body))
 }
 
-/// Asks the service that listens on `listen` whether it is ready; 0.0.0.0 stands for this machine.
+/// Asks the service that listens on `listen` whether it is ready; 0.0.0.0 means localhost.
 ///
 /// # Errors
 /// If it does not answer within two seconds, or is not ready.

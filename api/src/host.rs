@@ -1,5 +1,5 @@
-//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). With several
-//! of them, a proxy on the way might have used another one than this service.
+//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). If there were
+//! several, a proxy on the way might use a different one than this service.
 
 use crate::problem::Problem;
 use axum::{
@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-/// Refuses a request without the header, with several of them, or with one that is not a host.
+/// Refuses a request that has no `Host`, several of them, or one that is not a host.
 pub async fn named_once(request: Request, next: Next) -> Response {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let is_legal = match (hosts.next(), hosts.next()) {

@@ -12,8 +12,8 @@
 //! - [`token`]: the access token
 //! - [`problem`]: which failure gets which answer
 //! - [`host`]: the header `Host`
-//! - [`health`]: alive, ready, and the probe that `api health` makes
-//! - [`mod@server`][]: connections; [`head`]: their first bytes; [`stream`][]: their ends
+//! - [`health`]: readiness, and the probe that `api health` makes
+//! - [`mod@server`][]: serves connections; [`head`]: reads their first headers; [`stream`][]: notices a reset
 //! - [`usercenter`]: the gRPC client, and every layer around it
 
 pub mod app;
@@ -59,8 +59,8 @@ static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("api",
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the configuration can't be used, the spool can't be opened, or a part panics. Connections to usercenter
-/// and to the broker are made in the background, as often as needed.
+/// If the configuration can't be used, the spool can't be opened, or a task or thread panics. Connections to
+/// usercenter and to the broker are made in the background, as often as needed.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)

@@ -17,7 +17,7 @@ use tower::ServiceExt;
 pub struct LoginRequest {
     mobile: MobileNumber,
     /// Other members are allowed. Because this field reads them, serde refuses an array as a login. Without
-    /// the field, serde would take `["13800138000"]` for this struct.
+    /// the field, serde would accept `["13800138000"]` as this struct.
     #[serde(flatten)]
     _others: IgnoredAny,
 }

@@ -1,4 +1,4 @@
-//! Starts the HTTP service, or does what an operator wants with a spool.
+//! Starts the HTTP service, or carries out an operator's command on a spool.
 
 use api::config::{Command, Config};
 use serving::{listener::bind, process};

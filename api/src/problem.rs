@@ -21,7 +21,7 @@ static REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
         .build()
 });
 
-/// Every problem that a caller can be told instead of an answer.
+/// Every problem with which a request can be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Problem {
     /// The body is not JSON.
@@ -40,7 +40,7 @@ pub enum Problem {
     InvalidMobile,
     /// Nobody registered this mobile number.
     UnknownUser,
-    /// The header `Host` is missing, is there twice, or is not a host.
+    /// The header `Host` is missing, repeated, or not a host.
     BadHost,
     /// There is no route at this path.
     NoSuchRoute,
@@ -54,13 +54,13 @@ pub enum Problem {
     Internal,
     /// usercenter can't be reached.
     UsercenterUnavailable,
-    /// usercenter is not called for a while, because too many calls of it failed.
+    /// usercenter is not called for a while, because too many calls to it failed.
     UsercenterCircuitOpen,
     /// usercenter did not answer in time.
     UsercenterTimeout,
     /// usercenter answered, but not with a user.
     UsercenterFailed,
-    /// The broker is unavailable, and the spool has no room to keep the login until it is back.
+    /// The broker is unavailable, and the spool has no room for the login.
     SpoolFull,
     /// The broker is unavailable, and the login could not be written to disk.
     SpoolFailed,
@@ -185,11 +185,11 @@ impl IntoResponse for Problem {
 }
 
 impl Problem {
-    /// Returns the problem that a failed call of usercenter is to the caller, who learns only the kind of
+    /// Turns a failed call to usercenter into the problem for the caller of api, who learns only the kind of
     /// problem. Logs the failure.
     pub fn of_usercenter(status: &Status) -> Self {
         if CircuitOpen::of(status).is_some() {
-            // The circuit has logged that it opened. Here it would be logged for every login of an outage.
+            // The circuit has logged that it opened. A log line here would repeat that for every login.
             return Problem::UsercenterCircuitOpen;
         }
         let problem = match status.code() {
@@ -211,14 +211,14 @@ impl Problem {
             | Code::DataLoss
             | Code::Unauthenticated => Problem::UsercenterFailed,
         };
-        // What usercenter itself wrote is not logged, because it may hold anything.
+        // The message that usercenter itself wrote is not logged, because it may hold anything.
         let reason = telemetry::grpc::cause(status);
         tracing::warn!(code = telemetry::grpc::code_name(status.code()), reason, "usercenter failed");
         problem
     }
 }
 
-/// Logs nothing, because the spool has already logged what is wrong with it, once and not for every login.
+/// Logs nothing, because the spool has already logged its failure, once for all logins.
 impl From<PublishError> for Problem {
     fn from(error: PublishError) -> Self {
         match error {

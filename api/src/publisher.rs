@@ -1,7 +1,7 @@
 //! Publishes logins, each in the hand-written span `send_msg_mq`.
 //!
-//! A published login was either confirmed by the broker, or written to the spool on disk. From there it will
-//! be published in order, and in its own trace ([`crate::outbox`]).
+//! A published login was either confirmed by the broker, or written to the spool on disk. From the
+//! spool it is published later, in order and in its own trace ([`crate::outbox`]).
 
 use crate::{
     TRACER,
@@ -70,11 +70,11 @@ impl Publisher {
             .with_attributes(broker.producer_attributes("", queue, &message_id))
             .start(&*TRACER);
         let cx = Context::current_with_span(span);
-        // If this future is dropped, at the request's deadline or because the caller hung up, the span ends
-        // as cancelled.
+        // If this future is dropped, at the request's deadline or because the caller disconnected, the span
+        // ends as cancelled.
         let _or_cancelled = OrCancelled(cx.clone());
 
-        // The message carries the context of this span, however long it is under way.
+        // The message carries the context of this span, even if the delivery of the message takes hours.
         let message = Message::new(&cx, message_id, login.mobile);
         let result = self.outbox.publish(message).await;
 

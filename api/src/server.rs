@@ -34,7 +34,7 @@ use tokio::{
 };
 use tower::Service;
 
-/// How often memory is given back, if at least `MANY` connections are gone since the last time.
+/// How often freed memory is given back to the system, if at least `MANY` connections were closed meanwhile.
 const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
 const MANY: usize = 500;
 
@@ -47,8 +47,8 @@ pub struct MaxConnections {
     pub by_address: usize,
 }
 
-/// Serves `router` until `shutdown`. Requests that are not finished in time after that are cut off, which is
-/// logged. Returns the times by which the rest of the service must have ended.
+/// Serves `router` until `shutdown`. Requests that are then not finished in time are cut off, which is logged.
+/// Returns the times by which the rest of the service must have ended.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -73,7 +73,7 @@ pub async fn serve(
     pin!(stopped);
     let schedule = loop {
         let (stream, peer) = select! {
-            // One connection more than the maximum is accepted, and another one goes in its place.
+            // One connection more than the maximum is accepted, and then another connection is closed.
             accepted = listener.accept(), if tasks.len() <= max.in_all => accepted,
             Some(_) = tasks.join_next() => continue,
             _ = give_back.tick() => {
@@ -100,7 +100,7 @@ pub async fn serve(
         tasks.spawn(async move {
             let [in_all, by_address] = &places;
             select! {
-                // This is checked first, so that the connection does not begin a request and then drop it.
+                // `must_go` is checked first, so that the connection does not begin a request and then drop it.
                 biased;
                 () = in_all.must_go() => tracing::debug!("a connection made room for another one"),
                 () = by_address.must_go() => tracing::debug!("a connection made room for one of its address"),
@@ -149,7 +149,7 @@ impl Connections {
             async move {
                 let mut answer = answer.await?;
                 if is_last {
-                    // A client that keeps connections then makes its next one to another instance.
+                    // A client that reuses connections then opens a new one, to another instance.
                     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 drop(has_request);
@@ -162,7 +162,7 @@ impl Connections {
         pin!(connection);
         let served = async {
             select! {
-                // This is polled first, so that hyper reads `head` before it is told to end.
+                // The connection is polled first, so that hyper reads `head` before it is told to shut down.
                 biased;
                 served = &mut connection => served,
                 _ = self.shutdown.stopped() => {

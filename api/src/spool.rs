@@ -1,4 +1,4 @@
-//! Lets an operator handle the spool of an instance of api that is gone: `api spool list|drain|export`.
+//! Lets an operator handle the spool of an instance of api that no longer runs: `api spool list|drain|export`.
 //!
 //! Only one process can open a spool at a time, so these commands refuse the spool of an instance that runs.
 
@@ -25,7 +25,7 @@ const MAX_READ: usize = 512;
 /// If the spool can't be opened or read, or if the broker does not take its logins.
 pub async fn run(config: &Config, command: SpoolCommand) -> anyhow::Result<()> {
     let directory = config.data_dir.display();
-    // Opening it would make an empty one.
+    // Opening a missing spool would create an empty one.
     ensure!(config.data_dir.join(SPOOL_FILE).exists(), "there is no spool in {directory}");
     let spool = match Spool::open(&config.data_dir, config.spool_capacity()) {
         Err(OpenError::InUse) => bail!(

@@ -1,6 +1,7 @@
-//! A connection that is served and watched at the same time. A client that has sent all that it will send may close
-//! its half of the connection and wait for the answer (RFC 9112, section 9.6), so the end of its half is no reason to
-//! end its request. A reset is a reason, but hyper, which does not read during a request, would not see the reset.
+//! A connection that is served and watched for a reset at the same time. A client that has sent its whole
+//! request may close its half of the connection and wait for the answer (RFC 9112, section 9.6), so the request
+//! goes on. After a reset, nobody waits for the answer. hyper would not notice a reset, because it does not
+//! read during a request.
 
 use std::{
     io::{self, IoSlice},
@@ -13,7 +14,7 @@ use tokio::{
     net::TcpStream,
 };
 
-/// One of several handles of a connection, of which one at a time is read and written.
+/// One of several handles of a connection. Only one handle is used to read, and only one to write.
 #[derive(Clone)]
 pub struct Stream(Arc<TcpStream>);
 

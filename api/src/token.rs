@@ -39,7 +39,7 @@ impl TokenIssuer {
         Self { key, lifetime }
     }
 
-    /// Issues a token that says who the user is. It holds no mobile number.
+    /// Issues a token that says who the user is. The token holds no mobile number.
     pub fn issue(&self, user_id: u64) -> Token {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let expires = now.saturating_add(self.lifetime.as_secs());

@@ -1,4 +1,4 @@
-//! Computes that the largest context that api passes on fits into every next hop (docs/bounds.md).
+//! Checks that the largest context that api passes on fits into every next hop (docs/bounds.md).
 
 use amq_protocol::frame::WriteContext;
 use api::{
@@ -24,7 +24,7 @@ use telemetry::propagation::{MAX_BAGGAGE, MAX_TRACESTATE, Propagator, composite}
 use tonic::{Status, body::Body};
 use tower::service_fn;
 
-/// The most that a frame holds on RabbitMQ, by default. The properties of a message must fit into one frame.
+/// RabbitMQ's default for the longest frame, in bytes. The properties of a message must fit into one frame.
 const FRAME: usize = 128 * 1024;
 
 /// An allowance for the headers that tonic and hyper add to a call: the pseudo-headers, and a few more.
@@ -33,7 +33,7 @@ const OF_HTTP2: usize = 1024;
 const ALL: [Propagator; 5] =
     [Propagator::TraceContext, Propagator::Baggage, Propagator::B3, Propagator::B3Multi, Propagator::Jaeger];
 
-/// Reads a legal context that is longer than what is passed on. All of it is kept that can be, in the
+/// Reads a legal context that is longer than api passes on. As much of it as possible is kept, in the
 /// characters that take the most room in JSON.
 fn largest() -> Context {
     let mut headers = HashMap::new();
@@ -57,11 +57,11 @@ async fn the_largest_context_fits_into_each_hop_with_room_to_spare() {
     assert!((MAX_TRACESTATE - 20..=MAX_TRACESTATE).contains(&tracestate), "{tracestate}");
     assert!((MAX_BAGGAGE - 20..=MAX_BAGGAGE).contains(&baggage), "{baggage}");
 
-    // A caller's request may have at least twice as many headers.
+    // A caller's request has room for at least twice these headers.
     let size: usize = context.iter().map(|(name, value)| name.len() + value.len()).sum();
     assert!(size * 2 <= MAX_BUFFER, "{size}");
 
-    // A call has its headers counted as HTTP/2 counts them, and leaves a quarter of the room.
+    // The headers of a call are counted as HTTP/2 counts them. They leave a quarter of the room free.
     let kept = Arc::new(Mutex::new(HeaderMap::new()));
     let seen = kept.clone();
     let channel = service_fn(move |request: Request<Body>| {
@@ -82,8 +82,8 @@ async fn the_largest_context_fits_into_each_hop_with_room_to_spare() {
     let size: usize = seen.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
     assert!((size + OF_HTTP2) * 4 / 3 <= MAX_HEADERS as usize, "{size}");
 
-    // A message has properties that leave room for those of retries, and an entry in the spool takes the context
-    // once.
+    // The properties of a message leave room for those that retries add. An entry in the spool holds the
+    // context once.
     let message = Message::new(&cx, "0".repeat(36), "13800138000".to_owned().try_into().unwrap());
     let properties = message.properties(SystemTime::now());
     let written = gen_properties(&properties)(WriteContext::from(Vec::new())).unwrap().write.len();

@@ -96,18 +96,18 @@ pub enum Redelivered {
     No,
     /// The message was delivered once without a result, which is marked on disk.
     Once,
-    /// The message was delivered several times without a result, so it may be what killed the process.
+    /// The message was delivered several times without a result, so it may have killed the process.
     Suspect {
-        /// The redeliveries that are counted on disk, without this one.
+        /// The number of redeliveries that are counted on disk, without this one.
         counted: i64,
     },
 }
 
 /// What must be done with a delivery when its attempt is over.
 pub enum Outcome {
-    /// It only has to be acknowledged.
+    /// The delivery only has to be acknowledged.
     Settled,
-    /// It must first be published to another queue ([`Attempts::hand_on`]), which also ends its span.
+    /// The message must first be published to another queue ([`Attempts::hand_on`]), which also ends its span.
     Failed(Failed),
 }
 
@@ -125,7 +125,7 @@ pub struct Failed {
 enum Fate {
     /// The message has another attempt, after this time.
     Retry(Duration),
-    /// The message has no other attempt. It is kept for a person to look at, with the reason.
+    /// The message has no further attempt. It is kept with the reason, so that an operator can look at it.
     DeadLetter(&'static str),
 }
 
@@ -143,7 +143,7 @@ where
         match self.history.mark_redelivery(key).await {
             Ok(0) => Redelivered::Once,
             Ok(counted) => Redelivered::Suspect { counted },
-            // The database will refuse the count as well, and then the message fails.
+            // The database will also refuse the count, and then the message fails.
             Err(Refused { .. }) => Redelivered::Suspect { counted: 0 },
         }
     }
@@ -215,7 +215,7 @@ where
         }
     }
 
-    /// Calls the service. A suspect is first counted on disk.
+    /// Calls the service. The redelivery of a suspect is first counted on disk.
     async fn call(&self, login: Login, redelivered: Redelivered, key: String) -> Result<Processed, Failure> {
         let is_suspect = matches!(redelivered, Redelivered::Suspect { .. });
         if is_suspect && self.history.count_redelivery(key.clone()).await? > MAX_REDELIVERIES {
@@ -239,9 +239,9 @@ where
     }
 
     /// Returns the message's id, and the key under which its redeliveries are counted. Both are the id that the
-    /// producer gave it. Without one, both are derived from its content and the producer's span, which are the
-    /// same for each delivery. Without a span either, a second delivery can't be told from another login, so the
-    /// id is random, and only the key is derived.
+    /// producer gave the message. Without such an id, both are derived from the content and the producer's
+    /// span, which are the same for each delivery. Without a span either, a second delivery can't be
+    /// distinguished from another login, so the id is random, and only the key is derived.
     async fn identity(&self, delivery: &Delivery) -> (String, String) {
         if let Some(id) = own_id(&delivery.properties) {
             return (id.clone(), id);

@@ -33,8 +33,9 @@ pub struct Config {
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
 
-    /// The time from the start of one chunk to the start of the next, in which deliveries gather, so that
-    /// their logins share a commit; at most 1s, and 0s for none. After a full chunk there is no wait.
+    /// The time from the start of one chunk of deliveries to the start of the next. Deliveries gather
+    /// meanwhile, so that their logins share a commit. At most 1s. With 0s, or after a full chunk, there is no
+    /// wait.
     #[arg(long, env = "MQ_COMMIT_INTERVAL", default_value = "10ms", value_parser = commit_interval)]
     pub commit_interval: Duration,
 
@@ -49,8 +50,8 @@ pub struct Config {
     database_url: String,
 
     /// How long a message that failed waits for its next attempt: after the first attempt, after the second,
-    /// and so on. If the attempt after the last of these fails, the message becomes a dead letter. With
-    /// `none`, it becomes one after the first attempt.
+    /// and so on. If the attempt after the last delay fails, the message becomes a dead letter. With
+    /// `none`, it becomes a dead letter after the first attempt.
     #[arg(long, env = "MQ_RETRY_DELAYS", default_value = DEFAULT_RETRY_DELAYS)]
     pub retry_delays: RetryDelays,
 
@@ -62,7 +63,7 @@ pub struct Config {
 /// What to do instead of consuming.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Ask the service on this machine whether it is consuming; exit code 0 if it is, 1 if not.
+    /// Ask the running service whether it is consuming; exit code 0 if it is, 1 if not.
     Health,
     /// Look at messages that were given up, or publish them again.
     #[command(subcommand)]
@@ -72,17 +73,17 @@ pub enum Command {
 /// What to do with dead letters.
 #[derive(Debug, Clone, Subcommand)]
 pub enum DeadLetters {
-    /// List all dead letters, the oldest first. The queue is left as it was.
+    /// List all dead letters, the oldest first. They stay in the queue.
     List,
-    /// Show the headers and properties of one dead letter. The queue is left as it was.
+    /// Show the headers and properties of one dead letter, which stays in the queue.
     Show {
         /// The message id of the dead letter.
         message_id: String,
-        /// Show the body as well, which holds personal data.
+        /// Also show the body, which holds personal data.
         #[arg(long)]
         body: bool,
     },
-    /// Publish one dead letter, or all, for a new round of attempts, and take it out of the queue.
+    /// Publish one dead letter, or all, for a new round of attempts, and remove it from the queue.
     #[group(required = true, multiple = false)]
     Replay {
         /// The message id of the dead letter.
@@ -121,7 +122,7 @@ impl FromStr for RetryDelays {
     }
 }
 
-/// Reads an interval. Each login may wait this long, so it has a bound.
+/// Reads an interval. It has a bound, because each login may wait this long.
 fn commit_interval(text: &str) -> Result<Duration, String> {
     match arguments::duration(text)? {
         interval if interval > Duration::from_secs(1) => Err("must be at most 1s".to_owned()),
@@ -130,7 +131,7 @@ fn commit_interval(text: &str) -> Result<Duration, String> {
 }
 
 impl Config {
-    /// Reads flags and environment variables; exits with code 2 if a value can't be honoured.
+    /// Reads flags and environment variables; exits with code 2 if a value can't be used.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         // A secret is checked here, not by clap, whose error messages quote the value.

@@ -1,14 +1,14 @@
 //! The delivery loop: a connection, chunks of deliveries, acknowledgements. `attempt` processes each
 //! delivery.
 //!
-//! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when it is
-//! lost. A session takes the deliveries that have come as one chunk, and lets the next ones gather for a few
-//! milliseconds. It processes all deliveries of a chunk at the same time, so that the history commits them
-//! together. Only messages that were redelivered before are processed after the others, one at a time, because
-//! one of them may have killed the process. A delivery that succeeded is acknowledged at once. A delivery that
-//! failed is handed on, that is, published to a retry queue or to the dead-letter queue, and acknowledged after
-//! that. Handing on runs beside the loop, so that a failed delivery does not delay others. When the service
-//! stops, the session takes no more deliveries, and finishes those that have come.
+//! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when that
+//! connection is lost. A session takes the waiting deliveries as one chunk, and lets the next deliveries gather
+//! for a few milliseconds. It processes all deliveries of a chunk at the same time, so that the history commits
+//! them together. Only messages that were redelivered before are processed after the others, one at a time,
+//! because one of them may have killed the process. A delivery that succeeded is acknowledged at once. A
+//! delivery that failed is handed on, that is, published to a retry queue or to the dead-letter queue, and
+//! acknowledged after that. Handing on runs beside the loop, so that a failed delivery does not delay others.
+//! When the service stops, the session takes no more deliveries, and finishes those that have come.
 //!
 //! ```text
 //!   delivered ──▶ processing ──▶ settled ──────────────────────▶ acknowledged
@@ -74,7 +74,7 @@ where
         let broker = &self.attempts.broker;
         let mut backoff = Backoff::new();
         let mut failures = Failures::default();
-        // This process has bound the queue, so that other producers' messages reach it.
+        // This process has bound the queue, so that other producers' messages reach the queue.
         let mut has_bound = false;
         // The id of the history is known only once the database has been available.
         let history = select! {
@@ -105,7 +105,7 @@ where
         }
     }
 
-    /// Runs one connection to its end. Returns why it ended, which is `Ok` if it was ended by `stop`.
+    /// Runs one connection to its end. Returns `Ok` if `stop` ended it, and otherwise why it ended.
     async fn session(
         &self,
         (connection, channel, deliveries): (lapin::Connection, Channel, lapin::Consumer),
@@ -167,7 +167,7 @@ where
             self.attempts.hand_on(&delivery, failed).await;
             acknowledge(channel, &delivery, false).await
         };
-        // Deliveries that failed are handed on apart from the others, which they must not delay.
+        // Deliveries that failed are handed on separately, because they must not delay the others.
         let mut handing_on = FuturesUnordered::new();
         // Deliveries gather, because a commit costs the same for one login as for many.
         let (mut idle_since, mut not_before) = (Instant::now(), Instant::now());
@@ -191,7 +191,7 @@ where
                         handing_on.extend(failed.into_iter().map(hand_on));
                         idle_since = Instant::now();
                     }
-                    // Its queue was deleted, for example.
+                    // For example, the queue was deleted.
                     None => bail!("the broker cancelled the consumer"),
                 },
                 Some(acked) = handing_on.next() => acked?,
@@ -213,7 +213,8 @@ where
     /// Processes deliveries and acknowledges them, except for those that failed, which it returns. If the
     /// future is dropped, deliveries stay in the queue and will be delivered again.
     ///
-    /// `pause` is how long the deliveries gathered. `all_before` tells if all earlier ones are acknowledged.
+    /// `pause` is how long the deliveries gathered. `all_before` tells if all earlier deliveries are
+    /// acknowledged.
     async fn deliver_all(
         &self,
         channel: &Channel,
@@ -244,8 +245,8 @@ where
             }
         }
         if all_before && failed.is_empty() {
-            // One acknowledgement for all costs both sides less. But it includes all earlier deliveries, so
-            // none of them may still be unacknowledged.
+            // One acknowledgement for all is cheaper for both sides. But it includes all earlier deliveries, so
+            // none of those may still be unacknowledged.
             if let Some(last) = settled.last() {
                 acknowledge(channel, last, true).await?;
             }
@@ -255,7 +256,7 @@ where
             }
         }
         // One of these messages may have killed the process. They are processed one by one, so that it is known
-        // which one did. Those with the fewest redeliveries come first.
+        // which of them does. Those with the fewest redeliveries come first.
         suspects.sort_by_key(|(_, redelivered)| *redelivered);
         for (delivery, redelivered) in suspects {
             match self.attempts.process(&delivery, redelivered, chunk).await {
@@ -267,7 +268,7 @@ where
     }
 }
 
-/// Waits until the connection is lost. Processing may wait for the database much longer than that. (lapin has
+/// Waits until the connection is lost, because processing may wait for the database much longer. (lapin has
 /// no event for a connection that the broker closes in an orderly way.)
 async fn lost(connection: &lapin::Connection) {
     while connection.status().connected() {
@@ -275,8 +276,8 @@ async fn lost(connection: &lapin::Connection) {
     }
 }
 
-/// Acknowledges through the channel and not through `Delivery::ack`. If the connection is lost at that
-/// moment, lapin 4.12 may leave that request in the queue of a task that has ended, and never answer.
+/// Acknowledges through the channel instead of `Delivery::ack`. If the connection is lost during an `ack`,
+/// lapin 4.12 may leave the request in the queue of a task that has ended, and never answer it.
 async fn acknowledge(channel: &Channel, delivery: &Delivery, multiple: bool) -> lapin::Result<()> {
     channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple }).await
 }

@@ -1,4 +1,4 @@
-//! Publishes messages again. Each one is confirmed before its original is acknowledged.
+//! Publishes messages again. The broker confirms each copy before mq acknowledges the original.
 //!
 //! The forwarder has its own connection, because a broker that is short of memory or disk stops reading from
 //! connections that publish, and would then not read the acknowledgements on them.
@@ -23,7 +23,7 @@ pub struct Forwarder {
     retry_delays: Vec<Duration>,
     /// The session is opened with the first message, and anew after a failure.
     session: Mutex<Option<Session>>,
-    /// The refused openings, which are logged once for all messages.
+    /// The refused declarations, which are logged once for all messages.
     failures: Mutex<Failures>,
 }
 
@@ -39,7 +39,7 @@ impl Forwarder {
         self.server.frame_max()
     }
 
-    /// Publishes a message again and again until the broker has confirmed it. The broker may then have it
+    /// Publishes a message again and again until the broker has confirmed it. So the queue may hold the message
     /// more than once.
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         let mut backoff = Backoff::new();
@@ -61,11 +61,11 @@ impl Forwarder {
     /// # Errors
     /// If the broker did not confirm it. The broker may have the message nevertheless.
     pub async fn publish(&self, queue: &str, properties: BasicProperties, body: &[u8]) -> anyhow::Result<()> {
-        // Only one message is published at a time. With several under way, lapin may take the return of one
-        // for that of another, and a message that no queue took would count as confirmed.
+        // Only one message is published at a time. With several unconfirmed messages, lapin may take the
+        // return of one for the return of another, and a message that no queue took would count as confirmed.
         let mut current = self.session.lock().await;
-        // Take the session. After a failure, the next message opens another one, which declares again what
-        // may have been deleted.
+        // Take the session. After a failure, the next message opens another session, which declares the
+        // queues again, because they may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
             None => opening::open(&self.server, self.open()).await?,

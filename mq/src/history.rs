@@ -33,7 +33,7 @@ const MAX_GROUP: usize = 256;
 pub struct Login {
     /// The id of the message, which is the same for every delivery of the same login.
     pub message_id: String,
-    /// The trace in which it happened, as 32 hex digits.
+    /// The trace in which the login happened, as 32 hex digits.
     pub trace_id: Option<String>,
     /// Who logged in.
     pub mobile: MobileNumber,
@@ -60,13 +60,13 @@ pub struct Refused {
     pub code: String,
 }
 
-/// A random number that is kept in the history, so that each history has its own.
+/// A random number that is kept in the history. It is different in each history.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Secret(Uuid);
 
 impl Secret {
-    /// Derives an id from these parts. It is the same for all who use this history, and does not tell anybody
-    /// else what the parts are, although a mobile number among them is easily guessed.
+    /// Derives an id from these parts. The id is the same for all who use this history. Without the secret,
+    /// nobody can find the parts of an id, not even by trying all mobile numbers.
     pub fn id_of(self, parts: &[&[u8]]) -> String {
         let mut hash = Sha256::new_with_prefix(self.0);
         for part in parts {
@@ -129,8 +129,8 @@ impl History {
         Ok(if recorded == 0 { Processed::Duplicate } else { Processed::Applied })
     }
 
-    /// Marks that a message was delivered again, if no redelivery is counted yet. Returns how many were counted
-    /// before, so 0 if the message was not marked yet.
+    /// Marks that a message was delivered again, if no redelivery is counted yet. Returns how many redeliveries
+    /// were counted before, so 0 if the message was not marked yet.
     ///
     /// # Errors
     /// If the database refuses this message.
@@ -244,7 +244,7 @@ mod tests {
         fs::write(&folder, "").unwrap();
         let url = format!("sqlite://{}/mq.db", folder.display());
         let (history, _) = History::start(parse_url(&url).unwrap());
-        // The first try, which is without a request, is under way before any of these.
+        // The first try, which has no request, begins before any of these.
         for _ in 0..30 {
             let counted = history.count_redelivery("id".to_owned());
             assert!(timeout(Duration::from_millis(1), counted).await.is_err());

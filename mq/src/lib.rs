@@ -53,8 +53,8 @@ fn topology(config: &Config) -> Topology {
 /// Consumes until `shutdown`. Answers health checks on `listener`.
 ///
 /// # Errors
-/// If the configuration can't be used, health checks can't be served, or a part panics. An unavailable broker
-/// is not an error, because mq waits until it is back.
+/// If the configuration can't be used, health checks can't be served, or a task panics. An unavailable broker
+/// is not an error, because mq waits until the broker is back.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
@@ -96,7 +96,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     }
 }
 
-/// Reports whether both the broker and the database, which consuming needs, are available, until `shutdown`.
+/// Reports until `shutdown` whether the broker and the database are available, because consuming needs both.
 async fn report(
     reporter: HealthReporter,
     mut consuming: watch::Receiver<bool>,

@@ -1,4 +1,4 @@
-//! Starts the consumer, or does what an operator wants with dead letters.
+//! Starts the consumer, or carries out an operator's command on dead letters.
 
 use mq::config::{Command, Config};
 use serving::{health, listener::bind, process};

@@ -12,19 +12,19 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Returns which attempt this delivery is, from 1. The header may hold anything, because every publisher can
-/// write it.
+/// Returns which attempt this delivery is, counted from 1. The header may hold anything, because every
+/// publisher can write it.
 pub fn attempt(properties: &BasicProperties) -> u32 {
     let attempt = header(properties, ATTEMPT).and_then(integer).unwrap_or(1);
     u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
 }
 
-/// Whether these properties replace others that can't be read ([`amqp::inbound`]).
+/// Whether these properties replace the message's own, which can't be read ([`amqp::inbound`]).
 pub fn are_unreadable(properties: &BasicProperties) -> bool {
     header(properties, UNREADABLE).is_some()
 }
 
-/// Whether only the start of the body is there ([`amqp::inbound`]).
+/// Whether only the start of the body was kept ([`amqp::inbound`]).
 pub fn is_body_cut(properties: &BasicProperties) -> bool {
     header(properties, BODY_CUT).is_some()
 }
@@ -60,15 +60,15 @@ pub fn time_in_spool(properties: &BasicProperties) -> Option<i64> {
     header(properties, TIME_IN_SPOOL).and_then(integer).filter(|milliseconds| *milliseconds >= 0)
 }
 
-/// Makes the properties with which a message is published again. They are its own properties and `headers`,
-/// except for those that the broker would act upon:
+/// Makes the properties with which a message is published again. They are the message's own
+/// properties and `headers`, without those that the broker would act upon:
 ///
-/// - `expiration`, because a dead letter must stay. RabbitMQ also removes it when it dead-letters a message.
+/// - `expiration`, because a dead letter must stay. RabbitMQ also removes `expiration` from its dead letters.
 /// - `user-id`, because the broker refuses any user but that of the connection.
 /// - the headers `CC` and `BCC`, because they would send each copy to more queues.
 ///
-/// If there is no room for all headers in a frame of `frame_max` bytes, the longest of the message's own are
-/// left out, and a header says so.
+/// If there is no room for all headers in a frame of `frame_max` bytes, the longest of the message's own
+/// headers are left out, and another header says so.
 pub fn again<'a>(
     original: &BasicProperties,
     message_id: &str,
@@ -106,14 +106,13 @@ pub fn again<'a>(
 
 /// Returns the headers of `original` that may stay beside those in `added`.
 fn own_headers(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
-    // A quorum queue counts in this header how often it has delivered this very message.
+    // In this header, a quorum queue counts the deliveries of a message. A copy is a new message.
     const DELIVERY_COUNT: &str = "x-delivery-count";
     const LEFT_OUT: [&str; 6] =
         ["CC", "BCC", DELIVERY_COUNT, ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];
 
     let had = original.headers().iter().flat_map(FieldTable::inner);
-    // Names are compared without regard to case, because a trace header that is there twice counts as
-    // malformed.
+    // Case is ignored, because a trace header that occurs twice, even in different case, counts as malformed.
     let is_replaced = |name: &str| added.iter().any(|(added, _)| added.eq_ignore_ascii_case(name));
     let kept = had.filter(|(name, _)| !LEFT_OUT.contains(&name.as_str()) && !is_replaced(name.as_str()));
     let kept: BTreeMap<ShortString, AMQPValue> =

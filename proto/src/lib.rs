@@ -2,8 +2,8 @@
 //!
 //! - [`usercenter::v1`]: the gRPC API, from `usercenter/v1/usercenter.proto`
 //! - [`login`]: the message that `api` publishes and `mq` consumes
-//! - [`headers`]: the names of its AMQP headers, besides those of the trace context
-//! - [`topology`]: the names of the exchange and queues it travels through
+//! - [`headers`]: the names of that message's AMQP headers, besides those of the trace context
+//! - [`topology`]: the names of the exchange and queues that the message travels through
 
 pub mod headers;
 pub mod login;

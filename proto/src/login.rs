@@ -1,7 +1,7 @@
 //! The login message: what `api` publishes after a login, and `mq` consumes.
 //!
 //! The body of the message keeps the shape of the Go original, trace context included, so that Go services
-//! built on that original read our messages and we read theirs:
+//! built on that original can read our messages, and we can read theirs:
 //!
 //! ```json
 //! {"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt};
 
-/// A mobile number: 7 to 15 digits. It is personal, so it stays out of spans, logs and errors.
+/// A mobile number: 7 to 15 digits. It is personal data, so spans, logs and errors never hold it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct MobileNumber(String);
@@ -40,7 +40,7 @@ impl MobileNumber {
     }
 }
 
-/// Hides the digits, so that whatever holds a mobile number can be logged.
+/// Hides the digits, so that a value that holds a mobile number can be logged.
 impl fmt::Debug for MobileNumber {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("MobileNumber(…)")
@@ -53,7 +53,7 @@ impl fmt::Debug for MobileNumber {
 pub struct LoginMessage {
     /// Where the trace context travels inside the body.
     pub carrier: HeaderCarrier,
-    /// The mobile number that logged in.
+    /// The mobile number of the user who logged in.
     pub msg: MobileNumber,
 }
 
@@ -94,10 +94,10 @@ impl LoginMessage {
 
     /// Reads the carrier and the mobile number of a body, as tolerantly as is safe.
     ///
-    /// It accepts member names that begin with an upper-case or lower-case letter, header names in any case,
-    /// a bare string for an array, a missing or null carrier, and unknown members. A malformed carrier counts
-    /// as an empty one, because it must never keep the message from being processed. The carrier is returned
-    /// even if the message is unreadable, so that the failure is seen in the right trace.
+    /// It accepts member names that begin with an upper-case or lower-case letter, header names in any case, a
+    /// bare string instead of an array, a missing or null carrier, and unknown members. A malformed carrier
+    /// counts as an empty one, because it must never keep the message from being processed. The carrier is
+    /// returned even if the message is unreadable, so that the failure is seen in the right trace.
     pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<MobileNumber, LoginMessageError>) {
         let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
             return (HeaderCarrier::default(), Err(LoginMessageError::NotAnObject));
@@ -117,7 +117,7 @@ impl LoginMessage {
 }
 
 /// Go's `propagation.HeaderCarrier`, that is `http.Header`: canonical header names, each with a list of
-/// values. They are written in the order of names, as in Go.
+/// values. The headers are written sorted by name, as in Go.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct HeaderCarrier(BTreeMap<String, Vec<String>>);
 
@@ -150,7 +150,7 @@ impl Extractor for HeaderCarrier {
         self.0.keys().map(String::as_str).collect()
     }
 
-    /// Returns the values of all names that equal `key` but for case, so that a propagator notices a duplicate.
+    /// Returns the values of all names that equal `key`, in any case, so that a propagator notices a duplicate.
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
         let same_name = self.0.iter().filter(|(name, _)| name.eq_ignore_ascii_case(key));
         let values: Vec<&str> = same_name.flat_map(|(_, values)| values).map(String::as_str).collect();

@@ -1,7 +1,7 @@
 //! Checks that the generated code in `src/generated` is what the `.proto` compiles to.
 //!
-//! The generated code is committed, so that building needs neither protoc nor a build script, and so that it
-//! can be read. `UPDATE=1 cargo test -p proto --test generated` writes it anew.
+//! The generated code is committed, so that a build needs neither protoc nor a build script, and so that
+//! people can read the code. `UPDATE=1 cargo test -p proto --test generated` writes the code anew.
 
 use std::{fs, path::Path};
 
@@ -14,7 +14,7 @@ fn generated_code_matches_the_proto() {
     fs::write(out.path().join("usercenter.v1.bin"), compiler.encode_file_descriptor_set()).unwrap();
     tonic_prost_build::configure()
         .out_dir(out.path())
-        // The request holds a mobile number, which can't end up in a log without Debug.
+        // Without Debug, the mobile number in the request can't end up in a log.
         .skip_debug(["usercenter.v1.GetUserByMobileRequest"])
         .compile_fds(compiler.file_descriptor_set())
         .unwrap();

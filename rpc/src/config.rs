@@ -21,16 +21,16 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_LISTEN", default_value = "127.0.0.1:50051", global = true)]
     pub listen: SocketAddr,
 
-    /// How long a call may take; the caller may give it less time.
+    /// How long a call may take; the caller may set a shorter deadline.
     #[arg(long, env = "USERCENTER_DEADLINE", default_value = "2s", value_parser = positive_duration)]
     pub deadline: Duration,
 
-    /// How many calls may be in flight; more are refused at once.
+    /// How many calls may be in flight; further calls are refused at once.
     #[arg(long, env = "USERCENTER_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_in_flight: u32,
 
-    /// After how long a connection is asked to go. Its client then makes a new one, which a balancer may lead
-    /// to another instance.
+    /// The age at which a client is asked to close its connection. The client then opens a new one, which a
+    /// load balancer may send to another instance.
     #[arg(
         long,
         env = "USERCENTER_MAX_CONNECTION_AGE",
@@ -43,12 +43,12 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_TLS_CERTIFICATE", global = true)]
     tls_certificate: Option<PathBuf>,
 
-    /// For TLS: a PEM file with the key of that certificate.
+    /// For TLS: a PEM file with the key of the service's certificate.
     #[arg(long, env = "USERCENTER_TLS_KEY", global = true)]
     tls_key: Option<PathBuf>,
 
-    /// With TLS: a PEM file with the certificates of the authorities that a client's certificate is checked
-    /// with. Without it, clients need no certificate.
+    /// With TLS: a PEM file with the CA certificates that a client's certificate is checked against. Without
+    /// this file, clients need no certificate.
     #[arg(long, env = "USERCENTER_TLS_CLIENT_CA", global = true)]
     tls_client_ca: Option<PathBuf>,
 
@@ -60,12 +60,12 @@ pub struct Config {
 /// What to do instead of serving.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum Command {
-    /// Ask the service on this machine whether it is ready; exit code 0 if it is, 1 if not.
+    /// Ask the running service whether it is ready; exit code 0 if it is, 1 if not.
     Health,
 }
 
 impl Config {
-    /// Reads flags and environment variables; exits with code 2 if a value can't be honoured.
+    /// Reads flags and environment variables; exits with code 2 if a value can't be used.
     pub fn load() -> Self {
         let config: Self = arguments::parse();
         if let Err(problem) = config.shutdown.check().and(config.tls().map(drop)) {

@@ -33,8 +33,8 @@ pub type Layered = Server<
 pub type Answer = fn(Rejection) -> Response<Body>;
 
 /// Puts the layers around the services that are added after this. A call passes them from the first to the
-/// last, and its answer from the last to the first. Health and reflection are also inside of them, but they
-/// are neither traced nor refused.
+/// last, and its answer from the last to the first. Health and reflection are also inside of the layers, but
+/// their calls are neither traced nor refused.
 pub fn in_layers(server: Server, limits: RequestLimits) -> Layered {
     let answer: Answer = rejected;
     server
@@ -47,7 +47,7 @@ pub fn in_layers(server: Server, limits: RequestLimits) -> Layered {
 
 fn rejected(rejection: Rejection) -> Response<Body> {
     let status = match rejection {
-        // UNAVAILABLE makes clients retry, because another instance may have time, or this one in a moment.
+        // UNAVAILABLE makes clients retry, because another instance may have room, or this one a moment later.
         Rejection::Overloaded => Status::unavailable("too many calls at the moment"),
         Rejection::DeadlineExceeded => Status::deadline_exceeded("the deadline has passed"),
         Rejection::Panic => Status::internal("something went wrong here"),

@@ -30,7 +30,7 @@ const MAX_CONNECTIONS: usize = 10_000;
 /// The largest message that a caller may send, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
 
-/// Asks the service on this machine whether it is ready, over TLS if the service uses TLS.
+/// Asks the service that listens on `config.listen` whether it is ready, over TLS if the service uses TLS.
 ///
 /// # Errors
 /// If it does not answer within two seconds, or is not serving.
@@ -68,8 +68,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .serve_with_incoming_shutdown(incoming, shutdown.stopped().map(drop));
     let mut server = Box::pin(server);
 
-    // After the signal, a balancer is told that this instance ("") is not ready any more. The service itself
-    // goes on.
+    // After the signal, load balancers that ask for the instance ("") learn that it is not ready any more.
+    // Those that ask for the service learn that only later.
     let ends = async {
         let schedule = shutdown.begun().await;
         health_reporter.set_service_status("", ServingStatus::NotServing).await;
@@ -85,7 +85,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     health_reporter.set_not_serving::<UsercenterServer<Service>>().await;
     tokio::select! {
         served = server => served.context("serving gRPC"),
-        // A peer that does not answer HTTP/2's GOAWAY, or that watches the health, would hold its connection.
+        // A peer that does not answer HTTP/2's GOAWAY, or that watches the health, would keep the server up.
         () = in_flight.ended() => Ok(()),
         () = sleep_until(schedule.finish_by) => {
             tracing::warn!("calls in flight were cut off at the deadline");

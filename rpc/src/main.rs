@@ -1,4 +1,4 @@
-//! Starts the usercenter.
+//! Starts the gRPC service usercenter.
 
 use rpc::config::{Command, Config};
 use serving::{listener::bind, process};

@@ -1,4 +1,4 @@
-//! Answers requests that are not gRPC, which tonic would take for calls, and corrects a status of tonic's.
+//! Refuses requests that are not gRPC, which tonic would treat as calls, and corrects a status of tonic's.
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use std::{
@@ -56,7 +56,7 @@ fn refusal(request: &Request<Body>) -> Option<Response<Body>> {
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
         return Some(response);
     }
-    // After this prefix may come a format, such as `+proto`, or parameters.
+    // A format, such as `+proto`, or parameters may follow this prefix.
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let rest = content_type.and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
     if rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';'))) {

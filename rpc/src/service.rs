@@ -1,4 +1,4 @@
-//! The gRPC API of the directory. Nothing here is about tracing, because a layer does it ([`crate::layers`]).
+//! The gRPC API of the directory. Nothing here is about tracing, because a layer does that ([`crate::layers`]).
 
 use crate::directory::Directory;
 use proto::{

@@ -86,6 +86,6 @@ async fn a_panic_is_internal_closes_its_span_frees_its_place_and_leaves_the_conn
     let outcome = |status: &str, error_type: &str| (status.to_owned(), error_type.to_owned());
     assert_eq!(outcomes, [outcome("INTERNAL", "INTERNAL"), outcome("OK", "")]);
     assert_eq!(spans[0].status, opentelemetry::trace::Status::error("panic"));
-    // Both calls came by the same connection.
+    // Both calls came over the same connection.
     assert_eq!(value(&spans[0], "client.port"), value(&spans[1], "client.port"));
 }

@@ -1,5 +1,5 @@
-//! Copies of logins for other consumers, on a connection of their own. Nothing that happens to a copy concerns the
-//! login itself: a copy that can't be published is dropped, and nobody waits for one.
+//! Copies of logins for other consumers, on a connection of their own. A login never waits for its copy, and a
+//! copy that can't be published is dropped.
 
 use super::message::Message;
 use amqp::{
@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 /// The name of the connection on the broker.
 const CLIENT_ID: &str = "api-copies";
 
-/// The most rounds that wait to be copied.
+/// The most rounds whose copies wait to be published.
 const MAX_WAITING: usize = 16;
 
 /// Takes messages that the broker has confirmed, and publishes copies of them.

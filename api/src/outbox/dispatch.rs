@@ -1,18 +1,18 @@
 //! Runs the one task that publishes all messages. It decides whether a message goes to the broker or to the
-//! spool, and publishes the spool, so that no message overtakes an earlier one.
+//! spool, and publishes the entries of the spool, so that no message overtakes an earlier one.
 //!
-//! The task opens a session, that is, a connection to the broker, and publishes in rounds. As long as the
-//! spool has entries, a round takes the oldest of them, and new messages are appended to the spool. When the
-//! spool is empty, a round takes the messages that came during the last round. A round ends when the broker
-//! has confirmed all of its messages, and only then does the next one begin. So the outcome of a round is
-//! known for all of its messages, and a message that is answered later is sent later. While a round is overdue,
-//! new messages are appended to the spool.
+//! The task opens a session, that is, a connection to the broker, and publishes in rounds. As long as the spool
+//! has entries, a round takes the oldest of them, and new messages are appended to the spool. When the spool is
+//! empty, a round takes the messages that came during the last round. A round ends when the broker has
+//! confirmed all of its messages, and only then does the next one begin. So the outcome of a round is known for
+//! all of its messages, and messages are sent in the order in which their callers are answered. While a round
+//! is overdue, new messages are appended to the spool.
 //!
 //! If a round fails, its messages go to the spool, or stay there, and the session ends. After a pause the
 //! task opens another session. Until then, new messages go to the spool. When the service stops, the task
 //! publishes the rest of the spool, if there is a session, and ends.
 //!
-//! A message that the broker does not accept, even alone in its round, must not stop all later ones. It is
+//! A message that the broker does not accept, even alone in its round, must not stop all later messages. It is
 //! set aside, that is, it stays in the spool, but is not published again before the next start.
 //!
 //! ```text
@@ -95,10 +95,10 @@ struct Backlog {
     spool: Spool,
     /// The spool was empty when it was last read, and nothing was appended since.
     is_empty: bool,
-    /// Entries up to this one are confirmed, or set aside.
+    /// Entries up to this number are confirmed, or set aside.
     confirmed: u64,
     /// The number of entries in the next round. It is small after a failure, because a slow network may not
-    /// carry many in time.
+    /// carry many entries in time.
     round: usize,
     /// The number of entries that were confirmed since the spool was last empty.
     published: u64,
@@ -159,7 +159,7 @@ impl Dispatcher {
                 End::Trouble(_) | End::Spool => {}
             }
             self.backlog.round = 1;
-            // A dropped session closes by itself, however long that takes.
+            // A dropped session closes by itself, and nothing here waits for that.
             drop(session);
             if !self.pause().await {
                 break;
@@ -168,7 +168,7 @@ impl Dispatcher {
         self.backlog.spool.close().await;
     }
 
-    /// Tries to open a session until that succeeds; `None` if it is stopped before.
+    /// Tries to open a session until that succeeds; `None` if the dispatcher is stopped before.
     async fn connect(&mut self) -> Option<Session> {
         let Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log } = self;
         let opening = async {
@@ -204,7 +204,7 @@ impl Dispatcher {
         }
     }
 
-    /// Waits between two sessions. Returns false if it is stopped.
+    /// Waits between two sessions. Returns false if the dispatcher is stopped.
     async fn pause(&mut self) -> bool {
         let Self { requests, stopped, backlog, backoff, .. } = self;
         let pause = backoff.pause();
@@ -218,7 +218,7 @@ impl Dispatcher {
         }
     }
 
-    /// Waits until the broker takes messages again. Returns false if it is stopped before.
+    /// Waits until the broker takes messages again. Returns false if the dispatcher is stopped before.
     async fn wait_until_unblocked(&mut self, session: &mut Session) -> bool {
         loop {
             select! {
@@ -274,8 +274,8 @@ impl Dispatcher {
         }
     }
 
-    /// Publishes a round from the spool. Logins that come meanwhile are appended behind it. But logins that
-    /// come during the last round wait for its end, because under load it would otherwise never be the last.
+    /// Publishes a round from the spool. Logins that come meanwhile are appended to the spool. But logins
+    /// that come during the last round wait for its end. Otherwise, under load, the spool would never be empty.
     async fn publish_backlog(&mut self, session: &mut Session) -> Result<(), End> {
         let Self { backlog, requests, publisher, .. } = self;
         let entries = backlog.next().await.ok_or(End::Spool)?;
@@ -291,7 +291,7 @@ impl Dispatcher {
         let messages = entries.iter().map(|(_, message)| message);
         let published = backlog.wait_for(publisher.publish(session, messages), patience, requests).await;
         if let (Err(amqp::Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
-            // The message was alone, so it is the one to blame.
+            // The message was alone in its round, so the broker does not accept this message.
             let message_id = message.id();
             tracing::error!(
                 message_id,
@@ -307,7 +307,7 @@ impl Dispatcher {
 }
 
 impl Backlog {
-    /// Waits for the end of a round. Logins that come meanwhile wait as well, but once the round takes longer than
+    /// Waits for the end of a round. Logins that come meanwhile also wait. But once the round takes longer than
     /// `patience`, they go to the spool, if it takes them. Otherwise a broker that does not answer would fill the
     /// room for requests in flight with waiting logins, and further logins would be refused.
     async fn wait_for(
@@ -346,7 +346,7 @@ impl Backlog {
         self.spool.read(self.confirmed, self.round).await
     }
 
-    /// Whether a round of so many entries is the last one, because the spool has no more.
+    /// Whether a round of `count` entries is the last one, because the spool has no more entries.
     fn ends_with(&self, count: usize) -> bool {
         count < self.round
     }
@@ -405,7 +405,7 @@ impl Log {
         if !self.is_fruitless {
             tracing::warn!(broker = %self.broker, reason, "lost the connection to the broker");
         }
-        // A session that broke while there was nothing to publish may have been useful.
+        // A session that broke may have had nothing to publish, so it does not count as fruitless.
         let broke =
             matches!(end, End::Trouble(amqp::Unconfirmed::ConnectionBroken | amqp::Unconfirmed::Blocked));
         self.is_fruitless |= !self.is_useful && !broke;

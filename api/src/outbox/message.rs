@@ -1,5 +1,5 @@
-//! A login message. It holds its context and the mobile number once, in memory and in the spool, and is encoded
-//! when it is published. So a message from the spool is the same as one that is sent directly.
+//! A login message. In memory and in the spool, it holds its trace context and the mobile number only once. It
+//! is encoded when it is published, so a message from the spool has the same form as one that is sent directly.
 
 use amqp::properties::PERSISTENT;
 use lapin::{
@@ -22,7 +22,7 @@ pub struct Message {
     /// When the login was taken, in seconds since 1970.
     #[serde(default)]
     taken_at: u64,
-    /// The milliseconds beyond those seconds.
+    /// The milliseconds to add to `taken_at`.
     #[serde(default)]
     taken_at_ms: u16,
     /// Whether the message was read from the spool.
@@ -30,7 +30,7 @@ pub struct Message {
     was_spooled: bool,
     /// The trace context of its producer span.
     headers: Carrier,
-    /// The mobile number that has logged in.
+    /// The mobile number of the user who logged in.
     #[serde(alias = "body", deserialize_with = "mobile")]
     mobile: MobileNumber,
 }
@@ -53,7 +53,7 @@ impl Injector for Carrier {
 }
 
 impl Message {
-    /// Makes the message that `mobile` has logged in, in the trace of `cx`.
+    /// Makes the message about a login with `mobile`, in the trace of `cx`.
     pub fn new(cx: &Context, id: String, mobile: MobileNumber) -> Self {
         let mut headers = Carrier::default();
         telemetry::inject(cx, &mut headers);

@@ -25,13 +25,13 @@ pub use spool::{Capacity, FILE as SPOOL_FILE, OpenError, Spool};
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "api";
 
-/// The most messages that wait to be handed over. Further messages wait for room.
+/// The most messages in the channel to the dispatcher. Further messages wait until it has room.
 const MAX_WAITING: usize = 1024;
 
 /// How a login was published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Published {
-    /// The broker has it.
+    /// The broker has the login.
     Confirmed,
     /// The login is on disk, because the broker did not confirm it, and will be published later.
     Spooled(Unconfirmed),
@@ -43,7 +43,7 @@ pub enum Unconfirmed {
     /// There is no connection to the broker now.
     #[error("not connected to the broker")]
     NotConnected,
-    /// The broker has not confirmed it.
+    /// There was a connection, but the broker has not confirmed the login.
     #[error(transparent)]
     Published(#[from] amqp::Unconfirmed),
     /// Earlier logins have to be published first. They are in the spool, or in a round that is overdue.
@@ -54,10 +54,10 @@ pub enum Unconfirmed {
 /// Why a login was not published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
-    /// The broker has not confirmed it, and the spool has no room.
+    /// The broker has not confirmed the login, and the spool has no room.
     #[error("the spool is full")]
     SpoolFull,
-    /// The broker has not confirmed it, and it could not be written to disk.
+    /// The broker has not confirmed the login, which could not be written to disk either.
     #[error("the spool failed")]
     SpoolFailed,
 }
@@ -95,12 +95,12 @@ pub struct PublishOptions {
 /// The broker, as far as the dispatcher knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BrokerState {
-    /// It takes messages.
+    /// The broker takes messages.
     Connected,
     /// There is no connection.
     Away,
-    /// It refuses the declaration of a queue. That does not pass by itself, so every login would go to the
-    /// spool until the spool is full.
+    /// The broker refuses the declaration of a queue. The refusal does not end by itself, so every login would
+    /// go to the spool until the spool is full.
     Refuses,
 }
 
@@ -131,7 +131,7 @@ pub struct Readiness {
     pub spooled: u64,
     /// The bytes of these logins.
     pub bytes: u64,
-    /// The time since the oldest of them was taken; zero if there is none.
+    /// The time since the oldest of these logins was taken; zero if there is none.
     pub age: Duration,
 }
 
@@ -202,7 +202,7 @@ impl Outbox {
     }
 }
 
-/// Registers the metrics of what is in the spool.
+/// Registers the metrics of the spool.
 fn observe(spool: spool::State) {
     let meter = telemetry::meter("api", env!("CARGO_PKG_VERSION"));
     let gauge = |name, unit, description, value: fn(&spool::State) -> u64| {
@@ -230,19 +230,19 @@ pub struct Publishing {
 }
 
 impl Publishing {
-    /// Waits until the task or the spool's thread panics. Returns which of them did. Without it, logins would
-    /// be refused while `/readyz` goes on telling the last state.
+    /// Waits until the task or the spool's thread panics. Returns which of them did. If nobody waited for this,
+    /// logins would be refused while `/readyz` still reported the last state.
     pub async fn failed(&mut self) -> &'static str {
         match (&mut self.task).await {
             Err(_) => "the dispatcher",
             Ok(Err(part)) => part,
-            // It was stopped.
+            // The task was stopped.
             Ok(Ok(())) => future::pending().await,
         }
     }
 
     /// Publishes the logins in the spool until `deadline`, if there is a connection. The rest stays in the
-    /// spool for the next start. Call it when no more logins will be published.
+    /// spool for the next start. Call this when no more logins will come.
     pub async fn close(mut self, deadline: Instant) {
         // Sending fails only if the task has ended by itself, which it has no reason to do.
         let _ = self.stop.send(());

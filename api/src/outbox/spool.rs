@@ -1,9 +1,9 @@
-//! Keeps on disk the logins that the broker has not confirmed. They are in order and bounded, and a login is
+//! Keeps on disk, in order and up to a bound, the logins that the broker has not confirmed. A login is
 //! synced to disk before its caller is answered. `dispatch` appends logins, and reads and removes those that
 //! it publishes.
 //!
 //! A separate thread does the work, because a sync blocks. All logins that come during one sync are written
-//! by the next one, so many waiting logins share a sync. The tables are in `store`.
+//! by the next sync, so many waiting logins share a sync. The file is in `store`.
 
 mod store;
 
@@ -28,11 +28,11 @@ pub use store::{Capacity, FILE, OpenError};
 /// The most commands that one transaction takes together.
 const MAX_TOGETHER: usize = 4096;
 
-/// The open spool. When it is dropped, it carries out the commands that it was given, and closes.
+/// The open spool. When it is dropped, its thread carries out the commands that were sent, and closes the file.
 pub struct Spool {
     commands: mpsc::Sender<Command>,
     state: State,
-    /// Is ready when the thread has ended; it is an error if the thread panicked.
+    /// Becomes ready when the thread ends, with an error if the thread panicked.
     closed: future::Shared<oneshot::Receiver<()>>,
 }
 
@@ -54,7 +54,7 @@ struct Shared {
 pub enum Appended {
     /// The login is on disk.
     Stored,
-    /// The spool has no room for it.
+    /// The spool has no room for the login.
     Full,
     /// The disk failed.
     Failed,
@@ -154,13 +154,13 @@ impl Spool {
         read.await.ok()?.ok()
     }
 
-    /// Sets an entry aside, which is then not removed with others, and is published again at the next start.
+    /// Sets an entry aside. It is then not removed with others, and is published again at the next start.
     pub fn set_aside(&self, number: u64) {
         let _ = self.commands.send(Command::SetAside { number });
     }
 
-    /// Removes all entries up to this number, sooner or later, except for those that were set aside. Until
-    /// then they take up room.
+    /// Has the thread remove all entries up to this number, except for those that were set aside. Until they
+    /// are removed, they take up room.
     pub fn remove(&self, through: u64) {
         let _ = self.commands.send(Command::Remove { through });
     }
@@ -178,7 +178,7 @@ struct Keeper {
     state: State,
     /// The last change failed.
     is_failing: bool,
-    /// It was logged that a change failed, and nothing was appended since.
+    /// A failed change was logged, and no login has been appended since then.
     is_failure_told: bool,
     is_full: bool,
     /// Entries up to this number must still be removed, because an earlier removal failed.
@@ -194,8 +194,8 @@ impl Keeper {
                     let together = iter::once(first).chain(commands.try_iter().take(MAX_TOGETHER)).collect();
                     self.take(together);
                 }
-                // Try again even without commands, because none may come until it is known that the disk
-                // works again, or that the file is gone.
+                // Try again even without commands. If none come, nothing else finds out that the disk works
+                // again, or that the file is gone.
                 Err(RecvTimeoutError::Timeout) if self.is_failing || self.store.is_gone() => {
                     self.is_failing = true;
                     self.take(Vec::new());
@@ -225,7 +225,7 @@ impl Keeper {
             let outcomes = self.store.change(messages, through);
             self.through = through.filter(|_| outcomes.is_err());
             self.log(&outcomes);
-            // The state is updated first, so that it is right for a caller that has its answer.
+            // The state is updated first, so that it is up to date when a caller has its answer.
             self.tell();
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
             for (_, on_appended) in appended {

@@ -16,8 +16,8 @@ use tonic::{
 use tower::{Service, ServiceExt};
 
 /// A channel that gives up a silent connection. It logs why usercenter can't be reached, at most once a
-/// minute, because in an outage every call fails. The layers around it know only the status that the failure
-/// stands for, but not its cause.
+/// minute, because in an outage every call fails. The layers around it know only the gRPC status of the
+/// failure, not its cause.
 #[derive(Clone)]
 pub struct Connection(Arc<Shared>);
 
@@ -31,14 +31,14 @@ struct Shared {
 /// The connection for new calls.
 struct Current {
     channel: Channel,
-    /// When the first call began after the last answer.
+    /// When the first call after the last answer began.
     unanswered_since: Option<Instant>,
 }
 
 impl Connection {
     /// Makes a channel to `endpoint`. If no call has been answered for longer than `patience`, new calls get
-    /// another connection, because a connection may die without a word. HTTP/2 pings would tell that too,
-    /// but gRPC servers close a connection on which they come more often than every five minutes.
+    /// another connection, because a connection may die without an error. HTTP/2 pings would detect that
+    /// too, but gRPC servers close a connection on which pings come more often than every five minutes.
     pub fn new(endpoint: Endpoint, patience: Duration) -> Self {
         let current = Current { channel: endpoint.connect_lazy(), unanswered_since: None };
         let current = Mutex::new(current);
@@ -87,7 +87,7 @@ impl Service<Request<Body>> for Connection {
             let answer = answer.await;
             match &answer {
                 Ok(_) => shared.current().unanswered_since = None,
-                // One such error is that the call's time is over, so it is no sign of life.
+                // An error is no sign of life, because it may mean only that the call's time is over.
                 Err(error) => shared.warn(&telemetry::causes(error)),
             }
             answer

@@ -21,8 +21,8 @@ pub struct Arguments {
     #[arg(long, env = "AMQP_QUEUE_TYPE", default_value = "quorum", global = true)]
     pub queue_type: QueueType,
 
-    /// For amqps: a PEM file with the certificates of the authorities that the broker's certificate is
-    /// checked with; by default the system's.
+    /// For amqps: a PEM file with the certificates of the authorities that are trusted for the broker's
+    /// certificate; by default the system's authorities.
     #[arg(long, env = "AMQP_CA", global = true)]
     amqp_ca: Option<PathBuf>,
 

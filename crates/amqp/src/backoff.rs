@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// The pause before the next attempt to connect. It grows from a tenth of a second to two seconds, with
-/// jitter, so that services don't come back in step. The attempts never end.
+/// jitter, so that services don't all reconnect at the same moment. The attempts never end.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
@@ -26,8 +26,8 @@ impl Backoff {
         tokio::time::sleep(pause).await;
     }
 
-    /// Starts with the shortest pause again if a connection lasted longer than the longest pause. If each one is
-    /// lost at once, the pauses keep growing.
+    /// Starts with the shortest pause again if a connection lasted longer than the longest pause. If each
+    /// connection is lost at once, the pauses keep growing.
     pub fn connection_lasted(&mut self, time: Duration) {
         if time > Self::LONGEST {
             *self = Self::new();

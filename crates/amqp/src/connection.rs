@@ -26,24 +26,26 @@ use tokio_rustls::{
 };
 use tokio_util::either::Either;
 
-/// RabbitMQ with its default settings, on this machine.
+/// The URL of RabbitMQ on localhost with its default settings.
 pub const DEFAULT_URL: &str = "amqp://guest:guest@127.0.0.1:5672/%2f";
 
 /// The interval of heartbeats. After two intervals without a sign of life, a connection counts as lost, so a
 /// broker that froze is noticed within 20 seconds.
 const HEARTBEAT_SECONDS: u16 = 10;
 
-/// The longest frame in bytes that is asked for, unless the URL says `frame_max`. It is RabbitMQ's default.
+/// The longest frame in bytes that a connection asks for, unless the URL sets `frame_max`. The value is
+/// RabbitMQ's default.
 const FRAME_MAX: u32 = 128 * 1024;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where the broker is, and how to speak to it. Clones go through the hosts together.
+/// Where the broker is, and how to speak to it. All clones share the choice of the current host.
 #[derive(Clone)]
 pub struct Server {
     /// The address of each host of the broker, and the user to log in as. There is at least one.
     pub hosts: Vec<AMQPUri>,
-    /// The number of the host that is connected to, or was tried last, counted beyond the end of the list.
+    /// The number of the host that is connected to, or is tried next. At the end of the list, counting
+    /// continues with the first host.
     pub current: Arc<AtomicUsize>,
     /// The TLS configuration, for `amqps`.
     tls: Option<TlsConnector>,
@@ -64,7 +66,7 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     let (user, hosts) = authority.rsplit_once('@').map_or(("", authority), |(user, hosts)| (user, hosts));
     let at = if authority.contains('@') { "@" } else { "" };
-    // A comma in the virtual host usually comes from a list of whole URLs, too.
+    // A comma in the virtual host usually comes from a list of whole URLs.
     if rest.contains("://") || path.split('?').next().is_some_and(|vhost| vhost.contains(',')) {
         return Err(
             "expected several hosts as host:port,host:port before the virtual host, in which a comma is %2c",
@@ -82,8 +84,8 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
 /// Reads the URL of one host.
 fn parse_host(url: &str, host: &str) -> Result<AMQPUri, &'static str> {
     let mut uri: AMQPUri = url.parse().map_err(|_| EXPECTED)?;
-    // The parser knows only names and IPv4 addresses. For an address like [::1] it would use its default,
-    // this machine.
+    // The parser knows only names and IPv4 addresses. For an address like [::1], the parser would use its
+    // default, localhost.
     if let Some((address, _)) = host.strip_prefix('[').and_then(|host| host.split_once(']')) {
         uri.authority.host = address.to_owned();
     }
@@ -111,7 +113,7 @@ impl Server {
         self.current.fetch_add(1, Relaxed);
     }
 
-    /// Returns the same server for another connection, which goes through the hosts independently.
+    /// Returns the same server for another connection, which chooses its host independently.
     pub fn for_another(&self) -> Self {
         Self { current: Arc::default(), ..self.clone() }
     }
@@ -127,8 +129,8 @@ impl Server {
         Self { tls, ..self }
     }
 
-    /// On connections to this server, only the start of a longer body is passed on, and
-    /// [`BODY_CUT`](crate::properties::BODY_CUT) says so. The rest is read, but not kept.
+    /// On connections to this server, only the first `bytes` bytes of a longer body are passed on, and
+    /// [`BODY_CUT`](crate::properties::BODY_CUT) says so. The rest of the body is read and dropped.
     pub fn with_longest_body(mut self, bytes: usize) -> Self {
         self.limits.longest_body = bytes;
         self
@@ -139,8 +141,8 @@ impl Server {
         self.limits.frame_max.load(Relaxed)
     }
 
-    /// Opens a connection to the broker. A second handle to its socket is put into `handle`, so that the
-    /// connection can be ended from outside.
+    /// Opens a connection to the broker. Puts a second handle to the socket into `handle`, so that the caller
+    /// can end the connection.
     async fn open(&self, handle: &Mutex<Option<net::TcpStream>>) -> io::Result<Socket> {
         let AMQPAuthority { host, port, .. } = &self.uri().authority;
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
@@ -171,12 +173,12 @@ impl fmt::Display for Server {
     }
 }
 
-/// Opens a connection that the broker knows as `name`, to the host that was connected to last, or else to the
-/// next one that can be reached. The connection does not recover by itself. Its owner opens a new one, because
-/// everything that was set up on the old one must be set up again.
+/// Opens a connection, which the broker shows as `name`. The current host is tried first, then the other hosts
+/// in turn. The connection does not recover by itself. Its owner opens a new one, because everything that was
+/// set up on the old one must be set up again.
 ///
 /// # Errors
-/// If no host is reached within five seconds, or each of them refuses.
+/// If each host refuses, or does not answer within five seconds.
 pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Connection> {
     if server.hosts.len() == 1 {
         return connect_to_current(server, name).await;
@@ -197,15 +199,15 @@ pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Conne
 
 async fn connect_to_current(server: &Server, name: &'static str) -> lapin::Result<Connection> {
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    // lapin's thread waits for a broker that says nothing as long as the socket is open, even if nobody waits
-    // for the connection any more. So there is a second handle to the socket, which can end that.
+    // If a broker says nothing, lapin's thread waits as long as the socket is open, even if nobody needs the
+    // connection any more. A second handle to the socket can end this wait.
     let socket = Arc::new(Mutex::new(None));
     let connect_socket = {
         let (socket, server) = (Arc::clone(&socket), server.clone());
         async move |_, _| {
             let opened =
                 timeout(CONNECT_TIMEOUT, server.open(&socket)).await.map_err(io::Error::from).flatten();
-            // The bytes are checked, because those that lapin can't read would end the connection, or the
+            // The bytes are checked, because bytes that lapin can't read would end the connection or the
             // process.
             Ok(AsyncTcpStream::Plain(Checked::new(opened.map_err(lapin_error)?, server.limits.clone())))
         }
@@ -236,7 +238,7 @@ pub async fn open_channel(connection: &Connection) -> lapin::Result<Channel> {
     opened.map_err(|elapsed| lapin_error(elapsed.into())).flatten()
 }
 
-/// Closes a connection in an orderly way, for at most a second.
+/// Closes a connection in an orderly way, which takes at most a second.
 pub async fn close(connection: &Connection) {
     // If the connection does not close in time, it closes when it is dropped.
     let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;

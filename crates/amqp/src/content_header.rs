@@ -1,10 +1,9 @@
 //! Checks the content header of a message (AMQP 0-9-1, section 4.2.6.1) before it is parsed. lapin's parser
-//! calls itself for each table in a table, and whoever wrote the properties decides how deep tables are
-//! nested.
+//! calls itself for each table inside a table, and the producer decides how deep the tables are nested.
 
 use bytes::Buf;
 
-/// The most tables and arrays inside of each other. Real messages have three or four.
+/// The deepest nesting of tables and arrays that is allowed. Real messages have three or four levels.
 pub const MAX_DEPTH: usize = 32;
 
 /// The length in bytes of class, weight and body size, which stand before the properties of a content header
@@ -16,7 +15,7 @@ pub const CONTENT_HEAD: usize = 12;
 pub enum Fault {
     /// A length or a type is wrong.
     Malformed,
-    /// There are more than [`MAX_DEPTH`] tables and arrays inside of each other.
+    /// Tables and arrays are nested deeper than [`MAX_DEPTH`] levels.
     TooDeep,
 }
 
@@ -61,7 +60,7 @@ pub fn check_content_header(payload: &[u8]) -> Result<(), Fault> {
             Table => rest = check_table(rest)?,
         }
     }
-    // The last two flags have no meaning.
+    // No property belongs to the last two flags.
     if flags & 0b11 == 0 && rest.is_empty() { Ok(()) } else { Err(Fault::Malformed) }
 }
 
@@ -110,7 +109,7 @@ pub fn check_table(bytes: &[u8]) -> Result<&[u8], Fault> {
     Ok(rest)
 }
 
-/// Skips a byte with a length, and that many bytes.
+/// Skips a byte that contains a length, and then this many bytes.
 ///
 /// # Errors
 /// If there are fewer bytes.

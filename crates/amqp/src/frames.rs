@@ -1,5 +1,5 @@
-//! Divides what a broker sends into frames, and replaces the content headers that lapin can't read. The reasons
-//! are in `inbound`.
+//! Divides the bytes from a broker into frames, and replaces the content headers that lapin can't read. The
+//! module `inbound` gives the reasons.
 
 use crate::{
     content_header::{CONTENT_HEAD, check_content_header},
@@ -22,8 +22,8 @@ use std::{
 /// The longest unreadable properties, in bytes, that are kept.
 const LONGEST_KEPT: usize = 64 * 1024;
 
-/// The longest frame that is negotiated, and that is held to be checked, in bytes. Brokers rarely allow
-/// frames above 128 KiB. A longer one is left to lapin, which refuses it.
+/// The longest frame in bytes that is negotiated, and that is buffered for a check. Brokers rarely allow frames
+/// above 128 KiB. A frame above this limit goes to lapin unchecked, and lapin refuses it.
 pub const LONGEST_FRAME: usize = 1024 * 1024;
 
 /// The length in bytes of a frame's head, which is its type, channel and size. The payload and one more byte
@@ -33,7 +33,7 @@ pub const FRAME_HEAD: usize = 7;
 /// The longest frame and the longest body that are passed on to lapin.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// The longest frame in bytes, as it was negotiated. Until then, there is no content.
+    /// The longest frame in bytes, as negotiated. No content arrives before the negotiation.
     pub frame_max: Arc<AtomicUsize>,
     /// The longest body of a message in bytes.
     pub longest_body: usize,
@@ -51,7 +51,7 @@ pub(crate) struct Frames {
     limits: Limits,
     /// The bytes that lapin may read.
     pub checked: BytesMut,
-    /// The start of a frame: its head, or all bytes so far if it is looked at.
+    /// The buffered start of a frame: its head, or all bytes so far if the frame is inspected.
     held: BytesMut,
     /// How many more bytes belong to a frame that needs no check.
     passing: usize,
@@ -88,7 +88,8 @@ impl Frames {
         }
     }
 
-    /// Returns how much of a frame must be held: all of it if it is looked at, or else only its head.
+    /// Returns how many bytes of a frame must be buffered: the whole frame if it is inspected, otherwise only
+    /// its head.
     fn wanted(&self) -> usize {
         match self.held.first_chunk() {
             Some(head) if self.is_looked_at(head) => FRAME_HEAD + size(head) + 1,
@@ -96,7 +97,8 @@ impl Frames {
         }
     }
 
-    /// Whether the frame is a content header, or part of a body that is cut, and not too long to be held.
+    /// Whether the frame is inspected: it is a content header or a part of a body that is cut, and it is short
+    /// enough to be buffered.
     fn is_looked_at(&self, head: &[u8; FRAME_HEAD]) -> bool {
         let is_cut = |channel| self.cut.contains_key(&channel);
         let [kind, a, b, ..] = *head;
@@ -104,15 +106,15 @@ impl Frames {
             && (kind == constants::FRAME_HEADER || kind == constants::FRAME_BODY && is_cut([a, b]))
     }
 
-    /// Passes the held bytes on, or others in their place.
+    /// Passes on the buffered bytes, or other bytes in their place.
     fn release(&mut self, held: &[u8]) {
         let Some(head @ &[kind, a, b, ..]) = held.first_chunk::<FRAME_HEAD>() else {
             return;
         };
         if !self.is_looked_at(head) {
             self.checked.extend_from_slice(held);
-            // "AMQP" begins the answer of a broker that does not understand the client. Nothing follows that
-            // answer.
+            // A broker that does not understand the client answers with "AMQP" and a version. Nothing follows
+            // that answer.
             self.passing = if kind == b'A' { usize::MAX } else { size(head) + 1 };
             return;
         }
@@ -121,7 +123,7 @@ impl Frames {
             Some(left) => {
                 let part = &payload[..payload.len().min(*left)];
                 *left -= part.len();
-                // lapin does not expect another part of a body that is complete.
+                // lapin expects no further part once the body is complete.
                 if !part.is_empty() {
                     put(&mut self.checked, kind, [a, b], &[part]);
                 }
@@ -133,8 +135,8 @@ impl Frames {
         }
     }
 
-    /// Returns a content header in place of one that lapin can't or must not read, in two parts. Notes
-    /// whether the body that follows is cut.
+    /// If lapin can't or must not read this content header, returns the two parts of its replacement. Also
+    /// notes whether the body that follows is cut.
     fn replacement(&mut self, channel: [u8; 2], payload: &[u8]) -> Option<([u8; CONTENT_HEAD], Vec<u8>)> {
         // lapin refuses a payload that is too short.
         let (head, properties) = payload.split_first_chunk::<CONTENT_HEAD>()?;
@@ -208,7 +210,7 @@ mod tests {
         frame(constants::FRAME_HEADER, &payload)
     }
 
-    /// Returns properties with one header, whose value is arrays in arrays.
+    /// Returns properties with one header, whose value is nested arrays.
     fn nested(depth: usize) -> Vec<u8> {
         let mut value = vec![b'V'];
         for _ in 0..depth {

@@ -1,16 +1,16 @@
 //! Checks what a broker sends before lapin reads it.
 //!
-//! RabbitMQ passes a message's properties on as bytes, whatever its producer wrote. lapin ends the connection
-//! if a short string among them is not UTF-8. Its parser also calls itself for each table in a table, so a
-//! few thousand of them overflow the stack and end the process. Either way the broker would deliver the
-//! message again, for ever. So content headers pass through [`Checked`] first. A content header that lapin
-//! can't read is replaced by one with the header [`UNREADABLE`](crate::properties::UNREADABLE), and the consumer makes a dead
-//! letter of the message.
+//! RabbitMQ passes on the bytes of a message's properties, whatever the producer wrote. lapin ends the
+//! connection if a short string in the properties is not UTF-8. lapin's parser also calls itself for each table
+//! inside a table, so a few thousand nested tables overflow the stack and end the process. In both cases, the
+//! broker would deliver the message again, for ever. Therefore [`Checked`] checks each content header first. It
+//! replaces a content header that lapin can't read by one with the header
+//! [`UNREADABLE`](crate::properties::UNREADABLE), and the consumer makes a dead letter of the message.
 //!
-//! lapin also ends the connection if a content header needs more than a frame, and brokers send such
-//! headers to a client that negotiated smaller frames than the producer. Then the longest headers are left
-//! out ([`fit`](crate::properties::fit)). Finally, whoever publishes decides how long a body is. Of a body above
-//! [`Limits::longest_body`] only the start is passed on.
+//! lapin also ends the connection if a content header is longer than a frame. Brokers send such content headers
+//! to a client that negotiated smaller frames than the producer. Then [`Checked`] leaves out the longest
+//! headers of the message ([`fit`](crate::properties::fit)). Finally, the producer decides how long a body is.
+//! If a body is longer than [`Limits::longest_body`], [`Checked`] passes on only its start.
 
 use crate::frames::{Frames, Limits};
 use async_compat::{Compat, CompatExt};
@@ -29,14 +29,14 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-/// A connection to a broker, with or without TLS. lapin takes it for a plain one either way, because its own
-/// TLS would bring 75 crates.
+/// A connection to a broker, with or without TLS. lapin treats both kinds as a connection without TLS, because
+/// lapin's own TLS would add 75 dependencies.
 pub type Socket = Compat<Either<TcpStream, TlsStream<TcpStream>>>;
 
 /// lapin's runtime, except that its connections are [`Checked`].
 pub type CheckedRuntime = async_rs::Runtime<RuntimeParts<Tokio, CheckedReactor>>;
 
-/// Makes the runtime for a connection, on the current tokio runtime.
+/// Makes a runtime for lapin that uses the current tokio runtime.
 pub fn runtime() -> CheckedRuntime {
     CheckedRuntime::new(RuntimeParts::new(Tokio::current(), CheckedReactor(Tokio::current())))
 }
@@ -49,7 +49,7 @@ impl Reactor for CheckedReactor {
     type TcpStream = Checked<Socket>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    /// Registers a socket that was connected elsewhere, which lapin never does.
+    /// Refuses a socket that was connected elsewhere. lapin never calls this function.
     fn register<H: Read + Write + Send + 'static>(
         &self,
         _socket: H,

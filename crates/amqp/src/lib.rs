@@ -2,13 +2,14 @@
 //!
 //! - [`Arguments`]: flags and environment variables
 //! - [`connection`]: connecting, with TLS or without, by a deadline; [`Backoff`]: the pause before the next try
-//! - [`opening`]: a bound for opening a connection with all that is set up on it, and why that failed
+//! - [`opening`]: a time limit for opening a connection and declaring what it needs, and the reason if that
+//!   fails
 //! - [`Session`]: publishing with confirms
 //! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries, all of one
 //!   [`QueueType`]
 //! - [`properties`]: reading the properties of a message that anybody may have written
-//! - `inbound`: the connection, on which `frames` from the broker are checked before lapin reads them;
-//!   [`content_header`]: how
+//! - `inbound`: a connection whose content headers are checked before lapin reads them; `frames` finds these
+//!   headers, and [`content_header`] checks them
 
 mod arguments;
 mod backoff;

@@ -1,4 +1,4 @@
-//! Opens a connection and all that is set up on it within a bound of time, and says why that failed.
+//! Opens a connection with all that is set up on it, within a time limit, and logs why this failed.
 
 use crate::connection::Server;
 use lapin::{
@@ -12,11 +12,11 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// How long an opening may take. A frozen node of a cluster may hold up a declaration for much longer, and
-/// another attempt may reach another node.
+/// How long it may take to open a connection with its declarations. A frozen node of a cluster may delay a
+/// declaration for much longer, and another attempt may reach another node.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An opening that keeps failing, although the broker can be reached, is logged this often.
+/// The interval between two log lines about the same failure, if the broker can be reached.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
 /// Why a connection could not be opened.
@@ -28,7 +28,7 @@ pub enum OpenError {
     /// The broker did not answer all steps in time.
     #[error("the broker did not answer each step of the opening within {OPENING_TIMEOUT:?}")]
     Timeout,
-    /// The broker refuses a declaration, and will do so until somebody changes something.
+    /// The broker refuses a declaration, and will refuse it again until somebody changes something.
     #[error("{0}")]
     Refused(String),
 }
@@ -63,8 +63,9 @@ impl OpenError {
     }
 }
 
-/// Carries out an opening, from connecting to the last declaration. If it fails, the next opening begins with
-/// another host, unless the broker refuses a declaration, which all hosts would do.
+/// Opens a connection, from connecting to the last declaration. If a step fails, the next attempt begins with
+/// another host. But if the broker refuses a declaration, the host stays the same, because all hosts would
+/// refuse it.
 ///
 /// # Errors
 /// If a step fails, or if all steps together take longer than ten seconds.
@@ -87,8 +88,9 @@ pub struct Failures {
 }
 
 impl Failures {
-    /// Logs a failure that is of another kind than the one before. A broker that is away may come back by
-    /// itself, so only other failures are logged again, once a minute.
+    /// Logs a failure if its kind differs from that of the previous failure. A failure of the same kind is
+    /// logged again after a minute, unless the broker can't be reached, because the broker may come back by
+    /// itself.
     pub fn log(&mut self, broker: &Server, error: &OpenError) {
         let (kind, is_away) = (mem::discriminant(error), matches!(error, OpenError::Connection(_)));
         let is_due = |at: Instant| !is_away && at.elapsed() >= LOG_EVERY;

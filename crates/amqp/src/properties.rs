@@ -12,21 +12,21 @@ use std::collections::BTreeMap;
 /// Delivery mode "persistent" (AMQP 0-9-1, class `basic`): the message survives a restart of the broker.
 pub const PERSISTENT: u8 = 2;
 
-/// Stands for properties that can't be read (long string: the properties as bytes, or empty if they are very
-/// long). [`inbound`](crate::inbound) puts this header in place of all others.
+/// Replaces properties that can't be read. The value is a long string: the bytes of the properties, or empty if
+/// they are very long. [`inbound`](crate::inbound) puts this header in place of all the producer's headers.
 pub const UNREADABLE: &str = "x-unreadable-properties";
 
 /// Says (boolean) that a message's longest headers are missing, because they would not have fitted into a
 /// frame.
 pub const HEADERS_LEFT_OUT: &str = "x-headers-left-out";
 
-/// Says (long-long-int) how many bytes a body had of which only the start is there
+/// Says (long-long-int) how many bytes the whole body had, if only its start was passed on
 /// ([`Server::with_longest_body`](crate::Server::with_longest_body)).
 pub const BODY_CUT: &str = "x-body-cut-from";
 
-/// Adds headers to `properties`. If the content header then needs more than a frame of `frame_max` bytes,
-/// the longest of the other headers are left out, and [`HEADERS_LEFT_OUT`] says so. Without headers,
-/// properties fit into any frame, because AMQP allows no `frame_max` below 4096.
+/// Adds headers to `properties`. If the content header is then too long for a frame of `frame_max` bytes, the
+/// longest of the other headers are left out, and [`HEADERS_LEFT_OUT`] says so. Without headers, properties fit
+/// into any frame, because AMQP allows no `frame_max` below 4096.
 pub fn fit(properties: BasicProperties, added: &[(&str, AMQPValue)], frame_max: usize) -> BasicProperties {
     let headers_of = |properties: &BasicProperties| {
         properties.headers().as_ref().map(FieldTable::inner).cloned().unwrap_or_default()
@@ -70,12 +70,13 @@ fn size(name: &str, value: &AMQPValue) -> usize {
     1 + name.len() + written.map_or(0, |written| written.write.len())
 }
 
-/// The header of this name.
+/// Returns the header with this name.
 pub fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPValue> {
     properties.headers().as_ref()?.inner().get(name)
 }
 
-/// A whole number, whichever of AMQP's types the language of the client made of it.
+/// Returns a whole number of any of AMQP's integer types, because clients in different languages use different
+/// types.
 pub fn integer(value: &AMQPValue) -> Option<i64> {
     match *value {
         AMQPValue::ShortShortInt(n) => Some(n.into()),

@@ -1,8 +1,8 @@
 //! A connection to the broker with one channel, for publishing with confirms.
 //!
-//! A session is used until the first thing goes wrong. After an error nobody knows which of its messages the
-//! broker has, so the caller gives the session up, opens another, declares its queues again, and publishes
-//! again whatever was not confirmed.
+//! A session is used until its first error. After an error, nobody knows which of the session's messages the
+//! broker has. So the caller drops the session, opens a new one, declares its queues again, and publishes all
+//! unconfirmed messages again.
 
 use crate::{
     connection::{self, Server},
@@ -29,7 +29,7 @@ pub struct Session {
 
 type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
 
-/// Why messages are not confirmed. The broker may have any of them nevertheless.
+/// Why messages are not confirmed. The broker may have received some of them nevertheless.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unconfirmed {
     /// The broker is short of memory or disk and takes no messages (`connection.blocked`).
@@ -69,10 +69,10 @@ impl Unconfirmed {
 /// What publishing does while the broker takes no messages (`connection.blocked`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IfBlocked {
-    /// It fails at once, because the caller keeps its messages elsewhere.
+    /// Publishing fails at once, because the caller keeps its messages elsewhere.
     Fail,
-    /// It waits, because messages on their way will be taken when the broker takes messages again. Publishing
-    /// them on another connection would only make two of each.
+    /// Publishing waits, because the broker will take the messages that were already sent when it takes
+    /// messages again. Publishing them on another connection would only duplicate them.
     Wait,
 }
 
@@ -98,10 +98,10 @@ impl Session {
     /// Headers that don't fit into a frame are left out ([`properties::fit`]).
     ///
     /// The messages go through the default exchange. With any other exchange, a confirm would only mean that
-    /// some queue has the message, which may be a stranger's.
+    /// some queue has the message, and that queue may belong to somebody else.
     ///
     /// # Errors
-    /// If one is not. Then the session is of no use any more.
+    /// If a message is not confirmed. After that, the session can't be used any more.
     pub async fn publish<B: AsRef<[u8]>>(
         &mut self,
         queue: &str,
@@ -118,19 +118,19 @@ impl Session {
             channel.basic_publish("".into(), queue.into(), options, body.as_ref(), properties).await?.await
         };
         let mut confirmations = pin!(async {
-            // Each message is handed over when its future is polled first, so in order.
+            // A message is handed to lapin when its future is first polled, so the messages keep their order.
             all_confirmed(join_all(messages.map(publish_one)).await)
         });
         loop {
             let why = select! {
-                // The confirms may have come while nobody polled this.
+                // The confirms may have arrived while nobody polled this future.
                 biased;
                 confirmed = &mut confirmations => return confirmed,
                 why = trouble(events) => why,
                 () = sleep(limit) => Unconfirmed::Timeout,
             };
             match (why, connection.status().blocked()) {
-                // The event is an old one, because nobody looks at the events of an idle session.
+                // The event is old, because nobody reads the events of an idle session.
                 (Unconfirmed::Blocked, false) => {}
                 (Unconfirmed::Blocked | Unconfirmed::Timeout, true) if if_blocked == IfBlocked::Wait => {}
                 _ => return Err(why),
@@ -159,7 +159,7 @@ impl Session {
         }
     }
 
-    /// Closes the connection in an orderly way, for at most a second.
+    /// Closes the connection in an orderly way, which takes at most a second.
     pub async fn close(self) {
         connection::close(&self.connection).await;
     }
@@ -168,7 +168,8 @@ impl Session {
 async fn trouble(events: &mut Events) -> Unconfirmed {
     loop {
         match events.next().await {
-            // lapin would keep this message, and all after it, until the broker takes messages again.
+            // lapin would keep the current message and all later messages until the broker takes messages
+            // again.
             Some(Event::ConnectionBlocked(_)) => return Unconfirmed::Blocked,
             Some(Event::Error(error)) => return broken(&error),
             None => return Unconfirmed::ConnectionBroken,
@@ -177,8 +178,8 @@ async fn trouble(events: &mut Events) -> Unconfirmed {
     }
 }
 
-/// Returns why a message is not confirmed after this error. The broker closes the channel or the connection
-/// with some codes because of what a message is like, such as a body that is longer than the broker takes.
+/// Returns why a message is not confirmed after this error. With some codes, the broker closes the channel or
+/// the connection because of the message itself, for example because its body is too long for the broker.
 fn broken(error: &lapin::Error) -> Unconfirmed {
     use AMQPErrorKind::{Hard, Soft};
     use AMQPHardError::{FRAMEERROR, SYNTAXERROR};
@@ -200,8 +201,8 @@ fn all_confirmed(confirmations: Vec<lapin::Result<Confirmation>>) -> Result<(), 
     for confirmation in confirmations {
         match confirmation {
             Ok(Confirmation::Ack(None)) => {}
-            // RabbitMQ returns an unroutable message, and acknowledges it all the same. lapin hands the returned
-            // message to whichever acknowledgement comes next, so nobody knows which message was returned.
+            // RabbitMQ returns an unroutable message, and also acknowledges it. lapin attaches the returned
+            // message to the next acknowledgement, so nobody knows which message was returned.
             Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_))) => {
                 return Err(Unconfirmed::Unroutable);
             }

@@ -1,5 +1,5 @@
-//! A work queue with its exchange, its dead letters and its delayed retries. Whichever side comes first declares
-//! them, so that no message is lost because a consumer was not there yet.
+//! A work queue with its exchange, its dead letters and its delayed retries. The producer or the consumer,
+//! whichever starts first, declares them, so that no message is lost because no consumer has started yet.
 
 use crate::{connection::open_channel, opening::OpenError};
 use clap::ValueEnum;
@@ -10,20 +10,21 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// How often a message may be delivered again from a quorum queue. RabbitMQ 4 drops a message after 20 times
-/// by default, although a cut connection is not the message's fault. No number means "without a limit" on
-/// all versions: RabbitMQ 4 takes -1 for that, and RabbitMQ 3.10 drops the message at the first return.
+/// How many times a quorum queue may deliver a message again. By default, RabbitMQ 4 drops a message after 20
+/// times, although a cut connection is not the message's fault. The value -1 means "without a limit" only in
+/// RabbitMQ 4; with -1, RabbitMQ 3.10 drops a message when it is first returned. Therefore this is a very high
+/// number.
 const DELIVERY_LIMIT: i32 = 1_000_000_000;
 
-/// The type of all queues (`x-queue-type`). It is always declared, because the default of the virtual host
-/// may be either.
+/// The type of all queues (`x-queue-type`). The services always declare the type, because the default of the
+/// virtual host may be either type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum QueueType {
     /// The queue is replicated if the broker is a cluster. A retry queue keeps each message until the main
     /// queue has it.
     Quorum,
-    /// The queue is on one node. A retry queue gives each message away once, whether or not the main queue is
-    /// there.
+    /// The queue is on one node. A retry queue passes each message on once, even if the main queue does not
+    /// exist.
     Classic,
 }
 
@@ -43,7 +44,8 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// The names, with `prefix` in front of all but the routing key, so that deployments can share a broker.
+    /// Makes the names. All names except the routing key start with `prefix`, so that deployments can share a
+    /// broker.
     pub fn new(prefix: &str, exchange: &str, routing_key: &str, queue: &str, queue_type: QueueType) -> Self {
         Self {
             exchange: format!("{prefix}{exchange}"),
@@ -60,22 +62,23 @@ impl Topology {
         format!("{}.retry.{}", self.queue, humantime::format_duration(delay).to_string().replace(' ', ""))
     }
 
-    /// Declares the queues, with a retry queue for each of these delays. Declaring what exists already
+    /// Declares the queues, with a retry queue for each of these delays. Declaring a queue that already exists
     /// changes nothing.
     ///
     /// # Errors
-    /// If the connection is lost, or if the broker refuses a queue, for example because it holds the queue
-    /// with another type.
+    /// If the connection is lost, or if the broker refuses a queue, for example because the queue already
+    /// exists with another type.
     pub async fn declare(&self, channel: &Channel, retry_delays: &[Duration]) -> Result<(), OpenError> {
-        // The dead-letter queue comes first, because the others give messages to it.
+        // The dead-letter queue comes first, because the main queue may send messages to it.
         self.declare_queue(channel, &self.dead_letter_queue, self.arguments(None)).await?;
-        // Dead letters of the main queue are only messages that a consumer or an operator's policy drops. A
-        // classic queue is declared as it always was, because a queue that exists can't be changed.
+        // The main queue makes a dead letter only of a message that a consumer or an operator's policy drops. A
+        // classic queue has no arguments for dead letters, as in earlier versions, because an existing queue
+        // can't be changed.
         let dead_letters = Some(&self.dead_letter_queue).filter(|_| self.queue_type == QueueType::Quorum);
         self.declare_queue(channel, &self.queue, self.arguments(dead_letters)).await?;
         for delay in retry_delays {
             // Nobody consumes a retry queue, and a message whose delay is over goes back to the main queue.
-            // Each delay has its own queue, because only the first message of a queue expires.
+            // Each delay has its own queue, because a message expires only when it is the first in its queue.
             let mut arguments = self.arguments(Some(&self.queue));
             let milliseconds = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX);
             arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(milliseconds));
@@ -96,8 +99,8 @@ impl Topology {
             QueueType::Quorum => {
                 set("x-queue-type", text("quorum"));
                 set("x-delivery-limit", AMQPValue::LongInt(DELIVERY_LIMIT));
-                // If a policy bounds the queue, the publisher gets a nack, and keeps the message. Without
-                // this argument, dead letters are given away at most once.
+                // If a policy limits the queue's length and the queue is full, the publisher gets a nack, and
+                // keeps the message. Without this argument, RabbitMQ would send each dead letter at most once.
                 set("x-overflow", text("reject-publish"));
             }
         }
@@ -123,12 +126,12 @@ impl Topology {
         declared.map(drop).map_err(|error| OpenError::of_declaring("queue", queue, &expected, error))
     }
 
-    /// Returns whether [`Topology::bind`] bound the main queue that exists now, and the exchange still exists.
+    /// Returns whether the exchange still exists and [`Topology::bind`] bound the main queue that exists now.
     ///
     /// # Errors
     /// If the connection is lost.
     pub async fn is_bound(&self, connection: &Connection) -> Result<bool, OpenError> {
-        // If an exchange is missing, the broker closes the channel.
+        // This needs a separate channel, because the broker closes the channel if an exchange is missing.
         let channel = open_channel(connection).await?;
         let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
         for exchange in [&self.exchange, &self.binding_mark()] {
@@ -145,8 +148,8 @@ impl Topology {
     /// Declares the exchange.
     ///
     /// # Errors
-    /// If the connection is lost, or if the broker refuses, for example because it holds the exchange with
-    /// another type.
+    /// If the connection is lost, or if the broker refuses, for example because the exchange already exists
+    /// with another type.
     pub async fn declare_exchange(&self, channel: &Channel) -> Result<(), OpenError> {
         let exchange = self.exchange.as_str();
         let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
@@ -173,9 +176,9 @@ impl Topology {
         self.bind_to(channel, &mark, "").await
     }
 
-    /// Returns the name of the exchange that marks the queue as bound. AMQP can't ask for a binding. But if the
-    /// queue is deleted, whoever does it, the broker also deletes this exchange, because the queue was the only
-    /// one that was bound to it (`auto-delete`).
+    /// Returns the name of the exchange that marks the queue as bound. In AMQP, a client can't ask whether a
+    /// binding exists. But when anybody deletes the queue, the broker also deletes this exchange
+    /// (`auto-delete`), because no other queue is bound to it.
     fn binding_mark(&self) -> String {
         format!("{}.bound", self.queue)
     }

@@ -26,9 +26,9 @@ pub enum B3Encoding {
 
 /// Reads both encodings (the single header first) and writes one of them.
 ///
-/// A trace with the debug flag counts as sampled, and the flag is sent on. A deferred decision (no sampling
+/// A trace with the debug flag counts as sampled, and the flag is forwarded. A deferred decision (no sampling
 /// state) counts as not sampled, as in the other OpenTelemetry SDKs. A sampling state without ids (`b3: 0`)
-/// tells the samplers `parentbased_*` what to do with the trace that begins here.
+/// tells the samplers `parentbased_*` whether to sample the trace that begins in this process.
 #[derive(Debug, Clone, Copy)]
 pub struct B3Propagator(pub B3Encoding);
 
@@ -91,7 +91,7 @@ impl TextMapPropagator for B3Propagator {
 pub(crate) enum Asked {
     Drop,
     Sample,
-    /// Sample, and send the debug flag on through the whole trace.
+    /// Sample, and forward the debug flag through the whole trace.
     Debug,
 }
 
@@ -161,7 +161,7 @@ fn parse_single(value: Option<&str>) -> Option<(SpanContext, bool)> {
 
 /// Returns the span context, and whether it has the debug flag.
 fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<(SpanContext, bool)> {
-    // A trace id has 64 or 128 bits; other lengths are illegal.
+    // A trace id has 64 or 128 bits. Other lengths are illegal.
     if !matches!(trace_id.len(), 16 | 32) || span_id.len() != 16 {
         return None;
     }
@@ -305,7 +305,7 @@ mod tests {
         ] {
             let (cx, decided) = of(headers);
             assert_eq!(decided, decisions, "{headers:?}");
-            // Without a trace, the sampling state is sent on alone. With a trace, it is sent with the ids.
+            // Without a trace, the sampling state is forwarded alone. With a trace, it is sent with the ids.
             assert_eq!(sent(B3Encoding::Single, &cx), [("b3".into(), single.into())].into());
             assert_eq!(sent(B3Encoding::Multi, &cx), [(multi.0.into(), multi.1.into())].into());
             if decided[0] {

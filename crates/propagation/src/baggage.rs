@@ -1,6 +1,6 @@
 //! W3C Baggage: <https://www.w3.org/TR/baggage/>.
 //!
-//! The propagator of the Rust SDK reads only the first header line with `baggage`. It also logs the whole
+//! The propagator of the Rust SDK reads only the first `baggage` header line. It also logs the whole
 //! header when a member is malformed, although baggage may hold personal data.
 
 use opentelemetry::{
@@ -13,8 +13,8 @@ use std::sync::LazyLock;
 
 const BAGGAGE: &str = "baggage";
 
-/// The longest `baggage` that is read, and so sent on, in bytes. A platform must be able to propagate this
-/// much, and 64 members (section 3.3.2). These are also the limits here.
+/// The longest `baggage` that is read, and so forwarded, in bytes. A platform must be able to propagate this
+/// many bytes and 64 members (section 3.3.2). This propagator accepts no more than that.
 pub const MAX_BAGGAGE: usize = 8192;
 const MAX_MEMBERS: usize = 64;
 

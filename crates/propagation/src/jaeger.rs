@@ -1,7 +1,7 @@
 //! Jaeger's own header: <https://www.jaegertracing.io/sdk-migration/#propagation-format>.
 //!
-//! Only the trace context is read and written. Jaeger's baggage (`uberctx-*`) is not read; use the propagator
-//! `baggage` as well.
+//! Only the trace context is read and written. Jaeger's baggage (`uberctx-*`) is not read. To propagate
+//! baggage, add the propagator `baggage`.
 
 use super::{Debug, padded_hex};
 use opentelemetry::{

@@ -65,15 +65,15 @@ pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
     TextMapCompositePropagator::new(propagators.iter().map(|p| p.build()).collect())
 }
 
-/// The flag "debug" of B3 and Jaeger, which includes "sampled". The flag must be sent on (OpenTelemetry, "B3
-/// Requirements"), but OpenTelemetry's span context has no such flag. So this value in the context holds it,
-/// with the id of its trace.
+/// The flag "debug" of B3 and Jaeger, which includes "sampled". The flag must be forwarded (OpenTelemetry, "B3
+/// Requirements"), but OpenTelemetry's span context has no such flag. So this value in the context holds the
+/// flag, with the id of its trace.
 #[derive(Debug)]
 struct Debug(TraceId);
 
 impl Debug {
     /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. B3 and Jaeger can't
-    /// say that a trace id is random, but another propagator may have read that it is.
+    /// say whether a trace id is random, so what another propagator has read about the same trace is kept.
     fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
         let trace_id = remote.trace_id();
         let is_known = cx.span().span_context().trace_id() == trace_id;
@@ -82,14 +82,14 @@ impl Debug {
         if is_debug { cx.with_value(Self(trace_id)) } else { cx }
     }
 
-    /// Returns whether the debug flag must be sent on with this span.
+    /// Returns whether the debug flag must be forwarded with this span.
     fn is_on(cx: &Context, span: &SpanContext) -> bool {
         let came_with_it = cx.get::<Self>().is_some_and(|Self(trace_id)| *trace_id == span.trace_id());
         (came_with_it || cx.get::<b3::Asked>() == Some(&b3::Asked::Debug)) && span.is_sampled()
     }
 }
 
-/// Marks a trace that came from a caller that didn't say that the trace id is random. All other trace ids are
+/// Marks the trace of a caller that didn't say that the trace id is random. All other trace ids are
 /// random, because the SDK makes random ids. But the SDK never sets the flag "random", and clears the caller's
 /// flag in spans that are not sampled.
 #[derive(Debug)]
@@ -120,10 +120,10 @@ fn lower_hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// Like [`lower_hex`], but in either case and padded with zeros on the left, for the ids of B3 and Jaeger.
+/// Like [`lower_hex`], but accepts upper case, and pads with zeros on the left, for the ids of B3 and Jaeger.
 fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
     let width = 2 * N;
-    // `lower_hex` refuses digits that are too many, or no digits.
+    // An empty text would be padded to zeros. `lower_hex` refuses too many digits.
     let padded = (!digits.is_empty()).then(|| format!("{:0>width$}", digits.to_ascii_lowercase()))?;
     lower_hex(padded.as_bytes())
 }

@@ -23,7 +23,7 @@ const RANDOM: TraceFlags = TraceFlags::new(0b10);
 /// Flags with a meaning in level 2: sampled, and random. All other flags are sent as zero.
 const KNOWN_FLAGS: u8 = 0b11;
 
-/// The longest `tracestate` that is read, and so sent on, in bytes. The Recommendation asks for at least this
+/// The longest `tracestate` that is read, and so forwarded, in bytes. The Recommendation asks for at least this
 /// much (section "tracestate Limits").
 pub const MAX_TRACESTATE: usize = 512;
 
@@ -105,8 +105,8 @@ pub fn traceparent(cx: &Context) -> Option<String> {
     if !span.is_valid() {
         return None;
     }
-    // If the context is the caller's, its flags are sent on unchanged. In a span of this process, the trace id
-    // counts as random, unless it came from a caller that didn't mark it as random.
+    // If the context is the caller's, its flags are forwarded unchanged. In a span of this process, the trace
+    // id counts as random, unless it came from a caller that didn't mark it as random.
     let is_random = !span.is_remote() && !NotRandom::is_on(cx, span);
     let flags = if is_random { span.trace_flags() | RANDOM } else { span.trace_flags() };
     let mut header = Vec::with_capacity(VERSION_00_LENGTH);
@@ -161,8 +161,8 @@ fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     Some(members)
 }
 
-/// Cuts a list to [`MAX_TRACESTATE`], by whole members: first those of more than 128 bytes, then any, each
-/// time the last one (section "tracestate Limits").
+/// Removes whole members until the list fits into [`MAX_TRACESTATE`]: each time the last member of more than
+/// 128 bytes, or the last member if no member is that long (section "tracestate Limits").
 fn cut<'a>(mut members: Vec<(&'a str, &'a str)>) -> Vec<(&'a str, &'a str)> {
     let length = |(key, value): &(&str, &str)| key.len() + "=".len() + value.len();
     while members.iter().map(length).sum::<usize>() + members.len().saturating_sub(1) > MAX_TRACESTATE {

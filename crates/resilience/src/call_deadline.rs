@@ -13,7 +13,7 @@ use tokio::time::{Timeout, timeout_at};
 use tonic::Status;
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
-/// Limits the time of a call: to `limit`, or to the time left of the request that makes the call, if that is
+/// Limits the time of a call to `limit`, or to the time left for the request that makes the call, whichever is
 /// less. At the deadline the call ends with DEADLINE_EXCEEDED, and is cancelled at the server.
 #[derive(Clone)]
 pub struct CallDeadlineLayer {

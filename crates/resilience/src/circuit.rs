@@ -38,7 +38,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 const MIN_CALLS: u32 = 20;
 
 /// A call that fails at its deadline counts only if it had at least this much time, or half of the circuit's
-/// time-out.
+/// time-out if that is less.
 const FAIR_TIME: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
@@ -116,7 +116,7 @@ impl Circuit {
                 true
             }
             State::Open { until } => return Err(CircuitOpen::new(until - now)),
-            // The probe is under way.
+            // The probe has not ended yet.
             State::HalfOpen => return Err(CircuitOpen::new(self.pause)),
         };
         Ok(Permission {
@@ -166,8 +166,8 @@ impl Circuit {
 
 /// The permission to make one call. If the permission is dropped without an outcome, the call was given up. A
 /// call that was given up is a failure if its deadline has passed, and otherwise does not count. A call that
-/// began shortly before its deadline, and failed there, does not count either. If it did, callers who ask at
-/// the last moment could open the circuit for all others.
+/// began shortly before its deadline, and failed at the deadline, does not count either. Otherwise, callers
+/// with almost no time left could open the circuit for all other callers.
 #[must_use = "the circuit counts what becomes of the call"]
 #[derive(Debug)]
 pub struct Permission {
@@ -210,7 +210,7 @@ impl Drop for Permission {
     }
 }
 
-/// Counts the calls and failures of the last [`WINDOW`], by tenths of it.
+/// Counts the calls and failures of the last [`WINDOW`], which is divided into tenths.
 #[derive(Debug)]
 struct Window {
     tenths: [Counts; 10],

@@ -84,7 +84,7 @@ pin_project! {
     /// The outcome of a call, or its refusal.
     #[project = ResponseProjection]
     pub enum ResponseFuture<F> {
-        /// The call is under way.
+        /// The call has begun.
         Calling {
             #[pin]
             call: F,
@@ -130,8 +130,8 @@ fn refusal(open: CircuitOpen) -> Status {
 }
 
 /// Whether a status shows that the server does not work. Any other status shows that the server works, because
-/// the server has judged the request. RESOURCE_EXHAUSTED does not count, because a caller can cause it: gRPC
-/// libraries answer so to headers or a message that are too large.
+/// the server has judged the request. RESOURCE_EXHAUSTED does not count, because a caller can cause it. gRPC
+/// libraries return this status if the headers or the message are too large.
 fn is_failure(code: Code) -> bool {
     match code {
         Code::Unknown | Code::DeadlineExceeded | Code::Internal | Code::Unavailable | Code::DataLoss => true,

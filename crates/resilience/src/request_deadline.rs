@@ -1,4 +1,4 @@
-//! A server's deadline, by which the handler or else this layer answers the caller.
+//! A server's deadline, by which either the handler or this layer answers the caller.
 
 use crate::{Deadline, Rejection};
 use http::{Request, Response};
@@ -13,7 +13,7 @@ use tokio::time::{Timeout, timeout_at};
 use tower::{Layer, Service};
 
 /// Gives a handler a limited time. The handler, and the layers of the clients that it uses, read the deadline
-/// by [`Deadline::current`]. At the deadline the handler is dropped, which ends its spans, and this layer
+/// from [`Deadline::current`]. At the deadline the handler is dropped, which ends its spans, and this layer
 /// answers the caller.
 #[derive(Clone)]
 pub struct DeadlineLayer<A> {
@@ -29,8 +29,8 @@ impl<A> DeadlineLayer<A> {
         Self { limit, asks_caller: false, answer }
     }
 
-    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. HTTP callers may
-    /// not, because anybody can call over HTTP, and could open circuits by calls that must fail.
+    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. HTTP callers can't
+    /// do this, because anybody can call over HTTP, and calls with too little time could open circuits.
     pub fn grpc(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: true, answer }
     }
@@ -51,8 +51,8 @@ pub struct RequestDeadline<S, A> {
     layer: DeadlineLayer<A>,
 }
 
-/// How long before the time in `grpc-timeout` this layer answers. At that time tonic's own server, outside of
-/// all layers, drops the call and reports CANCELLED. So this layer has to answer first.
+/// How long before the end of `grpc-timeout` this layer answers. At the end of `grpc-timeout`, tonic's own
+/// server, outside of all layers, drops the call and reports CANCELLED. So this layer has to answer earlier.
 const BEFORE_TONIC: Duration = Duration::from_millis(3);
 
 impl<S, A, R, B> Service<Request<R>> for RequestDeadline<S, A>

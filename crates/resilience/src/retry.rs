@@ -79,7 +79,7 @@ where
     type Error = Status;
     type Future = Pin<Box<dyn Future<Output = Result<Response<R>, Status>> + Send>>;
 
-    /// Is always ready, because each attempt waits for the connection itself.
+    /// Is always ready, because each attempt itself waits for the connection.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }

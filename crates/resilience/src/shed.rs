@@ -34,8 +34,8 @@ impl InFlight {
         Self { free: Arc::new(Semaphore::new(most)), most }
     }
 
-    /// Waits until no request has been in flight for half a second, in which the last answer reaches its caller.
-    /// After that, a server that stops need not wait for its connections.
+    /// Waits until half a second has passed without a request in flight. In that time, the last answer reaches
+    /// its caller. After that, a server that stops need not wait for its connections.
     pub async fn ended(&self) {
         let mut quiet = 0;
         while quiet < 25 {
@@ -45,7 +45,7 @@ impl InFlight {
     }
 }
 
-/// Refuses requests while the allowed number is in flight.
+/// Refuses requests while the maximum number of requests is in flight.
 ///
 /// Calls of gRPC's own services, such as health checks, are never refused, because a busy service is not dead.
 #[derive(Clone)]
@@ -55,7 +55,7 @@ pub struct ShedLayer<A> {
 }
 
 impl<A> ShedLayer<A> {
-    /// Makes a layer for the requests of all services that it wraps.
+    /// Makes a layer. All services that it wraps share the limit.
     pub fn new(in_flight: InFlight, answer: A) -> Self {
         Self { in_flight, answer }
     }

@@ -1,8 +1,8 @@
 //! The base of a gRPC client's layers, which reduces a call to one message out and one message back.
 //!
-//! gRPC sends the outcome of a call in the trailers of the answer, after the message. Without this layer, a
-//! layer that wants to know whether a call failed would have to read the body to its end. With this layer
-//! inside, the outcome is a [`Result`].
+//! gRPC sends the outcome of a call in the trailers of the answer, after the message. Without [`UnaryLayer`],
+//! another layer would have to read the body to its end to know whether a call failed. [`UnaryLayer`] reads the
+//! body, and gives the layers around it the outcome as a [`Result`].
 
 use crate::Deadline;
 use bytes::Bytes;
@@ -17,9 +17,9 @@ use std::{
 use tonic::{Code, Status};
 use tower::{BoxError, Layer, Service};
 
-/// Collects the answer, of at most 4 MiB, and makes each outcome but OK an error. The layer also tells the
-/// server how much time is left. It is only for unary calls, because the messages of a stream would all arrive
-/// at its end.
+/// Collects the answer, which may have at most 4 MiB, and turns every status except OK into an error. The layer
+/// also tells the server how much time is left. It is only for unary calls, because all messages of a stream
+/// would arrive only when the stream ends.
 #[derive(Clone)]
 pub struct UnaryLayer;
 
@@ -96,8 +96,8 @@ fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
     })
 }
 
-/// Removes the message and the details of a status, so that its code stands, whatever they are. tonic's client
-/// takes a message that is not UTF-8 for the code UNKNOWN, and panics if the details are not base64.
+/// Removes the message and the details of a status, so that its code stays, whatever they contain. If the
+/// message is not UTF-8, tonic's client reports the code UNKNOWN. If the details are not base64, it panics.
 fn keep_code(headers: &mut HeaderMap) {
     headers.remove(Status::GRPC_MESSAGE);
     headers.remove(Status::GRPC_STATUS_DETAILS);
@@ -106,7 +106,7 @@ fn keep_code(headers: &mut HeaderMap) {
 /// Makes the status for an answer that is not gRPC, or that broke off.
 fn no_status(http: StatusCode) -> Status {
     let code = match http {
-        // This judges the request, so it must not count as a failure of the server.
+        // These statuses say that the request is wrong, so they must not count as failures of the server.
         StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => Code::OutOfRange,
         _ => code_of_http(http),
     };

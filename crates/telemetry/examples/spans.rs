@@ -7,7 +7,7 @@
 //! │     └─ inner              a function again: the two kinds of span nest in each other
 //! ├─ asynchronous             an async block
 //! ├─ blocking                 tokio::task::spawn_blocking
-//! └─ background               tokio::spawn: goes on after the request
+//! └─ background               tokio::spawn: continues after the request
 //! ```
 //!
 //! Run it with `OTEL_TRACES_EXPORTER=console cargo run -p telemetry --example spans`. The test
@@ -57,7 +57,7 @@ async fn report(Path(id): Path<u64>, answered: Arc<Notify>, done: mpsc::Sender<(
     });
     work.await.expect("it does not panic");
 
-    // Another task that goes on after the answer: its span ends when the task ends.
+    // Another task, which continues after the answer: its span ends when the task ends.
     let background = async move {
         let cx = Context::current_with_span(TRACER.start("background"));
         answered.notified().with_context(cx.clone()).await;
@@ -83,8 +83,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let app: Router = Router::new()
         .route("/report/{id}", get(move |path| report(path, told.clone(), done.clone())))
         .layer(HttpServerLayer::new());
-    // A real service would listen; here the request is made in memory. The body is read, because the server
-    // span ends with it. An unread body means that the caller has hung up.
+    // A real service would listen on a port. Here, the request is made in memory. The body is read, because the
+    // server span ends with it. If nobody reads the body, the span ends as if the caller had hung up.
     let response = app.oneshot(Request::get("/report/7").body(Body::empty())?).await?;
     axum::body::to_bytes(response.into_body(), 1024).await?;
     answered.notify_one();

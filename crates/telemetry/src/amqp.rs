@@ -71,7 +71,7 @@ pub enum ContextSource {
     Headers,
     /// In the body.
     Body,
-    /// In neither, or it was malformed.
+    /// Neither the headers nor the body had a valid context.
     None,
 }
 
@@ -132,7 +132,7 @@ pub struct UnknownRelation;
 
 impl Relation {
     /// Makes a CONSUMER span for a message with the context `producer`. Returns the span's builder and its
-    /// parent context, which has the message's baggage whatever the relation.
+    /// parent context, which has the message's baggage for every relation.
     pub fn consumer_span(self, name: &'static str, producer: Context) -> (SpanBuilder, Context) {
         let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Consumer);
         let target = producer.span().span_context().clone();
@@ -147,7 +147,7 @@ impl Relation {
     }
 }
 
-/// Returns a context with the baggage of `cx` and no parent span. An invalid parent is no substitute, because
+/// Returns a context with the baggage of `cx` and no parent span. An invalid parent would be wrong, because
 /// the samplers treat it as a parent that is not sampled.
 fn with_baggage_only(cx: &Context) -> Context {
     let members = cx.baggage().iter();

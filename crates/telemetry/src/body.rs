@@ -42,7 +42,7 @@ pin_project! {
 }
 
 impl<B, S: AwaitsBody> TracedBody<B, S> {
-    /// `span` is `None` if it has ended already; `length` is the value of the header `content-length`.
+    /// `span` is `None` if the span has already ended. `length` is the value of the header `content-length`.
     pub(crate) fn new(body: B, span: Option<S>, length: Option<u64>) -> Self {
         Self { body, span, left: length }
     }

@@ -2,8 +2,8 @@
 
 use std::{error::Error, iter};
 
-/// Joins the texts of an error and of its causes. A text that is there already is left out, because the libraries
-/// differ in whether the text of an error has that of its cause.
+/// Joins the texts of an error and of its causes. A text that is already included is left out, because in
+/// some libraries the text of an error includes the text of its cause.
 pub fn causes(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     for cause in iter::successors(error.source(), |&cause| cause.source()) {

@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// A difference up to this is the drift of the clocks, or the time between reading one and the other.
+/// A difference up to this is only drift, or the time between reading one clock and reading the other.
 const DRIFT: Duration = Duration::from_millis(100);
 
-/// When the open spans started, by both clocks.
+/// When each open span started, by the wall clock and by the monotonic clock.
 #[derive(Debug, Default)]
 pub(crate) struct Clock(Mutex<HashMap<SpanId, (SystemTime, Instant)>>);
 
@@ -58,8 +58,8 @@ mod tests {
     };
     use opentelemetry_sdk::trace::{SpanEvents, SpanLinks};
 
-    /// Corrects a span of ten seconds with an event in its middle. By the wall clock they were `end` and `event`
-    /// seconds after the start. Returns what they are after the correction.
+    /// Corrects a span of ten seconds with an event in its middle. By the wall clock, the event is `event`
+    /// seconds and the end is `end` seconds after the start. Returns both numbers after the correction.
     fn corrected(event: i64, end: i64) -> (i64, i64) {
         let at = |seconds: i64| SystemTime::UNIX_EPOCH + Duration::from_secs((1000 + seconds) as u64);
         let mut events = SpanEvents::default();
@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_span_lasts_as_long_as_it_took_however_the_clock_is_set() {
-        // The clock was right; was set back and forward by a minute before the event, and after it.
+        // The clock was right, or was set a minute back or forward, before or after the event.
         for (event, end) in [(5, 10), (5 - 60, 10 - 60), (5 + 60, 10 + 60), (5, 10 - 60), (5, 10 + 60)] {
             assert_eq!(corrected(event, end), (5, 10), "{event}, {end}");
         }

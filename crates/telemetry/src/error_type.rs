@@ -1,9 +1,9 @@
 //! Carries the reason for a refusal to the span around the layer that refuses.
 
-/// The `error.type` of a span, set by a layer inside the span that knows more than the status says:
-/// `overloaded` says more than `503`.
+/// The `error.type` of a span, set by an inner layer that knows a more exact reason than the status. For
+/// example, `overloaded` says more than `503`.
 ///
-/// A server's layer puts it into the extensions of its response. A client's layer makes it a source of the
+/// A server layer puts the value into the extensions of its response. A client layer makes it a source of the
 /// [`tonic::Status`] that it returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]

@@ -1,20 +1,20 @@
 //! Counts exactly what happens to each span, around the SDK's batch processor and any exporter.
 //!
-//! The SDK drops spans without a word, and its exporters report one result for a whole batch. So two wrappers
+//! The SDK drops spans silently, and its exporters report one result for a whole batch. So two wrappers
 //! do the counting. When a sampled span ends, [`AccountedProcessor`] counts it. If there is room, it hands
 //! the span to the SDK's [`BatchSpanProcessor`], whose thread collects batches and gives each one to
 //! [`AccountedExporter`]. That wrapper sends the batch through the published exporter, again and again until
-//! the receiver takes or refuses it, or until `OTEL_BSP_EXPORT_TIMEOUT` has passed. Spans in the queue and in
+//! the receiver accepts or refuses it, or until `OTEL_BSP_EXPORT_TIMEOUT` has passed. Spans in the queue and in
 //! flight are waiting, so at every moment ended = exported + dropped + waiting.
 //!
 //! ```text
 //! span ends ──▶ in the queue ──▶ in flight ──▶ exported
-//!      │                             ├───────▶ dropped: rejected (the receiver refused it for good)
+//!      │                             ├───────▶ dropped: rejected (the receiver refused it permanently)
 //!      │                             └───────▶ dropped: not_sent (no success in time)
 //!      └──▶ dropped: queue_full
 //! ```
 //!
-//! Exporters of metrics and log records are not counted; [`Guarded`] gives them the same warnings.
+//! Metrics and log records are not counted, but [`Guarded`] logs the same warnings for their exporters.
 
 use crate::{clock::Clock, config::BatchConfig, outage::Outage};
 use opentelemetry::{Array, Context, KeyValue, StringValue, Value, trace::Span as _};
@@ -39,7 +39,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// The most bytes, approximately, that all waiting spans may take together.
+/// The maximum size of all waiting spans together, in bytes (an estimate).
 const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
 
 /// The most bytes in one request. A larger batch is sent in parts, because collectors commonly refuse
@@ -71,7 +71,7 @@ pub struct DroppedSpans {
     pub queue_full: u64,
     /// Spans that could not be sent in time, or before the process ended.
     pub not_sent: u64,
-    /// Spans that the receiver refused for good.
+    /// Spans that the receiver refused permanently.
     pub rejected: u64,
 }
 
@@ -153,8 +153,8 @@ enum Outcome {
     NotSent,
 }
 
-/// Starts a runtime of one thread, for the connections of exporters, which lives as long as the process. On the
-/// service's own runtime, encoding and sending a batch would delay the requests that run there.
+/// Starts a runtime of one thread for the exporters' connections. The runtime lives as long as the process. On
+/// the service's own runtime, encoding and sending a batch would delay the requests that run there.
 ///
 /// # Errors
 /// If the system gives no thread or no event queue.
@@ -169,17 +169,17 @@ pub(crate) fn connections() -> io::Result<Handle> {
     Ok(handle)
 }
 
-/// Gives this thread a lower priority, once. If all cores are busy, a batch then waits, and not a request.
+/// Lowers the priority of this thread, once. If all cores are busy, batches then wait instead of requests.
 fn let_requests_pass() {
     thread_local!(static LOWERED: () = {
-        // Only on Linux does this concern the thread, and not the whole process.
+        // On Linux, `nice` affects only this thread. Elsewhere, it would affect the whole process.
         #[cfg(target_os = "linux")]
         let _ = rustix::process::nice(10);
     });
     LOWERED.with(|()| ());
 }
 
-/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. It must be called
+/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. Call this function
 /// on the runtime that drives the exporter's connections.
 pub(crate) fn start<E: SpanExporter + 'static>(
     mut exporter: E,
@@ -214,8 +214,8 @@ pub(crate) fn start<E: SpanExporter + 'static>(
     (processor, Export { account, batches, closing })
 }
 
-/// Shuts an exporter down. The tracer provider could do it as well, but it shuts exporters down one after the
-/// other, so one that gets no answer would use up the others' time.
+/// Shuts an exporter down. The tracer provider could also do this, but it shuts exporters down one after the
+/// other, so an exporter that gets no answer would use up the others' time.
 pub(crate) struct Export {
     pub account: Arc<Account>,
     batches: Arc<BatchSpanProcessor>,
@@ -317,7 +317,7 @@ struct AccountedExporter<E> {
     outage: Outage,
     /// The longest time for one batch, with all its attempts.
     limit: Duration,
-    /// When sending ends because the process ends.
+    /// When sending must stop, once the shutdown has begun.
     closing: watch::Receiver<Option<Instant>>,
     runtime: Handle,
 }
@@ -373,8 +373,8 @@ impl<E: SpanExporter> AccountedExporter<E> {
             if pause >= self.time_left(start) {
                 return Outcome::NotSent;
             }
-            // The pause is between half and all of `pause`, so that services don't retry in step. The
-            // beginning of the shutdown ends it.
+            // The actual pause is between half and all of `pause`, so that services don't retry at the same
+            // moment. It ends early when the shutdown begins.
             let pausing = pause.mul_f64(0.5 + 0.5 * fastrand::f64());
             let _ = on_runtime(&self.runtime, pausing, async {
                 let _ = closing.wait_for(|closing| closing.is_some() && !is_closing).await;
@@ -392,8 +392,8 @@ impl<E: SpanExporter> AccountedExporter<E> {
     }
 }
 
-/// Runs `future` on this thread for at most `limit`, with the timers and sockets of the runtime. A panic in it
-/// becomes an error, because it would otherwise end the thread, and with it all exports. (tonic 0.14.9 panics
+/// Runs `future` on this thread for at most `limit`, with the timers and sockets of the runtime. A panic in
+/// `future` becomes an error, because a panic would end the thread, and so all exports. (tonic 0.14.9 panics
 /// when the details of a status are not base64, and `println!` when standard output is closed.)
 fn on_runtime(
     runtime: &Handle,
@@ -418,7 +418,7 @@ pub(crate) struct Guarded<E> {
 }
 
 impl<E> Guarded<E> {
-    /// Wraps an exporter. It must be called on the runtime that drives the exporter's connections.
+    /// Wraps an exporter. Call this function on the runtime that drives the exporter's connections.
     pub fn new(exporter: E, outage: Outage, limit: Duration) -> Self {
         Self { exporter, outage, limit, runtime: Handle::current() }
     }

@@ -1,4 +1,4 @@
-//! gRPC: the client span and the server span of every call, by a layer on either side.
+//! gRPC: a client layer and a server layer, which make the spans of every call.
 //!
 //! Both layers work on HTTP/2, below tonic, where a call's status is in the response's trailers, or in its
 //! headers if there is no message. Attributes and status are those of semantic conventions 1.45, gRPC.
@@ -156,7 +156,7 @@ where
         Box::pin(async move {
             match response.with_context(cx).await {
                 Ok(response) => {
-                    // A call that was refused on this side contacted nobody.
+                    // The peer is set only now, because a call that this side refuses contacts no server.
                     span.cx.span().set_attributes(peer);
                     Ok(span.respond(response))
                 }
@@ -166,7 +166,7 @@ where
                         Some(cause) => format!("connect to {server}: {cause}"),
                         None => status.message().to_owned(),
                     };
-                    // `end` sets no description, and of two errors a span keeps the one with a description.
+                    // `end` sets an error without a description, but the span keeps this description.
                     span.cx.span().set_status(SpanStatus::error(description));
                     span.end(status.code(), ErrorType::of(&status));
                     Err(status)
@@ -255,8 +255,8 @@ where
         };
         Box::pin(async move {
             match response.with_context(cx).await {
-                // tonic answers INTERNAL to a message that breaks off. But the caller is gone, and does not hear
-                // that. Without an outcome, the span ends as that of any other caller that is gone.
+                // If the message breaks off, tonic answers INTERNAL, but the caller is gone and never gets this
+                // answer. So the span is dropped without an outcome, which ends it as a cancelled or late call.
                 Ok(response) if broke_off.load(Relaxed) => {
                     drop(span);
                     Ok(response.map(|body| TracedBody::new(body, None, None)))

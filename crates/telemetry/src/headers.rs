@@ -1,4 +1,4 @@
-//! HTTP headers, which gRPC calls metadata: the carrier of a context, and attributes that both boundaries have.
+//! HTTP headers (gRPC calls them metadata) as the carrier of a context, and attributes of both HTTP and gRPC.
 
 use crate::{redaction::without_long_numbers, semconv};
 use http::{HeaderMap, HeaderName, HeaderValue, uri::Authority};
@@ -22,8 +22,8 @@ pub(crate) fn peer_attributes(peer: SocketAddr) -> [KeyValue; 4] {
     ]
 }
 
-/// Returns the attributes of the server that a caller named. Long numbers are left out of its name, because
-/// callers can name anything.
+/// Returns the attributes of the server that a request names. Long numbers are removed from the name, because
+/// callers can send any name.
 pub(crate) fn server_attributes(authority: &Authority) -> impl Iterator<Item = KeyValue> {
     let address = without_long_numbers(authority.host().trim_matches(['[', ']']));
     let port = authority.port_u16().map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port)));

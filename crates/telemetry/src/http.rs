@@ -1,4 +1,4 @@
-//! HTTP: the server span of every request, by a layer on the axum router.
+//! HTTP: a layer on the axum router, which makes the server span of every request.
 //!
 //! ```
 //! # use axum::{Router, routing::get};
@@ -10,9 +10,9 @@
 //!     .route("/healthz", get(|| async { "added after the layer, so not traced" }));
 //! ```
 //!
-//! Attributes and status are those of semantic conventions 1.45, HTTP server spans. The caller's trace
-//! is continued; the response carries the span's id in the header `traceparent`, so that `curl -i` leads
-//! to the trace.
+//! Attributes and status are those of semantic conventions 1.45, HTTP server spans. The span
+//! continues the caller's trace. The response carries the span's id in the header `traceparent`, so that
+//! `curl -i` shows which trace to look up.
 
 mod request;
 
@@ -45,7 +45,7 @@ use tower::{Layer, Service};
 /// Opens a SERVER span for each request, named `{method} {route}`.
 ///
 /// Mount it with [`axum::Router::layer`], because the matched route is known there. Make it after
-/// [`crate::Telemetry::start`], because it uses the tracer that is set there.
+/// [`crate::Telemetry::start`], which sets the tracer that the layer uses.
 #[derive(Clone)]
 pub struct HttpServerLayer {
     tracer: Arc<BoxedTracer>,
@@ -138,7 +138,7 @@ pub struct HttpServerSpan {
     cx: Context,
     is_head: bool,
     measured: Option<Measured>,
-    /// How the request ended. An error has its `error.type`; the status of a response tells the rest.
+    /// How the request ended: `Ok` after a whole response of any status, or `Err` with the `error.type`.
     outcome: Option<Result<(), &'static str>>,
 }
 

@@ -5,7 +5,7 @@
 //! | [`http`], [`grpc`], [`amqp`] | one boundary each: carrier, spans, attributes, metrics |
 //! | [`propagation`] | the wire formats of a context |
 //! | [`Config`], [`Telemetry`] | the `OTEL_*` variables, set-up, shutdown |
-//! | [`ErrorType`] | why a layer refused, for the span around it |
+//! | [`ErrorType`] | why a layer refused a request, for the span around the layer |
 //! | [`semconv`] | the names of attributes |
 //!
 //! ```no_run
@@ -68,7 +68,7 @@ use opentelemetry::{
     trace::{Span, Status, TraceContextExt},
 };
 
-/// Returns a tracer for hand-written spans. `name` and `version` tell which code makes them.
+/// Returns a tracer for hand-written spans. `name` and `version` tell which code makes the spans.
 pub fn tracer(name: &'static str, version: &'static str) -> BoxedTracer {
     global::tracer_with_scope(scope(name, version))
 }
@@ -97,8 +97,8 @@ pub(crate) fn with_span(parent: &Context, span: BoxedSpan) -> Context {
     }
 }
 
-/// Returns the attributes of a peer that was contacted. They are known if `address` is an IP address, because
-/// then no name had to be resolved.
+/// Returns the attributes of a peer that was contacted. The list is empty if `address` is a name, because the
+/// IP address behind the name is unknown here.
 #[cfg(any(feature = "tonic", feature = "lapin"))]
 pub(crate) fn peer(address: &str, port: i64) -> Vec<KeyValue> {
     if address.parse::<std::net::IpAddr>().is_err() {

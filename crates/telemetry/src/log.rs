@@ -2,8 +2,8 @@
 //! configured, the same events are also exported by OTLP as log records.
 //!
 //! `RUST_LOG` decides which lines and records are written. It does not decide which spans are recorded,
-//! because spans have a filter of their own. A separate thread writes the lines, so that a reader of standard
-//! error that stops reading delays nobody. Lines beyond a bound are dropped and counted.
+//! because spans have a filter of their own. A separate thread writes the lines, so that the service does not
+//! wait if nobody reads standard error. If too many lines are waiting, further lines are dropped and counted.
 
 use crate::{outage::PartialSuccess, records::Namespaced};
 use opentelemetry::{
@@ -45,7 +45,7 @@ pub(crate) struct Config {
     pub filter: Option<Filter>,
 }
 
-/// Decides which lines are written. Lines of lapin and OpenTelemetry are left out unless they are asked for,
+/// Decides which lines are written. Lines of lapin and OpenTelemetry are left out unless `RUST_LOG` names them,
 /// because these libraries log several lines for each failed attempt, while the services log once that the
 /// broker or the collector is unavailable.
 #[derive(Debug)]
@@ -70,8 +70,8 @@ impl Default for Filter {
 impl Filter {
     /// Makes a filter for one layer.
     fn layer<S: Subscriber>(&self) -> impl tracing_subscriber::layer::Filter<S> + use<S> {
-        // lapin logs messages that are returned as unroutable, which hold personal data. At TRACE it logs
-        // each frame, and so the password. No directive may turn these lines on.
+        // lapin logs the unroutable messages that the broker returns, and they hold personal data. At TRACE, it
+        // logs each frame, and so the password. No directive may turn these lines on.
         let is_harmless = filter_fn(|metadata| {
             let is_lapin = metadata.target().starts_with("lapin");
             metadata.target() != "lapin::returned_messages"
@@ -93,11 +93,11 @@ const MAX_LINES: usize = 4_096;
 /// How long writing the remaining lines may take at the end of the process.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// How long lines gather after others were written. Waking the thread costs more than writing a line.
+/// How long the thread sleeps after writing, so that lines gather. Waking it costs more than writing a line.
 const GATHERING: Duration = Duration::from_millis(5);
 
-/// The bytes of lines that are written at once. A pipe takes so many from each of several writers without mixing
-/// them (`PIPE_BUF`).
+/// The size of the buffer for lines, in bytes. If several processes write to one pipe, the pipe does not mix
+/// writes of up to this size (`PIPE_BUF`).
 const WRITTEN_AT_ONCE: usize = 4_096;
 
 /// Standard error, for the thread that writes the lines. The thread flushes it when no line is waiting.
@@ -132,8 +132,8 @@ impl Drop for Lines {
     fn drop(&mut self) {
         let guard = self.guard.take();
         let (done, written) = mpsc::channel();
-        // Dropping the guard writes the last lines. If nobody reads them, it blocks, and then complains on
-        // standard output, which may block as well. So the process waits for it only for a limited time.
+        // Dropping the guard writes the last lines. If nobody reads them, the drop blocks, and then complains
+        // on standard output, which may also block. So the process waits for it only for a limited time.
         thread::spawn(move || {
             drop(guard);
             let _ = done.send(());
@@ -164,15 +164,15 @@ pub(crate) fn install(
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_writer(writer)
         .with_filter(filter.layer());
-    // Each filter is around the `Option` of its layer. If an absent layer had no filter, tracing would ask
-    // for each span anew whether somebody wants it.
+    // Each filter wraps the `Option` of its layer. If an absent layer had no filter, tracing would check again
+    // for each span whether any layer wants the span.
     let records = loggers.map(|loggers| OpenTelemetryTracingBridge::new(&Namespaced(loggers.clone())));
     let records = records.with_filter(filter.layer());
     let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);
     let spans = tracer.map(|tracer| tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false));
     let spans = spans.with_filter(recorded);
     let answers = PartialSuccess.with_filter(Targets::new().with_target("opentelemetry-otlp", Level::WARN));
-    // This fails if there is a subscriber already, as in a test. That subscriber then stays.
+    // This fails if a subscriber is already installed, as in a test. That subscriber is then kept.
     let subscriber = tracing_subscriber::registry().with(spans).with(lines).with(records).with(answers);
     subscriber.try_init().ok()?;
     panic::set_hook(Box::new(log_panic));

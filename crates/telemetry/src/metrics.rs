@@ -32,7 +32,7 @@ use tracing_appender::non_blocking::ErrorCounter;
 const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 
 /// Makes the meter provider and sets it as the global one. Returns `None` if metrics are not exported.
-/// `runtime` is the service's runtime, of which there are metrics too.
+/// `runtime` is the service's runtime, whose metrics are also exported.
 pub(crate) fn start(
     config: MetricsConfig,
     resource: Resource,
@@ -82,7 +82,7 @@ pub(crate) fn start(
     Ok(Some(provider))
 }
 
-/// Returns the meter of the boundaries, whose scope is that of their spans.
+/// Returns the meter for HTTP, gRPC and AMQP. Its scope is that of `layers_tracer`.
 pub(crate) fn meter() -> Meter {
     crate::meter("throughline", env!("CARGO_PKG_VERSION"))
 }

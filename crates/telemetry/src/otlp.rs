@@ -1,5 +1,5 @@
 //! Builds the published OTLP exporters on connections that are made here, so that TLS has one provider,
-//! a silent connection is given up, and failures report their cause.
+//! a silent connection is closed, and failures report their cause.
 
 use crate::{
     config::{ConfigError, OtlpConfig, Protocol},
@@ -21,8 +21,8 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection may be silent after a request, as a part of the request's time-out. It is less than
-/// the whole, because a request that times out writes to the connection, which begins the wait anew.
+/// How long a connection may be silent after a request, as a fraction of the request's time-out. It is below 1,
+/// because a request that times out writes to the connection, and each write restarts the wait.
 #[cfg(feature = "otlp-grpc")]
 const MAX_SILENCE: f64 = 0.95;
 
@@ -63,7 +63,7 @@ fn built<E>(exporter: Result<E, ExporterBuildError>) -> Result<E, ConfigError> {
     exporter.map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP", error.to_string()))
 }
 
-/// The library reads the headers from the environment itself; [`OtlpConfig`] has already checked them.
+/// The library itself reads the headers from the environment. [`OtlpConfig`] has already checked them.
 #[cfg(feature = "otlp-grpc")]
 fn grpc<B: WithExportConfig + opentelemetry_otlp::WithTonicConfig>(
     builder: B,
@@ -103,11 +103,11 @@ fn channel(config: &OtlpConfig) -> Result<Channel, ConfigError> {
     let mut connector = HttpConnector::new();
     connector.set_nodelay(true);
     connector.enforce_http(false);
-    // A connection that died without a word is closed, and the next request gets another one. HTTP/2 pings
-    // would tell that too, but gRPC servers close a connection on which they come more often than every five
-    // minutes.
+    // If a connection dies silently, the time-out closes it, and the next request opens another one. HTTP/2
+    // pings would also detect this, but gRPC servers close a connection on which pings come more often than
+    // every five minutes.
     let mut connector = TimeoutConnector::new(connector);
-    // Without a time-out, the maximum stands for it, which would be an overflow.
+    // `Duration::MAX` means no time-out. As a time-out of the connection, it would overflow.
     let silence = (config.timeout < Duration::MAX).then(|| config.timeout.mul_f64(MAX_SILENCE));
     connector.set_read_timeout(silence);
     connector.set_reset_reader_on_write(true);

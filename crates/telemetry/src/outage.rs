@@ -26,7 +26,7 @@ pub(crate) struct Outage {
 
 #[derive(Debug, Default)]
 struct State {
-    /// A warning that exports fail was logged since the last success.
+    /// Whether a warning that exports fail has been logged since the last success.
     is_told: bool,
     warned: Option<Instant>,
     /// The number of spans that were dropped until the last success.
@@ -49,7 +49,7 @@ impl Failure {
 }
 
 thread_local! {
-    /// Details of the attempt on this thread that its result does not contain.
+    /// Details of the export attempt on this thread that are missing from its result.
     static ATTEMPT: RefCell<Attempt> = RefCell::default();
 }
 
@@ -69,7 +69,7 @@ pub(crate) fn note_cause(error: &(dyn std::error::Error + 'static)) {
     let cause = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
     ATTEMPT.with_borrow_mut(|attempt| {
         // If a connection ends before the request is sent, hyper cancels the request and loses the reason, for
-        // example that the server refused the client's certificate. An earlier attempt may have told more.
+        // example that the server refused the client's certificate. So this error does not replace another one.
         if attempt.cause.is_none() || !cause.contains("operation was canceled") {
             attempt.cause = Some(cause);
         }
@@ -100,7 +100,7 @@ impl Outage {
         rejected
     }
 
-    /// Records that an attempt failed, and returns whether another may succeed. `dropped` is as for
+    /// Records that an attempt failed, and returns whether another attempt may succeed. `dropped` is as for
     /// [`Self::over`].
     pub fn failed(&self, error: &OTelSdkError, dropped: u64) -> Failure {
         let cause = ATTEMPT.take().cause;
@@ -179,12 +179,12 @@ fn guess(reason: &str) -> &'static str {
     }
 }
 
-/// Shortens what a peer wrote, and removes control characters, because it goes into a log line.
+/// Shortens a peer's text, and removes control characters, because the text goes into a log line.
 fn short(message: &str) -> String {
     message.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
-/// Listens to the exporters' own events, because only these report that a request was accepted in part.
+/// Listens to the exporters' own events, because only they report that a receiver accepted part of a request.
 pub(crate) struct PartialSuccess;
 
 impl<S: Subscriber> Layer<S> for PartialSuccess {

@@ -1,7 +1,7 @@
 //! Serves metrics to Prometheus, with `OTEL_METRICS_EXPORTER=prometheus`.
 //!
-//! The metrics have their own listener, so that they can be on another address than the service, and are
-//! served alike by all services.
+//! The metrics have their own listener, so that their address can differ from the service's address, and so
+//! that all services serve metrics in the same way.
 
 use crate::config::ConfigError;
 use http::{Request, Response, StatusCode, header};
@@ -16,12 +16,12 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The most open connections. A further connection closes the one that was opened first, so that connections on
-/// which nothing is asked keep nobody out.
+/// The maximum number of open connections. A further connection closes the oldest one, so that idle connections
+/// don't block others.
 const MAX_CONNECTIONS: usize = 8;
 
-/// How long a connection may stay open. It is for one answer, and is closed after this time even if the
-/// answer was not fetched.
+/// How long a connection may stay open. A connection serves one answer, and is closed after this time even if
+/// the client has not read the answer.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Answers `GET /metrics` at `address` until the runtime ends. The answer has the metrics of the returned

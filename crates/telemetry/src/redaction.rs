@@ -1,4 +1,4 @@
-//! Removes phone numbers and the like from the text of callers, before it becomes a span attribute.
+//! Removes phone numbers and similar numbers from callers' text, before the text becomes a span attribute.
 
 use percent_encoding::percent_decode_str;
 
@@ -13,7 +13,7 @@ pub(crate) fn without_long_numbers(text: &str) -> String {
 ///
 /// - It has at most 8 digits without a dash or a space, and is attached to a letter (`2201116SG`) or is in a
 ///   product's version (`Build/eng.root.20190412`).
-/// - It is a later part of a version, and in groups of at most 3 digits (`Build/S3SGS32.39-181-11-14-1-3`).
+/// - It is a later part of a version, and has groups of at most 3 digits (`Build/S3SGS32.39-181-11-14-1-3`).
 ///
 /// So a mobile number of 7 or 8 digits would be kept if somebody wrote it as a version. A number that has 9
 /// digits or more in a row, or that stands by itself, is never kept.

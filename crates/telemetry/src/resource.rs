@@ -19,7 +19,7 @@ pub(crate) fn detect(service_name: &'static str, service_version: &'static str) 
         KeyValue::new("host.arch", arch()),
         KeyValue::new("os.type", env::consts::OS),
         KeyValue::new("process.pid", i64::from(process::id())),
-        // Telemetry starts first, so this is a few milliseconds late.
+        // Telemetry starts first, so this time is only a few milliseconds late.
         KeyValue::new(
             "process.creation.time",
             humantime::format_rfc3339_millis(SystemTime::now()).to_string(),

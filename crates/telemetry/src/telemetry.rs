@@ -27,7 +27,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// The traces, metrics and logs of this process, from [`Telemetry::start`] on.
+/// Exports the traces, metrics and logs of this process, from [`Telemetry::start`] to [`Telemetry::shut_down`].
 #[must_use = "spans are lost unless it is shut down"]
 pub struct Telemetry {
     tracers: Option<SdkTracerProvider>,
@@ -41,14 +41,14 @@ pub struct Telemetry {
 impl Telemetry {
     /// Installs the providers, the propagators and the log subscriber, and starts the exporters.
     ///
-    /// Call it first, inside the tokio runtime, because layers made before it would use a tracer that does
-    /// nothing. It opens no connection yet.
+    /// Call it inside the tokio runtime, and before any layer is made, because an earlier layer would use a
+    /// tracer that does nothing. No connection is opened yet.
     ///
     /// # Errors
-    /// If a certificate can't be used, or if it can't listen on the address at which Prometheus fetches the
-    /// metrics.
+    /// If a certificate can't be used, or if the process can't listen on the address at which Prometheus
+    /// fetches the metrics.
     pub fn start(config: Config) -> Result<Self, ConfigError> {
-        // The propagators are set even if the SDK is disabled, so that the caller's context is passed on.
+        // The propagators are set even if the SDK is disabled, so that the caller's context is forwarded.
         global::set_text_map_propagator(propagation::composite(&config.propagators));
         if config.sdk_disabled {
             let lines = log::install(config.log, None, None);
@@ -98,8 +98,8 @@ impl Telemetry {
         // Log records are sent last, because they may tell what happened to the spans and metrics.
         let limit = limit.mul_f64(0.8);
         let until_log = Instant::now() + limit;
-        // All exporters shut down at once, because one that gets no answer must not use up the others' time.
-        // Each has a thread, because the SDK blocks until the runtime has sent the rest.
+        // All exporters shut down at the same time, so that one without an answer doesn't use up the others'
+        // time. Each shutdown has its own thread, because the SDK blocks until the remaining data is sent.
         let meters = self.meters.map(|meters| on_thread(move || drop(meters.shutdown_with_timeout(limit))));
         let exports = self.exports.into_iter().map(|export| {
             let account = export.account.clone();
@@ -108,7 +108,7 @@ impl Telemetry {
         for (account, ended) in exports.collect::<Vec<_>>() {
             let _ = timeout_at(until_log, ended).await;
             let SpanCounts { ended, exported, dropped, .. } = account.counts();
-            // Spans that still wait now are lost as well.
+            // Spans that are still waiting now are also lost.
             let dropped = dropped.total().max(ended - exported);
             if dropped > 0 {
                 tracing::warn!(ended, exported, dropped, "spans were lost");
@@ -133,8 +133,8 @@ impl Telemetry {
     }
 }
 
-/// Runs `work` on its own thread, which the process does not wait for when it ends. The SDK's meters have no
-/// time limit for their shutdown, and a blocking task would delay the end of the runtime.
+/// Runs `work` on its own thread. When the process ends, it does not wait for this thread. The SDK's meters
+/// have no time limit for their shutdown, and a blocking task would delay the end of the runtime.
 fn on_thread(work: impl FnOnce() + Send + 'static) -> oneshot::Receiver<()> {
     let (done, ended) = oneshot::channel();
     thread::spawn(move || {
@@ -167,7 +167,7 @@ fn start_export(exporter: &Exporter, config: &Config) -> Result<(AccountedProces
     })
 }
 
-/// Builds the logger provider; `None` if log records are not exported.
+/// Builds the logger provider, or returns `None` if log records are not exported.
 fn loggers(config: &LogsConfig, resource: &Resource) -> Result<Option<SdkLoggerProvider>, ConfigError> {
     fn processor<E: LogExporter + 'static>(
         exporter: E,

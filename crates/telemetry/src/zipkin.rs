@@ -1,9 +1,9 @@
 //! Exports spans to Zipkin with the published exporter. That exporter is deprecated upstream, so the lasting
-//! solution is a collector in between.
+//! solution is a collector between the services and Zipkin.
 //!
-//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans, and the remote
-//! endpoint, from which it knows the broker, and gives a root span a parent id of zeros. These faults are corrected
-//! in the JSON of the request.
+//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans. It also leaves
+//! out the remote endpoint, from which Zipkin knows the broker, and gives a root span a parent id of zeros.
+//! This file corrects these faults in the JSON of the request.
 
 #![expect(deprecated, reason = "upstream deprecates it for OTLP, which is the default here")]
 
@@ -69,8 +69,8 @@ impl Mending {
     }
 }
 
-/// Returns the other side of a call or of a message. Only the broker has a name: a service names itself in its own
-/// spans, and Zipkin would draw another name, such as an address, as a service of its own.
+/// Returns the other side of a call or of a message. Only the broker gets a name here. A service names itself
+/// in its own spans, and Zipkin would draw any other name, such as an address, as a separate service.
 fn remote_endpoint(tags: &Value) -> Option<Value> {
     let name = tags["messaging.system"].as_str();
     let tag = |attribute: &str| {

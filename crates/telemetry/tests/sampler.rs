@@ -51,7 +51,7 @@ impl ShouldSample for ByAttributes {
     }
 }
 
-/// Returns whether the span around the caller is sampled.
+/// Returns whether the current span is sampled.
 fn is_sampled() -> bool {
     Context::current().span().span_context().is_sampled()
 }

@@ -2,7 +2,8 @@
 //! tables in `docs/conventions.md`.
 //!
 //! `registry.json` is an extract of the conventions' registry 1.45: the attributes and the metrics that this project
-//! exports, and the attributes of its kinds of spans. It has no deprecated names, so the check does not know them.
+//! exports, and the attributes of its kinds of spans. It has no deprecated names, so the check reports such
+//! names as unknown.
 
 use opentelemetry_proto::tonic::{
     collector::{
@@ -27,14 +28,14 @@ const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.7
 
 static CONVENTIONS: LazyLock<Conventions> = LazyLock::new(Conventions::load);
 
-/// The registry, with the names of our own.
+/// The registry, extended by the tables of `docs/conventions.md`.
 #[derive(Deserialize)]
 struct Conventions {
     attributes: BTreeMap<String, Attribute>,
     metrics: BTreeMap<String, Metric>,
-    /// The level of each attribute of a kind of span, such as `required`.
+    /// For each kind of span, the requirement level of each attribute, such as `required`.
     spans: BTreeMap<String, BTreeMap<String, String>>,
-    /// The kinds of spans of the page.
+    /// The kinds of spans that the page lists.
     #[serde(skip)]
     ours: Vec<SpanRow>,
     /// The attributes of each event of a span.
@@ -76,7 +77,7 @@ fn section(heading: &str) -> &'static str {
     section.split("\n## ").next().unwrap_or_default()
 }
 
-/// Returns the rows of the table in this section, without its head.
+/// Returns the rows of the table in this section, without the table's head.
 fn rows(heading: &str) -> impl Iterator<Item = Vec<&'static str>> {
     let lines = section(heading).lines().filter(|line| line.starts_with('|')).skip(2);
     lines.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
@@ -116,7 +117,8 @@ impl Conventions {
         all
     }
 
-    /// Checks the name, the type and the value of each attribute. `allowed` is empty if any known name is.
+    /// Checks the name, the type and the value of each attribute. If `allowed` is empty, any known name is
+    /// allowed.
     fn attributes(&self, attributes: &[KeyValue], allowed: &[&BTreeSet<&str>], said: &mut Vec<String>) {
         let mut names = BTreeSet::new();
         for KeyValue { key, value, .. } in attributes {
@@ -169,7 +171,7 @@ fn find<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a AnyValue> {
     attributes.iter().find(|kv| kv.key == key)?.value.as_ref()
 }
 
-/// Returns the text of an attribute, or nothing if it is missing or no text.
+/// Returns the text of an attribute, or an empty text if the attribute is missing or has another type.
 fn text<'a>(attributes: &'a [KeyValue], key: &str) -> &'a str {
     match find(attributes, key).and_then(|value| value.value.as_ref()) {
         Some(Value::StringValue(text)) => text,
@@ -404,8 +406,8 @@ fn of_metric(metric: &metrics::Metric) -> Vec<String> {
     said
 }
 
-/// Returns what the page lists and these spans do not have: kinds of spans, their attributes, and events. A page
-/// that lists too much is as wrong as one that lists too little.
+/// Returns the kinds of spans, attributes and events that the page lists, but that these spans do not have. A
+/// page that lists too much is as wrong as a page that lists too little.
 pub fn unseen(spans: &[crate::trace::Span]) -> Vec<String> {
     let mut unseen = Vec::new();
     for row in &CONVENTIONS.ours {

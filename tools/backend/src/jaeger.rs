@@ -207,8 +207,8 @@ async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Returns which service calls which, and how often, in the traces of the requested time. A call is a span
-/// whose parent belongs to another service.
+/// Returns how often each service calls each other service in the traces of the requested time. A call is a
+/// span whose parent belongs to another service.
 async fn dependencies(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let end = parameters.parsed("endTs", parameters::milliseconds)?.unwrap_or_else(parameters::now);
@@ -236,7 +236,7 @@ fn not_implemented(why: &str) -> Refusal {
     Refusal(StatusCode::NOT_IMPLEMENTED, why.to_owned())
 }
 
-/// Returns the operations of a service, of one span kind or of all.
+/// Returns the operations of a service, of one span kind or of all span kinds.
 fn operations_of(store: &Store, service: &str, kind: Option<&str>) -> Vec<Operation> {
     let traces = store.traces();
     let spans = traces.iter().flat_map(|trace| trace.spans()).filter(|span| span.service() == service);
@@ -253,7 +253,7 @@ impl<T> Envelope<Vec<T>> {
         Self::part(data, total)
     }
 
-    /// Some of `total` items.
+    /// Returns an envelope for some of `total` items.
     pub fn part(data: Vec<T>, total: usize) -> Self {
         Self { data, total, limit: 0, offset: 0, errors: None }
     }
@@ -298,8 +298,8 @@ impl<'a> JaegerSpan<'a> {
     }
 }
 
-/// Returns a reference to the parent, then references to the links. As in Jaeger, if a link leads to the parent,
-/// there is only the reference to the link.
+/// Returns a reference to the parent, then references to the links. As in Jaeger, the reference to the parent
+/// is left out if a link leads to the parent.
 fn references(trace_id: TraceId, stored: &StoredSpan) -> Vec<Reference> {
     // OTLP allows a link with attributes only, but a reference needs a trace id and a span id.
     let links = stored.links.iter().map(|(trace_id, span_id)| Reference {
@@ -324,7 +324,8 @@ struct Processes<'a> {
     processes: BTreeMap<String, Process<'a>>,
     /// The process ids by the encoded resource.
     ids: HashMap<Vec<u8>, String>,
-    /// The process ids by the address of the resource, which saves encoding the resource for every span.
+    /// The process ids by the address of the resource. With this map, the resource is not encoded for every
+    /// span.
     known: HashMap<usize, String>,
 }
 

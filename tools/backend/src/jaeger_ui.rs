@@ -1,18 +1,18 @@
-//! Jaeger's own page over this backend, beside this project's page, from the crate `otlp-embedded`, which ships a
-//! build of it.
+//! Serves Jaeger's own page over this backend, beside this project's page. The crate `otlp-embedded` contains a
+//! build of Jaeger's page.
 
 use super::{query, store::Store};
 use axum::{Router, http::StatusCode, middleware::map_response, response::Response};
 use otlp_embedded::{Config, State};
 use std::sync::Arc;
 
-/// Returns the route of Jaeger's page and of the query APIs that it asks.
+/// Returns the routes of Jaeger's page and of the query APIs that the page calls.
 pub(super) fn routes(store: Arc<Store>) -> Router {
-    // The crate's own store stays empty, because the page asks `/jaeger/api`, which this backend answers.
+    // The crate's own store stays empty, because the page calls `/jaeger/api`, which this backend answers.
     let unused = State::new(Config { max_length: 1, max_memory_usage: 1 });
     let page = Router::new()
         .fallback_service(otlp_embedded::ui_app(unused, "/jaeger/"))
-        // The crate sends the page of a trace with 307, but does not redirect.
+        // The crate sends the page of a trace with status 307, although the response is no redirect.
         .layer(map_response(async |mut response: Response| {
             if response.status() == StatusCode::TEMPORARY_REDIRECT {
                 *response.status_mut() = StatusCode::OK;

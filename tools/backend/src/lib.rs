@@ -1,14 +1,14 @@
 //! The embedded trace backend. It receives OTLP, keeps the latest traces and their log records in memory, and
 //! answers Jaeger's queries. It counts metrics and drops them.
 //!
-//! - [`ingest`]: OTLP over gRPC and HTTP, for the receiver too
+//! - [`ingest`]: OTLP over gRPC and HTTP, which the receiver also uses
 //! - `store`: the bounded store of `spans`; `size` calculates how much memory spans take
 //! - `query`: the router of all modules below
 //! - `jaeger`: Jaeger's query API; `tags` translates OTLP's attributes
 //! - `logs`: the log records of traces, for the page
 //! - `recent`: the latest traces, and events when a trace changes, for the page
 //! - `search`, `parameters`, `ids`: the parts of a query
-//! - `page`: this project's page; `jaeger_ui`: Jaeger's page, with the feature of that name
+//! - `page`: this project's page; `jaeger_ui`: Jaeger's page, if the feature of that name is on
 //!
 //! Beside the backend are the modules for tests:
 //!
@@ -111,11 +111,12 @@ impl Backend {
         Self::serve(addresses, limits, page::page())
     }
 
-    /// Listens at these addresses, with a page that has controls. The page asks `GET /controls` for its buttons, and
-    /// sends `POST /controls/NAME` when one is pressed; `controls` has these routes.
+    /// Listens at these addresses, with a page that has controls. The page asks `GET /controls` for its
+    /// buttons, and sends `POST /controls/NAME` when a button is pressed. The router `controls` has these
+    /// routes.
     ///
     /// # Errors
-    /// If an address is in use. The error names the address. If the page would be reached from other machines.
+    /// If an address is in use, which the error names, or if other machines could reach the page.
     pub async fn start_with_controls(addresses: Addresses, controls: Router) -> Result<Self> {
         let query = addresses.query;
         ensure!(

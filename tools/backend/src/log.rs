@@ -13,7 +13,7 @@ pub struct LogRecord {
     pub scope: String,
     /// The severity's name, such as `INFO`.
     pub severity: String,
-    /// The severity's number, from 1 (TRACE) to 24 (FATAL4), or 0 if the record has none.
+    /// The severity's number, from 1 (TRACE) to 24 (FATAL4), or 0 if the record has no severity.
     pub severity_number: i32,
     /// The message, as text.
     pub body: String,

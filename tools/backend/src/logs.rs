@@ -28,8 +28,8 @@ use std::{
     sync::Arc,
 };
 
-/// The memory of a record without its encoded contents: the record and its place in the trace's list, with room
-/// to grow.
+/// The memory of a record and of its place in the trace's list, which has room to grow. The record's encoded
+/// contents are not included.
 const RECORD_BYTES: usize = size_of::<StoredRecord>() + 16 + 2 * size_of::<Arc<StoredRecord>>();
 
 /// The approximate memory of a trace's entries in the tables, in bytes.
@@ -44,7 +44,7 @@ pub struct LogStatistics {
     pub bytes: usize,
     /// Records received so far.
     pub received: u64,
-    /// Received records that were written outside of a trace, so not stored.
+    /// Received records that were not stored, because they were written outside of a trace.
     pub untraced: u64,
     /// Received records that were refused, because their trace has too many records.
     pub rejected: u64,
@@ -57,7 +57,7 @@ pub struct LogStatistics {
 #[derive(Default)]
 pub(super) struct Logs {
     traces: HashMap<TraceId, TraceLogs>,
-    /// The traces in the order in which records first came, oldest first.
+    /// The traces in the order in which their first records arrived, oldest first.
     order: VecDeque<TraceId>,
     statistics: LogStatistics,
 }

@@ -34,7 +34,7 @@ pub struct Metric {
     pub value: f64,
     /// How many values were recorded, or 0 for a sum or a gauge.
     pub count: u64,
-    /// The upper bounds of a histogram's buckets, except for the last bucket, which has none.
+    /// The upper bounds of a histogram's buckets, except for the last bucket, which has no upper bound.
     pub bounds: Vec<f64>,
     /// How many values were recorded in each of a histogram's buckets.
     pub buckets: Vec<u64>,

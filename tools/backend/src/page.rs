@@ -15,8 +15,8 @@ const CSS: &str = "text/css; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// The Content-Security-Policy, by which the browser, too, keeps the text of a span from running as code.
-/// Scripts come from files only, and text can't be made into markup (Trusted Types).
+/// The Content-Security-Policy, a second protection against text of a span that would run as code. The browser
+/// accepts scripts only from files, and text can't become markup (Trusted Types).
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; \
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
@@ -59,11 +59,11 @@ const CONTROLS: [(&str, &str, &str); 2] = [
     ("/page/controls.js", JAVASCRIPT, include_str!("page/controls.js")),
 ];
 
-/// What a page with controls has in its head.
+/// The elements that a page with controls has in its HTML head.
 const HEAD: &str = "<link rel=\"stylesheet\" href=\"/page/controls.css\">\n    \
                     <script type=\"module\" src=\"/page/controls.js\"></script>\n  ";
 
-/// What the page has in its head to say where Jaeger's page is, if it is there.
+/// The element in the HTML head that names the path of Jaeger's page, or nothing in a build without that page.
 const JAEGER: &str =
     if cfg!(feature = "jaeger-ui") { "<meta name=\"jaeger\" content=\"/jaeger\">\n  " } else { "" };
 
@@ -71,12 +71,12 @@ pub(super) fn page() -> Router {
     with_files(Router::new(), &FILES, JAEGER)
 }
 
-/// The page with controls, which call these routes.
+/// Returns the page with controls. The controls call these routes.
 pub(super) fn page_with_controls(routes: Router) -> Router {
     with_files(routes, &[&FILES[..], &CONTROLS].concat(), &format!("{HEAD}{JAEGER}"))
 }
 
-/// Adds the routes of files, whose HTML gets `head` at the end of its head.
+/// Adds a route for each file. HTML files get `head` at the end of their head element.
 fn with_files(router: Router, files: &[(&'static str, &'static str, &'static str)], head: &str) -> Router {
     let head = format!("{head}</head>");
     files.iter().fold(router, |router, &(path, content_type, content)| {

@@ -86,7 +86,7 @@ pub(super) fn milliseconds(value: &str) -> Result<u64, String> {
 
 fn whole(value: &str, unit: u64) -> Result<u64, String> {
     let number: u64 = value.parse().map_err(|_| format!("'{value}' is not a number"))?;
-    // Times after the year 2554 don't fit into the number, and become the latest time that does.
+    // Times after the year 2554 don't fit into the number, and become the latest time that fits.
     Ok(number.saturating_mul(unit))
 }
 

@@ -141,7 +141,7 @@ impl Receiver {
         self.store.lock().logs_requests.clone()
     }
 
-    /// Responds to the next requests with spans with these refusals, one for each request. Requests with
+    /// Refuses the next requests that contain spans, one request for each of these refusals. Requests with
     /// metrics or logs still succeed.
     pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
         self.store.lock().refusals.extend(refusals);
@@ -151,7 +151,7 @@ impl Receiver {
     /// the source code is ignored. `remote_parent` is the span id that the caller sent, or empty.
     ///
     /// # Panics
-    /// If the trace doesn't become as expected in time; the message shows the trace.
+    /// If the trace does not look like `expected` in time. The message shows the trace.
     pub async fn expect_tree_below(&self, remote_parent: &str, trace_id: &str, expected: &str) -> Vec<Span> {
         let expected = trace::dedent(expected);
         let seen = poll(PATIENCE, async || {
@@ -175,7 +175,7 @@ impl Receiver {
     /// Waits for a log record that `wanted` accepts; returns the first such log record.
     ///
     /// # Panics
-    /// If no such item comes in time.
+    /// If no such item arrives in time.
     pub async fn expect_log(&self, wanted: impl Fn(&LogRecord) -> bool) -> LogRecord {
         let seen = poll(PATIENCE, async || self.logs().into_iter().find(|record| wanted(record)));
         match seen.await {
@@ -187,7 +187,7 @@ impl Receiver {
     /// Waits for a span that `wanted` accepts.
     ///
     /// # Panics
-    /// If no such item comes in time.
+    /// If no such item arrives in time.
     pub async fn expect_span(&self, wanted: impl Fn(&Span) -> bool) -> Span {
         let seen = poll(PATIENCE, async || self.spans().into_iter().find(|span| wanted(span)));
         match seen.await {

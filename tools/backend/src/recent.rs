@@ -66,7 +66,8 @@ struct Summary<'a> {
     trace_id: String,
     root_service: &'a str,
     root_operation: &'a str,
-    /// The root's status of HTTP or gRPC, or `error` if it has only the status error.
+    /// The root's HTTP or gRPC status. A root without such a status has `error` if it failed, and otherwise an
+    /// empty text.
     status: String,
     /// The trace's start, in microseconds since 1970.
     start_time: u64,
@@ -97,9 +98,9 @@ struct Link<'a> {
     to: String,
 }
 
-/// Returns the latest traces, or by `sort` the longest or those with errors first, from number `offset` on, and
-/// how many there are in total. Unlike in Jaeger's search, the service may be left out, and the duration that
-/// counts is the whole trace's, which the list shows.
+/// Returns a part of the list of traces, from number `offset` on, and the total number of traces. By `sort`,
+/// the latest traces come first (the default), or the longest traces, or traces with errors. Unlike in Jaeger's
+/// search, the service is optional, and the limits on the duration apply to the whole trace.
 async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;

@@ -27,14 +27,16 @@ use std::{
 /// The service name of spans whose resource has no `service.name`. Jaeger uses the same name.
 const NO_SERVICE_NAME: &str = "OTLPResourceNoServiceName";
 
-/// The memory of a span itself, without its data on the heap: the span and its entry in the trace's table, with
-/// room to grow.
+/// The memory of a span and of its entry in the trace's table, which has room to grow. The span's data on the
+/// heap is not included.
 const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
-/// The largest resource and the largest scope, because a response repeats them for every trace.
+/// The largest size of a resource or a scope. The size is limited because a response repeats both for every
+/// trace.
 const MAX_ORIGIN_BYTES: usize = 64 * 1024;
 
-/// The longest name and version of a scope, because Jaeger's JSON repeats them for every span.
+/// The largest length of a scope's name and version together. The length is limited because Jaeger's JSON
+/// repeats both for every span.
 const MAX_SCOPE_NAME_BYTES: usize = 1024;
 
 /// A stored span and its origin. The fields that searches and summaries need are decoded, and the whole span is
@@ -120,13 +122,13 @@ impl<T> Shared<T> {
         Arc::new(Self { value, bytes, spans: AtomicUsize::new(0) })
     }
 
-    /// Counts a stored span that has this data; returns the bytes to add. The store's lock must be held, as for
-    /// [`Shared::release`].
+    /// Records that a stored span has this data. Returns how many bytes the store now holds more. The caller
+    /// must hold the store's lock, as for [`Shared::release`].
     pub fn acquire(&self) -> usize {
         if self.spans.fetch_add(1, Relaxed) == 0 { self.bytes } else { 0 }
     }
 
-    /// Counts a removed span that had this data; returns the bytes to subtract.
+    /// Records that a span with this data was removed. Returns how many bytes the store now holds less.
     pub fn release(&self) -> usize {
         if self.spans.fetch_sub(1, Relaxed) == 1 { self.bytes } else { 0 }
     }

@@ -62,7 +62,7 @@ pub struct Statistics {
     pub bytes: usize,
     /// Spans received so far.
     pub received: u64,
-    /// Received spans that were already stored, so not stored again.
+    /// Received spans that were already stored, and so were not stored again.
     pub duplicates: u64,
     /// Received spans that were refused, because their ids are invalid or their trace is too large.
     pub rejected: u64,
@@ -87,7 +87,7 @@ pub(super) struct Store {
 #[derive(Default)]
 struct Contents {
     traces: HashMap<TraceId, Arc<Trace>>,
-    /// The traces in the order in which spans first came, oldest first.
+    /// The traces in the order in which their first spans arrived, oldest first.
     order: VecDeque<TraceId>,
     statistics: Statistics,
 }
@@ -117,7 +117,7 @@ impl Store {
         self.lock().traces.get(&id).cloned()
     }
 
-    /// Returns all traces as they are now, in no order.
+    /// Returns all traces as they are now, in no particular order.
     pub fn traces(&self) -> Vec<Arc<Trace>> {
         self.lock().traces.values().cloned().collect()
     }
@@ -205,7 +205,7 @@ fn tell(changes: &broadcast::Sender<String>, changed: HashSet<TraceId>) {
 }
 
 impl Contents {
-    /// Stores the span; returns whether the span is stored now and was not before.
+    /// Stores the span. Returns false if the span was already stored, or is rejected.
     fn insert(&mut self, id: TraceId, span: StoredSpan, limits: Limits, rejected: &mut Rejected) -> bool {
         let trace = self.traces.get(&id);
         if trace.is_some_and(|trace| trace.spans.contains_key(&span.id)) {
@@ -226,7 +226,7 @@ impl Contents {
         self.statistics.received += 1;
         self.statistics.spans += 1;
         self.statistics.bytes += span.bytes + span.resource.acquire() + span.scope.acquire();
-        // If a query has the trace at the moment, this copies the trace's table.
+        // If a query has a snapshot of the trace at the moment, this copies the trace's table.
         let trace = Arc::make_mut(trace);
         trace.start = trace.start.min(span.start);
         trace.end = trace.end.max(span.end);
@@ -254,7 +254,7 @@ impl Contents {
 }
 
 impl Trace {
-    /// Returns the trace's spans, in no order.
+    /// Returns the trace's spans, in no particular order.
     pub fn spans(&self) -> impl ExactSizeIterator<Item = &StoredSpan> {
         self.spans.values().map(|span| &**span)
     }

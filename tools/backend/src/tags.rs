@@ -1,4 +1,4 @@
-//! Converts OTLP's attributes to Jaeger's typed tags. Some fields of OTLP's spans are tags in Jaeger too.
+//! Converts OTLP's attributes to Jaeger's typed tags. Some fields of OTLP's spans also become tags.
 
 use super::spans::{DecodedSpan, StoredSpan};
 use base64::{Engine, prelude::BASE64_STANDARD};

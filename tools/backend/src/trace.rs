@@ -47,7 +47,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// Converts a span from OTLP, with the resource and the scope that it came with.
+    /// Converts a span from OTLP, with its resource and its scope.
     pub fn new(span: &otlp::Span, resource: &Resource, scope: &InstrumentationScope) -> Self {
         let resource = attributes(&resource.attributes);
         let status = span.status.clone().unwrap_or_default();

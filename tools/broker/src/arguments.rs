@@ -7,11 +7,11 @@ use std::time::Duration;
 /// The type of a queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum QueueType {
-    /// The queue requeues a message as often as it is returned.
+    /// The queue requeues a returned message without a limit.
     #[default]
     Classic,
     /// The queue counts how often a message is returned, and can keep dead letters until another queue has
-    /// them. It is not replicated here, because there is only one node.
+    /// them. The queue is not replicated here, because there is only one node.
     Quorum,
 }
 

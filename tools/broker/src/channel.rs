@@ -52,7 +52,7 @@ struct Confirms {
     pending: Vec<Confirm>,
 }
 
-/// The last `count` messages up to `last`, all with the same outcome.
+/// A confirm of `count` messages, of which `last` is the last. All have the same outcome.
 #[derive(Debug)]
 struct Confirm {
     last: u64,
@@ -61,7 +61,7 @@ struct Confirm {
 }
 
 impl Channel {
-    /// Creates a channel that was closed because of an error.
+    /// Creates the state of a channel that the broker has closed because of an error.
     pub(super) fn closing() -> Self {
         Self { is_closing: true, ..Self::default() }
     }
@@ -113,8 +113,8 @@ impl Channel {
         self.confirms.get_or_insert_default();
     }
 
-    /// Records whether its queues took a published message, to confirm the message later. Returns false if the
-    /// channel is not in confirm mode.
+    /// Records whether the queues took a published message, so that the broker can confirm the message later.
+    /// Returns false if the channel is not in confirm mode.
     pub(super) fn confirm(&mut self, is_taken: bool) -> bool {
         let Some(confirms) = &mut self.confirms else {
             return false;

@@ -31,14 +31,14 @@ use tokio::{
 /// How long a client may take to finish the handshake, to answer `close`, or to hang up after `close-ok`.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Bytes to reserve for a read, and the largest capacity of an output buffer that is used again.
+/// Bytes to reserve for a read, and the largest capacity of an output buffer that is reused.
 const CHUNK: usize = 64 * 1024;
 
 /// The state that all connections share. No task awaits anything while it holds the lock.
 #[derive(Clone)]
 pub struct Shared {
     state: Arc<Mutex<VirtualHost>>,
-    /// The account of the memory that the state takes.
+    /// Counts the memory that the state takes.
     pub memory: Arc<Memory>,
 }
 
@@ -124,7 +124,7 @@ async fn close(
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => input.read().await?,
-                // Bytes that are not a frame are not `close-ok` either.
+                // Malformed bytes are skipped, because the broker now waits only for `close-ok`.
                 Err(_) => {
                     input.bytes.clear();
                     input.read().await?;
@@ -193,7 +193,7 @@ enum End {
     Gone,
     /// The client has sent `close`.
     Closed,
-    /// The client has made an error, which is reported to it.
+    /// The client has made an error, which the broker reports to the client.
     Exception(Exception),
 }
 
@@ -275,7 +275,7 @@ async fn read(
     loop {
         let paused = match process(&mut input.bytes, shared, id, frame_max) {
             Ok(Pause::Input) => match heartbeat {
-                // A client is gone after two intervals without a frame (specification, section 4.2.7).
+                // A client counts as gone after two intervals without a frame (specification, section 4.2.7).
                 Some(interval) => {
                     timeout(2 * interval, input.read()).await.unwrap_or_else(|late| Err(late.into()))
                 }
@@ -304,7 +304,7 @@ async fn read(
     }
 }
 
-/// Sends `connection.blocked` or `connection.unblocked`, if the client accepts it.
+/// Sends `connection.blocked` or `connection.unblocked`, if the client accepts this method.
 fn tell(shared: &Shared, id: ConnectionId, method: connection::AMQPMethod) {
     if let Some(peer) = shared.lock().peers.get_mut(&id)
         && peer.capabilities.takes_blocked
@@ -385,7 +385,7 @@ impl Writer {
             }
             let written = self.half.write(&self.frames[self.written..]);
             self.written += match heartbeat {
-                // A client that accepts no bytes for two intervals is gone, too.
+                // A client that accepts no bytes for two intervals also counts as gone.
                 Some(interval) => timeout(2 * interval, written).await??,
                 None => written.await?,
             };

@@ -293,7 +293,7 @@ impl VirtualHost {
     }
 }
 
-/// Returns whether a queue is durable. An exclusive queue never is, because it is deleted with its
+/// Returns whether a queue is durable. An exclusive queue is never durable, because it is deleted with its
 /// connection.
 fn is_durable(declare: &queue::Declare) -> bool {
     declare.durable && !declare.exclusive

@@ -99,8 +99,8 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
 }
 
 /// Parses a content header. Well-formed properties pass unchanged even if their strings are not UTF-8 or their
-/// tables are nested too deep, as in RabbitMQ, which does not check them. This broker then ignores all of the
-/// properties.
+/// tables are nested too deep, as in RabbitMQ, which does not check them. This broker itself then ignores all
+/// properties of the message.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     let malformed = || Exception::syntax_error("malformed content header");
     let (head, properties) = payload.split_at_checked(CONTENT_HEAD).ok_or_else(malformed)?;

@@ -36,9 +36,10 @@ pub enum Handshake {
 /// The capabilities that the client announces.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Capabilities {
-    /// Whether the client accepts `basic.cancel` after the queue of its consumer was deleted.
+    /// Whether the client accepts `basic.cancel`, which the broker sends when the queue of a consumer is
+    /// deleted.
     pub takes_cancel: bool,
-    /// Whether the client accepts `connection.blocked` while the broker does not read its messages.
+    /// Whether the client accepts `connection.blocked`, which the broker sends when it stops reading messages.
     pub takes_blocked: bool,
 }
 

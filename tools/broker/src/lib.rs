@@ -10,11 +10,11 @@
 //!
 //! A quorum queue behaves towards clients as RabbitMQ's does: it can keep dead letters until another queue has
 //! them, it counts how often a message is returned (without the header `x-delivery-count`), and it is always
-//! durable. But it is not replicated, because there is only this process.
+//! durable. But the queue is not replicated, because there is only this process.
 //!
 //! The broker's memory is bounded. A client that does not read gets no further deliveries. While the broker
 //! holds more than 256 MiB, it reads nothing from connections that publish, not even acknowledgements, and
-//! tells their clients so with `connection.blocked`, as RabbitMQ does.
+//! informs their clients with `connection.blocked`, as RabbitMQ does.
 //!
 //! - `connection`: the socket; `handshake`: how a connection begins; `output`: the frames to write
 //! - `frames`: bytes to frames and back; `exception`: the errors that close a channel or a connection
@@ -72,7 +72,7 @@ pub struct Broker {
     shared: Shared,
     /// Whether the broker serves connections; `outage` changes this.
     is_up: watch::Sender<bool>,
-    /// The broker's runtime. It is not the test's, which may be busy or about to end.
+    /// The broker's own runtime, because the runtime of a test may be busy or about to end.
     runtime: Option<Runtime>,
 }
 
@@ -218,7 +218,8 @@ mod tests {
             let passive = QueueDeclareOptions { passive: true, ..Default::default() };
             consumer.queue_declare("q".into(), passive, FieldTable::default()).await.unwrap().message_count()
         };
-        // The memory has room for ten messages, and an eleventh message may have been under way.
+        // The memory has room for ten messages, and the broker may take one more message before it stops
+        // reading.
         let full = loopback::poll(Duration::from_secs(10), async || (count().await >= 10).then_some(()));
         full.await.expect("ten messages");
         for _ in 0..20 {

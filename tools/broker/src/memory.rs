@@ -26,7 +26,7 @@ pub struct Held {
 }
 
 impl Memory {
-    /// Creates an empty account with a limit of `limit` bytes.
+    /// Creates a `Memory` that holds nothing, with a limit of `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
         let (held, alarm) = (AtomicUsize::new(0), AtomicBool::new(false));
         Arc::new(Self { held, limit, alarm, longest_body: MAX_BODY.into(), relieved: Notify::new() })
@@ -48,7 +48,7 @@ impl Memory {
         self.held.load(Relaxed) >= self.limit || self.alarm.load(Relaxed)
     }
 
-    /// Sets or clears an alarm. During an alarm, the memory counts as full, however little is held.
+    /// Sets or clears an alarm. During an alarm, the memory counts as full, even if it is almost empty.
     pub fn set_alarm(&self, on: bool) {
         self.alarm.store(on, Relaxed);
         self.relieved.notify_waiters();

@@ -164,7 +164,7 @@ pub fn expiration(properties: &BasicProperties) -> Outcome<Option<Duration>> {
     let Some(text) = properties.expiration() else {
         return Ok(None);
     };
-    // A sign is refused, and so is a number that RabbitMQ's timers don't accept.
+    // A sign is refused. A number that RabbitMQ's timers don't accept is also refused.
     let is_number = text.as_str().bytes().all(|byte| byte.is_ascii_digit());
     match text.as_str().parse::<u32>() {
         Ok(milliseconds) if is_number => Ok(Some(Duration::from_millis(milliseconds.into()))),

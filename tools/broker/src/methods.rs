@@ -16,7 +16,7 @@ impl VirtualHost {
     pub fn channel_frame(&mut self, at: ChannelId, frame: Frame) -> Outcome {
         let method = match &frame {
             Frame::Method(_, method) => (method.get_amqp_class_id(), method.get_amqp_method_id()),
-            // Headers and bodies belong to a `basic.publish`, so their errors do, too.
+            // Headers and bodies belong to a `basic.publish`, so their errors name this method.
             _ => (60, 40),
         };
         let outcome = match frame {

@@ -1,14 +1,14 @@
-//! Faults of the broker, for tests of its clients: the broker stops and starts again, and raises the alarm in
-//! which RabbitMQ accepts no messages.
+//! Faults of the broker, for tests of its clients: the broker stops and starts again, and raises the alarm
+//! during which RabbitMQ accepts no messages.
 
 use super::{Broker, arguments::QueueType, message::Message, queue::Queue, virtual_host::VirtualHost};
 use loopback::poll;
 use std::time::Duration;
 
 impl Broker {
-    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. As
-    /// RabbitMQ keeps them on its disk, the broker keeps durable exchanges, durable queues, and the persistent
-    /// messages in durable queues. Deliveries that were not acknowledged return to their queues.
+    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. Like
+    /// RabbitMQ with its disk, the broker keeps durable exchanges, durable queues, and the persistent messages
+    /// in durable queues. Deliveries that were not acknowledged return to their queues.
     pub async fn crash(&self) {
         /// The tasks of the connections end at once, unless the machine is busy.
         const PATIENCE: Duration = Duration::from_secs(10);
@@ -24,7 +24,7 @@ impl Broker {
     }
 
     /// Raises or clears an alarm, as if the memory were full or free again. During an alarm, connections that
-    /// publish are not read, and clients are told so with `connection.blocked`.
+    /// publish are not read, and the broker informs clients with `connection.blocked`.
     pub fn set_alarm(&self, on: bool) {
         self.shared.memory.set_alarm(on);
     }
@@ -36,7 +36,7 @@ impl Broker {
         }
     }
 
-    /// Refuses longer bodies from now on, as RabbitMQ does by its setting `max_message_size`.
+    /// Refuses longer bodies from now on, as RabbitMQ does with its setting `max_message_size`.
     pub fn set_longest_body(&self, bytes: u64) {
         self.shared.memory.set_longest_body(bytes);
     }

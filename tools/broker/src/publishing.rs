@@ -27,8 +27,8 @@ pub struct DeadLetter {
     is_kept: bool,
 }
 
-/// How long after a failed attempt a dead letter that is kept is published again. (RabbitMQ waits for three
-/// minutes, which is `dead_letter_worker_publisher_confirm_timeout`.)
+/// How long the broker waits after a failed attempt to publish a kept dead letter. RabbitMQ waits for three
+/// minutes (`dead_letter_worker_publisher_confirm_timeout`).
 const KEPT_PAUSE: Duration = Duration::from_secs(1);
 
 impl VirtualHost {
@@ -163,8 +163,8 @@ impl VirtualHost {
         self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key, is_kept });
     }
 
-    /// Makes the dead letters that were kept until `now` due again, and returns when the next one will be due.
-    /// Dead letters of deleted queues are gone with their queues.
+    /// Makes the dead letters that were kept until `now` due again, and returns when the next dead letter will
+    /// be due. Dead letters of deleted queues are dropped.
     pub(super) fn retry_kept(&mut self, now: Instant) -> Option<Instant> {
         while self.kept.front().is_some_and(|(due, _)| *due <= now) {
             let letter = self.kept.pop_front().map(|(_, letter)| letter);
@@ -174,8 +174,8 @@ impl VirtualHost {
         self.kept.front().map(|(due, _)| *due)
     }
 
-    /// Publishes a few dead letters. Their new queues may dead-letter them at once, into ever more queues. So
-    /// the clock publishes the rest, and other connections get their turn in between.
+    /// Publishes a few dead letters. Their new queues may dead-letter them again at once, into ever more
+    /// queues. So the clock publishes the rest, and other connections get their turn in between.
     pub(super) fn settle_dead_letters(&mut self) {
         const AT_ONCE: usize = 16;
 

@@ -104,7 +104,7 @@ impl Raw {
     /// Returns all bytes that the broker sends before it closes the socket.
     pub async fn until_the_end(mut self) -> Result<Vec<u8>> {
         let end = async {
-            // A reset closes the socket as well.
+            // A reset also closes the socket.
             while self.stream.read_buf(&mut self.input).await.unwrap_or(0) > 0 {}
         };
         timeout(PATIENCE, end).await.context("the socket stays open")?;
@@ -119,14 +119,14 @@ impl Raw {
                 return Ok(Some(frame));
             }
             let read = timeout(limit, self.stream.read_buf(&mut self.input)).await.context("no answer")?;
-            // A reset closes the socket as well.
+            // A reset also closes the socket.
             if read.unwrap_or(0) == 0 {
                 return Ok(None);
             }
         }
     }
 
-    /// Skips frames up to a method for which `is_it` holds, and returns the method.
+    /// Skips frames up to a method that `is_it` accepts, and returns the method.
     pub async fn expect(&mut self, is_it: impl Fn(&AMQPClass) -> bool) -> Result<AMQPClass> {
         loop {
             match self.next().await?.context("the socket was closed")? {
@@ -174,7 +174,7 @@ pub fn publish(queue: &str, body: &[u8]) -> Vec<u8> {
     publish_with(queue, &[0, 0], body)
 }
 
-/// Encodes the frames of a small message with these properties: the flags, then the properties that they
+/// Encodes the frames of a small message with these properties: the flags, then the properties that the flags
 /// name.
 pub fn publish_with(queue: &str, properties: &[u8], body: &[u8]) -> Vec<u8> {
     let publish = basic::Publish { routing_key: queue.into(), mandatory: true, ..Default::default() };

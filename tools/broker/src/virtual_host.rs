@@ -1,5 +1,5 @@
 //! The state that all connections share: the connections, the exchanges, the queues, and the times at which
-//! messages or queues expire. It knows no sockets: frames for a peer are appended to its output.
+//! messages or queues expire. The state knows no sockets. Frames for a peer are appended to the peer's output.
 //!
 //! The other methods of [`VirtualHost`] are in `methods` (the methods of clients), `definitions` (exchanges and
 //! queues), `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
@@ -45,7 +45,8 @@ pub struct VirtualHost {
     pub(super) queues: HashMap<QueueId, Queue>,
     pub(super) queue_ids: HashMap<ShortString, QueueId>,
     pub(super) dead_letters: VecDeque<DeadLetter>,
-    /// Dead letters that no queue took, but that their queues keep, with the times of their next attempts.
+    /// Dead letters that no queue took, and that their own queues keep. Each has the time of the next attempt
+    /// to publish it.
     pub(super) kept: VecDeque<(Instant, DeadLetter)>,
     pub(super) memory: Arc<Memory>,
     due: BTreeSet<(Instant, QueueId)>,
@@ -171,8 +172,8 @@ impl VirtualHost {
         self.due.first().map(|(due, _)| *due).into_iter().chain(next_kept).min()
     }
 
-    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] must be called sooner than at the time
-    /// that it last returned.
+    /// Returns the `Notify` that is notified when [`VirtualHost::tick`] must be called before the time that
+    /// `tick` last returned.
     pub fn clock(&self) -> Arc<Notify> {
         Arc::clone(&self.clock)
     }

@@ -113,7 +113,7 @@ impl Broker {
         }
     }
 
-    /// Lets new connections lead to the next node; returns its address, and the node before it.
+    /// Lets new connections lead to the next node. Returns the address of that node, and the previous node.
     ///
     /// # Errors
     /// If the broker is embedded.

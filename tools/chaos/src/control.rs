@@ -108,7 +108,7 @@ async fn consume(server: &Server) -> Result<()> {
 }
 
 async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnection) -> Result<()> {
-    // If a connection breaks at a bad moment, its opening may wait for ever.
+    // Without the time-out, opening a connection may wait for ever if the connection breaks at a bad moment.
     let (_connection, mut deliveries) = timeout(Duration::from_secs(5), open(server)).await??;
     say("consuming");
     while let Some(delivery) = deliveries.next().await {

@@ -39,16 +39,17 @@ pub enum Fault {
     QueueDeletedWithRetries,
     /// The collector goes silent.
     CollectorSilent,
-    /// api is killed while the broker is away, and started again before it is back.
+    /// api is killed while the broker is away, and started again before the broker is back.
     KillApiWithoutBroker,
     /// Callers send large but valid contexts for an unknown user, requests that they don't finish, and requests
     /// whose connection they reset.
     HostileCaller,
-    /// A body is too large for api, another one for mq, and contexts are too long for a frame of each.
+    /// One body is too large for api, and another body for mq. A context is too long for a frame of api, and a
+    /// header for a frame of mq.
     MessageTooLarge,
     /// The broker is silent for both services, for longer than a confirm and a heartbeat may take.
     SilentBroker,
-    /// A stranger's queue is bound to the exchange, and the main queue is not.
+    /// A stranger's queue is bound to the exchange instead of the main queue.
     Tap,
     /// The folder of mq's database is moved away, and comes back.
     DatabaseGone,
@@ -158,7 +159,8 @@ impl Iterator for Plan {
 }
 
 impl Step {
-    /// Returns whether logins may be refused during the fault, because it affects usercenter or api's disk.
+    /// Returns whether logins may be refused during the fault, because the fault affects usercenter or api's
+    /// disk.
     pub fn excuses_refusals(&self) -> bool {
         match self.fault {
             Fault::KillUsercenter | Fault::DiskFull | Fault::TwoOfEach => true,

@@ -1,5 +1,6 @@
 //! `cargo dev chaos --flood` compares honest logins during a flood of hostile callers with honest logins
-//! without it. Laps with and without the flood alternate, so that other work on the machine slows both alike.
+//! without the flood. Laps with and without the flood alternate, so that other work on the machine slows both
+//! kinds of laps equally.
 
 use super::{
     Options,
@@ -26,7 +27,7 @@ const LAP: Duration = Duration::from_secs(5);
 /// The number of honest logins per second, and also of hostile requests per second.
 const RATE: u32 = 50;
 
-/// How many times as long the p99 of honest logins may be with the flood as without.
+/// The largest allowed ratio of the p99 of honest logins with the flood to the p99 without the flood.
 const MOST_SLOWER: f64 = 1.5;
 
 /// How much api's memory may grow in a flood, in KiB.
@@ -38,10 +39,10 @@ pub struct Flooded {
     pub verdict: Verdict,
     /// The hostile requests that were sent.
     pub hostile: usize,
-    /// The median p99 of the laps with the flood, divided by that of the laps without it; first with all
-    /// hostile requests on one connection, then on fifty.
+    /// The median p99 of the laps with the flood, divided by the median p99 of the laps without it. The first
+    /// ratio is for a flood from one caller, the second for a flood from fifty callers.
     pub slower: [f64; 2],
-    /// The most resident memory of api in a lap without a flood, and in one with it, in KiB.
+    /// The largest resident memory of api in KiB, first without a flood, then with a flood.
     pub memory: [usize; 2],
 }
 

@@ -1,6 +1,6 @@
 //! A hostile caller. It sends valid requests with contexts as large as HTTP allows, for an unknown user.
-//! Between them it sends requests that it does not finish, and resets connections. It must harm no login, and
-//! get no answer but a refusal.
+//! Between them it sends requests that it does not finish, and resets connections. The caller must not harm any
+//! login, and every answer to it must be a refusal.
 
 use anyhow::{Context, Result};
 use harness::client::read_status;
@@ -29,16 +29,16 @@ const MOST_HELD: usize = 10;
 const HEAD: &str = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
 const UNKNOWN: &str = "content-length: 24\r\n\r\n{\"mobile\":\"13900139000\"}";
 
-/// Hostile callers, who go on until they are stopped.
+/// Hostile callers, which send requests until they are stopped.
 pub struct Hostile {
     is_over: Arc<AtomicBool>,
     callers: JoinSet<Sent>,
 }
 
-/// What a hostile caller did, and what came of it.
+/// The requests of a hostile caller, and the wrong answers to them.
 #[derive(Default)]
 pub struct Sent {
-    /// The number of requests, whole or not.
+    /// The number of requests, complete or not.
     pub requests: usize,
     /// The answers that should not have been given.
     pub wrong: BTreeSet<String>,
@@ -53,7 +53,7 @@ enum Attack {
     HalfHead,
     /// A request whose sender resets the connection before the answer.
     Reset,
-    /// A request with less body than it promises.
+    /// A request whose body is shorter than its `content-length`.
     HalfBody,
 }
 
@@ -91,7 +91,7 @@ async fn call(
 ) -> Sent {
     let (mut sent, mut kept, mut held) = (Sent::default(), None, VecDeque::new());
     let attacks = [Attack::LargeContext, Attack::HalfHead, Attack::Reset, Attack::HalfBody];
-    // The callers begin with different attacks, so that all kinds are sent at any time.
+    // The callers begin with different attacks, so that every kind of attack is sent at any time.
     for attack in attacks.iter().cycle().skip(number % attacks.len()) {
         sleep_until(due).await;
         due = Instant::now().max(due + beat);

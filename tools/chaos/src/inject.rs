@@ -29,11 +29,11 @@ use tokio::{
 /// How long to wait for a trap to withhold its frame, or for a queue to become empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How a fault went.
+/// The result of injecting a fault.
 pub struct Injected {
     /// What happened although it must not happen.
     pub wrong: Vec<String>,
-    /// How it differed from the planned fault, if it did.
+    /// How the fault differed from the planned fault, or `None` if it did not differ.
     pub note: Option<&'static str>,
 }
 
@@ -127,7 +127,7 @@ impl Target<'_> {
             Fault::SilentBroker => {
                 let links = [&self.system.api_broker, &self.system.mq_broker];
                 links.iter().for_each(|link| link.freeze());
-                // After 4 seconds, heartbeats are missing.
+                // After 4 seconds, the services notice that heartbeats are missing.
                 sleep(Duration::from_secs(4) + step.hold).await;
                 links.iter().for_each(|link| link.restore());
             }
@@ -195,7 +195,7 @@ impl Target<'_> {
             }
             Fault::MessageTooLarge => {
                 self.poison.publish_too_large(self.system).await?;
-                // The control has no bounds.
+                // The control does not limit the size of messages.
                 if !self.system.is_control {
                     let api = *self.system.api_address.borrow();
                     load::log_in_with_large_baggage(api, self.ledger).await;
@@ -204,7 +204,7 @@ impl Target<'_> {
                 }
             }
         }
-        // The control answers and processes whatever comes.
+        // The control answers every request and processes every message.
         wrong.retain(|_| !self.system.is_control);
         Ok(Injected { wrong, note: None })
     }
@@ -222,7 +222,7 @@ impl Target<'_> {
         self.system.start_service(service, None).await
     }
 
-    /// Binds a queue of its own to the exchange, in place of the main queue.
+    /// Binds a new queue to the exchange, in place of the main queue.
     async fn tap(&self, hold: Duration) -> Result<()> {
         let (connection, channel) = self.system.broker.connect().await?;
         let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
@@ -256,9 +256,9 @@ impl Target<'_> {
     }
 
     /// Deletes the queue once it is empty and no message can enter it any more, not even from a retry queue.
-    /// With `hold`, messages are then published to a retry queue, and the main queue is missing for this long
-    /// after their delay. With the control, only the queue itself is checked, because the control loses logins
-    /// and has no dead letters.
+    /// With `hold`, messages are then published to a retry queue, and the main queue stays deleted for this
+    /// long after the delay of these messages. With the control, only the queue itself is checked, because the
+    /// control loses logins and has no dead letters.
     async fn delete_queue(&mut self, hold: Option<Duration>) -> Result<Option<&'static str>> {
         self.load.pause().await;
         let (connection, channel) = self.system.broker.connect().await?;
@@ -274,7 +274,7 @@ impl Target<'_> {
         });
         let is_empty = empty.await.is_some();
         if is_empty && let Some(hold) = hold {
-            // mq would declare the queue again.
+            // Without this refusal, mq would declare the queue again.
             self.system.mq_broker.refuse();
             channel.queue_delete(queue, QueueDeleteOptions::default()).await?;
             self.poison.publish_retries(self.system).await?;
@@ -298,7 +298,7 @@ pub async fn messages(channel: &Channel, queue: &ShortString) -> Result<u32> {
 
 /// How long after the end of a fault the system worked again.
 pub struct Recovery {
-    /// From the end of the fault until a login that was sent after it was answered with 200.
+    /// From the end of the fault until the first 200 answer to a login that was sent after the fault.
     pub answered: Duration,
     /// From the end of the fault until the effect of such a login was seen.
     pub applied: Duration,

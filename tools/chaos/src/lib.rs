@@ -4,9 +4,9 @@
 //! - [`faults`]: the kinds of fault and their order; `inject`: how each fault is injected
 //! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
 //! - `load`: the logins; `poison`: messages that can't be processed; `hostile`: hostile callers
-//! - [`flood`]: honest logins beside a flood of hostile callers, and without it
+//! - [`flood`]: honest logins with and without a flood of hostile callers
 //! - `ledger`: how logins were answered; `history`: which logins took effect; `spans`: the trees of spans
-//! - [`control`]: api and mq as in the Go original, which must be found to lose logins
+//! - [`control`]: api and mq as in the Go original, which the test must find to lose logins
 
 pub mod broker;
 pub mod control;
@@ -44,7 +44,7 @@ use tokio::{
 /// How long after the end of a fault logins may stay unanswered, or without effect.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(45);
 
-/// How long nothing must change at the end of a run before logins without effect count as lost.
+/// At the end of a run, logins without effect count as lost when nothing has changed for this long.
 const QUIET: Duration = Duration::from_secs(15);
 
 /// How to test.
@@ -59,24 +59,24 @@ pub struct Options {
     /// Callers at the same time.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub callers: u32,
-    /// The longest duration of the load, in seconds.
+    /// Send logins for at most this many seconds.
     #[arg(long, default_value_t = 1800)]
     pub seconds: u64,
     /// The seed that decides the order, the times and the durations of the faults; random by default.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Only these faults, comma-separated; by default, all that the broker can have.
+    /// The faults to inject, comma-separated; by default, all faults that the chosen broker supports.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub faults: Vec<Fault>,
     /// The broker to use; `rabbitmq` starts a node for this run, and `cluster` starts three.
     #[arg(long, value_enum, default_value = "embedded")]
     pub broker: Kind,
-    /// Test the way of the Go original instead: no confirms, and messages acknowledged on receipt. It must lose
-    /// logins.
+    /// Test the way of the Go original instead: no confirms, and messages acknowledged on receipt. The test
+    /// must then find lost logins.
     #[arg(long)]
     pub control: bool,
-    /// Instead of faults, send a flood of hostile requests beside 50 logins a second: this many seconds with
-    /// the flood and as many without, in turns. No login may fail, and the p99 may grow by half.
+    /// Instead of injecting faults, send 50 logins a second, for this many seconds with a flood of hostile
+    /// requests and as many without, in turns. No login may fail, and the p99 may grow by at most half.
     #[arg(long, conflicts_with_all = ["control", "faults"])]
     pub flood: Option<u64>,
     /// Keep the logs and data of the services, whatever the verdict is.
@@ -95,8 +95,8 @@ pub struct Outcome {
 }
 
 /// Runs the test, and prints its progress and its results. The exit code is 0 if nothing was lost, duplicated
-/// or unexpected. With the control, it is 0 if something was lost. It is 2 if the broker
-/// is not installed, or can't have one of the faults.
+/// or unexpected. With the control, it is 0 if something was lost. The exit code is 2 if the broker is not
+/// installed, or does not support one of the faults.
 ///
 /// # Errors
 /// If the test can't be carried out.

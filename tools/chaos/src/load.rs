@@ -86,7 +86,7 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
     let mut paused = shared.is_paused.subscribe();
     while !shared.is_over.load(SeqCst) {
         sleep_until(due).await;
-        // Missed logins are not made up for, because that would cause a burst.
+        // A late caller does not catch up on missed logins, because that would cause a burst.
         due = Instant::now().max(due + beat);
         // The count is raised before `paused` is read. So either `Load::pause` waits for this login, or this
         // login waits until the load is resumed.
@@ -110,12 +110,12 @@ pub async fn log_in_with_large_baggage(address: SocketAddr, ledger: &Ledger) {
     log_in(None, address, &baggage, &mut Vec::new(), ledger).await;
 }
 
-/// Sends a request whose body is longer than api takes.
+/// Sends a request whose body is longer than api accepts.
 ///
 /// # Errors
 /// If the answer is not 413.
 pub async fn send_too_large_body(address: SocketAddr) -> Result<()> {
-    /// A byte more than api takes.
+    /// One byte more than api accepts.
     const LENGTH: usize = 1024 * 1024 + 1;
     let sent = async {
         let mut connection = TcpStream::connect(address).await?;

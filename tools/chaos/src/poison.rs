@@ -1,5 +1,5 @@
-//! Messages that can't be processed. Each of these messages must become a dead letter, and no other message
-//! may.
+//! Messages that can't be processed. Each of these messages must become a dead letter, and no other message may
+//! become one.
 
 use super::{
     history::History,
@@ -25,7 +25,7 @@ use uuid::Uuid;
 pub struct Poison {
     published: BTreeMap<String, TraceId>,
     dead: BTreeSet<String>,
-    /// The traces of published messages that must be applied: large ones, and retries.
+    /// The traces of published messages that must be applied: large messages, and retries.
     to_apply: Vec<TraceId>,
 }
 
@@ -33,7 +33,7 @@ pub struct Poison {
 const LOGIN: &str = r#"{"Carrier":{},"Msg":"13800138000"}"#;
 
 impl Poison {
-    /// Publishes two messages as api would: an unreadable one, and one that the database refuses.
+    /// Publishes two messages as api would: an unreadable message, and a login that the database refuses.
     ///
     /// # Errors
     /// If the broker refuses the messages.
@@ -47,7 +47,8 @@ impl Poison {
         Ok(())
     }
 
-    /// Publishes logins to the last retry queue, as mq does after an attempt that failed. They must take effect.
+    /// Publishes logins to the last retry queue, as mq does after an attempt that failed. These logins must
+    /// take effect.
     ///
     /// # Errors
     /// If the broker refuses the messages.
@@ -62,13 +63,13 @@ impl Poison {
         Ok(())
     }
 
-    /// Returns how many of the messages that must take effect have not done so yet.
+    /// Returns how many of the messages that must take effect have not taken effect yet.
     pub fn owed(&self, history: &History) -> usize {
         self.to_apply.iter().filter(|trace| !history.has(**trace)).count()
     }
 
-    /// Publishes a message whose body is longer than mq takes, and a login with a header that is longer than a
-    /// frame of mq's, which must take effect all the same.
+    /// Publishes a message whose body is longer than mq accepts, and a login with a header that is longer than
+    /// a frame of mq. The login must still take effect.
     ///
     /// # Errors
     /// If the broker refuses the messages.
@@ -137,7 +138,7 @@ impl Poison {
     }
 }
 
-/// Publishes a message to this queue, or else as other producers do; returns its message id.
+/// Publishes a message to this queue, or, without a queue, to the exchange as api does. Returns the message id.
 async fn publish(
     system: &System,
     queue: Option<&str>,

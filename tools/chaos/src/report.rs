@@ -11,9 +11,9 @@ pub struct Event {
     pub at: Duration,
     /// How long the fault lasted.
     pub lasted: Duration,
-    /// How soon the system worked again, or `None` if it didn't in time.
+    /// How soon the system worked again, or `None` if it did not recover in time.
     pub recovery: Option<Recovery>,
-    /// How the fault differed from the planned fault, or `None` if it didn't.
+    /// How the fault differed from the planned fault, or `None` if it did not differ.
     pub note: Option<&'static str>,
 }
 

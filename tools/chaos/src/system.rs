@@ -52,7 +52,7 @@ pub struct System {
     /// api's current address.
     pub api_address: watch::Sender<SocketAddr>,
     services: [Option<Process>; 3],
-    /// The number of the api that runs now. Each one that runs beside another has a spool of its own.
+    /// The number of the api instance that runs now. Each instance that replaces another has its own spool.
     api: usize,
     directory: TempDir,
     /// Whether the control replaces api and mq.
@@ -128,8 +128,8 @@ impl System {
             ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
             ("API_DATA_DIR", self.spool().display().to_string()),
             ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
-            // Half of the time-out is for the disk. With less, a stalled disk would look like a broker that
-            // refuses logins.
+            // Half of the time-out is for the disk. With a shorter time-out, a stalled disk would look like a
+            // broker that refuses logins.
             ("PUBLISH_TIMEOUT", "2s".to_owned()),
             ("API_DEADLINE", "9s".to_owned()),
             // A message that always fails must soon become a dead letter.
@@ -182,8 +182,9 @@ impl System {
         Ok(())
     }
 
-    /// Starts a second instance of a service, lets both run for `hold`, and kills the first. If it is an api, the
-    /// broker is away meanwhile, and afterwards the logins in its spool are published.
+    /// Starts a second instance of a service, lets both run for `hold`, and kills the first. If the service is
+    /// api, the broker is unreachable meanwhile. Afterwards, the logins in the first instance's spool are
+    /// published.
     ///
     /// # Errors
     /// If the second instance does not start, or the spool can't be drained.

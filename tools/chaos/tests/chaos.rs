@@ -26,7 +26,7 @@ async fn the_services_lose_and_duplicate_nothing() {
     assert!(verdict.answered >= 400, "{verdict:?}");
 }
 
-/// The kinds of fault that somebody outside can cause.
+/// Tests the kinds of fault that an outsider can cause.
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_callers_and_messages_that_are_too_large_cost_no_login() {
     let faults = vec![Fault::HostileCaller, Fault::MessageTooLarge];

@@ -1,16 +1,16 @@
-//! Reads a trace from Jaeger's query API, which a real Jaeger serves, or the backend of `cargo dev` in its
-//! place.
+//! Reads a trace from Jaeger's query API. A real Jaeger has this API, and the backend of `cargo dev` also has
+//! it.
 
 use anyhow::{Result, ensure};
 use harness::{client::Client, trace::Span};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Returns the spans that Jaeger at the URL `jaeger` has of a trace so far, or no spans if it doesn't know
-/// the trace.
+/// Returns the spans of a trace that have reached Jaeger at the URL `jaeger` so far. If Jaeger doesn't know
+/// the trace, returns no spans.
 ///
 /// # Errors
-/// If there is no response, or if the response is not one of Jaeger's API.
+/// If there is no response, if its status is neither 200 nor 404, or if it has no list `data`.
 pub async fn trace(client: &Client, jaeger: &str, trace_id: &str) -> Result<Vec<Span>> {
     let answer = client.get(&format!("{jaeger}/api/traces/{trace_id}")).await?;
     if answer.status == 404 {
@@ -28,14 +28,14 @@ fn spans(trace: &Value) -> Vec<Span> {
     spans.into_iter().flatten().map(|span| to_span(span, &trace["processes"])).collect()
 }
 
-/// Converts a span from Jaeger's JSON. Jaeger keeps kind and status as tags; here they are fields again, as
-/// in OTLP.
+/// Converts a span from Jaeger's JSON. Jaeger stores the kind and the status as tags. This function makes
+/// them fields again, as in OTLP.
 fn to_span(span: &Value, processes: &Value) -> Span {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let process = &processes[span["processID"].as_str().unwrap_or_default()];
     let references: Vec<_> = span["references"].as_array().into_iter().flatten().collect();
-    // Links are references too, of the type FOLLOWS_FROM. If a link leads to the parent (`MQ_RELATION=both`),
-    // Jaeger returns no other reference to it.
+    // Links are also references, of the type FOLLOWS_FROM. If a link leads to the parent
+    // (`MQ_RELATION=both`), Jaeger returns no other reference to the parent.
     let is_link = |reference: &&&Value| reference["refType"] == "FOLLOWS_FROM";
     let in_trace = || references.iter().filter(|reference| reference["traceID"] == span["traceID"]);
     let parent = in_trace().find(|reference| !is_link(reference)).or_else(|| in_trace().next());

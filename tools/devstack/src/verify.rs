@@ -1,5 +1,5 @@
-//! `cargo dev verify`: logs in to a running system, wherever it runs, and checks the spans that Jaeger has of
-//! the login against the contract: names, kinds, parents, services, attributes and error paths.
+//! `cargo dev verify`: logs in to a running system, wherever it runs, and compares the spans in Jaeger with
+//! the contract: names, kinds, parents, services, attributes and error paths.
 
 use crate::jaeger;
 use anyhow::{Context, Result, ensure};

@@ -17,7 +17,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
     // This port is taken, so a service that tried to listen would exit with 1.
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let listen = taken.local_addr()?.to_string();
-    // A duration of 500,000,000,000 years can be written, but not added to a time.
+    // A duration of 500,000,000,000 years can be parsed, but it can't be added to a time.
     let (eternity, eternal_millis) = ("500000000000y", "9000000000000000000");
     let prefixes = ["p".repeat(236), "p".repeat(300), "é".repeat(118)];
     let long_virtual_host = format!("amqp://user:s3cr3t@host/{}", "v".repeat(300));

@@ -1,5 +1,5 @@
-//! Slow, silent or too many connections: they are closed in time, and clients with a request don't notice
-//! them.
+//! Slow, silent or too many connections are closed in time, and clients with a request don't notice those
+//! connections.
 
 use anyhow::{Context, Result, ensure};
 use harness::{
@@ -32,8 +32,8 @@ const LOGIN_PATIENCE: Duration = Duration::from_secs(9);
 /// ten seconds. By default, hyper would allow thirty seconds for the headers.
 const SILENT: Duration = Duration::from_secs(20);
 
-/// The time after which a client that doesn't begin to speak HTTP/2 must be cut off, although it may take only
-/// three seconds. tonic would wait for ever.
+/// The time after which a client that doesn't begin to speak HTTP/2 must be cut off. The services allow only
+/// three seconds. tonic alone would wait for ever.
 const SILENT_HTTP2: Duration = Duration::from_secs(12);
 
 /// How long a body may take to arrive. With this limit, no slow connection is closed before the logins are
@@ -50,8 +50,8 @@ const MANY: usize = 10_000;
 #[expect(clippy::print_stderr, reason = "a run with fewer connections must be noticed")]
 fn as_many_as_possible() -> Result<usize> {
     let limit = usize::try_from(rlimit::increase_nofile_limit(rlimit::INFINITY)?)?;
-    // The same limit applies to the service, which also has a file for each connection. Both processes have
-    // other files open as well.
+    // The same limit applies to the service, which also has a file for each connection. Both processes also
+    // have other open files.
     let possible = limit.saturating_sub(300).min(MANY);
     if possible < MANY {
         eprintln!("ulimit -n is {limit}: only {possible} connections of {MANY} are tried");
@@ -119,7 +119,8 @@ fn memory(service: &Process) -> Result<usize> {
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
-/// Logs in repeatedly, in turn on a new and on a kept connection. Returns how long each login took, sorted.
+/// Logs in repeatedly, alternately on a new connection and on a kept connection. Returns how long each login
+/// took, sorted.
 async fn logins(stack: &Stack, count: usize) -> Result<Vec<Duration>> {
     let (kept, url) = (Client::new(), stack.login_url());
     let mut took = Vec::new();
@@ -207,7 +208,7 @@ async fn a_connection_that_has_asked_nothing_takes_little_memory_and_gives_it_ba
         let back = back.await;
         println!("{count} {kind} connections: {alone} -> {among_many} -> {back:?} KiB");
         assert!(among_many < alone + 8 * count, "{kind}: {alone} -> {among_many} KiB");
-        // At most 1 KiB of each connection is kept for the next connections.
+        // api keeps at most 1 KiB of each connection's memory for later connections.
         back.with_context(|| format!("{kind}: {} KiB are kept", memory(&stack.api).unwrap_or_default()))?;
     }
     Ok(())
@@ -238,7 +239,7 @@ async fn connect_from(source: [u8; 4], to: SocketAddr) -> Result<TcpStream> {
     Ok(socket.connect(to).await?)
 }
 
-/// Whether the other side has not closed this connection.
+/// Returns whether the other side has not closed this connection.
 fn is_open(stream: &TcpStream) -> bool {
     stream.try_read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
@@ -256,7 +257,8 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
     let mut buffer = Vec::new();
     let other = connect_from([127, 0, 0, 4], api).await?;
 
-    // The address makes room for its own new connection, by closing the one that has waited longest.
+    // api makes room for a new connection by closing the connection from the same address that has waited
+    // longest for a request.
     let mut silent = Vec::new();
     for _ in 0..5 {
         silent.push(connect_from([127, 0, 0, 3], api).await?);
@@ -267,7 +269,7 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
     all_closed(&[silent.remove(0)], LOGIN_PATIENCE).await.context("the first")?;
     assert!(silent.iter().all(is_open));
 
-    // When all connections of an address have requests, a new one is refused.
+    // If all connections of an address have requests, a new connection is refused.
     let mut busy = Vec::new();
     for _ in 0..5 {
         let mut stream = connect_from([127, 0, 0, 2], api).await?;
@@ -280,7 +282,7 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
     assert!(busy.iter().all(is_open));
     logins(&stack, 10).await?;
     assert!(is_open(&other));
-    // The requests of this address are answered all the same.
+    // The requests of this address are still answered.
     for stream in &mut busy {
         stream.write_all(&LOGIN[LOGIN.len() - 24..]).await?;
         assert_eq!(timeout(LOGIN_PATIENCE, read_status(stream, &mut buffer)).await??, 200);
@@ -322,7 +324,7 @@ async fn whoever_closes_its_half_of_the_connection_after_the_request_is_answered
 async fn if_an_address_makes_room_for_itself_no_other_has_to() -> Result<()> {
     let bounds = [("api", "API_MAX_CONNECTIONS", "6"), ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "5")];
     let stack = Stack::start(&bounds).await?;
-    // Of all, this connection has waited longest.
+    // This connection has waited longer than all others.
     let other = connect_from([127, 0, 0, 4], stack.api.address).await?;
     let mut silent = Vec::new();
     for _ in 0..5 {

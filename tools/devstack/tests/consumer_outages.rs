@@ -151,7 +151,7 @@ async fn while_it_waits_for_its_database_mq_notices_that_its_connection_is_gone(
     let (stack, proxy) = with_proxy(&database).await?;
     let lock = database.lock().await?;
     stack.login(KNOWN_MOBILE, &[]).await?;
-    // The message has come, and waits.
+    // mq has received the message, which waits for the database.
     stack.mq.said("the database is unavailable").await?;
     proxy.cut();
     stack.mq.said("lost the connection to the broker").await?;
@@ -193,7 +193,8 @@ async fn the_pauses_grow_while_each_connection_is_lost_at_once() -> Result<()> {
         });
         again.await.with_context(|| format!("lost {lost} times:\n{}", stack.mq.output()))?;
     }
-    // Pauses take from half of their time to all of it. They start anew only after two seconds.
+    // Each pause lasts at least half of its nominal time. The pauses become short again only after a
+    // connection that lasted longer than two seconds.
     let took = start.elapsed();
     assert!(took >= Duration::from_millis(50 + 100 + 200 + 400 + 800), "{took:?}");
     Ok(())

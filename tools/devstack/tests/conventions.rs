@@ -1,5 +1,5 @@
-//! Everything that the services export follows the semantic conventions and `docs/conventions.md`, whatever
-//! becomes of a login.
+//! Everything that the services export follows the semantic conventions and `docs/conventions.md`, whether a
+//! login succeeds or fails.
 
 use anyhow::{Context, Result};
 use futures_util::{future::join_all, stream};
@@ -51,7 +51,7 @@ async fn expect(stack: &Stack, line: &str) {
     stack.receiver.expect_span(|span| ended(span) == line).await;
 }
 
-/// Checks what the receiver has got from services that have ended.
+/// Checks the telemetry that the receiver has got. The services must have ended.
 fn assert_no_faults(stack: &Stack) {
     let faults = stack.receiver.faults();
     assert!(faults.is_empty(), "{faults:#?}");
@@ -61,7 +61,7 @@ fn assert_no_faults(stack: &Stack) {
     }
 }
 
-/// Calls a method of usercenter, with a message that never comes.
+/// Calls a method of usercenter, with a message that never arrives.
 async fn call(channel: &Channel, path: &'static str) -> Result<(), tonic::Status> {
     let mut client = tonic::client::Grpc::new(channel.clone());
     client.ready().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
@@ -75,7 +75,7 @@ async fn everything_that_is_exported_follows_the_conventions() -> Result<()> {
     let (first, second) = (logins_and_their_messages().await?, calls_that_fail().await?);
     let spans = [first.receiver.spans(), second.receiver.spans()].concat();
     assert_eq!(conventions::unseen(&spans), [] as [&str; 0]);
-    // Two instances of api published. Each instance of a service has a client id of its own.
+    // Two instances of api have published messages. Each instance of a service has a client id of its own.
     let clients = spans.iter().filter_map(|span| {
         Some((span.attributes.get("messaging.client.id")?, span.resource.get("service.instance.id")?))
     });
@@ -85,7 +85,7 @@ async fn everything_that_is_exported_follows_the_conventions() -> Result<()> {
     Ok(())
 }
 
-/// Walks the paths of requests and of messages, with the real usercenter.
+/// Exercises requests and messages, with the real usercenter.
 async fn logins_and_their_messages() -> Result<Stack> {
     let broker = TestBroker::connect().await?;
     let database = Database::new()?;
@@ -123,11 +123,11 @@ async fn logins_and_their_messages() -> Result<Stack> {
     let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;
     let too_late = call(&channel, "/usercenter.v1.Usercenter/GetUserByMobile").await.expect_err("a refusal");
     assert_eq!(too_late.code(), Code::DeadlineExceeded);
-    // These calls are cut off before their message is complete, until one of them has come to usercenter.
     assert_eq!(
         call(&channel, "/usercenter.v1.Usercenter/None").await.expect_err("a refusal").code(),
         Code::Unimplemented
     );
+    // Calls are cut off before their message is complete, until one such call has reached usercenter.
     let cancelled = format!("usercenter {LOOKUP} SERVER CANCELLED");
     let is_cancelled = poll(PATIENCE, async || {
         let _ =
@@ -137,7 +137,8 @@ async fn logins_and_their_messages() -> Result<Stack> {
     });
     is_cancelled.await.with_context(|| format!("{:#?}", stack.receiver.spans()))?;
 
-    // Messages: retried and given up, without a context, twice, not for mq, with too long headers.
+    // The messages: one that always fails, one without a context that is sent twice (once with headers that
+    // are too long), and one that is not JSON.
     assert_eq!(stack.login(POISONED, &[]).await?.status, 200);
     expect(&stack, "mq mq_consumer_msg CONSUMER dead_letter error.type=refused_by_database").await;
     let mut long = FieldTable::default();
@@ -211,7 +212,7 @@ async fn logins_and_their_messages() -> Result<Stack> {
     Ok(stack)
 }
 
-/// Walks the paths of a usercenter that is slow or fails, and of callers that are too many or that hang up.
+/// Exercises a usercenter that is slow or fails, too many callers, and callers that hang up.
 async fn calls_that_fail() -> Result<Stack> {
     let fake = StandIn::start(|_| Reply::Never).await?;
     let own = [

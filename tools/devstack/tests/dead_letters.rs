@@ -1,4 +1,4 @@
-//! `mq dead-letters`: how an operator looks at dead letters, and how they get another chance.
+//! `mq dead-letters`: how an operator lists, reads and replays dead letters.
 
 use anyhow::{Context, Result};
 use harness::{

@@ -1,4 +1,4 @@
-//! A part of a service that panics in the background ends the service, with an error that names the part.
+//! If a part of a service panics in the background, the service ends with an error that names the part.
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -18,7 +18,8 @@ use tokio::{net::TcpListener, select, time::timeout};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::{Layer, layer, prelude::*};
 
-/// The module that panics when it logs something. A service has no hook for that, but every part logs.
+/// The module that panics when it logs something. A service has no hook that makes a part panic, but every
+/// part logs.
 static FAULTY: Mutex<&str> = Mutex::new("");
 
 struct PanicWhenFaulty;
@@ -60,7 +61,7 @@ async fn each_part_that_panics_ends_its_service_with_an_error_that_names_it() ->
     let (first, second) = (config("first")?, config("second")?);
     let shutdown = Shutdown::on_signal(first.shutdown)?;
 
-    // The dispatcher lets the crate amqp log that there is no broker.
+    // In the dispatcher, the crate amqp logs that there is no broker.
     let service = api::run(&first, listen().await?.0, &shutdown);
     assert_eq!(error("amqp::opening", service).await?, "the dispatcher panicked");
 

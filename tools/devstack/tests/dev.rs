@@ -32,7 +32,7 @@ use tokio::{
     time::timeout,
 };
 
-/// Held by a test of the usual ports.
+/// Each test that uses the usual ports holds this lock.
 static USUAL_PORTS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A running `cargo dev`.
@@ -40,9 +40,9 @@ struct Dev {
     child: Child,
     said: Arc<Mutex<String>>,
     reader: JoinHandle<()>,
-    /// The other end of its terminal, if it has one.
+    /// The other end of `cargo dev`'s terminal, if it has one.
     terminal: Option<File>,
-    /// A variable that all of its processes inherit, with a value that no others have.
+    /// An environment variable that all processes of this `cargo dev` inherit, with a unique value.
     mark: String,
     api: String,
     page: String,
@@ -126,7 +126,7 @@ impl Dev {
         Ok(self.terminal.as_mut().context("a terminal")?.write_all(key.as_bytes())?)
     }
 
-    /// Waits until it has said `text` this many times.
+    /// Waits until `cargo dev` has printed `text` this many times.
     async fn says_times(&self, text: &str, times: usize) -> Result<()> {
         let found = poll(PATIENCE, async || (self.said().matches(text).count() >= times).then_some(())).await;
         found.with_context(|| format!("it did not say {text:?} {times} times, but:\n{}", self.said()))
@@ -184,7 +184,7 @@ impl Dev {
     }
 }
 
-/// Even after a failed assertion, `cargo dev` ends as its user would end it, and leaves nothing behind.
+/// Ends `cargo dev` as its user would, even after a failed assertion, so that no process is left.
 impl Drop for Dev {
     fn drop(&mut self) {
         let Some(pid) = self.child.id() else { return };
@@ -201,7 +201,7 @@ fn processes_with(mark: &str) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let process = entry?.path();
-        // A process may be another user's, or end in the meantime. One that has ended has no variables.
+        // A process may belong to another user, or end in the meantime. An ended process has no variables.
         let variables = fs::read(process.join("environ")).unwrap_or_default();
         if variables.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
             found.push(fs::read_to_string(process.join("cmdline")).unwrap_or_default());
@@ -323,7 +323,8 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     Ok(())
 }
 
-/// Presses a button of the page. The request has the `Host` and the `Origin` that the page's own would have.
+/// Presses a button of the page. The request has the `Host` and the `Origin` that a request of the page would
+/// have.
 async fn press(dev: &Dev, button: &str) -> Result<Value> {
     let client = Client::new();
     let url = format!("{}/controls/{button}", dev.page);
@@ -375,7 +376,7 @@ async fn buttons_of_the_page_log_in_stop_and_start_parts_slow_usercenter_and_pub
     press(&dev, "slow").await?;
     dev.says_times("usercenter is ready, after ", 3).await?;
 
-    // Without a terminal, `cargo dev` goes on if all services were stopped by the page.
+    // Without a terminal, `cargo dev` continues to run even after the page has stopped all services.
     for part in ["usercenter", "mq", "api"] {
         press(&dev, part).await?;
         dev.says(&format!("{part} has stopped")).await?;
@@ -421,7 +422,7 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
         format!("{own}origin: http://localhost:{port}\r\norigin: http://evil.example\r\n"),
         // No browser leaves the origin out.
         own.clone(),
-        // The name of another site leads to this machine.
+        // The domain name of another site resolves to 127.0.0.1.
         format!("host: evil.example:{port}\r\norigin: http://evil.example:{port}\r\n"),
         "host: evil.example\r\norigin: http://evil.example\r\n".to_owned(),
         "host: localhost\r\norigin: http://localhost\r\n".to_owned(),
@@ -453,7 +454,7 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
     Ok(())
 }
 
-/// Writes a program that stands in for another.
+/// Writes a shell script that stands in for another program.
 fn script(directory: &Path, name: &str, lines: &str) -> Result<String> {
     let path = directory.join(name);
     fs::write(&path, format!("#!/bin/sh\n{lines}\n"))?;
@@ -465,13 +466,13 @@ fn script(directory: &Path, name: &str, lines: &str) -> Result<String> {
 async fn a_signal_while_it_builds_ends_the_build_too() -> Result<()> {
     let directory = tempfile::TempDir::new()?;
     let built = directory.path().join("started");
-    // A cargo with a compiler that takes its time.
+    // A stand-in for cargo, whose compiler runs for ten minutes.
     let cargo = script(directory.path(), "cargo", &format!("sleep 600 & : >{}; wait", built.display()))?;
     for end in ["INT", "TERM", "HUP", "KILL"] {
         let mut dev = Dev::spawn(devstack(&["--free-ports"], &[("CARGO", &cargo)]))?;
         poll(PATIENCE, async || built.exists().then_some(())).await.context("no build")?;
         fs::remove_file(&built)?;
-        // The shell may not have become the compiler yet.
+        // The shell's child may not have become `sleep` yet.
         let compiles =
             async || processes_with(&dev.mark).ok()?.iter().any(|line| line.contains("600")).then_some(());
         poll(PATIENCE, compiles).await.context("no compiler")?;
@@ -496,7 +497,7 @@ async fn a_signal_while_it_starts_leaves_no_process() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_ends_everything_at_once() -> Result<()> {
     let mut dev = Dev::start(&[]).await?;
-    // A service that does not end.
+    // A stopped process does not end on SIGTERM.
     signal("STOP", dev.service("mq")?).await?;
     signal("INT", dev.child.id().context("it has ended")?).await?;
     dev.says("stopping").await?;
@@ -550,8 +551,8 @@ async fn what_is_missing_is_told_before_anything_is_built_with_the_command_that_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
     let _guard = USUAL_PORTS.lock().await;
-    // This devstack uses the usual port of the trace page. (The usual ports of usercenter and mq are among those
-    // that Linux gives to connections, so any of the last minute's connections may keep them from being used.)
+    // This devstack uses the usual port of the trace page. (The usual ports of usercenter and mq are ephemeral
+    // ports of Linux, so any connection of the last minute may occupy them.)
     let arguments =
         ["backend", "--query", "127.0.0.1:16686", "--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"];
     let first = Dev::spawn(devstack(&arguments, &[]))?;
@@ -656,7 +657,7 @@ async fn verify_says_what_does_not_answer() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_in_use_is_named_with_the_remedy() -> Result<()> {
     let _guard = USUAL_PORTS.lock().await;
-    // If another process has this port already, the test works as well.
+    // The test also works if another process already uses this port.
     let taken = std::net::TcpListener::bind("127.0.0.1:8888");
     let output = devstack(&[], &[]).stderr(Stdio::piped()).output().await?;
     assert_eq!(output.status.code(), Some(1));

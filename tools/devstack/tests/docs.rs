@@ -110,7 +110,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
 fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
     let page = fs::read_to_string(root().join("docs/layers.md"))?;
     let source = fs::read_to_string(root().join("tools/devstack/tests/layers.rs"))?;
-    // Some blocks are indented in the test.
+    // Some blocks are indented in the source file.
     let source: Vec<_> = source.lines().map(str::trim).collect();
     let blocks: Vec<_> =
         page.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
@@ -218,7 +218,8 @@ fn the_page_on_copying_knows_the_size_and_the_needs_of_each_crate() -> Result<()
     Ok(())
 }
 
-/// `.ci/run` applies the diffs and compiles the result. This says sooner what has changed below the page.
+/// `.ci/run` applies the diffs and compiles the result. This test shows sooner which file no longer fits the
+/// page.
 #[test]
 fn the_page_on_adding_names_the_files_that_it_changes_and_its_diffs_fit() -> Result<()> {
     let page = fs::read_to_string(root().join("docs/adding.md"))?;
@@ -239,7 +240,8 @@ fn the_page_on_adding_names_the_files_that_it_changes_and_its_diffs_fit() -> Res
                 let old = hunk.lines().skip(1).filter(|line| !line.starts_with('+'));
                 let old = old.map(|line| format!("\n{}", line.get(1..).unwrap_or_default()));
                 let old: String = old.collect();
-                // In one place only, so that it can't be added in another when the file has changed.
+                // The old lines must occur only once, because otherwise a diff could be applied at the wrong
+                // place.
                 assert_eq!(source.matches(&format!("{old}\n")).count(), 1, "{path} has changed:{old}");
                 hunks += 1;
             }

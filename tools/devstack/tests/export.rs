@@ -98,7 +98,7 @@ async fn what_the_collector_refuses_for_good_is_dropped_and_counted() -> Result<
         Stack::start(&[("rpc", "OTEL_TRACES_EXPORTER", "none"), ("mq", "OTEL_TRACES_EXPORTER", "none")])
             .await?;
     stack.receiver.refuse([Refusal::Invalid]);
-    // The first batch is refused, which has one or both of the spans of this login.
+    // The collector refuses the first batch, which has one span or both spans of this login.
     let refused = stack.login("13800138009", &[]).await?;
     stack.api.said(REJECTED).await?;
     let taken = stack.login("13800138009", &[]).await?;
@@ -254,7 +254,8 @@ async fn a_collector_that_comes_back_while_a_service_ends_gets_all_spans() -> Re
     stack.api.said(WARNING).await?;
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
-    // One attempt makes at most four connections. With 12 more, there were several attempts after the signal.
+    // One attempt makes at most four connections. With 12 more connections, there were several attempts after
+    // the signal.
     let before = closed.load(SeqCst);
     let attempts = poll(PATIENCE, async || (closed.load(SeqCst) > before + 12).then_some(()));
     attempts.await.with_context(|| format!("{} connections", closed.load(SeqCst) - before))?;

@@ -1,5 +1,5 @@
-//! A login passes through any mixture of these services and those of the same system in Go, on go-zero, which
-//! has the original's message, and makes one trace.
+//! A login makes one trace in every mixture of these services and of the same services in Go. The services in
+//! Go use go-zero, and their message is that of the original.
 
 use anyhow::{Context, Result, ensure};
 use harness::{
@@ -36,7 +36,7 @@ async fn every_mixture_of_the_two_systems_makes_one_trace() -> Result<()> {
 }
 
 async fn mixture_makes_one_trace(in_go: &[&str]) -> Result<()> {
-    // The message is published as the original does it, or with confirms, in two mixtures each.
+    // Of the four mixtures with api in Go, two publish the message as the original does, and two with confirms.
     let confirms = if in_go.contains(&"rpc") { "true" } else { "false" };
     let variables = [("*", "BAGGAGE_SPAN_ATTRIBUTES", "tenant"), ("api", "CONFIRMS", confirms)];
     let stack = Stack::start_mixed(TestBroker::connect().await?, in_go, &variables).await?;
@@ -76,7 +76,8 @@ async fn mixture_makes_one_trace(in_go: &[&str]) -> Result<()> {
         // The deadline is the caller's, of 30 seconds. The server's own would be 40 seconds.
         assert!((1..=30_000).contains(&left), "{in_go:?}: {line}");
     }
-    // Both messages were applied. The unsampled one came first, so its spans would have been exported first.
+    // Both messages were applied. The unsampled message came first, so its spans would have been exported
+    // first.
     let applied = poll(PATIENCE, async || {
         let logins = stack.broker.database.logins(KNOWN_MOBILE).await.ok()?;
         (logins == (2, 2)).then_some(())

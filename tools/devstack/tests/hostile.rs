@@ -100,7 +100,7 @@ async fn a_large_legal_context_is_cut_at_a_member_and_opens_no_circuit() -> Resu
     assert_unharmed(&stack, "a large context").await?;
     assert!(!stack.api.output().contains("circuit opened"), "{}", stack.api.output());
 
-    // The consumer has the baggage, which is of a legal size, and as much of tracestate as is passed on.
+    // The consumer has the whole baggage, whose size is allowed, but only the first member of tracestate.
     assert_eq!(stack.login(KNOWN_MOBILE, &headers).await?.status, 200);
     let trace = &parent[3..35];
     let consumer = stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;

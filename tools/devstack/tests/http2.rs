@@ -137,7 +137,7 @@ async fn what_is_not_grpc_is_refused_and_a_message_that_is_too_large_has_its_own
         let request = Request::builder().method(method).uri(&url).header("content-type", content_type);
         let answer = client.request(request.body(Empty::new())?).await?;
         assert_eq!(answer.status(), status, "{method} {content_type}");
-        // An answer of gRPC has a status of its own, here for the missing message.
+        // A gRPC answer has its own status, which reports the missing message here.
         assert_eq!(answer.headers().contains_key("grpc-status"), status == 200, "{method} {content_type}");
     }
     let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;

@@ -1,5 +1,6 @@
-//! A connection that fell silent is given up, without HTTP/2 pings. A gRPC server in Go closes a connection
-//! with `too_many_pings` if they come more often than every five minutes (gRPC's proposal A8).
+//! A connection that becomes silent is abandoned, although no HTTP/2 pings are sent. A gRPC server in Go
+//! closes a connection with `too_many_pings` if pings come more often than every five minutes (gRPC's
+//! proposal A8).
 
 use anyhow::Result;
 use futures_util::future::try_join_all;
@@ -107,7 +108,7 @@ async fn a_collector_that_does_not_answer_gets_no_ping() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
     let receiver = Receiver::start().await?;
-    // These connections lead through both proxies; later ones will bypass the second.
+    // The first connections lead through both proxies. Later connections will bypass `vanishing`.
     let vanishing = Proxy::start(receiver.grpc)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);

@@ -205,8 +205,8 @@ async fn the_callers_trace_is_continued_to_the_consumer() -> Result<()> {
     let spans = stack.receiver.expect_tree_below("00f067aa0ba902b7", &answer.trace_id(), LOGIN_TREE).await;
     for span in &spans {
         assert_eq!(span.trace_state, "vendor=a,other=b", "{span:#?}");
-        // The span is sampled. The flags say whether its parent is remote, as it is for each process's first
-        // span.
+        // The span is sampled. The flags also say whether its parent is remote. Only the first span of each
+        // process has a remote parent.
         let first = ["SERVER", "CONSUMER"].contains(&span.kind);
         assert_eq!(span.flags & 0x3ff, if first { 0x301 } else { 0x101 }, "{span:#?}");
     }
@@ -287,7 +287,7 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
     let during = |time: i64| (producer.start / 1_000_000..=producer.end / 1_000_000).contains(&(time as u64));
     assert!(during(published), "{published}");
     assert_eq!(*properties.timestamp(), Some(published as u64 / 1000));
-    // RabbitMQ adds this header to what it delivers from a quorum queue.
+    // RabbitMQ adds this header to messages that it delivers from a quorum queue.
     let ours = headers.keys().filter(|name| name.as_str() != "x-delivery-count");
     assert_eq!(ours.count(), 4, "{headers:?}");
     Ok(())
@@ -344,7 +344,7 @@ async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
     let spans = format!("{:?}", stack.receiver.spans());
     let logs = [&stack.api, &stack.rpc, &stack.mq].map(|service| service.output()).join("\n");
     let text = |answer: &Answer| format!("{:?}\n{}", answer.headers, String::from_utf8_lossy(&answer.body));
-    // The token belongs to the caller, but only as the answer to the login.
+    // Only the answer to the login may contain the token.
     let answers = others.iter().map(text).collect::<String>() + &text(&login).replacen(&token, "", 1);
     assert!(spans.contains("REDACTED") && logs.contains("logged in"), "something must be there to look at");
     assert!(answers.contains("accessToken") && answers.contains("problem+json"), "{answers}");

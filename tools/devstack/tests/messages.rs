@@ -151,7 +151,7 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
         AMQPValue::ShortShortInt(-7),
         AMQPValue::ShortInt(-7),
         AMQPValue::LongLongInt(i64::MIN),
-        // NaN is left out, because RabbitMQ itself does not read it.
+        // NaN is missing here, because RabbitMQ itself can't read it.
         AMQPValue::Float(f32::MIN_POSITIVE),
         AMQPValue::Double(f64::MAX),
         AMQPValue::DecimalValue(DecimalValue { scale: 255, value: u32::MAX }),
@@ -178,7 +178,7 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
     Ok(())
 }
 
-/// Makes properties whose header table nests as many arrays as a frame has room for.
+/// Makes properties whose header table has as many nested arrays as fit into a frame.
 fn properties_that_fill_the_stack() -> Vec<u8> {
     const DEPTH: u32 = 26_000;
     let mut properties = vec![0x20, 0];
@@ -209,7 +209,7 @@ async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> 
         let headers = letter.properties.headers().as_ref().context("headers")?.inner();
         assert_eq!(headers[UNREADABLE], AMQPValue::LongString(kept.into()));
     }
-    // The trace is still found, by the body.
+    // mq still finds the trace, because the body also names it.
     let tree = "
         mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
         mq mq_consumer_msg CONSUMER ERROR error.type=unreadable_properties
@@ -229,7 +229,7 @@ async fn consumed(stack: &Stack, id: &str) -> Span {
     stack.receiver.expect_span(of_message).await
 }
 
-/// A producer whose frames are longer can publish such a message, and brokers deliver it.
+/// A producer with a larger frame size can publish such a message, and brokers deliver it.
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothing() -> Result<()> {
     let broker = TestBroker::connect().await?;
@@ -243,7 +243,7 @@ async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothi
     for id in ["one", "two", "three"] {
         publish(&stack, id, FieldTable::default(), br#"{"Msg":"13800138000"}"#).await?;
     }
-    // The first one lost a header, but neither its trace nor its login.
+    // The first message lost a header, but neither its trace nor its login.
     let span = consumed(&stack, "long").await;
     assert_eq!((span.status, span.parent_span_id.as_str()), ("UNSET", "00f067aa0ba902b7"));
     assert_eq!(span.attributes["throughline.message.headers_left_out"], "true");
@@ -253,7 +253,7 @@ async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothi
         assert!(!span.attributes.contains_key("throughline.message.headers_left_out"));
     }
 
-    // Headers that just fit leave no room for those of a dead letter.
+    // Headers that just fit leave no room for the headers of a dead letter.
     headers.insert("x-long".into(), AMQPValue::LongString("x".repeat(3900).into()));
     publish(&stack, "bad", headers, b"not json").await?;
     let letter = stack.dead_letter().await?;
@@ -271,7 +271,7 @@ async fn a_context_longer_than_a_frame_of_the_producer_costs_no_login() -> Resul
     let broker = TestBroker::connect().await?;
     let url = format!("{}?frame_max=4096", broker.url);
     let stack = Stack::start_on(broker, &[("api", "AMQP_URL", &url)]).await?;
-    // There are many members, so that some are left wherever the baggage is cut.
+    // There are many members, so that some members remain wherever the baggage is cut.
     let baggage = (0..80).map(|i| format!("k{i:02}={}", "x".repeat(97))).collect::<Vec<_>>().join(",");
     let tracestate = format!("a={0},b={0}", "x".repeat(247));
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -325,7 +325,7 @@ async fn a_body_that_is_no_login_is_a_dead_letter_and_not_in_the_history() -> Re
 #[tokio::test(flavor = "multi_thread")]
 async fn many_long_bodies_take_no_more_memory_than_their_bound() -> Result<()> {
     let stack = Stack::start(&[]).await?;
-    // It would be a login, if it were not so long.
+    // This body would be a valid login if it were shorter.
     let mut body = br#"{"Msg":"13800138000"}"#.to_vec();
     body.resize(8_000_000, b' ');
     for i in 0..32 {

@@ -157,7 +157,7 @@ async fn prometheus_and_standard_output_have_the_same_metrics() -> Result<()> {
     stack.login(KNOWN_MOBILE, &[]).await?;
     let line = stack.api.said("metrics for Prometheus").await?;
     let address = line.split_once("address=").context("address")?.1;
-    // Connections on which nothing is asked keep nobody out.
+    // Connections without a request don't keep other clients out.
     let silent = (0..100).map(|_| TcpStream::connect(address));
     let _silent = futures_util::future::try_join_all(silent).await?;
     let answer = Client::new().get(&format!("http://{address}/metrics")).await?;

@@ -18,7 +18,7 @@ use tonic_reflection::pb::v1::{
 /// Runs `{service} health` against the running service; returns whether it is healthy.
 async fn probe(service: &Process) -> Result<bool> {
     let address = service.address.to_string();
-    // A probe exports no telemetry, and says nothing about it.
+    // A probe exports no telemetry, and logs nothing about that.
     let mut probe = Process::command(service.name, &[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")])?;
     let Output { status, stdout, stderr } = probe.args(["health", "--listen", &address]).output().await?;
     let (stdout, stderr) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);

@@ -115,8 +115,8 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
 }
 
 /// Logs in several times while each service exports to a collector that accepts no spans. `whys` has, for api,
-/// rpc and mq, the address and the other texts that the service's warning must contain. Requests must be as
-/// fast as ever. Each service must warn once and count its spans exactly.
+/// rpc and mq, the address and the other texts that the service's warning must contain. Logins must be as fast
+/// as usual. Each service must warn once and count its spans exactly.
 async fn each_warns_once(mut stack: Stack, whys: [(SocketAddr, &[&str]); 3]) -> Result<()> {
     const LOGINS: u64 = 5;
 
@@ -260,8 +260,9 @@ async fn parrot(answer: &'static str) -> Result<SocketAddr> {
 #[tokio::test(flavor = "multi_thread")]
 async fn when_ports_of_grpc_and_http_are_mixed_up_one_warning_guesses_so() -> Result<()> {
     let receiver = Receiver::start().await?;
-    // A gRPC server sends this first (SETTINGS). A real one sends it before it reads the request, and then resets the
-    // connection. On a busy machine, about one request in a hundred of hyper's client then waits until its time-out.
+    // This is the first frame of a gRPC server (SETTINGS). A real server sends it before it reads the request,
+    // and then resets the connection. On a busy machine, hyper's client then lets about one request in a
+    // hundred wait until its time-out.
     let http2 = parrot("\0\0\0\u{4}\0\0\0\0\0").await?;
     // The receiver's HTTP port also accepts HTTP/2, but most collectors' HTTP ports do not.
     let http1 = parrot("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await?;

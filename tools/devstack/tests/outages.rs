@@ -1,5 +1,5 @@
-//! The broker fails in every possible way. Logins are answered all the same, and their messages reach the
-//! broker later, in order, each in the trace of its login.
+//! The broker fails in every possible way. Logins are still answered. Their messages reach the broker later, in
+//! order, each in the trace of its login.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -40,7 +40,7 @@ async fn producer(stack: &Stack, login: &Answer) -> Span {
 fn why_spooled(producer: &Span) -> &str {
     assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
     assert_eq!(producer.status, "UNSET");
-    // Nobody was contacted.
+    // api contacted no broker.
     assert!(!producer.attributes.contains_key("network.peer.address"), "{producer:#?}");
     let spooled = producer.events.iter().find(|(name, _)| name == "spooled");
     &spooled.expect("an event").1["throughline.spool.reason"]
@@ -54,7 +54,7 @@ fn assert_confirmed(producer: &Span) {
 async fn ready(stack: &Stack) -> Result<(u16, Value)> {
     let answer = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await?;
     let mut body = answer.json();
-    // The bytes and the age of what is in the spool vary.
+    // The size and the age of the spool's content vary.
     for varying in ["spooledBytes", "oldestSeconds"] {
         body.as_object_mut().context("an object")?.remove(varying).context(varying)?;
     }
@@ -217,10 +217,10 @@ async fn a_login_does_not_wait_for_a_round_of_the_spool_that_another_one_will_fo
         login(&stack).await?;
     }
     let confirm = proxy.withhold(Side::Server, BASIC_ACK);
-    // This lets everything pass again, like `restore`, which would also forget what to withhold.
+    // This lets everything pass again. (`restore` would also forget what to withhold.)
     proxy.slow_down(Duration::ZERO);
     timeout(PATIENCE, confirm).await.context("no round")??;
-    // The first round takes one login, so it is not known to be the last one.
+    // The first round publishes one login, so api doesn't know yet whether this round is the last.
     let behind = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &behind).await), "behind_spool");
     proxy.cut();
@@ -256,7 +256,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
     // mq is stopped because it would also declare the queue.
     stack.mq.stop().await?;
     let topology = &stack.broker.topology;
-    // The publisher needs the main queue, and the main queue gives what it drops to the dead-letter queue.
+    // The publisher needs the main queue, and the main queue sends dropped messages to the dead-letter queue.
     for queue in [&topology.queue, &topology.dead_letter_queue] {
         let options = QueueDeleteOptions::default();
         stack.broker.channel.queue_delete(queue.as_str().into(), options).await?;
@@ -282,12 +282,12 @@ async fn logins_that_a_full_queue_refuses_are_kept_and_offered_again_without_a_w
     login(&stack).await?;
     let refused = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &refused).await), "nacked");
-    // api connects again each time, and the broker refuses the login again. api is connected for a moment only, so
-    // this test asks for the spool alone.
+    // api connects again each time, and the broker refuses the login again. api is connected only for a moment,
+    // so this test checks only the spool.
     stack.api.said("the broker refused the message").await?;
     assert_eq!(ready(&stack).await?.1["spooled"], 1);
     assert!(complaints(&stack).len() < 5, "{:#?}", complaints(&stack));
-    // The first connection was useful, the second was not, and the loss of later ones is not logged.
+    // The first connection was useful, and the second was not. The loss of later connections is not logged.
     let losses = || stack.api.output().matches("lost the connection to the broker").count();
     poll(PATIENCE, async || (losses() == 2).then_some(())).await.context("the second loss is not told")?;
 
@@ -337,7 +337,7 @@ async fn logins_share_one_connection_to_the_broker() -> Result<()> {
 async fn while_a_round_is_overdue_other_logins_go_to_the_spool_and_hold_no_place() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
     let (proxy, url) = stack.broker.amqp_proxy()?;
-    // The silence ends neither by the confirm's time-out nor by a heartbeat while the test goes on.
+    // During the test, neither the confirm's time-out nor a heartbeat ends the silence.
     let url = format!("{url}?heartbeat=600");
     let variables = [("AMQP_URL", url.as_str()), ("PUBLISH_TIMEOUT", "10s"), ("API_MAX_IN_FLIGHT", "3")];
     stack.api = stack.another("api", &variables).await?;

@@ -145,8 +145,8 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     let gate = permits.clone();
     let fake = StandIn::start(move |_| Reply::ErrorAfter(Code::Unavailable, gate.clone())).await?;
     let stack = stack(&fake, &[("USERCENTER_ATTEMPTS", "1"), ("USERCENTER_CIRCUIT_PAUSE", "5s")]).await?;
-    // All calls begin before the first fails. So all of them count in one window, and no call begins after the
-    // circuit has opened, however slow this machine is.
+    // All calls begin before the first call fails. So all calls count in one window, and no call begins after
+    // the circuit has opened, even on a slow machine.
     let logins = join_all((0..OPENS_AFTER).map(|_| stack.login(KNOWN_MOBILE, &[])));
     let all_fail = async {
         fake.called(OPENS_AFTER).await?;
@@ -169,7 +169,7 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     let refused = client_span(&spans);
     assert_eq!(refused.events[0].0, "circuit_open");
     assert!(refused.events[0].1.contains_key("throughline.circuit.retry_after_ms"));
-    // Nobody was contacted.
+    // api didn't contact usercenter.
     assert!(!refused.attributes.contains_key("network.peer.address"), "{refused:#?}");
 
     // When the circuit is half-open, one call passes and fails. Then no call passes for another pause.
@@ -241,7 +241,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     let rpc = stack.rpc.address;
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let in_flight = tokio::spawn(async move {
-        // This call is refused if one of the calls below came first.
+        // This call is refused if one of the calls below arrives first.
         while let Err(status) = stalled(rpc, parent, None).await {
             assert_eq!(status.code(), Code::Unavailable);
         }
@@ -305,8 +305,8 @@ fn header_map(fields: Fields) -> HeaderMap {
     fields.iter().copied().map(field).collect()
 }
 
-/// Starts the services, with api calling a server that answers every call like this. With trailers, the answer
-/// has a user as its message.
+/// Starts the services, and a server that gives this answer to every call of api. If there are trailers, the
+/// answer's message is a user.
 async fn answered(status: u16, headers: Fields, trailers: Fields) -> Result<Stack> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);

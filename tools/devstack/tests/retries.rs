@@ -174,7 +174,7 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     let (mut stack, database) = poisoned("60s").await?;
     stack.mq.stop().await?;
     database.make_deadly(POISONED).await?;
-    // The message that is behind the deadly one is delivered as often until its turn comes.
+    // The message behind the deadly message is delivered just as often, until mq processes it.
     for (id, mobile) in [("deadly", POISONED), ("harmless", KNOWN_MOBILE)] {
         let properties = BasicProperties::default().with_message_id(id.into());
         stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
@@ -184,7 +184,7 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     for delivery in 1..=21 {
         let died = match stack.another_by(Database::BOUND_FILES, "mq", &variables).await {
             Ok(mut mq) => format!("{}\n{}", mq.exit().await?, mq.output()),
-            // It died before the test had read where it listens.
+            // mq died before the test had read mq's address.
             Err(error) => format!("{error:#}"),
         };
         assert!(died.contains("SIGXFSZ"), "delivery {delivery}: {died}");
@@ -201,7 +201,7 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     );
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("deadly"));
-    // The other one is applied. Both have a result, so no count is left.
+    // The harmless message is applied. Both messages have a result, so no count is left.
     let mut connection = database.connect().await?;
     let all = async || {
         let counts = sqlx::query_scalar("SELECT COUNT(*) FROM redelivery_count");

@@ -200,7 +200,7 @@ async fn a_connection_that_has_reached_its_age_costs_no_login() -> Result<()> {
     let variables = [("rpc", "USERCENTER_MAX_CONNECTION_AGE", "200ms"), ("api", "USERCENTER_ATTEMPTS", "5")];
     let stack = Stack::start(&variables).await?;
     let load = Load::start(stack.api.address);
-    // With this maximum age, five connections come and go every second.
+    // With this maximum age, five connections are opened and closed every second.
     sleep(Duration::from_secs(15)).await;
     let (answered, failed) = load.finish().await;
     assert!(failed.is_empty(), "{} of {}: {failed:#?}", failed.len(), failed.len() + answered.len());

@@ -75,8 +75,7 @@ impl Load {
     }
 }
 
-/// Stops the process that `service` picks under load. Then the traces of all answered logins must be
-/// complete.
+/// Under load, stops the process that `service` picks. Then the traces of all answered logins must be complete.
 async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Process) -> Result<()> {
     let variables =
         [("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn"), ("*", "SHUTDOWN_TIMEOUT", "50s")];
@@ -247,8 +246,8 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     Ok(())
 }
 
-/// Peers that would hold the connection of a server that waits for them: one says nothing, one has sent half of a
-/// request's headers, one never reads and so answers no ping, and one watches the health.
+/// Peers that would delay a server that waits for their connections to end: one sends nothing, one has sent
+/// half of a request's headers, one never reads and so answers no ping, and one watches the health.
 #[tokio::test(flavor = "multi_thread")]
 async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
     let mut stack = Stack::start(&[("*", "SHUTDOWN_TIMEOUT", "2m")]).await?;
@@ -275,7 +274,7 @@ async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
 
         let start = Instant::now();
         assert!(service.stop().await?.success());
-        // HTTP/2's own pings find out after 40 s that a peer is deaf, and work in progress would have 72 s.
+        // HTTP/2 pings would need 40 s to detect that a peer doesn't read, and work in progress may take 72 s.
         assert!(start.elapsed() < Duration::from_secs(20), "{}: {:?}", service.name, start.elapsed());
         assert!(!service.output().contains("cut off"), "{}", service.output());
     }

@@ -1,5 +1,5 @@
 //! Ambiguous requests, which two servers could understand differently. Each request gets one documented answer,
-//! and a second request that is hidden inside is never served (RFC 9112, sections 6.3 and 11.2).
+//! and a second request that is hidden inside it is never served (RFC 9112, sections 6.3 and 11.2).
 
 use anyhow::Result;
 use harness::{
@@ -22,8 +22,8 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
     let whole = format!("content-length: {}\r\n", BODY.len());
     let as_body = format!("0\r\n\r\n{HIDDEN}");
     for (name, request, expected) in [
-        // One server would use the length, another the chunks. The chunks win (section 6.3), and api reads
-        // nothing more from the connection.
+        // Some servers would use `content-length`, and others would use the chunks. The chunks take precedence
+        // (section 6.3), and api reads nothing more from the connection.
         ("CL.TE", format!("{LOGIN}content-length: {}\r\n{chunked}\r\n{as_body}", as_body.len()), "400"),
         ("TE.CL", format!("{LOGIN}{chunked}content-length: 4\r\n\r\n22\r\n{HIDDEN}\r\n0\r\n\r\n"), "400"),
         ("TE.TE", format!("{LOGIN}{chunked}transfer-encoding: x\r\n\r\n{as_body}"), "400"),

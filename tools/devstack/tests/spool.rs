@@ -31,7 +31,7 @@ async fn drained(stack: &Stack) -> Result<()> {
     empty.await.with_context(|| format!("not drained:\n{}", stack.api.output()))
 }
 
-/// Replaces api by an api that reaches the broker through a proxy, and has these variables.
+/// Replaces api by an instance that has these variables and reaches the broker through a proxy.
 async fn behind_proxy(stack: &mut Stack, variables: &[(&str, &str)]) -> Result<Proxy> {
     let (proxy, url) = stack.broker.proxy()?;
     let variables = [&[("AMQP_URL", url.as_str())], variables].concat();
@@ -133,7 +133,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     let output = stack.api.output();
     let before = output.split("the spool failed").next();
     assert!(before.is_some_and(|before| !before.contains("the spool works again")), "{output}");
-    // Each login that fails makes api unready until it tries the disk again, a second later.
+    // Each failed login makes api unready until api tries the disk again, a second later.
     let spool_is = async |works: bool| {
         let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
         (ready.json()["spool"] == works).then_some(())
@@ -156,7 +156,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
     });
     answered.insert(taken.await.with_context(|| format!("still refused:\n{}", stack.api.output()))?);
     stack.api.said("the spool works again").await?;
-    // However many logins fail in a row, api says so once.
+    // If several logins fail in a row, api logs that only once.
     let output = stack.api.output();
     let [failed, works] =
         ["the spool failed", "the spool works again"].map(|text| output.matches(text).count());
@@ -207,7 +207,8 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
     let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
     let answered = Arc::new(Mutex::new(HashSet::new()));
     let mut spooled_at_the_end = 0;
-    // The kills come while the broker is there, while it is away, while the spool is drained, and in between.
+    // api is killed while the broker is available, while the broker is away, while the spool is drained, and
+    // in between.
     for round in 0..12_u64 {
         let proxy = behind_proxy(&mut stack, &variables).await?;
         let before = answered.lock().unwrap().len();
@@ -222,7 +223,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
         }
         if round % 3 > 1 {
             proxy.restore();
-            // This pause doesn't wait for anything. It varies the moment of the kill.
+            // This pause varies the moment of the kill.
             sleep(Duration::from_millis(100 + 23 * round)).await;
         }
         spooled_at_the_end += spooled(&stack).await.unwrap_or_default();
@@ -355,7 +356,7 @@ async fn an_operator_lists_exports_and_drains_the_spool_of_an_instance_that_is_g
         }
     }
 
-    // Without a broker, the logins stay.
+    // Without a broker, the logins stay in the spool.
     let away = [variables[0], ("AMQP_URL", "amqp://127.0.0.1:1")];
     let (code, out, log) = operate("drain", &away).await?;
     assert_eq!((code, &*out), (Some(1), "published 0 of 3 logins\n"), "{log}");
@@ -397,7 +398,7 @@ async fn a_login_that_the_broker_does_not_accept_is_set_aside_and_stops_no_other
     let data = TempDir::new()?;
     let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
     let _proxy = behind_proxy(&mut stack, &variables).await?;
-    // A login has about 110 bytes, and its baggage comes on top.
+    // A login's message has about 110 bytes, plus its baggage.
     stack.broker.set_longest_body(300);
     let baggage = format!("k={}", "x".repeat(400));
     let long = stack.login(KNOWN_MOBILE, &[("baggage", &baggage)]).await?;
@@ -410,12 +411,12 @@ async fn a_login_that_the_broker_does_not_accept_is_set_aside_and_stops_no_other
     }
     stack.api.said("the broker does not accept a login").await?;
     assert_eq!(stack.api.output().matches("the broker does not accept a login").count(), 1);
-    // Waits until the others are removed.
+    // Waits until the other logins are removed from the spool.
     let kept = poll(PATIENCE, async || (spooled(&stack).await? == 1).then_some(()));
     kept.await.context("it is not kept")?;
     stack.api.kill().await?;
 
-    // The operator lets the broker take it, and starts api again.
+    // The operator raises the broker's limit, and starts api again.
     stack.broker.set_longest_body(1000);
     let _proxy = behind_proxy(&mut stack, &variables).await?;
     drained(&stack).await?;
@@ -461,7 +462,7 @@ async fn a_file_that_is_deleted_loses_no_login_and_takes_none_until_its_own_are_
     }
     let file = data.path().join("spool.redb");
     fs::remove_file(&file)?;
-    // api notices that without a login.
+    // api notices the deletion even without a login.
     let noticed = poll(PATIENCE, async || (!takes(&stack).await?).then_some(()));
     noticed.await.context("not noticed")?;
     assert!(stack.api.said("the spool failed").await?.contains("was deleted or replaced"));

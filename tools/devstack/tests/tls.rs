@@ -49,7 +49,8 @@ async fn with_tls_on_both_sides_of_everything_a_login_is_one_trace_as_ever() -> 
     variables.extend(to_usercenter(&good).into_iter().map(|(name, value)| ("api", name, value)));
     variables.extend(to_broker(&good).into_iter().map(|(name, value)| ("*", name, value)));
     variables.extend([("*", "AMQP_URL", amqp_url.as_str()), ("api", "USERCENTER_CA", &ca)]);
-    // For the broker's certificate, api trusts the system's authorities, and mq those in a file.
+    // For the broker's certificate, api trusts the system's authorities, and mq trusts the authorities in a
+    // file.
     variables.extend([("api", "SSL_CERT_FILE", ca.as_str()), ("mq", "AMQP_CA", &ca)]);
 
     let mut stack = Stack::start_on(broker, &variables).await?;
@@ -171,7 +172,7 @@ async fn usercenter_asks_itself_for_its_health_by_tls_whatever_the_certificate()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_do_not_finish_the_handshake_are_cut_off_and_hold_up_nobody() -> Result<()> {
-    /// The first bytes of a handshake, whose length fields announce more.
+    /// The first bytes of a handshake. Their length fields announce more bytes.
     const BEGUN: &[u8] = &[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
 
     let certificates = Certificates::new()?;

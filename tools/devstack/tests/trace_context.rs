@@ -3,8 +3,8 @@
 //! consumer span. For the cases that differ in level 2, the tests also check the headers that the next process
 //! gets.
 //!
-//! The tests of the login show that several calls of a service share one trace and have different span ids.
-//! The propagator's unit tests cover kinds of malformed headers in more detail, and the limits.
+//! The login tests show that several calls of a service share one trace and have different span ids. The
+//! propagator's unit tests cover more kinds of malformed headers, and the limits.
 
 use anyhow::{Context, Result};
 use axum::{Router, http::HeaderMap};
@@ -98,8 +98,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
     Ok(())
 }
 
-/// Returns the trace headers of the next message, by name. Capitalized names, such as `Traceparent`, are those
-/// in the message's body. mq must be stopped.
+/// Returns the trace headers of the next message, by name. Capitalized names, such as `Traceparent`, come from
+/// the message's body. mq must be stopped.
 async fn next_message(stack: &Stack) -> Result<HashMap<String, String>> {
     let queue = stack.broker.topology.queue.as_str();
     let get = async || {

@@ -23,7 +23,7 @@ const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
 /// The size of the pages kept in memory, in bytes. It is small, because entries are read only once.
 const CACHE: usize = 4 * 1024 * 1024;
 
-/// The time between attempts to open a file that failed, because opening reads all of it.
+/// The time between attempts to open the file after a failure. Each attempt reads the whole file.
 pub const RETRY: Duration = Duration::from_secs(1);
 
 /// The most that the spool may hold. The file may take more than twice the bytes.
@@ -102,12 +102,12 @@ impl Store {
         self.held.entries < self.capacity.entries && self.held.bytes < self.capacity.bytes
     }
 
-    /// Keeps this entry, whatever is removed, until the store is opened again by [`Store::open`].
+    /// Keeps this entry, whatever else is removed, until the store is opened again by [`Store::open`].
     pub fn set_aside(&mut self, number: u64) {
         self.set_aside.insert(number);
     }
 
-    /// Appends the messages, and removes the entries up to `through`. All of that is on disk when it returns.
+    /// Appends the messages, and removes the entries up to `through`. All of this is on disk when it returns.
     /// The result says for each message whether there was room for it.
     ///
     /// # Errors
@@ -119,8 +119,8 @@ impl Store {
     ) -> Result<Vec<bool>, StoreError> {
         let messages: Vec<_> = messages.collect();
         if self.is_gone() {
-            // As long as the file is open, its entries can still be published and removed. When none is left, a
-            // new file takes its place.
+            // As long as the file is open, its entries can still be published and removed. When no entry is
+            // left, a new file takes its place.
             self.try_change(&[], through)?;
             if self.held.entries > 0 {
                 let gone = io::Error::other(format!("{} was deleted or replaced", self.path.display()));
@@ -218,11 +218,11 @@ impl Store {
     }
 }
 
-/// Opens or makes the file. Returns its device and inode as well.
+/// Opens or makes the file. Also returns its device and inode.
 fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
-    // The file's name must survive a loss of power as well.
+    // The name of the file must also survive a power cut.
     File::open(path.parent().unwrap_or(path))?.sync_all()?;
     let metadata = file.metadata()?;
     let database = open_in(FileBackend::new(file).map_err(open_error)?)?;
@@ -231,7 +231,7 @@ fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
 
 fn open_in(backend: impl StorageBackend) -> Result<Database, OpenError> {
     let mut builder = Builder::new();
-    // This finds a damaged file now rather than later.
+    // The check finds a damaged file now rather than later.
     builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
     builder.create_with_backend(backend).map_err(open_error)
 }
@@ -388,7 +388,7 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let mut store = Store::open(directory.path(), LARGE).unwrap();
         store.database = None;
-        // The attempt to open it was a moment ago, however long this test takes.
+        // The last attempt to open the file counts as recent, however slow this test is.
         store.opened = Instant::now() + Duration::from_secs(3600);
         assert!(store.change(std::iter::empty(), None).is_err());
         store.opened = Instant::now() - RETRY;
@@ -410,7 +410,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
 
-        /// The store is an ordered map with a bound, whatever is done, and whenever it is opened again.
+        /// The store behaves like an ordered map with a bound, after any changes and restarts.
         #[test]
         fn it_holds_what_a_map_would_hold(steps in steps()) {
             let directory = TempDir::new().unwrap();
@@ -447,7 +447,7 @@ mod tests {
             }
         }
 
-        /// Damage is an error, or it does no harm, but it is never a panic.
+        /// Damage leads to an error or does no harm, but never leads to a panic.
         #[test]
         fn a_damaged_file_is_no_panic(at in prop_oneof![0.0..1.0f64, 0.0..0.01f64], length in 1..5000usize, byte: u8) {
             let directory = TempDir::new().unwrap();

@@ -13,7 +13,7 @@ fn joins_the_trace(traceparent: &str) -> bool {
     extract(&[("traceparent", traceparent)]).span().span_context().is_valid()
 }
 
-/// Returns the headers that a service sends on after it received `headers`.
+/// Returns the headers that a service forwards after it received `headers`.
 fn resent(headers: &[(&str, &str)]) -> Vec<(String, String)> {
     sent(&extract(headers))
 }
@@ -31,7 +31,7 @@ fn sent(cx: &Context) -> Vec<(String, String)> {
     sent.0
 }
 
-/// Returns the `tracestate` that is sent on for these lines beside a valid traceparent. The result is empty if
+/// Returns the `tracestate` that is forwarded for these lines and a valid traceparent. The result is empty if
 /// the lines are dropped.
 fn tracestate_of(lines: &[&str]) -> String {
     let mut headers = vec![("traceparent", VALID)];
@@ -117,7 +117,7 @@ fn malformed_traceparents_are_refused() {
         "00-1234567890123456789012345678901é-123456789012345-01",
         "é0-12345678901234567890123456789012-1234567890123456-01",
     ] {
-        // The parent that another propagator has read stays.
+        // A parent that another propagator has read is kept.
         let other = SpanContext::new(1.into(), 2.into(), TraceFlags::SAMPLED, true, TraceState::NONE);
         let cx = Context::new().with_remote_span_context(other.clone());
         let cx = TraceContextPropagator.extract_with_context(&cx, &Lines(&[("traceparent", malformed)]));
@@ -194,13 +194,13 @@ fn a_key_that_the_api_refuses_is_sent_on_and_spans_show_the_others() {
     assert_eq!(tracestate_of(&[&header]), header);
     let cx = extract(&[("traceparent", VALID), ("tracestate", &header)]);
     assert_eq!(cx.span().span_context().trace_state().header(), "a=1,b=3");
-    // The caller's list is not sent on with another trace.
+    // The caller's list is not forwarded with another trace.
     let other = SpanContext::new(1.into(), 2.into(), TraceFlags::SAMPLED, false, TraceState::NONE);
     assert!(sent(&cx.with_remote_span_context(other)).iter().all(|(name, _)| name != "tracestate"));
 }
 
-/// Returns the `traceparent` that a span of this process sends. The SDK gives the span the caller's flags if
-/// it is sampled, and otherwise no flags.
+/// Returns the `traceparent` that a span of this process sends. The SDK gives a sampled span
+/// the caller's flags, and any other span no flags.
 fn sent_by_a_span(cx: &Context, trace_id: TraceId, sampled: bool) -> String {
     let caller = cx.span().span_context().trace_flags();
     let flags = if sampled { caller.with_sampled(true) } else { TraceFlags::default() };
@@ -278,13 +278,13 @@ fn a_long_tracestate_is_cut_by_whole_members_long_ones_first() {
     assert_eq!(tracestate_of(&[&short(32)]), short(15));
     assert_eq!(tracestate_of(&[&long("a"), &short(11), &long("b")]), format!("{},{}", long("a"), short(11)));
     assert_eq!(tracestate_of(&[&long("a"), &long("b"), &short(30)]), short(15));
-    // A member of 128 bytes is not a long one.
+    // A member of 128 bytes does not count as long.
     let of_128 = format!("a={}", "v".repeat(126));
     assert_eq!(tracestate_of(&[&of_128, &short(12)]), format!("{of_128},{}", short(11)));
     let exact = format!("{},k={}", short(15), "v".repeat(MAX_TRACESTATE - short(15).len() - 3));
     assert_eq!(tracestate_of(&[&exact]), exact);
     assert_eq!(tracestate_of(&[&format!("{exact}v")]), short(15));
-    // A key that the API refuses is cut as well.
+    // Members whose key the API refuses are also cut.
     let vendors = format!("x@y@z=1,{},{}", "k".repeat(256) + "=1", "l".repeat(256) + "=1");
     assert_eq!(tracestate_of(&[&vendors]), format!("x@y@z=1,{}=1", "k".repeat(256)));
 }

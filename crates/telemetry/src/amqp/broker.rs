@@ -49,18 +49,18 @@ impl Metrics {
     }
 }
 
-/// Tells this process from other instances of its service.
+/// Distinguishes this process from other instances of its service.
 static INSTANCE: LazyLock<String> = LazyLock::new(|| Uuid::new_v4().simple().to_string().split_off(24));
 
 impl Broker {
-    /// `client_id` is the name that the connection has on the broker. Spans add some digits to it, because several
+    /// `client_id` is the connection's name on the broker. Spans add some digits to the name, because all
     /// instances of a service have the same name there.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
         Self::of_hosts(slice::from_ref(uri), Arc::default(), client_id)
     }
 
-    /// Describes a broker of several hosts, at least one. `current` is the number of the host that is connected
-    /// to, and may count beyond the end of the list.
+    /// Describes a broker with one or more hosts. `current` is the index of the connected host. An index beyond
+    /// the end of the list starts again at the first host.
     pub fn of_hosts(hosts: &[AMQPUri], current: Arc<AtomicUsize>, client_id: &'static str) -> Self {
         let host = |uri: &AMQPUri| (uri.authority.host.clone(), uri.authority.port.into());
         Self {
@@ -132,7 +132,7 @@ impl Broker {
         attributes
     }
 
-    /// Returns the attributes that a PRODUCER span has in addition once its message was sent.
+    /// Returns the attributes that are added to a PRODUCER span after its message was sent.
     pub fn peer_attributes(&self) -> Vec<KeyValue> {
         let (address, port) = self.host();
         crate::peer(address, port)

@@ -17,7 +17,7 @@ impl Environment<'_> {
         Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
     }
 
-    /// Returns the first of `variables` that is set. The specific name stands before the general one.
+    /// Returns the first of `variables` that is set. List the specific name before the general one.
     pub fn first<'v>(&self, variables: &[&'v str]) -> Result<Option<(&'v str, String)>, ConfigError> {
         for variable in variables {
             if let Some(value) = self.get(variable)? {
@@ -99,7 +99,7 @@ impl Environment<'_> {
             (Some(_), Some(authority)) if authority.as_str().contains('@') => {
                 malformed("credentials belong in OTEL_EXPORTER_OTLP_HEADERS, not in the URL")
             }
-            // The parser accepts an invalid port as a missing one, so port 80 would be used.
+            // The parser treats an invalid port as missing, so port 80 would be used.
             (Some(_), Some(authority))
                 if authority.port_u16().is_none() && !authority.as_str().ends_with(authority.host()) =>
             {

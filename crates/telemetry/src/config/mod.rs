@@ -1,4 +1,4 @@
-//! The `OTEL_*` variables, read and validated before anything opens.
+//! The `OTEL_*` variables, read and validated before any connection or port opens.
 //!
 //! Names, meanings and defaults are those of the OpenTelemetry specification ("Environment Variable
 //! Specification", "OTLP Exporter Configuration"). docs/configuration.md lists every variable, with the test
@@ -32,7 +32,7 @@ const VALUE_LENGTH: [&str; 2] =
     ["OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"];
 
 /// The variable that lists the known methods, in place of the default (semantic conventions 1.45, HTTP
-/// spans, `http.request.method`). Methods are compared with regard to case.
+/// spans, `http.request.method`). The comparison is case-sensitive.
 pub(crate) const KNOWN_METHODS_VARIABLE: &str = "OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS";
 
 const MAX_QUEUE_SIZE: usize = 1_000_000;
@@ -109,7 +109,7 @@ pub(crate) struct BatchConfig {
     pub schedule_delay: Duration,
     /// The longest time for the export of one batch, retries included.
     pub export_timeout: Duration,
-    /// The most spans or log records that wait. Further ones are dropped.
+    /// The maximum number of waiting spans or log records. Further ones are dropped.
     pub max_queue_size: usize,
     pub max_export_batch_size: usize,
 }
@@ -119,7 +119,7 @@ pub(crate) struct BatchConfig {
 #[error("{variable}: {problem}")]
 pub struct ConfigError {
     variable: String,
-    /// It holds no secret, because the values of headers are left out.
+    /// Contains no secret, because the values of headers are left out.
     problem: String,
 }
 
@@ -156,7 +156,7 @@ impl Config {
                 None => None,
                 Some((variable, value)) => Some(parse(variable, &value, "a number of characters")?),
             },
-            // The queue is longer than the specification's 2,048, which overflows at 2,000 logins a second.
+            // The specification's default queue of 2,048 spans overflows at 2,000 logins a second.
             batch: batch(env, "OTEL_BSP_", [5_000, 16_384])?,
             baggage_attributes: match env.get("BAGGAGE_SPAN_ATTRIBUTES")? {
                 None => Vec::new(),
@@ -240,7 +240,7 @@ fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Ve
 }
 
 /// Reads where metrics are sent. The specification's default is `otlp`. Here it is `none`, because Jaeger
-/// alone accepts no metrics.
+/// does not accept metrics.
 fn metrics(env: &Environment) -> Result<MetricsConfig, ConfigError> {
     const VARIABLE: &str = "OTEL_METRICS_EXPORTER";
     const TEMPORALITY: &str = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE";
@@ -289,7 +289,7 @@ fn prometheus(env: &Environment) -> Result<SocketAddr, ConfigError> {
 }
 
 /// Reads where log records are sent. The specification's default is `otlp`. Here it is `none`, because Jaeger
-/// alone accepts no log records.
+/// does not accept log records.
 fn logs(env: &Environment) -> Result<LogsConfig, ConfigError> {
     const VARIABLE: &str = "OTEL_LOGS_EXPORTER";
 
@@ -373,20 +373,20 @@ fn span_limits(env: &Environment) -> Result<SpanLimits, ConfigError> {
     })
 }
 
-/// Reads the variables of a batch processor, which have the same names after `prefix`. `delay` is the default
+/// Reads the variables of a batch processor, whose names begin with `prefix`. `delay` is the default
 /// delay in milliseconds, and `queue` is the default size of the queue.
 fn batch(env: &Environment, prefix: &str, [delay, queue]: [u64; 2]) -> Result<BatchConfig, ConfigError> {
     let variable = |name: &str| format!("{prefix}{name}");
     let (queue_variable, batch_variable) = (variable("MAX_QUEUE_SIZE"), variable("MAX_EXPORT_BATCH_SIZE"));
 
     let max_queue_size = env.number(&[&queue_variable], queue as usize)?;
-    // The default shrinks with a small queue, but a value that was given must fit.
+    // For a small queue, the default batch size is reduced. A configured batch size must fit into the queue.
     let max_export_batch_size = env.number(&[&batch_variable], max_queue_size.min(512))?;
     for (variable, size) in [(&queue_variable, max_queue_size), (&batch_variable, max_export_batch_size)] {
         if size == 0 {
             return Err(ConfigError::new(variable, "expected a number above 0"));
         }
-        // The SDK allocates the queue at once.
+        // The SDK allocates the whole queue at the start.
         if size > MAX_QUEUE_SIZE {
             return Err(ConfigError::new(variable, format!("expected at most {MAX_QUEUE_SIZE}")));
         }

@@ -1,6 +1,6 @@
 //! Reads `OTEL_EXPORTER_OTLP_*`: where a signal is sent by OTLP, and how (OTLP exporter specification).
 //!
-//! Each variable exists for all signals and for each signal, for example as `OTEL_EXPORTER_OTLP_TRACES_…`.
+//! Each variable exists once for all signals, and once for each signal (like `OTEL_EXPORTER_OTLP_TRACES_…`).
 //! The variable for one signal takes precedence.
 
 use super::{
@@ -112,7 +112,7 @@ fn endpoint(env: &Environment, signal: Signal, protocol: Protocol) -> Result<Uri
     }
     match found {
         Some((variable, endpoint)) if variable == own => Ok(endpoint),
-        // The general endpoint is a base to which the signal's path is added, before its query.
+        // The general endpoint is a base URL. The signal's path is inserted before the query.
         Some((variable, base)) => with_path(&base, signal.path())
             .ok_or_else(|| ConfigError::new(variable, format!("expected a base URL, found {base}"))),
         None => Ok(with_path(&Uri::from_static("http://127.0.0.1:4318"), signal.path()).unwrap_or_default()),
@@ -128,7 +128,7 @@ fn with_path(base: &Uri, path: &str) -> Option<Uri> {
 }
 
 /// Checks `key=value,key=value`, in which the values are percent-encoded. The exporter reads the variable
-/// itself, and leaves out the headers that it can't read. Errors tell the position of a header instead of its
+/// itself, and leaves out the headers that it can't read. Errors name the position of a header instead of its
 /// content, because the content may be a credential.
 fn check_headers(setting: Option<(&str, String)>) -> Result<(), ConfigError> {
     let Some((variable, list)) = setting else {
@@ -171,7 +171,7 @@ fn is_of_the_protocol(name: &str) -> bool {
     HEADERS.contains(&name) || name.starts_with("grpc-")
 }
 
-/// Reads the files for TLS. For an `http` endpoint they are checked, and then not used.
+/// Reads the files for TLS. For an `http` endpoint, the files are checked but not used.
 fn read_tls(
     env: &Environment,
     signal: Signal,

@@ -1,4 +1,4 @@
-//! What a server span and a metric say of a call, and whether its message arrives.
+//! The attributes of a call in server spans and metrics, and whether the call's message arrives.
 
 use super::GrpcServerLayer;
 use crate::{

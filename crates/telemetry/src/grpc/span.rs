@@ -1,4 +1,4 @@
-//! The span of a call: its status, its end, and what it says of an error.
+//! The span of a call: its status, when it ends, and how it describes an error.
 
 use crate::{
     ErrorType,
@@ -29,12 +29,12 @@ pub struct GrpcSpan {
     /// The status that counts if the answer turns out to have no gRPC status.
     status: Code,
     measured: Option<Measurement>,
-    /// The status of the call, and why this side refused it, if it did.
+    /// The status of the call, and the reason if this side refused the call.
     outcome: Option<(Code, Option<ErrorType>)>,
 }
 
 impl GrpcSpan {
-    /// Makes the outcome of a call from its span's context and the headers of its request.
+    /// Makes the span of a call from the span's context and the headers of the request.
     pub(super) fn new(
         cx: Context,
         kind: SpanKind,
@@ -48,8 +48,8 @@ impl GrpcSpan {
 
     pub(super) fn respond<B: Body>(mut self, response: Response<B>) -> Response<TracedBody<B, Self>> {
         self.status = code_of_http(response.status());
-        // Without a message, the gRPC status is in the headers. If this isn't gRPC at all, the HTTP status
-        // counts.
+        // A response without a message has its gRPC status in the headers. If the response isn't gRPC at all,
+        // the HTTP status counts.
         let only_headers = response.headers().contains_key(GRPC_STATUS) || response.body().is_end_stream();
         let span = if only_headers {
             let reason = response.extensions().get::<ErrorType>().copied();
@@ -83,13 +83,13 @@ impl AwaitsBody for GrpcSpan {
     }
 }
 
-/// Ends the span. A client that refuses a call has no status from a server, so its reason is the error's type.
-/// A server's error has its status as type, and the reason as description.
+/// Ends the span. If a client refuses a call, there is no status from a server, so the `error.type` is the
+/// reason. On a server, the `error.type` is the status, and the reason is the description.
 impl Drop for GrpcSpan {
     fn drop(&mut self) {
         let (code, reason) = self.outcome.unwrap_or_else(|| {
             // The timer that drops a span at its deadline is exact to a millisecond, and was started a little
-            // earlier.
+            // earlier, so it may fire shortly before `deadline`.
             let expired = self.deadline.is_some_and(|deadline| deadline <= Instant::now() + TIMER_SLACK);
             (if expired { Code::DeadlineExceeded } else { Code::Cancelled }, None)
         });
@@ -121,8 +121,8 @@ impl Drop for GrpcSpan {
 
 const TIMER_SLACK: Duration = Duration::from_millis(5);
 
-/// Whether a status is an error. For a client every status but OK is one; for a server, only its own faults
-/// are.
+/// Whether a status is an error. For a client, every status except OK is an error. For a server, only its own
+/// faults are errors.
 fn is_error(code: Code, kind: &SpanKind) -> bool {
     match code {
         Code::Ok => false,
@@ -136,8 +136,8 @@ fn is_error(code: Code, kind: &SpanKind) -> bool {
     }
 }
 
-/// Returns why a call did not reach its server, for example `Connection refused`; `None` if the status has no
-/// cause on this side.
+/// Returns why a call did not reach its server, for example `Connection refused`, or `None` if the status has
+/// no cause on this side.
 pub fn cause(status: &Status) -> Option<String> {
     let causes = std::iter::successors(status.source(), |&error| error.source());
     // An `ErrorType` is the span's `error.type` already.

@@ -1,4 +1,4 @@
-//! What a server span and the metrics of HTTP say of a request.
+//! The attributes of a request in HTTP server spans and HTTP metrics.
 
 use crate::{
     config::KNOWN_METHODS_VARIABLE,
@@ -72,7 +72,7 @@ impl Metrics {
     }
 }
 
-/// Measures one request, which counts as active until this is dropped.
+/// Measures one request, which counts as active until this value is dropped.
 #[derive(Debug)]
 pub(super) struct Measured {
     pub duration: Measurement,

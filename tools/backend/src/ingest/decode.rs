@@ -39,7 +39,8 @@ pub(super) fn protobuf<E: Export>(message: &[u8]) -> Result<E, Status> {
 
 pub(super) fn json<E: Export>(text: &[u8]) -> Result<E, Status> {
     // Each bracket may begin a message, and any message may be of the largest type. Each comma ends a value.
-    // The tree of JSON values, which is parsed first, takes about twice as much memory for a moment.
+    // The tree of JSON values, which is parsed first, takes about twice as much memory as this count, for a
+    // moment.
     let count = |of: fn(&u8) -> bool| text.iter().filter(|byte| of(byte)).count();
     let largest = size_of::<Span>().max(size_of::<ExponentialHistogramDataPoint>());
     let messages = count(|byte| matches!(byte, b'{' | b'[')) * largest;
@@ -88,7 +89,8 @@ static METRIC: Kind = kind::<Metric>(&[
     (11, &SUMMARY),
     (12, &KEY_VALUE),
 ]);
-// The memory of a metric includes that of the messages that hold its points. So these kinds have a size of 0.
+// The memory of a metric includes the memory of the messages that hold its points. So the kinds of these
+// messages have a size of 0.
 static NUMBERS: Kind = kind::<()>(&[(1, &NUMBER)]);
 static HISTOGRAM: Kind = kind::<()>(&[(1, &HISTOGRAM_POINT)]);
 static EXPONENTIAL_HISTOGRAM: Kind = kind::<()>(&[(1, &EXPONENTIAL_HISTOGRAM_POINT)]);
@@ -111,7 +113,7 @@ static KEY_VALUE_LIST: Kind = kind::<KeyValueList>(&[(1, &KEY_VALUE)]);
 static TEXT: Kind = kind::<String>(&[]);
 
 /// Returns whether the messages inside `message` fit into the budget, and subtracts their memory from the
-/// budget. A malformed field ends the count, because the decoder will report it.
+/// budget. The count stops at a malformed field, because the decoder will report that field.
 fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bool {
     while let Some((number, bytes)) = next_field(&mut message) {
         let Some((_, inner)) = kind.fields.iter().find(|(field, _)| *field == number) else {
@@ -121,7 +123,7 @@ fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bo
             return false;
         };
         *budget = left;
-        // The decoder refuses messages that are nested deeper than this.
+        // The decoder refuses messages that are nested deeper than `MAX_DEPTH`.
         if depth > 0 && !inner.fields.is_empty() && !fits(bytes, inner, budget, depth - 1) {
             return false;
         }

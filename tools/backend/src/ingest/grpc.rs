@@ -34,7 +34,7 @@ pub async fn serve(listener: TcpListener, sink: impl Sink) {
         // Without this setting, the end of a response would wait up to 40 ms, until the client has acknowledged
         // the beginning of the response.
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-    // The server stops with its runtime, when nobody is left to be told of an error.
+    // The server ends only with its runtime. Then nobody is left who could handle an error.
     drop(server.await);
 }
 

@@ -23,8 +23,8 @@ use std::{
 };
 use tonic::{Code, Status};
 
-/// The largest window of a zstd frame, as an exponent of two. It stands for 8 MiB, which RFC 9659 allows in
-/// HTTP. By zstd's own default, a frame of a few bytes can allocate 128 MiB.
+/// The largest window of a zstd frame, as an exponent of two. This exponent means 8 MiB, which RFC 9659 allows
+/// in HTTP. By zstd's own default, a frame of a few bytes can allocate 128 MiB.
 const MAX_WINDOW_LOG: u32 = 23;
 
 /// Returns the routes `/v1/traces`, `/v1/metrics` and `/v1/logs`.

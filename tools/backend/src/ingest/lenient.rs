@@ -1,8 +1,8 @@
 //! Reads OTLP's JSON in all forms that proto3's JSON mapping allows. The serde derivation of the generated
 //! messages accepts only one form of each value, so all other forms are first converted to this form.
 //!
-//! The form is found from a member's name and its JSON type. That is enough, because no other field of the
-//! same name has values of that type. A malformed value is left unchanged, so that the derivation refuses it.
+//! A member's name and its JSON type determine the form, because fields that share both also share the form. A
+//! malformed value is left unchanged, so that the derivation refuses it.
 
 use base64::{
     Engine,
@@ -49,8 +49,8 @@ const INTEGERS: [&str; 20] = [
     "keyStrindex",
 ];
 
-/// Members, each with the members that the derivation requires in its message. JSON may leave out empty
-/// members.
+/// Members that hold messages, each with the members that the derivation requires in such a message. JSON may
+/// leave out these inner members if they are empty.
 const REQUIRED: [(&str, &[&str]); 7] = [
     ("arrayValue", &["values"]),
     ("kvlistValue", &["values"]),
@@ -138,7 +138,7 @@ fn empty(name: &str) -> &'static Value {
     if matches!(name, "values" | "idKeys" | "descriptionKeys") { &LIST } else { &TEXT }
 }
 
-/// Converts a number without a fraction to an integer, in whatever form it is written.
+/// Converts a number without a fraction, such as `7e0` or `7.0`, to an integer.
 fn integer(number: &serde_json::Number) -> serde_json::Number {
     match number.as_f64() {
         Some(double) if number.is_f64() && double.fract() == 0.0 && double.abs() < i64::MAX as f64 => {

@@ -32,13 +32,13 @@ pub trait Sink: Clone + Send + Sync + 'static {
     /// Accepts spans.
     ///
     /// # Errors
-    /// If it refuses the request.
+    /// If the sink refuses the request.
     fn traces(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status>;
 
     /// Accepts data points; the default implementation drops them.
     ///
     /// # Errors
-    /// If it refuses the request.
+    /// If the sink refuses the request.
     fn metrics(&self, _: HeaderMap, _: ExportMetricsServiceRequest) -> Result<Rejected, Status> {
         Ok(Rejected::default())
     }
@@ -46,7 +46,7 @@ pub trait Sink: Clone + Send + Sync + 'static {
     /// Accepts log records; the default implementation drops them.
     ///
     /// # Errors
-    /// If it refuses the request.
+    /// If the sink refuses the request.
     fn logs(&self, _: HeaderMap, _: ExportLogsServiceRequest) -> Result<Rejected, Status> {
         Ok(Rejected::default())
     }

@@ -1,4 +1,4 @@
-//! Queries that no sane client sends. Each query must get a response, and harm nobody.
+//! Queries that no sane client sends. Each query must get a response, and must not harm other clients.
 
 use crate::{Fixture, attribute, span, text};
 use opentelemetry_proto::tonic::{common::v1::any_value::Value, trace::v1::Span};

@@ -56,7 +56,7 @@ impl Fixture {
         self.client.send(Method::POST, &url, headers, body).await
     }
 
-    /// Exports these spans of a service. They are stored when this returns.
+    /// Exports these spans of a service. The spans are stored when this function returns.
     async fn export(&self, service: &str, spans: impl IntoIterator<Item = Span>) -> Result<()> {
         let answer = self.post(&[PROTOBUF], request(service, spans).encode_to_vec()).await?;
         assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b""[..]));

@@ -183,14 +183,14 @@ async fn of_more_changes_than_a_client_is_told_some_are_lost_and_not_kept() -> R
     let start = Instant::now();
     let mut slow = Events::of(&fixture).await?;
     let mut changes = fixture.backend.changes();
-    // These are more changes than the backend keeps for a client.
+    // Makes more changes than the backend keeps for a client.
     let mut traces = 0;
     for _ in 0..4 {
         fixture.export("shop", (0..5000).map(|i| span(traces + i + 1, 1, 0, "root"))).await?;
         traces += 5000;
     }
-    // The client starts to read only now. It must soon be told of the latest changes, and not of all earlier
-    // changes.
+    // The client starts to read only now. The backend must soon send it the latest changes, without all the
+    // earlier changes.
     let (mut told, last) = (0, trace_id(traces + 1));
     let told_of_last = async {
         for id in 1.. {

@@ -119,7 +119,7 @@ async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
     assert_answer(&fixture.get("/api/traces/xyz").await?, 400, &refusal(400, digits));
     assert_answer(&fixture.get("/api/nothing/there").await?, 404, &refusal(404, "there is no such API"));
 
-    // Returns the traces that exist, and an error for each id that doesn't.
+    // The response has the traces that exist, and an error for each id without a trace.
     let answer = fixture.get("/api/traces?traceID=1&traceID=f00").await?;
     assert_eq!(numbers(&answer), [1]);
     let errors = json!([{ "msg": "trace not found", "traceID": trace_id(0xf00) }]);

@@ -45,7 +45,8 @@ fn zipped(how: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     }
 }
 
-/// Sends a request in each of the nine ways. Each must succeed without rejected items.
+/// Sends a request over each transport in each encoding and compression. Each of the nine requests must succeed
+/// without rejected items.
 async fn send_in_every_way<R>(
     (http, grpc): (SocketAddr, SocketAddr),
     (path, service): (&str, &str),

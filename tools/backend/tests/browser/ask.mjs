@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 
-/** Asks until the answer is the expected one, for at most a minute. */
+/** Repeats `ask` until it returns the expected answer, for at most a minute. */
 export async function eventually(ask, expected) {
   const deadline = Date.now() + 60_000;
   let answer;

@@ -3,7 +3,7 @@
 //     cargo dev backend
 //     node run.mjs [--page http://127.0.0.1:16686] [--otlp http://127.0.0.1:4318] [--only text]
 //
-// With `--controls`, it checks only the buttons, for which `cargo dev` must run.
+// With `--controls`, the script checks only the buttons. For them, `cargo dev` must run.
 //
 // Every check has its own page. An error on the page's console fails the check.
 

@@ -2,7 +2,7 @@
 //
 //     node screenshot.mjs --page http://127.0.0.1:16686 --trace <id> --out ../../../docs/images
 //
-// Without --trace, it posts spans that look like a login's to --otlp, and shows them.
+// Without --trace, the script posts the spans of a made-up login to --otlp, and shows that trace.
 
 import { parseArgs } from "node:util";
 import { chromium } from "playwright-core";

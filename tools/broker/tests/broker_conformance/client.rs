@@ -178,7 +178,7 @@ impl Client {
         Ok(())
     }
 
-    /// Asserts that the operation closes its connection, which is opened for it, with this code.
+    /// Opens a connection, and asserts that the operation closes this connection with this code.
     pub async fn expect_connection_error<T: std::fmt::Debug>(
         &self,
         expected: u16,

@@ -1,6 +1,6 @@
-//! The buttons on the trace page, which do what the keys do. They are reached at the page's own address, which is on
-//! this machine. A page of another site can't press them, because each request must name that address as its `Host`
-//! (DNS rebinding) and as its `Origin` (cross-site request forgery).
+//! The buttons on the trace page. They are served at the page's own address, which is on localhost. A page of
+//! another site can't press them, because each request must name that address as its `Host` (against DNS
+//! rebinding) and as its `Origin` (against cross-site request forgery).
 
 use super::{
     logins::{self, Logins},
@@ -19,7 +19,7 @@ use harness::stack::KNOWN_MOBILE;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-/// A button that was pressed, or a question for all buttons.
+/// A press of a button, or a request for the list of buttons.
 pub struct Press {
     /// The button's name, or `None` if the page asks which buttons there are.
     pub button: Option<String>,
@@ -27,7 +27,7 @@ pub struct Press {
     pub answer: oneshot::Sender<Option<Value>>,
 }
 
-/// Returns the routes for the page at this port, and the presses that arrive there.
+/// Returns the routes for the page at this port, and the presses that arrive at these routes.
 pub fn controls(port: u16) -> (Router, mpsc::Receiver<Press>) {
     let (press, pressed) = mpsc::channel(1);
     let router = Router::new()
@@ -58,7 +58,7 @@ async fn own_page_only(State(port): State<u16>, request: Request, next: Next) ->
     let headers = request.headers();
     let hosts = [format!("localhost:{port}"), format!("127.0.0.1:{port}")];
     let host = only(headers, header::HOST).filter(|host| hosts.iter().any(|own| own == host));
-    // A browser sends an `Origin` with every press, but none when a page asks its own site.
+    // A browser sends an `Origin` with every press, but not when a page sends a GET request to its own site.
     let is_question = request.method() == Method::GET && !headers.contains_key(header::ORIGIN);
     let origin = only(headers, header::ORIGIN).and_then(|origin| origin.strip_prefix("http://"));
     let is_own = host.is_some() && (is_question || origin == host);
@@ -70,7 +70,7 @@ async fn own_page_only(State(port): State<u16>, request: Request, next: Next) ->
     }
 }
 
-/// Does what a button stands for, and answers.
+/// Performs the action of the pressed button, and answers the page.
 pub async fn act(Press { button, answer }: Press, parts: &mut Parts, logins: &mut Logins) {
     let mut login = None;
     match button.as_deref() {
@@ -177,7 +177,7 @@ fn buttons(parts: &Parts, logins: &Logins) -> Vec<Value> {
     buttons
 }
 
-/// Returns a header that comes exactly once.
+/// Returns the header's value if the request has this header exactly once.
 fn only(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     let mut values = headers.get_all(name).iter();
     values.next().filter(|_| values.next().is_none())?.to_str().ok()

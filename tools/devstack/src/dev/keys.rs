@@ -11,17 +11,18 @@ use tokio::sync::mpsc;
 /// The keys that are pressed while this value lives. Dropping it restores the terminal.
 pub struct Keys {
     pressed: mpsc::Receiver<char>,
-    /// The terminal's settings from before.
+    /// The terminal's original settings.
     before: Option<Termios>,
 }
 
 impl Keys {
-    /// Switches the terminal to single keys. Ctrl-C still is a signal.
+    /// Switches the terminal to single keys. Ctrl-C still sends a signal.
     pub fn listen() -> Self {
         let (press, pressed) = mpsc::channel(16);
         let before = Self::switch();
         if before.is_some() {
-            // Nothing ends a `read` of a terminal, so a thread makes it, for which the process need not wait.
+            // A `read` of a terminal can't be cancelled, so a thread reads. The process need not wait for
+            // this thread to end.
             thread::spawn(move || {
                 let keys = std::io::stdin().lock().bytes().map_while(Result::ok);
                 keys.map(char::from).all(|key| press.blocking_send(key).is_ok())
@@ -31,7 +32,7 @@ impl Keys {
     }
 
     fn switch() -> Option<Termios> {
-        // A process in the background must leave the terminal alone, or it is stopped.
+        // The kernel stops a background process that changes the terminal's settings (SIGTTOU).
         if tcgetpgrp(stdin()).ok()? != getpgrp() {
             return None;
         }

@@ -45,7 +45,7 @@ impl Logins {
         })
     }
 
-    /// Switches the load on, or off; then says what the answers were.
+    /// Switches the load on or off. When the load ends, says what the answers were.
     pub fn toggle_load(&mut self) {
         if let Some((load, counts)) = self.load.take() {
             load.abort();
@@ -81,7 +81,7 @@ pub fn body(mobile: &str) -> String {
     format!(r#"{{"mobile":"{mobile}"}}"#)
 }
 
-/// Returns the status, or the reason why there is none, and the trace id.
+/// Returns the status (or the reason why there is no answer) and the trace id.
 async fn answer(client: &Client, url: &str, body: String) -> (String, String) {
     match client.send(Method::POST, url, &[("content-type", "application/json")], body).await {
         Ok(answer) => (answer.status.to_string(), answer.trace_id()),

@@ -5,7 +5,7 @@
 //! - `keys`, `controls`: what the user presses in the terminal and on the page
 //! - `logins`, `poison`: what a press can send
 //! - `view`: when a trace is drawn
-//! - `terminal`: how it is drawn
+//! - `terminal`: how a trace is drawn
 
 mod controls;
 mod keys;
@@ -68,7 +68,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
 
     let mut parts = select! {
         parts = Parts::start(&options) => parts?,
-        // Without the exit, the build would go on. The parts that were started are dropped by now.
+        // Without `exit`, the build would continue. The parts that were started are already dropped.
         () = stopped() => std::process::exit(0),
     };
     say(&parts.summary());
@@ -148,8 +148,8 @@ fn open(url: Option<String>) {
     });
 }
 
-/// Prints a line; returns whether that succeeded. It fails after the reader of the output has ended (as with
-/// `cargo dev | head`). Then `cargo dev` stops.
+/// Prints a line; returns whether that succeeded. Printing fails after the reader of the output has ended (as
+/// with `cargo dev | head`). Then `cargo dev` stops.
 fn say(line: &str) -> bool {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).is_ok()

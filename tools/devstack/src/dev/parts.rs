@@ -1,5 +1,5 @@
-//! The parts of the system: how they start and end, by key or by themselves, and what they log. A `service` is
-//! one of them.
+//! The parts of the system: how they start, how they end (by a key or by themselves), and what they log. The
+//! module `service` has the parts that are services.
 
 use super::{
     Options, TICK,
@@ -28,16 +28,16 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The time from SIGTERM until services that have not ended are killed.
+/// The time from SIGTERM until a service that still runs is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// The folder of the services' data if the broker is elsewhere.
+/// The folder of the services' data if an external broker is used.
 const FOR_GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/dev");
 
 /// How much longer the answers of a slow usercenter take.
 const DELAY: Duration = Duration::from_millis(300);
 
-/// How long after its button was pressed the trace backend starts again.
+/// The time from a press of the trace backend's button until the backend starts again.
 const OUTAGE: Duration = Duration::from_secs(10);
 
 /// The running parts of the system.
@@ -49,13 +49,14 @@ pub struct Parts {
     addresses: Option<Addresses>,
     /// The embedded broker and whether it is up, or `None` if another broker is used.
     broker: Option<(Broker, bool)>,
-    /// The routes of the page's buttons, and the presses that arrive there.
+    /// The routes of the page's buttons.
     routes: Router,
+    /// The presses that arrive at `routes`.
     pub presses: Receiver<Press>,
-    /// When the trace backend is to stop and start again, because its button was pressed.
+    /// When the trace backend's button was pressed. `None` if the outage that it causes is over.
     outage: Option<Instant>,
     variables: Vec<(&'static str, String)>,
-    /// The services' data, which are deleted at the end.
+    /// The services' data, which are deleted when this value is dropped.
     _data: Option<TempDir>,
 }
 
@@ -67,7 +68,7 @@ impl Parts {
     pub async fn start(options: &Options) -> Result<Self> {
         let elsewhere = |variable| env::var(variable).ok().filter(|url| !url.is_empty());
         let (amqp_url, endpoint) = (elsewhere("AMQP_URL"), elsewhere("OTEL_EXPORTER_OTLP_ENDPOINT"));
-        // What is wrong with a port or a variable must be reported before anything is built or started.
+        // An unusable port or a wrong variable must be reported before anything is built or started.
         if let Some(url) = &amqp_url {
             amqp::connection::parse_url(url).map_err(|error| anyhow::anyhow!("AMQP_URL: {error}"))?;
         }
@@ -109,14 +110,14 @@ impl Parts {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
             ("SHUTDOWN_TIMEOUT", "3s".to_owned()),
         ];
-        // A service that is started again goes on with its data. With another broker the data are kept for
-        // good, because its queue belongs to one history.
+        // A restarted service uses its earlier data. With an external broker, the data are kept permanently,
+        // because the broker's queue belongs to one history.
         let data = if broker.is_some() { Some(TempDir::new()?) } else { None };
         let folder = data.as_ref().map_or(Path::new(FOR_GOOD), TempDir::path);
         variables.push(("MQ_DATABASE_URL", format!("sqlite://{}", folder.join("mq.db").display())));
         variables.push(("API_DATA_DIR", folder.display().to_string()));
-        // By default, spans wait for five seconds, which is too long for a person who tries a login and wants
-        // to see its trace.
+        // By default, spans wait up to five seconds for their export, which is too long for a person who tries
+        // a login and wants to see its trace.
         let mut defaults = vec![("OTEL_BSP_SCHEDULE_DELAY", "200")];
         if backend.is_some() {
             // Unlike Jaeger, this backend accepts log records.
@@ -303,7 +304,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         self.services.iter().any(|service| !service.delay.is_zero())
     }
 
-    /// Starts usercenter again, with answers that take longer than before, or no longer than before.
+    /// Switches the delay of usercenter's answers on or off, and starts usercenter again.
     pub async fn toggle_delay(&mut self) {
         let Some(service) = self.services.iter_mut().find(|service| service.name == "usercenter") else {
             return;
@@ -319,13 +320,13 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         }
     }
 
-    /// Stops the trace backend in a moment, and starts it some seconds later. (It can't answer the press while it
-    /// stops, and its page can't start it.)
+    /// Stops the trace backend after a moment, in which it can answer the press, and starts it some seconds
+    /// later. (While the backend is stopped, its page can't start it.)
     pub fn interrupt_backend(&mut self) {
         self.outage.get_or_insert_with(Instant::now);
     }
 
-    /// Stops or starts the trace backend if that is due; returns whether it has started.
+    /// Stops or starts the trace backend if its outage begins or ends now; returns whether it has started.
     pub async fn go_on(&mut self) -> bool {
         let Some(since) = self.outage.map(|outage| outage.elapsed()) else { return false };
         if self.backend.is_some() && since > TICK * 3 && since < OUTAGE {
@@ -352,14 +353,14 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
     }
 
     /// Returns a text about each service that has ended since the last call. With `keys`, the text names the
-    /// key that starts the service. Kills services that were told to stop but go on.
+    /// key that starts the service. Kills services that still run `STOP_TIMEOUT` after they were told to stop.
     pub async fn ends(&mut self, keys: bool) -> Vec<String> {
         let mut ends = Vec::new();
         for service in &mut self.services {
             if service.stopping.is_some_and(|since| since.elapsed() > STOP_TIMEOUT)
                 && let Some(process) = &mut service.process
             {
-                // It may have ended in the meantime.
+                // The process may have ended in the meantime.
                 let _ = process.kill().await;
             }
             let is_stopping = service.stopping.is_some();

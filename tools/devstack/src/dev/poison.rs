@@ -11,7 +11,7 @@ use proto::topology::{EXCHANGE, ROUTING_KEY};
 use std::env;
 use uuid::Uuid;
 
-/// Publishes the message as api would publish a login; returns the trace id that its headers name.
+/// Publishes the message as api would publish a login; returns the trace id in the message's headers.
 ///
 /// # Errors
 /// If the broker can't be reached, or refuses the message.

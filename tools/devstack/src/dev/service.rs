@@ -21,7 +21,7 @@ pub struct Service {
     pub key: char,
     pub name: &'static str,
     binary: &'static str,
-    /// The variable with the address that it listens at.
+    /// The environment variable with the address at which the service listens.
     listen: &'static str,
     pub address: SocketAddr,
     pub process: Option<Process>,
@@ -29,12 +29,13 @@ pub struct Service {
     pub start: Option<JoinHandle<bool>>,
     /// When the service was told to stop.
     pub stopping: Option<Instant>,
-    /// Whether it is to start again when it has stopped.
+    /// Whether the service is started again after it has stopped.
     pub restarts: bool,
-    /// Whether it has stopped because it was told to.
+    /// Whether the service has stopped because it was told to.
     pub is_stopped: bool,
-    /// How much longer its answers take, and the proxy at its address that makes them late.
+    /// How much longer the service's answers take.
     pub delay: Duration,
+    /// The proxy at the service's address that delays the answers.
     proxy: Option<Proxy>,
 }
 
@@ -72,7 +73,7 @@ impl Service {
         if !self.delay.is_zero() {
             address.set_port(free_port()?);
             let proxy = Proxy::start_at(self.address, address)?;
-            // A call passes the proxy twice.
+            // The call and its answer both pass the proxy.
             proxy.slow_down(self.delay / 2);
             self.proxy = Some(proxy);
         }
@@ -97,7 +98,7 @@ impl Service {
                 say(&format!("{name} is still stopping, and starts after that"));
             }
             Some(process) => {
-                // It may have ended by itself, which `end` finds out.
+                // The process may have ended by itself, which `end` reports.
                 self.stopping = process.signal("TERM").await.is_ok().then(Instant::now);
                 say(&format!("{name} is stopping"));
             }

@@ -29,7 +29,7 @@ pub const MAX_SPANS: usize = 200;
 const RED: u8 = 31;
 const DIM: u8 = 2;
 const BOLD: u8 = 1;
-/// ANSI codes of the services' colours, in the order of the services' first spans. Red is left for errors.
+/// ANSI codes of the services' colours, in the order of the services' first spans. Red is reserved for errors.
 const COLOURS: [u8; 5] = [36, 33, 35, 32, 34];
 
 /// Draws traces for a terminal.
@@ -42,7 +42,8 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Returns what the terminal is like now. If the output is not a terminal, it has no colours and 120 columns.
+    /// Describes the current terminal. If the output is not a terminal, traces are drawn in 120 columns,
+    /// without colours.
     pub fn now() -> Self {
         let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let width = tcgetwinsize(stdout()).map_or(0, |size| usize::from(size.ws_col));
@@ -85,7 +86,7 @@ impl Terminal {
         let (space, url) = match room {
             _ if room >= title.chars().count() + errors.len() + 2 => ("  ", url),
             2.. => ("\n  ", url),
-            // Part of a URL is of no use, but the page finds a trace by its id.
+            // Part of a URL would be useless, so only the trace id is shown, by which the page finds the trace.
             _ => ("\n  ", url.rsplit('/').next().unwrap_or_default()),
         };
         format!("{}{}{space}{}\n", self.paint(BOLD, &title), self.paint(RED, &errors), self.paint(DIM, url))
@@ -139,7 +140,8 @@ fn name(span: &Span) -> Cow<'_, str> {
     path.map_or(Cow::Borrowed(&span.name), |path| format!("{} {path}", span.name).into())
 }
 
-/// Returns the status of a request or a call, or else the reason for an error, and whether it is a failure.
+/// Returns a text (the status of a request or a call, the reason for an error, or both) and whether this
+/// outcome is a failure.
 fn outcome(span: &Span) -> (String, bool) {
     let is_error = span.status == "ERROR";
     let of =
@@ -187,7 +189,7 @@ impl<'a> Drawing<'a> {
             longest(&mut rows.iter().map(|row| outcome(row.span).0.chars().count())).min(terminal.width / 4);
         let names = longest(&mut rows.iter().map(|row| row.name.chars().count()));
 
-        // Each column follows two spaces.
+        // Two spaces precede each column.
         let column = |width: usize| if width > 0 { width + 2 } else { 0 };
         let room = terminal.width.saturating_sub(column(service) + 2 + column(outcome));
         let fits = |width: usize| width <= room;
@@ -245,7 +247,8 @@ fn in_order(mut spans: Vec<&Span>) -> Vec<&Span> {
     spans
 }
 
-/// Cuts a text in its middle, or pads it, to `width` characters. The names of spans differ most at their ends.
+/// Shortens or pads a text to `width` characters. A long text loses its middle, because the names of spans
+/// differ most at their ends.
 fn fit(text: &str, width: usize) -> String {
     let text: Vec<char> = printable(text).chars().collect();
     if text.len() <= width {
@@ -256,7 +259,7 @@ fn fit(text: &str, width: usize) -> String {
     begin.iter().chain(&['…']).chain(end).collect()
 }
 
-/// Replaces control characters, because anybody can send spans, and their escapes must not reach the
+/// Replaces control characters. Anybody can send spans, but escape sequences in spans must not reach the
 /// terminal.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '·' } else { c }).collect()

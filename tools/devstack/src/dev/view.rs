@@ -1,5 +1,5 @@
-//! Decides when a trace is drawn: once it is complete and has not changed for a moment. If spans come later,
-//! only these are drawn then.
+//! Decides when a trace is drawn: once it is complete and has not changed for a moment. Spans that arrive after
+//! that are drawn separately.
 
 use super::terminal::{MAX_SPANS, Terminal};
 use backend::Backend;
@@ -17,11 +17,11 @@ const QUIET: Duration = Duration::from_millis(500);
 /// How long to wait for a missing root or parent. After that, the trace is drawn without it.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How many traces a second are drawn at most, and how many under load. Further traces are only counted, because
-/// nobody reads every trace.
+/// How many traces are drawn per second at most: first without load, then under load. Further traces are only
+/// counted, because nobody reads every trace.
 const PER_SECOND: [usize; 2] = [4, 1];
 
-/// For how many traces the ids of the spans that are drawn already are remembered.
+/// For this many traces, [`View`] remembers which spans were drawn.
 const REMEMBERED: usize = 1000;
 
 /// The traces that have changed and are not drawn yet.
@@ -99,7 +99,8 @@ impl View {
     }
 }
 
-/// Returns whether exactly one span has no parent among the spans. Its missing parent may be the caller's span.
+/// Returns whether exactly one span has no parent among the spans. The parent may be missing because it is the
+/// caller's span.
 fn is_complete(spans: &[Span]) -> bool {
     let ids: HashSet<&str> = spans.iter().map(|span| span.span_id.as_str()).collect();
     let without_parent = spans.iter().filter(|span| !ids.contains(span.parent_span_id.as_str())).count();

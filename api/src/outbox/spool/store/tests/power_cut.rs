@@ -50,7 +50,7 @@ impl Disk {
         log.push(operation);
     }
 
-    /// Opens the store on this disk. The store takes the folder for its file, which it must find.
+    /// Opens the store on this disk. The store must find its file, so the folder stands for the file.
     fn store(&self, folder: &TempDir) -> Store {
         let database = open_in(self.clone()).unwrap();
         let (held, last) = count(&database).unwrap();
@@ -111,7 +111,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(4))]
 
     /// Whenever the power is cut, the spool has the entries of the last change that was answered, or those of the
-    /// change under way.
+    /// change in progress.
     #[test]
     fn a_power_cut_costs_no_entry_that_was_answered(fates in proptest::collection::vec(
         prop_oneof![Just(0), Just(255), any::<u8>()], 1..40,
@@ -138,7 +138,7 @@ proptest! {
                 unsynced.drain(..).for_each(|operation| apply(operation, 255, &mut synced));
             }
             before = answered(operation).or(before);
-            // The making of the file is over.
+            // From here on, the file has been made.
             if before.is_some() {
                 let mut bytes = synced.clone();
                 let torn = unsynced.iter().zip(fates.iter().cycle());
