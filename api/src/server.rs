@@ -47,8 +47,8 @@ pub struct MaxConnections {
     pub by_address: usize,
 }
 
-/// Serves `router` until `shutdown`. Requests that are then not finished in time are cut off, which is logged.
-/// Returns the times by which the rest of the service must have ended.
+/// Serves `router` until `shutdown`. After that, requests that are not finished in time are cut off, which
+/// is logged. Returns the times by which the rest of the service must have ended.
 pub async fn serve(
     listener: TcpListener,
     router: Router,

@@ -256,8 +256,8 @@ async fn a_client_has_one_span_around_all_attempts_and_one_deadline() {
     assert_eq!(span.events.iter().filter(|event| event.name == "retry").count(), 2);
     let id = span.span_context.span_id().to_string();
     let seen = seen.lock().expect("no panic while it is held");
-    // Retries are inside of the span, so each attempt carries its id. They are inside of the deadline, so each
-    // attempt has less time than the one before.
+    // Retries are inside of the span, so each attempt carries its id. They are also inside of the deadline, so
+    // each attempt has less time than the one before.
     assert_eq!(seen.len(), 3);
     assert!(seen.iter().all(|headers| headers["traceparent"].to_str().unwrap().contains(&id)), "{seen:?}");
     let micros = |headers: &HeaderMap| {

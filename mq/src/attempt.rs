@@ -173,7 +173,7 @@ where
         let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
         let mut span = TRACER.build_with_context(builder.with_attributes(attributes), &parent);
         if let Some(published_at) = properties::published_at(&delivery.properties) {
-            // By this machine's clock, the time of publishing may be in the future.
+            // By the local clock, the time of publishing may be in the future.
             let time = published_at.elapsed().unwrap_or_default();
             span.set_attribute(milliseconds(semconv::MESSAGE_TIME_IN_QUEUE, time));
             METRICS.time_in_queue.record(time.as_secs_f64(), &[]);

@@ -34,8 +34,8 @@ pub struct Config {
     pub prefetch: u16,
 
     /// The time from the start of one chunk of deliveries to the start of the next. Deliveries gather
-    /// meanwhile, so that their logins share a commit. At most 1s. With 0s, or after a full chunk, there is no
-    /// wait.
+    /// meanwhile, so that their logins share a commit. The maximum is 1s. With 0s, or after a full chunk, there
+    /// is no wait.
     #[arg(long, env = "MQ_COMMIT_INTERVAL", default_value = "10ms", value_parser = commit_interval)]
     pub commit_interval: Duration,
 

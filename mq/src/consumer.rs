@@ -268,8 +268,8 @@ where
     }
 }
 
-/// Waits until the connection is lost, because processing may wait for the database much longer. (lapin has
-/// no event for a connection that the broker closes in an orderly way.)
+/// Waits until the connection is lost. Otherwise, nobody would notice the loss while processing waits for the
+/// database. (lapin has no event for a connection that the broker closes in an orderly way.)
 async fn lost(connection: &lapin::Connection) {
     while connection.status().connected() {
         sleep(Duration::from_secs(1)).await;

@@ -150,7 +150,8 @@ impl Extractor for HeaderCarrier {
         self.0.keys().map(String::as_str).collect()
     }
 
-    /// Returns the values of all names that equal `key`, in any case, so that a propagator notices a duplicate.
+    /// Returns the values of all names that equal `key` if case is ignored, so that a propagator notices a
+    /// duplicate.
     fn get_all(&self, key: &str) -> Option<Vec<&str>> {
         let same_name = self.0.iter().filter(|(name, _)| name.eq_ignore_ascii_case(key));
         let values: Vec<&str> = same_name.flat_map(|(_, values)| values).map(String::as_str).collect();

@@ -85,7 +85,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     health_reporter.set_not_serving::<UsercenterServer<Service>>().await;
     tokio::select! {
         served = server => served.context("serving gRPC"),
-        // A peer that does not answer HTTP/2's GOAWAY, or that watches the health, would keep the server up.
+        // Connections may stay open, because a peer does not answer HTTP/2's GOAWAY, or watches the health.
         () = in_flight.ended() => Ok(()),
         () = sleep_until(schedule.finish_by) => {
             tracing::warn!("calls in flight were cut off at the deadline");

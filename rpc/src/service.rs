@@ -20,24 +20,6 @@ impl Service {
     }
 }
 
-/// Why a user can't be returned.
-#[derive(Debug, thiserror::Error)]
-enum LookupError {
-    #[error("mobile must be 7 to 15 digits")]
-    NotAMobileNumber,
-    #[error("no user with this mobile number")]
-    UnknownUser,
-}
-
-impl From<LookupError> for Status {
-    fn from(error: LookupError) -> Self {
-        match error {
-            LookupError::NotAMobileNumber => Status::invalid_argument(error.to_string()),
-            LookupError::UnknownUser => Status::not_found(error.to_string()),
-        }
-    }
-}
-
 #[tonic::async_trait]
 impl Usercenter for Service {
     async fn get_user_by_mobile(
@@ -45,8 +27,9 @@ impl Usercenter for Service {
         request: Request<GetUserByMobileRequest>,
     ) -> Result<Response<GetUserByMobileResponse>, Status> {
         let mobile = MobileNumber::try_from(request.into_inner().mobile);
-        let mobile = mobile.map_err(|_| LookupError::NotAMobileNumber)?;
-        let user = self.directory.by_mobile(mobile.as_str()).ok_or(LookupError::UnknownUser)?;
+        let mobile = mobile.map_err(|_| Status::invalid_argument("mobile must be 7 to 15 digits"))?;
+        let user = self.directory.by_mobile(mobile.as_str());
+        let user = user.ok_or_else(|| Status::not_found("no user with this mobile number"))?;
         tracing::info!(%user.id, "user found");
         let user = User { id: user.id, nickname: user.nickname.to_owned() };
         Ok(Response::new(GetUserByMobileResponse { user: Some(user) }))

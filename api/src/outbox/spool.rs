@@ -194,8 +194,8 @@ impl Keeper {
                     let together = iter::once(first).chain(commands.try_iter().take(MAX_TOGETHER)).collect();
                     self.take(together);
                 }
-                // Try again even without commands. If none come, nothing else finds out that the disk works
-                // again, or that the file is gone.
+                // Try again even without commands. If no command comes, nothing else detects that the disk
+                // works again, or that the file is gone.
                 Err(RecvTimeoutError::Timeout) if self.is_failing || self.store.is_gone() => {
                     self.is_failing = true;
                     self.take(Vec::new());

@@ -42,7 +42,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where the broker is, and how to speak to it. All clones share the choice of the current host.
 #[derive(Clone)]
 pub struct Server {
-    /// The address of each host of the broker, and the user to log in as. There is at least one.
+    /// The address of each host of the broker, and the user to log in as. There is at least one host.
     pub hosts: Vec<AMQPUri>,
     /// The number of the host that is connected to, or is tried next. At the end of the list, counting
     /// continues with the first host.
@@ -55,8 +55,8 @@ pub struct Server {
 const EXPECTED: &str = "expected amqp(s)://user:password@host:port/vhost";
 
 /// Reads `amqp://user:password@host:port/vhost`, or the same with `amqps`, which also needs
-/// [`Server::with_tls`]. In place of `host:port` there may be a list, `host:port,host:port`, of the nodes of one
-/// cluster.
+/// [`Server::with_tls`]. Instead of `host:port`, the URL may have a list of the nodes of one cluster,
+/// `host:port,host:port`.
 ///
 /// # Errors
 /// If the URL is malformed. The error says what is expected, and does not quote the URL, which may hold a
@@ -174,8 +174,8 @@ impl fmt::Display for Server {
 }
 
 /// Opens a connection, which the broker shows as `name`. The current host is tried first, then the other hosts
-/// in turn. The connection does not recover by itself. Its owner opens a new one, because everything that was
-/// set up on the old one must be set up again.
+/// in turn. The connection does not recover by itself. Its owner opens a new connection, because everything
+/// that was set up on the old connection must be set up again.
 ///
 /// # Errors
 /// If each host refuses, or does not answer within five seconds.

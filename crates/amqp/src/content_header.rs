@@ -6,6 +6,10 @@ use bytes::Buf;
 /// The deepest nesting of tables and arrays that is allowed. Real messages have three or four levels.
 pub const MAX_DEPTH: usize = 32;
 
+/// The length in bytes of a frame's head, which is its type, channel and size. The payload and one more byte
+/// follow (AMQP 0-9-1, section 4.2.3).
+pub const FRAME_HEAD: usize = 7;
+
 /// The length in bytes of class, weight and body size, which stand before the properties of a content header
 /// (section 4.2.6.1).
 pub const CONTENT_HEAD: usize = 12;
@@ -20,7 +24,7 @@ pub enum Fault {
 }
 
 /// Checks that the lengths in the payload of a content header are right, and that its table of headers is not
-/// nested too deep. Whether strings are UTF-8 is not checked.
+/// nested too deep. Does not check whether strings are UTF-8.
 ///
 /// # Errors
 /// If the payload is malformed, or nested too deep.

@@ -2,7 +2,7 @@
 //! module `inbound` gives the reasons.
 
 use crate::{
-    content_header::{CONTENT_HEAD, check_content_header},
+    content_header::{CONTENT_HEAD, FRAME_HEAD, check_content_header},
     properties::{BODY_CUT, UNREADABLE, encoded, fit},
 };
 use amq_protocol::{
@@ -25,10 +25,6 @@ const LONGEST_KEPT: usize = 64 * 1024;
 /// The longest frame in bytes that is negotiated, and that is buffered for a check. Brokers rarely allow frames
 /// above 128 KiB. A frame above this limit goes to lapin unchecked, and lapin refuses it.
 pub const LONGEST_FRAME: usize = 1024 * 1024;
-
-/// The length in bytes of a frame's head, which is its type, channel and size. The payload and one more byte
-/// follow (AMQP 0-9-1, section 4.2.3).
-pub const FRAME_HEAD: usize = 7;
 
 /// The longest frame and the longest body that are passed on to lapin.
 #[derive(Debug, Clone)]

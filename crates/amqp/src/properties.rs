@@ -1,6 +1,6 @@
 //! Reading the properties of a message that anybody may have written, and making them fit into a frame.
 
-use crate::{content_header::CONTENT_HEAD, frames::FRAME_HEAD};
+use crate::content_header::{CONTENT_HEAD, FRAME_HEAD};
 use amq_protocol::{
     frame::WriteContext,
     protocol::basic::gen_properties,

@@ -29,7 +29,7 @@ pub struct Session {
 
 type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
 
-/// Why messages are not confirmed. The broker may have received some of them nevertheless.
+/// Why messages are not confirmed. The broker may have received them nevertheless.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unconfirmed {
     /// The broker is short of memory or disk and takes no messages (`connection.blocked`).

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// How many times a quorum queue may deliver a message again. By default, RabbitMQ 4 drops a message after 20
 /// times, although a cut connection is not the message's fault. The value -1 means "without a limit" only in
-/// RabbitMQ 4; with -1, RabbitMQ 3.10 drops a message when it is first returned. Therefore this is a very high
+/// RabbitMQ 4. With -1, RabbitMQ 3.10 drops a message when it is first returned. Therefore this is a very high
 /// number.
 const DELIVERY_LIMIT: i32 = 1_000_000_000;
 

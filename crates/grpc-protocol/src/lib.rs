@@ -1,7 +1,7 @@
 //! Reads gRPC's headers and trailers, and tonic's errors: how a call ended, and how long it may take.
 
 use http::{HeaderMap, StatusCode};
-use std::{error::Error, time::Duration};
+use std::{error::Error, iter, time::Duration};
 use tonic::{Code, Status, TimeoutExpired};
 
 /// The name of the header or trailer with the status of a call.
@@ -28,17 +28,14 @@ pub fn code_of_http(status: StatusCode) -> Code {
 /// Converts an error of a channel, or of the layers around it, to a status. tonic itself reports an expired
 /// deadline as CANCELLED, and a broken connection as UNKNOWN.
 pub fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
-    // A layer inside has already chosen the status.
+    // An inner layer has already chosen the status.
     let error = match error.downcast::<Status>() {
         Ok(status) => return *status,
         Err(error) => error,
     };
-    let mut source: Option<&dyn Error> = Some(&*error);
-    while let Some(error) = source {
-        if error.is::<TimeoutExpired>() {
-            return Status::deadline_exceeded("the deadline has passed");
-        }
-        source = error.source();
+    let mut sources = iter::successors(Some(&*error as &dyn Error), |&error| error.source());
+    if sources.any(|error| error.is::<TimeoutExpired>()) {
+        return Status::deadline_exceeded("the deadline has passed");
     }
     let status = Status::from_error(error);
     match status.code() {

@@ -1,15 +1,14 @@
 //! A gRPC client's deadline, for the whole call with its retries, up to the last byte of the answer.
 
 use crate::Deadline;
+use futures_util::{TryFutureExt, future::UnwrapOrElse};
 use http::{Request, Response};
 use opentelemetry::context::{FutureExt, WithContext};
-use pin_project_lite::pin_project;
 use std::{
-    pin::Pin,
-    task::{self, Poll, ready},
+    task::{self, Poll},
     time::Duration,
 };
-use tokio::time::{Timeout, timeout_at};
+use tokio::time::{Timeout, error::Elapsed, timeout_at};
 use tonic::Status;
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
@@ -48,7 +47,7 @@ where
 {
     type Response = Response<B>;
     type Error = Status;
-    type Future = ResponseFuture<Oneshot<S, Request<R>>>;
+    type Future = InTime<Oneshot<S, Request<R>>, B>;
 
     /// Is always ready, because waiting for the service inside counts as part of the call.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
@@ -58,26 +57,10 @@ where
     fn call(&mut self, request: Request<R>) -> Self::Future {
         let deadline = Deadline::within(self.limit);
         let call = self.inner.clone().oneshot(request).with_context(deadline.context());
-        ResponseFuture { call: timeout_at(deadline.0, call) }
+        timeout_at(deadline.0, call)
+            .unwrap_or_else(|_| Err(Status::deadline_exceeded("the deadline has passed")))
     }
 }
 
-pin_project! {
-    /// The outcome of a call, or DEADLINE_EXCEEDED at the deadline.
-    pub struct ResponseFuture<F> {
-        #[pin]
-        call: Timeout<WithContext<F>>,
-    }
-}
-
-impl<F, B> Future for ResponseFuture<F>
-where
-    F: Future<Output = Result<Response<B>, Status>>,
-{
-    type Output = Result<Response<B>, Status>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
-        let in_time = ready!(self.project().call.poll(cx));
-        Poll::Ready(in_time.unwrap_or_else(|_| Err(Status::deadline_exceeded("the deadline has passed"))))
-    }
-}
+/// The outcome of a call, or else the outcome at the deadline.
+type InTime<F, B> = UnwrapOrElse<Timeout<WithContext<F>>, fn(Elapsed) -> Result<Response<B>, Status>>;

@@ -1,17 +1,15 @@
-//! Answers the caller when a handler panics, so that the connection and the process live on.
+//! Answers the caller when a handler panics, so that the connection and the process survive.
 //!
 //! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http also
 //! has a layer for panics, but that layer boxes every body, and logs the panic's message, whatever the message
 //! contains.
 
-use crate::Rejection;
+use crate::{Rejection, rejection::AnswerOrRejection};
 use futures_util::{FutureExt, future::CatchUnwind};
 use http::{Request, Response};
-use pin_project_lite::pin_project;
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
-    task::{self, Poll, ready},
+    task::{self, Poll},
 };
 use tower::{Layer, Service};
 
@@ -50,7 +48,7 @@ where
 {
     type Response = Response<B>;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, A>;
+    type Future = AnswerOrRejection<CatchUnwind<AssertUnwindSafe<S::Future>>, A>;
 
     fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -59,34 +57,7 @@ where
     fn call(&mut self, request: Request<R>) -> Self::Future {
         // The state that a panic leaves behind belongs only to this request, and is dropped with the request.
         let called = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
-        let future = called.ok().map(|future| AssertUnwindSafe(future).catch_unwind());
-        ResponseFuture { future, answer: self.answer.clone() }
-    }
-}
-
-pin_project! {
-    /// The handler's answer, or the answer to a panic.
-    pub struct ResponseFuture<F, A> {
-        // `None` if the handler panicked before it returned a future.
-        #[pin]
-        future: Option<CatchUnwind<AssertUnwindSafe<F>>>,
-        answer: A,
-    }
-}
-
-impl<F, A, B, E> Future for ResponseFuture<F, A>
-where
-    F: Future<Output = Result<Response<B>, E>>,
-    A: Fn(Rejection) -> Response<B>,
-{
-    type Output = Result<Response<B>, E>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
-        let caught = match this.future.as_pin_mut() {
-            Some(future) => ready!(future.poll(cx)).ok(),
-            None => None,
-        };
-        Poll::Ready(caught.unwrap_or_else(|| Ok(Rejection::Panic.answer(this.answer))))
+        let handler = called.ok().map(|future| AssertUnwindSafe(future).catch_unwind());
+        AnswerOrRejection { handler, rejection: Rejection::Panic, answer: self.answer.clone() }
     }
 }

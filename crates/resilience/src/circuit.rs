@@ -4,6 +4,7 @@
 use crate::Deadline;
 use std::{
     error::Error,
+    iter,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -11,9 +12,9 @@ use telemetry::ErrorType;
 use tokio::time::Instant;
 
 /// While a circuit is closed, calls pass. It opens when the outcomes of at least 20 calls of the last 10 s
-/// are known, and at least half of them are failures. While it is open, no call passes for a pause. Then one
-/// call passes, the probe. If the probe succeeds, the circuit closes. If it fails, the circuit stays open for
-/// another pause.
+/// are known, and at least half of them are failures. While it is open, no call passes. After a pause, one call
+/// passes, which is the probe. If the probe succeeds, the circuit closes. If it fails, the circuit stays open
+/// for another pause.
 ///
 /// ```text
 ///           half of the calls fail         the pause is over
@@ -65,14 +66,7 @@ impl CircuitOpen {
 
     /// Finds the open circuit among the causes of an error.
     pub fn of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        let mut source = Some(error);
-        while let Some(error) = source {
-            if let Some(open) = error.downcast_ref::<Self>() {
-                return Some(open);
-            }
-            source = error.source();
-        }
-        None
+        iter::successors(Some(error), |&error| error.source()).find_map(|error| error.downcast_ref())
     }
 }
 

@@ -1,17 +1,16 @@
 //! Puts a circuit around a gRPC client, and decides which statuses are failures and how refused calls end.
 
-use crate::{Circuit, CircuitOpen, circuit::Permission};
+use crate::{Circuit, CircuitOpen};
 use http::{Request, Response};
 use opentelemetry::{KeyValue, trace::get_active_span};
-use pin_project_lite::pin_project;
 use std::{
     pin::Pin,
     sync::Arc,
-    task::{self, Poll, ready},
+    task::{self, Poll},
 };
 use telemetry::semconv;
 use tonic::{Code, Status};
-use tower::{Layer, Service, ServiceExt, util::Oneshot};
+use tower::{Layer, Service, ServiceExt};
 
 /// Lets calls pass while the circuit is closed. While it is open, calls end at once with UNAVAILABLE, and
 /// with [`CircuitOpen`] as the source.
@@ -58,11 +57,13 @@ pub struct CircuitBreaker<S> {
 
 impl<S, R, B> Service<Request<R>> for CircuitBreaker<S>
 where
-    S: Service<Request<R>, Response = Response<B>, Error = Status> + Clone,
+    S: Service<Request<R>, Response = Response<B>, Error = Status> + Clone + Send + 'static,
+    S::Future: Send,
+    R: Send + 'static,
 {
     type Response = Response<B>;
     type Error = Status;
-    type Future = ResponseFuture<Oneshot<S, Request<R>>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<B>, Status>> + Send>>;
 
     /// Is always ready, because nobody should wait for a connection while the circuit is open.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
@@ -70,52 +71,17 @@ where
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        match self.circuit.enter() {
-            Ok(permission) => ResponseFuture::Calling {
-                call: self.inner.clone().oneshot(request),
-                permission: Some(permission),
-            },
-            Err(open) => ResponseFuture::Refused { open },
-        }
-    }
-}
-
-pin_project! {
-    /// The outcome of a call, or its refusal.
-    #[project = ResponseProjection]
-    pub enum ResponseFuture<F> {
-        /// The call has begun.
-        Calling {
-            #[pin]
-            call: F,
-            // Kept until the outcome is known.
-            permission: Option<Permission>,
-        },
-        /// The circuit is open.
-        Refused { open: CircuitOpen },
-    }
-}
-
-impl<F, B> Future for ResponseFuture<F>
-where
-    F: Future<Output = Result<Response<B>, Status>>,
-{
-    type Output = Result<Response<B>, Status>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
-        match self.project() {
-            ResponseProjection::Calling { call, permission } => {
-                let outcome = ready!(call.poll(cx));
-                if let Some(permission) = permission.take() {
-                    match &outcome {
-                        Err(status) if is_failure(status.code()) => permission.failed(),
-                        Ok(_) | Err(_) => permission.succeeded(),
-                    }
-                }
-                Poll::Ready(outcome)
+        let permission = self.circuit.enter();
+        let call = self.inner.clone().oneshot(request);
+        Box::pin(async move {
+            let permission = permission.map_err(refusal)?;
+            let outcome = call.await;
+            match &outcome {
+                Err(status) if is_failure(status.code()) => permission.failed(),
+                Ok(_) | Err(_) => permission.succeeded(),
             }
-            ResponseProjection::Refused { open } => Poll::Ready(Err(refusal(*open))),
-        }
+            outcome
+        })
     }
 }
 
@@ -133,19 +99,8 @@ fn refusal(open: CircuitOpen) -> Status {
 /// the server has judged the request. RESOURCE_EXHAUSTED does not count, because a caller can cause it. gRPC
 /// libraries return this status if the headers or the message are too large.
 fn is_failure(code: Code) -> bool {
-    match code {
-        Code::Unknown | Code::DeadlineExceeded | Code::Internal | Code::Unavailable | Code::DataLoss => true,
-        Code::Ok
-        | Code::Cancelled
-        | Code::InvalidArgument
-        | Code::NotFound
-        | Code::AlreadyExists
-        | Code::PermissionDenied
-        | Code::ResourceExhausted
-        | Code::FailedPrecondition
-        | Code::Aborted
-        | Code::OutOfRange
-        | Code::Unimplemented
-        | Code::Unauthenticated => false,
-    }
+    matches!(
+        code,
+        Code::Unknown | Code::DeadlineExceeded | Code::Internal | Code::Unavailable | Code::DataLoss
+    )
 }

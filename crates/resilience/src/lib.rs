@@ -9,7 +9,7 @@
 //! | [`CallDeadlineLayer`] | gRPC client | ends the whole call when no time is left |
 //! | [`RetryLayer`] | gRPC client | repeats calls that are safe to repeat |
 //! | [`CircuitBreakerLayer`] | gRPC client | stops calls for a while when they keep failing |
-//! | [`UnaryLayer`] | gRPC client | innermost: sends one message, and returns one message or a [`tonic::Status`] |
+//! | [`UnaryLayer`] | gRPC client | innermost: sends one message, gets one message or a [`tonic::Status`] |
 //!
 //! A request's [`Deadline`] is in OpenTelemetry's context, so it goes where the trace goes. `docs/layers.md`
 //! tells the order of the layers, and the reasons.

@@ -2,6 +2,11 @@
 //! example problem+json or a gRPC status.
 
 use http::Response;
+use pin_project_lite::pin_project;
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
 use telemetry::ErrorType;
 
 /// Why a request was not served.
@@ -30,5 +35,34 @@ impl Rejection {
         let mut response = answer(self);
         response.extensions_mut().insert(ErrorType(self.error_type()));
         response
+    }
+}
+
+pin_project! {
+    /// The handler's answer, or else the answer of a layer.
+    pub struct AnswerOrRejection<F, A> {
+        // `None` if the handler gave no future. An error if the handler gives no answer.
+        #[pin]
+        pub handler: Option<F>,
+        // Why the handler gives no answer.
+        pub rejection: Rejection,
+        pub answer: A,
+    }
+}
+
+impl<F, A, B, E, X> Future for AnswerOrRejection<F, A>
+where
+    F: Future<Output = Result<Result<Response<B>, E>, X>>,
+    A: Fn(Rejection) -> Response<B>,
+{
+    type Output = Result<Response<B>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let answer = match this.handler.as_pin_mut() {
+            Some(handler) => ready!(handler.poll(cx)).ok(),
+            None => None,
+        };
+        Poll::Ready(answer.unwrap_or_else(|| Ok(this.rejection.answer(this.answer))))
     }
 }

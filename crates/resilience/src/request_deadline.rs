@@ -1,12 +1,10 @@
 //! A server's deadline, by which either the handler or this layer answers the caller.
 
-use crate::{Deadline, Rejection};
+use crate::{Deadline, Rejection, rejection::AnswerOrRejection};
 use http::{Request, Response};
 use opentelemetry::context::{FutureExt, WithContext};
-use pin_project_lite::pin_project;
 use std::{
-    pin::Pin,
-    task::{self, Poll, ready},
+    task::{self, Poll},
     time::Duration,
 };
 use tokio::time::{Timeout, timeout_at};
@@ -62,7 +60,7 @@ where
 {
     type Response = Response<B>;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, A>;
+    type Future = AnswerOrRejection<Timeout<WithContext<S::Future>>, A>;
 
     fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -77,37 +75,11 @@ where
         let answer = answer.clone();
         // A handler is not started if its time is already over, because a handler that never waits would still
         // finish, at its first poll.
-        let future = (!deadline.remaining().is_zero()).then(|| {
+        let handler = (!deadline.remaining().is_zero()).then(|| {
             let _attached = cx.clone().attach();
             timeout_at(deadline.0, self.inner.call(request).with_context(cx))
         });
-        ResponseFuture { future, answer }
-    }
-}
-
-pin_project! {
-    /// The handler's answer, or a refusal at the deadline.
-    pub struct ResponseFuture<F, A> {
-        #[pin]
-        future: Option<Timeout<WithContext<F>>>,
-        answer: A,
-    }
-}
-
-impl<F, A, B, E> Future for ResponseFuture<F, A>
-where
-    F: Future<Output = Result<Response<B>, E>>,
-    A: Fn(Rejection) -> Response<B>,
-{
-    type Output = Result<Response<B>, E>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
-        let in_time = match this.future.as_pin_mut() {
-            Some(future) => ready!(future.poll(cx)).ok(),
-            None => None,
-        };
-        Poll::Ready(in_time.unwrap_or_else(|| Ok(Rejection::DeadlineExceeded.answer(this.answer))))
+        AnswerOrRejection { handler, rejection: Rejection::DeadlineExceeded, answer }
     }
 }
 

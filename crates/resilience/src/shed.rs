@@ -19,8 +19,8 @@ use tokio::{
 };
 use tower::{Layer, Service};
 
-/// The requests in flight, and the bound on their number. A request is in flight from the call until the headers
-/// of its answer.
+/// The requests in flight, and the limit on their number. A request is in flight from the call until the
+/// headers of its answer.
 #[derive(Debug, Clone)]
 pub struct InFlight {
     free: Arc<Semaphore>,

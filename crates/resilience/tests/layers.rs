@@ -144,9 +144,10 @@ async fn a_call_ends_at_its_deadline() {
 async fn the_circuit_opens_for_statuses_that_show_that_the_server_does_not_work() {
     for code in (0..17).map(Code::from_i32) {
         let circuit = Circuit::new("test", SECOND, SECOND);
-        let calls = AtomicU32::new(0);
-        let server = service_fn(|_: Request<()>| {
-            calls.fetch_add(1, Relaxed);
+        let calls = Arc::new(AtomicU32::new(0));
+        let counted = calls.clone();
+        let server = service_fn(move |_: Request<()>| {
+            counted.fetch_add(1, Relaxed);
             ready(if code == Code::Ok { Ok(Response::new(())) } else { Err(Status::new(code, "")) })
         });
         let client = CircuitBreakerLayer::new(circuit).layer(server);

@@ -7,8 +7,8 @@ use std::{env, time::Duration};
 const LONGEST: Duration = Duration::from_secs(31_557_600);
 
 /// Reads flags and environment variables. An empty variable counts as unset, as for OpenTelemetry's own
-/// variables, because a compose file can't unset a variable, only leave it empty. Ends the process with exit
-/// code 2 if a value can't be honoured.
+/// variables, because a compose file can leave a variable empty, but can't unset it. Ends the process with exit
+/// code 2 if a value is invalid.
 pub fn parse<C: Parser>() -> C {
     let command = C::command().mut_args(|argument| {
         let is_empty = |variable| env::var_os(variable).is_some_and(|value| value.is_empty());
@@ -23,7 +23,7 @@ pub fn parse<C: Parser>() -> C {
 /// Reads a duration like `500ms`, of at most a year.
 ///
 /// # Errors
-/// If the duration is longer, or malformed. The error says what is expected.
+/// If the duration is malformed, or longer than a year. The error says what is wrong.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if duration > LONGEST => Err("must be at most 1year".to_owned()),

@@ -2,7 +2,7 @@
 //! ever for the first bytes of each connection.
 //!
 //! h2, on which tonic is built, sets another limit by default: at most 20 streams that were reset before the
-//! server looked at them ("rapid reset", CVE-2023-44487).
+//! server accepted them ("rapid reset", CVE-2023-44487).
 
 use crate::{
     listener::Listener,
@@ -36,19 +36,19 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long a client may take to send the preface, including the TLS handshake.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long calls in flight may go on after their connection has reached its maximum age.
+/// How long calls in flight may continue after their connection has reached its maximum age.
 const AGE_GRACE: Duration = Duration::from_secs(30);
 
 /// How many streams a client may have open at once on a connection. This is hyper's default, made explicit.
 const MAX_STREAMS: u32 = 200;
 
-/// The most bytes of headers in a request, which also ends a flood of CONTINUATION frames. Each header counts
-/// as its name, its value and 32 bytes (RFC 9113, section 6.5.2). This is the library's default, made explicit,
-/// because whatever api passes on must fit (docs/bounds.md).
+/// The most bytes of headers in a request. This limit also stops a flood of CONTINUATION frames. Each header
+/// counts as its name, its value and 32 bytes (RFC 9113, section 6.5.2). This is the library's default, made
+/// explicit, because the headers that api passes on must fit (docs/bounds.md).
 pub const MAX_HEADERS: u32 = 16 * 1024;
 
 /// Makes a server for connections from [`incoming`]. The client of a connection that reaches
-/// `max_connection_age` is asked to close it. The client then opens a new connection, which a balancer may lead
+/// `max_connection_age` is asked to close it. The client then opens a new connection, which a balancer may send
 /// to another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
@@ -62,15 +62,15 @@ pub fn builder(max_connection_age: Duration) -> Server {
 
 /// Accepts connections for [`builder`], at most `max` at once. A connection must begin to speak HTTP/2 within
 /// three seconds (with `tls`, including the handshake), and is cut off half a minute after its maximum age.
-/// When `max` is reached, a connection that has not begun to speak HTTP/2 makes room for a new connection. If
-/// all connections have begun, new connections wait in the system's queue.
+/// When `max` is reached, a connection that has not begun to speak HTTP/2 is closed to make room for a new
+/// connection. If all connections speak HTTP/2, new connections wait in the system's queue.
 pub fn incoming(
     listener: TcpListener,
     max: usize,
     max_connection_age: Duration,
     tls: Option<Arc<ServerConfig>>,
 ) -> impl Stream<Item = Result<Connection, Infallible>> {
-    // One connection more than `max` is accepted, and an older connection has to go instead.
+    // One connection more than `max` is accepted, and an older connection is closed instead.
     let permits = Arc::new(Semaphore::new(max + 1));
     let state = (Listener::new(listener), permits, Waiting::default());
     let sockets = Arc::new(Sockets::new(tls));

@@ -1,5 +1,5 @@
-//! The probe of services that answer gRPC health checks. By this probe, a container without a shell checks its
-//! own health.
+//! The probe of services that answer gRPC health checks. A container without a shell uses this probe to check
+//! its own health.
 
 use anyhow::{Context, ensure};
 use std::{net::SocketAddr, time::Duration};
@@ -8,8 +8,8 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-/// Asks the service that listens on `listen`, by the standard gRPC health protocol. The address 0.0.0.0 stands
-/// for this machine.
+/// Asks the service that listens on `listen`, by the standard gRPC health protocol. The address 0.0.0.0 means
+/// localhost.
 ///
 /// # Errors
 /// If the service does not answer within two seconds, or if it is not serving.

@@ -64,11 +64,11 @@ impl Listener {
                     let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(UNREAD_TIMEOUT));
                     return (stream, peer);
                 }
-                // Only this peer has gone, so the next connection may be fine.
+                // Only this peer has closed its connection, so the next connection may be fine.
                 Err(error) if is_of_the_peer(&error) => {}
                 Err(error) => {
-                    // Most likely the process is out of file descriptors. Time-outs of connections will free
-                    // some.
+                    // Most likely the process is out of file descriptors. Connections that time out will free
+                    // some descriptors.
                     if self.warnings.is_due() {
                         tracing::warn!(%error, "can't accept connections; still trying");
                     }
@@ -86,8 +86,8 @@ fn is_of_the_peer(error: &io::Error) -> bool {
     )
 }
 
-/// Raises the limit on open files as far as the system allows. Returns how many connections are possible:
-/// `wanted`, or fewer. If there are fewer, this is logged.
+/// Raises the limit on open files as far as the system allows. Returns how many connections are possible, at
+/// most `wanted`. Logs a warning if fewer are possible.
 pub fn reserve_files(wanted: usize) -> usize {
     // If the limit can't be read, this assumes that there is no limit.
     let limit = rlimit::increase_nofile_limit(rlimit::INFINITY).unwrap_or(rlimit::INFINITY);

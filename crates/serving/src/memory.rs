@@ -1,8 +1,8 @@
-//! Gives freed memory back to the system. glibc by itself gives back only what is free at the end of its heap, so
-//! a single allocation there keeps all the memory of ten thousand connections that are gone.
+//! Gives freed memory back to the system. By itself, glibc gives back only the free memory at the end of its
+//! heap. So a single allocation at the end keeps all the memory of ten thousand closed connections.
 
-/// Gives back all pages of the heap that hold nothing. This takes some milliseconds per 100 MB, in which no
-/// other thread can allocate memory. Other allocators than glibc's are left alone.
+/// Gives back all unused pages of the heap. This takes some milliseconds per 100 MB, in which no other thread
+/// can allocate memory. Without glibc, this function does nothing.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     #[expect(unsafe_code, reason = "the standard library has no safe call for this")]

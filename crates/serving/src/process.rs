@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 /// Runs `service` between the start and the end of telemetry.
 ///
-/// The exit code is 0 after a signal to stop, 1 if the service failed, 2 if an `OTEL_*` variable can't be
-/// honoured. `name` and `version` describe the process in its telemetry.
+/// The exit code is 0 after a signal to stop, 1 if the service failed, and 2 if an `OTEL_*` variable can't be
+/// used. `name` and `version` describe the process in its telemetry.
 #[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 pub async fn run(
     name: &'static str,
@@ -39,8 +39,8 @@ pub async fn run(
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Runs a probe of the running service. If the service is healthy, prints `SERVING` and returns exit code 0, and
-/// otherwise 1, as Docker's health checks expect.
+/// Runs a probe of the running service. If the service is healthy, prints `SERVING` and returns exit code 0.
+/// Otherwise returns 1, as Docker's health checks expect.
 #[expect(clippy::print_stdout, clippy::print_stderr, reason = "a probe has no log")]
 pub async fn health(probe: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
     match probe.await {

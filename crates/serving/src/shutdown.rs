@@ -2,7 +2,7 @@
 //!
 //! The order is the same in every service:
 //!
-//! 1. The service says that it is not ready, and goes on serving until its callers have noticed
+//! 1. The service reports that it is not ready, and continues to serve until its callers have noticed
 //!    (`SHUTDOWN_DELAY`).
 //! 2. It accepts no new work, and finishes the requests, calls and deliveries in progress.
 //! 3. It closes the parts that this work needed: the publisher with its spool, and the connection to the
@@ -22,15 +22,15 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long the end of a service may take.
+/// How long the shutdown of a service may take.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Options {
     /// The longest time from the signal to stop until the exit.
     #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = duration)]
     pub shutdown_timeout: Duration,
 
-    /// How long to go on serving after the signal to stop, while reporting not ready, so that a balancer turns
-    /// to other instances first. This delay is a part of the time-out.
+    /// How long to continue serving after the signal to stop, while reporting not ready, so that a balancer
+    /// switches to other instances first. This delay is a part of the time-out.
     #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = duration)]
     pub shutdown_delay: Duration,
 }
@@ -85,7 +85,7 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Begins the shutdown at SIGTERM or SIGINT, which from now on don't end the process at once.
+    /// Begins the shutdown at SIGTERM or SIGINT. From now on, these signals don't end the process at once.
     ///
     /// # Errors
     /// If the system can't handle these signals.

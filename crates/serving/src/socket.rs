@@ -19,7 +19,7 @@ use tokio_rustls::{FallibleAccept, TlsAcceptor, rustls::ServerConfig, server::Tl
 /// Makes the sockets of accepted connections.
 pub(crate) struct Sockets {
     tls: Option<TlsAcceptor>,
-    /// Limits the warnings, because a refused client may come again many times a second.
+    /// Limits the warnings, because a refused client may reconnect many times a second.
     warnings: Seldom,
 }
 

@@ -1,12 +1,12 @@
 //! Decides which connection is closed when a new connection finds no room.
 //!
-//! Each connection has a [`Place`]. A connection without a request waits in a queue, in the order in which the
-//! connections began to wait. When there is one connection too many, [`Waiting::let_go`] tells the one that has
-//! waited longest to go. So idle connections push each other out, and a client with a request gets in, however
-//! many idle clients there are. A connection that has a request never goes. When its request is answered, it
-//! waits again, at the end of the queue. If no connection waits when one has to go, `one_is_owed` is set, and
-//! the first connection whose request is answered goes. If any connection is closed before that, there is room,
-//! and no connection has to go.
+//! Each connection has a [`Place`]. Connections without a request wait in a queue, in the order in which they
+//! began to wait. When there is one connection too many, [`Waiting::let_go`] tells the connection at the head
+//! of the queue to close. So only idle connections make room for new ones, and a client with a request gets in,
+//! however many idle clients there are. A connection that has a request is never told to close. When its
+//! request is answered, the connection waits again, at the end of the queue. If no connection waits when one
+//! must close, `one_is_owed` is set, and the first connection whose request is answered closes. If any
+//! connection is closed before that, there is room, and no other connection has to close.
 //!
 //! ```text
 //!             a request comes
@@ -32,8 +32,8 @@ pub struct Waiting(Arc<Mutex<Queue>>);
 struct Queue {
     next: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
-    /// A connection had to go while no connection was waiting. So the next connection whose request is answered
-    /// goes.
+    /// A connection had to close while no connection was waiting. So the next connection whose request is
+    /// answered must close.
     one_is_owed: bool,
 }
 
@@ -53,15 +53,15 @@ impl Waiting {
         Arc::new(place)
     }
 
-    /// Tells the connection that has waited longest to go. If no connection waits, the first connection whose
-    /// request is answered goes.
+    /// Tells the connection at the head of the queue to close. If no connection waits, the first connection
+    /// whose request is answered closes.
     pub fn let_go(&self) {
         if !self.make_room() {
             lock(&self.0).one_is_owed = true;
         }
     }
 
-    /// Tells the connection that has waited longest to go; returns `false` if no connection waits.
+    /// Tells the connection at the head of the queue to close. Returns `false` if no connection waits.
     fn make_room(&self) -> bool {
         let longest = lock(&self.0).waiting.pop_first();
         longest.inspect(|(_, go)| go.notify_one()).is_some()
@@ -88,9 +88,9 @@ impl ByAddress {
         Self { most, queues: HashMap::new(), sweep_at: 64 }
     }
 
-    /// Makes the place of a new connection from this address, or from any in its /64. If the address has as
-    /// many connections as it may, the one that has waited longest is told to go, and `true` is returned beside
-    /// the place. Returns `None` if none waits.
+    /// Makes the place of a new connection from this address. All addresses of an IPv6 /64 count as one
+    /// address. If the address has its maximum number of connections, tells the one at the head of its queue to
+    /// close, and returns `true` beside the place. Returns `None` if none of them waits.
     pub fn enter(&mut self, peer: IpAddr) -> Option<(Arc<Place>, bool)> {
         if self.queues.len() >= self.sweep_at {
             self.queues.retain(|_, queue| queue.len() > 0);
@@ -102,7 +102,7 @@ impl ByAddress {
     }
 }
 
-/// Returns what one caller has for itself: an address of IPv4, or a /64 of IPv6.
+/// Returns the network of one caller: an IPv4 address, or the /64 of an IPv6 address.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
@@ -118,7 +118,7 @@ impl Place {
         HasRequest(self.clone())
     }
 
-    /// Waits until this connection has to go.
+    /// Waits until this connection must close.
     pub async fn must_go(&self) {
         self.go.notified().await;
     }
@@ -141,7 +141,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.leave();
-        // Now there is room, so no connection has to go.
+        // Now there is room, so no other connection has to close.
         lock(&self.queue.0).one_is_owed = false;
     }
 }
@@ -194,7 +194,7 @@ mod tests {
             Some(place)
         };
         let other = enter("10.0.0.2").unwrap();
-        // The address of IPv4 is the same, however it is written.
+        // These are two spellings of the same IPv4 address.
         let [first, second] = ["10.0.0.1", "::ffff:10.0.0.1"].map(|address| enter(address).unwrap());
         let requests = [first.has_request(), second.has_request()];
         assert!(enter("10.0.0.1").is_none());
@@ -227,7 +227,7 @@ mod tests {
         drop(requests);
         assert!(went(&first) && !went(&second));
 
-        // The second connection does not go if another connection has closed by itself.
+        // The second connection does not close if another connection has closed by itself.
         let request = second.has_request();
         waiting.let_go();
         drop(first);

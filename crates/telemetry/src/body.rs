@@ -48,10 +48,7 @@ impl<B, S: AwaitsBody> TracedBody<B, S> {
     }
 }
 
-impl<B: Body, S: AwaitsBody> Body for TracedBody<B, S>
-where
-    B::Data: Buf,
-{
+impl<B: Body, S: AwaitsBody> Body for TracedBody<B, S> {
     type Data = B::Data;
     type Error = B::Error;
 

@@ -1,5 +1,7 @@
 //! Carries the reason for a refusal to the span around the layer that refuses.
 
+use std::iter;
+
 /// The `error.type` of a span, set by an inner layer that knows a more exact reason than the status. For
 /// example, `overloaded` says more than `503`.
 ///
@@ -12,13 +14,6 @@ pub struct ErrorType(pub &'static str);
 impl ErrorType {
     /// Finds the `ErrorType` among `error` and its sources.
     pub(crate) fn of(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
-        let mut source = Some(error);
-        while let Some(error) = source {
-            if let Some(error_type) = error.downcast_ref::<Self>() {
-                return Some(*error_type);
-            }
-            source = error.source();
-        }
-        None
+        iter::successors(Some(error), |&error| error.source()).find_map(|error| error.downcast_ref().copied())
     }
 }

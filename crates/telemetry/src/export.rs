@@ -364,7 +364,7 @@ impl<E: SpanExporter> AccountedExporter<E> {
             let dropped = self.account.counts().dropped.total();
             match result {
                 Ok(()) => return Outcome::Exported { rejected: self.outage.over(dropped) },
-                Err(error) if self.outage.failed(&error, dropped).is_final() => return Outcome::Rejected,
+                Err(error) if self.outage.failed(&error, dropped) => return Outcome::Rejected,
                 Err(_) => {}
             }
             let mut closing = self.closing.clone();
@@ -425,8 +425,8 @@ impl<E> Guarded<E> {
 
     fn guard(&self, export: impl Future<Output = OTelSdkResult>) -> OTelSdkResult {
         match on_runtime(&self.runtime, self.limit, export) {
-            Ok(()) => drop(self.outage.over(0)),
-            Err(error) => drop(self.outage.failed(&error, 0)),
+            Ok(()) => _ = self.outage.over(0),
+            Err(error) => _ = self.outage.failed(&error, 0),
         }
         Ok(())
     }

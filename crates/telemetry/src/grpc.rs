@@ -33,6 +33,7 @@ use crate::{
 use grpc_protocol::transport_status;
 use http::{Request, Response, Uri};
 use http_body::Body;
+use http_body_util::BodyExt;
 use opentelemetry::{
     Context, KeyValue,
     context::FutureExt,
@@ -41,7 +42,6 @@ use opentelemetry::{
     trace::{SpanBuilder, SpanKind, Status as SpanStatus, TraceContextExt, Tracer},
 };
 use prost::Message;
-use request::WatchedBody;
 use std::{
     collections::HashSet,
     error::Error,
@@ -74,13 +74,12 @@ fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
 #[derive(Clone)]
 struct Server {
     address: Arc<str>,
-    port: Option<u16>,
+    port: u16,
 }
 
 impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.address)?;
-        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+        write!(f, "{}:{}", self.address, self.port)
     }
 }
 
@@ -89,7 +88,7 @@ impl GrpcClientLayer {
     pub fn new(endpoint: &Uri) -> Self {
         let address = endpoint.host().unwrap_or_default().trim_matches(['[', ']']).into();
         let default_port = if endpoint.scheme_str() == Some("https") { 443 } else { 80 };
-        let port = Some(endpoint.port_u16().unwrap_or(default_port));
+        let port = endpoint.port_u16().unwrap_or(default_port);
         Self {
             tracer: Arc::new(crate::layers_tracer()),
             server: Server { address, port },
@@ -138,8 +137,8 @@ where
             KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
             KeyValue::new(semconv::RPC_METHOD, method.clone()),
             KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()),
+            KeyValue::new(semconv::SERVER_PORT, i64::from(server.port)),
         ]);
-        attributes.extend(server.port.map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port))));
         let measured = duration.as_ref().map(|duration| Measurement::start(duration, attributes.clone()));
         let builder = SpanBuilder::from_name(method).with_kind(SpanKind::Client).with_attributes(attributes);
         let span = tracer.build_with_context(builder, &parent);
@@ -147,7 +146,7 @@ where
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
         let server = server.clone();
-        let peer = server.port.map_or_else(Vec::new, |port| crate::peer(&server.address, port.into()));
+        let peer = crate::peer(&server.address, server.port.into());
 
         let response = {
             let _attached = cx.clone().attach();
@@ -246,8 +245,12 @@ where
         let span =
             GrpcSpan::new(cx.clone(), SpanKind::Server, request.headers(), self.layer.measure(&request));
         let broke_off = Arc::new(AtomicBool::new(false));
-        let watch = |body| tonic::body::Body::new(WatchedBody { body, broke_off: broke_off.clone() });
-        let request = request.map(watch);
+        let breaks_off = broke_off.clone();
+        let watch = move |error| {
+            breaks_off.store(true, Relaxed);
+            error
+        };
+        let request = request.map(|body| tonic::body::Body::new(body.map_err(watch)));
 
         let response = {
             let _attached = cx.clone().attach();

@@ -56,7 +56,6 @@ mod zipkin;
 pub use causes::causes;
 pub use config::{Config, ConfigError};
 pub use error_type::ErrorType;
-pub use export::{DroppedSpans, SpanCounts};
 pub use propagation;
 pub use telemetry::Telemetry;
 

@@ -33,21 +33,6 @@ struct State {
     dropped_before: u64,
 }
 
-/// Whether sending the same data again may succeed.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Failure {
-    /// The receiver is unavailable or overloaded.
-    Temporary,
-    /// The receiver refuses this data.
-    Final,
-}
-
-impl Failure {
-    pub fn is_final(&self) -> bool {
-        *self == Self::Final
-    }
-}
-
 thread_local! {
     /// Details of the export attempt on this thread that are missing from its result.
     static ATTEMPT: RefCell<Attempt> = RefCell::default();
@@ -100,9 +85,9 @@ impl Outage {
         rejected
     }
 
-    /// Records that an attempt failed, and returns whether another attempt may succeed. `dropped` is as for
-    /// [`Self::over`].
-    pub fn failed(&self, error: &OTelSdkError, dropped: u64) -> Failure {
+    /// Records that an attempt failed, and returns whether the receiver refuses this data. Otherwise another
+    /// attempt may succeed. `dropped` is as for [`Self::over`].
+    pub fn failed(&self, error: &OTelSdkError, dropped: u64) -> bool {
         let cause = ATTEMPT.take().cause;
         let reason = match (error, cause) {
             (OTelSdkError::Timeout(limit), _) => format!("no success within {limit:?}"),
@@ -110,27 +95,24 @@ impl Outage {
             (_, Some(cause)) => cause,
             (error, None) => error.to_string(),
         };
-        let failure = classify(&reason);
+        let is_final = is_final(&reason);
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
         if state.may_warn() {
             let reason = short(&reason) + guess(&reason);
-            match failure {
-                Failure::Final => {
-                    tracing::warn!(reason, endpoint, "{what} were rejected; at most one warning a minute");
-                }
-                Failure::Temporary => {
-                    state.is_told = true;
-                    let dropped = dropped - state.dropped_before;
-                    tracing::warn!(
-                        reason,
-                        endpoint,
-                        dropped,
-                        "{what} can't be exported; still trying, at most one warning a minute"
-                    );
-                }
+            if is_final {
+                tracing::warn!(reason, endpoint, "{what} were rejected; at most one warning a minute");
+            } else {
+                state.is_told = true;
+                let dropped = dropped - state.dropped_before;
+                tracing::warn!(
+                    reason,
+                    endpoint,
+                    dropped,
+                    "{what} can't be exported; still trying, at most one warning a minute"
+                );
             }
         }
-        failure
+        is_final
     }
 }
 
@@ -148,9 +130,9 @@ impl State {
 /// Decides from the text of an error whether the failure is final, because the exporters have only one kind
 /// of error. The text contains `… gRPC code: Unavailable` or `… status code: 503`. The OTLP specification
 /// ("Failures") lists which failures may be retried.
-fn classify(reason: &str) -> Failure {
+fn is_final(reason: &str) -> bool {
     let after = |mark| reason.split_once(mark).map(|(_, rest): (_, &str)| rest);
-    let is_final = if let Some(code) = after("gRPC code: ") {
+    if let Some(code) = after("gRPC code: ") {
         let retryable = ["Cancelled", "DeadlineExceeded", "Aborted", "OutOfRange", "Unavailable", "DataLoss"];
         // A cause after the code means that the connection failed, so the server has not answered.
         !code.contains(": ") && !retryable.contains(&code)
@@ -158,8 +140,7 @@ fn classify(reason: &str) -> Failure {
         !["429", "502", "503", "504"].iter().any(|retryable| status.starts_with(retryable))
     } else {
         false
-    };
-    if is_final { Failure::Final } else { Failure::Temporary }
+    }
 }
 
 /// Guesses the mistake that most often leads to this failure.
@@ -217,7 +198,7 @@ mod tests {
 
     #[test]
     fn answers_to_a_request_are_told_apart_as_the_specification_demands() {
-        for (reason, is_final) in [
+        for (reason, expected) in [
             ("TonicTracesClient export failed with gRPC code: InvalidArgument", true),
             ("TonicTracesClient export failed with gRPC code: Unimplemented", true),
             ("TonicTracesClient export failed with gRPC code: ResourceExhausted", true),
@@ -231,7 +212,7 @@ mod tests {
             ("HTTP response error: request failed with status 302 Found", true),
             ("client error (Connect): connection refused", false),
         ] {
-            assert_eq!(classify(reason).is_final(), is_final, "{reason}");
+            assert_eq!(is_final(reason), expected, "{reason}");
         }
     }
 

@@ -84,11 +84,6 @@ impl Telemetry {
         Ok(Self { tracers: Some(tracers), meters, loggers, exports, lines })
     }
 
-    /// Returns, for each exporter, how many spans have ended so far and what happened to them.
-    pub fn span_counts(&self) -> impl Iterator<Item = SpanCounts> {
-        self.exports.iter().map(|export| export.account.counts())
-    }
-
     /// Sends the remaining telemetry, for at most `limit`, and logs how many spans were exported or lost.
     ///
     /// Call it last, when requests and deliveries are finished. Call it even after a failure, because the

@@ -1,6 +1,6 @@
 //! Makes rustls configurations from the PEM files that the configuration names, with ring as the only crypto
-//! provider. With the feature `tonic`, also configurations for tonic's client, and a server that can check its
-//! own health.
+//! provider. With the feature `tonic`, this crate also makes configurations for tonic's client, and for a
+//! server that can check its own health.
 //!
 //! Files are read once, at the start, so a process uses a new certificate only after a restart.
 
@@ -46,7 +46,7 @@ pub struct Client {
 
 impl Client {
     /// Reads the authorities, the client's certificate and its key, unless `unused` tells why there will be no
-    /// TLS. If no authorities are named, the system's are used.
+    /// TLS. If no file of authorities is set, the system's authorities are used.
     ///
     /// # Errors
     /// If a file can't be read, or has the wrong content; if only one of certificate and key is set; if there
@@ -86,7 +86,7 @@ impl Client {
     }
 }
 
-/// A configuration that trusts no server, for a client that is not to use TLS.
+/// Returns a configuration that trusts no server, for a client that must not use TLS.
 pub fn without_authorities() -> ClientConfig {
     let builder = with_ring(ClientConfig::builder_with_provider);
     builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()

@@ -1,6 +1,6 @@
 //! Lets a server with TLS check its own health, by means of its own certificate. The name in that certificate
-//! need not match the address that the probe asks, and it need not be a certificate for clients. That is
-//! safe, because whoever shows the certificate has its key.
+//! need not match the address that the probe asks, and the certificate need not be valid for clients. That is
+//! safe, because only a process with the certificate's key can use the certificate.
 
 use std::sync::Arc;
 use tokio_rustls::rustls::{

@@ -19,11 +19,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads the server's certificate, its key, and the authorities of its clients. Without authorities, it
-    /// accepts any client. Returns `None` if no file is set.
+    /// Reads the server's certificate, its key, and the authorities of its clients. Without authorities, the
+    /// server accepts any client. Returns `None` if no file is set.
     ///
     /// # Errors
-    /// If a file can't be read, has the wrong content, or is missing although another one needs it. The
+    /// If a file can't be read, has the wrong content, or is missing although another file needs it. The
     /// message is one line.
     pub fn read([certificate, key, client_ca]: [PemFile<'_>; 3]) -> Result<Option<Self>, Error> {
         let Some(pair) = Pair::read(certificate, key)? else {
@@ -54,7 +54,7 @@ impl Server {
     }
 
     /// Returns the TLS configuration for a probe by the same process. The probe accepts only the server's own
-    /// certificate, whatever name is in it, and shows that certificate as well.
+    /// certificate, whatever name is in it, and shows the same certificate to the server.
     pub fn asked_by_itself(&self) -> (ClientTlsConfig, Arc<dyn ServerCertVerifier>) {
         (ClientTlsConfig::new().identity(self.identity.clone()), Arc::new(self.own.clone()))
     }

@@ -23,10 +23,10 @@ use std::{
     sync::Arc,
 };
 
-/// How many traces a search returns at most, by default, as in Jaeger.
+/// The default limit on the number of traces that a search returns, as in Jaeger.
 const DEFAULT_LIMIT: usize = 100;
 
-/// How far back dependencies are counted by default, as in Jaeger: a day, in nanoseconds.
+/// The default period in which dependencies are counted, in nanoseconds. It is a day, as in Jaeger.
 const DEFAULT_DEPENDENCIES_LOOKBACK: u64 = 24 * 3600 * 1_000_000_000;
 
 pub(super) fn routes() -> Router<Arc<Store>> {

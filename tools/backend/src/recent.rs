@@ -48,7 +48,7 @@ const MAX_CHANGED: usize = 100;
 /// The largest number of links to a trace in one response.
 const MAX_LINKS: usize = 100;
 
-/// How often a comment is sent on an idle stream, so that a dead connection is noticed.
+/// How often an SSE comment is sent on an idle stream, so that a dead connection is noticed.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 pub(super) fn routes() -> Router<Arc<Store>> {

@@ -68,7 +68,7 @@ struct Variant {
     variables: &'static [(&'static str, &'static str)],
     /// The number of spans of one login.
     spans: u64,
-    /// The number of log records of one login. If this number is above 0, metrics are exported as well.
+    /// The number of log records of one login. If this number is above 0, metrics are also exported.
     records: u64,
     /// Whether the collector answers.
     has_collector: bool,
@@ -123,8 +123,8 @@ struct Measured {
     rounds: Vec<Vec<Costs>>,
 }
 
-/// Measures all variants, and prints tables. If the other system can't be built, this says so on standard error,
-/// and measures nothing.
+/// Measures all variants, and prints tables. If the other system can't be built, reports that on standard
+/// error, and measures nothing.
 ///
 /// # Errors
 /// If a process doesn't start, or if a login fails.
@@ -186,8 +186,8 @@ async fn round_of(load: &Load, laps: usize, place: &Place, measured: &mut Measur
     Ok(())
 }
 
-/// Prints the medians of all variants, in all and for each process, then the ratios of the other variants to the
-/// first.
+/// Prints the medians of each variant, in total and for each process. Then prints the ratio of each other
+/// variant to the first variant.
 fn print_tables(Measured { variants, laps, rounds }: &Measured) {
     let over_laps = |i: usize, value: fn(&Report) -> f64| median(laps.iter().map(|lap| value(&lap[i])));
     let over_rounds =

@@ -26,12 +26,12 @@ use tokio::try_join;
 pub struct Place {
     /// The directory for the files of the services.
     pub directory: TempDir,
-    /// The URL of the broker; `None` for the broker that `AMQP_URL` names, or the RabbitMQ of this machine.
+    /// The URL of the broker; `None` for the broker that `AMQP_URL` names, or RabbitMQ on localhost.
     pub amqp_url: Option<String>,
 }
 
-/// How long spans and deliveries may be on their way when the load has ended. Longer than the interval between
-/// two exports.
+/// How long spans and deliveries may take to arrive after the load has ended. This is longer than the interval
+/// between two exports.
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// The costs of one variant in one round.
@@ -45,7 +45,7 @@ pub struct Costs {
     /// The time from the start of the first process to the answer to the first login. Services are asked every
     /// ten milliseconds whether they have started.
     pub ready: Duration,
-    /// How many logins were answered 200 but are not in the history.
+    /// How many logins were answered with 200 but are not in the history.
     pub lost_messages: u64,
     /// How many spans did not arrive.
     pub lost_spans: u64,
@@ -114,7 +114,7 @@ impl Running {
             true => go_zero::start(name, variables).await,
             false => Process::start(name, variables).await,
         };
-        // Builds the binaries before the time runs.
+        // Builds the binaries before the measured time begins.
         if variant.in_go {
             go_zero::binaries()?;
         } else {
@@ -186,7 +186,7 @@ impl Running {
         let &Variant { spans, records, has_collector, in_go, .. } = self.variant;
         let recorded = async || Some(self.broker.database.logins(KNOWN_MOBILE).await.ok()?.0.cast_unsigned());
         let all = async || recorded().await.filter(|recorded| *recorded == self.logins);
-        // Deliveries may still be on their way through mq.
+        // mq may still be processing deliveries.
         let recorded = match poll(SETTLED, all).await {
             Some(all) => all,
             None => recorded().await.context("reading the history")?,

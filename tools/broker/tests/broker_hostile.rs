@@ -266,7 +266,7 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
     for _ in 0..MESSAGES {
         publish(&healthy.channel, "", "q", &body).await?;
     }
-    // The messages that the consumer did not read wait in the queue: 40 MB, less the sockets' buffers.
+    // The messages that the consumer did not read wait in the queue: 40 MB minus the sockets' buffers.
     let waiting = declare(&healthy.channel, "q", &[]).await?;
     assert!(waiting > MESSAGES / 2, "{waiting}");
     healthy.works("a consumer that does not read").await?;

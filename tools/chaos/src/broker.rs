@@ -13,7 +13,7 @@ use std::{env, net::SocketAddr};
 pub enum Kind {
     /// The embedded broker, in this process.
     Embedded,
-    /// A RabbitMQ node that belongs to this program.
+    /// A RabbitMQ node that this program starts.
     Rabbitmq,
     /// Three such nodes that form a cluster.
     Cluster,

@@ -59,7 +59,7 @@ pub struct Verdict {
     pub lost: Vec<TraceId>,
     /// The number of effects beyond the first effect of each login.
     pub duplicated: u64,
-    /// Everything else that must not happen, in words.
+    /// Everything else that happened although it must not happen, in words.
     pub unexpected: Vec<String>,
 }
 

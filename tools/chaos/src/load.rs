@@ -104,7 +104,7 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
     }
 }
 
-/// Sends a login whose context is longer than a frame of api's, so that api must leave out its baggage.
+/// Sends a login whose context is longer than a frame of api, so that api must leave out its baggage.
 pub async fn log_in_with_large_baggage(address: SocketAddr, ledger: &Ledger) {
     let baggage = format!("baggage: k={}\r\n", "v".repeat(8100));
     log_in(None, address, &baggage, &mut Vec::new(), ledger).await;

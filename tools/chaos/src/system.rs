@@ -85,7 +85,7 @@ impl System {
         }
         let broker = Broker::start(kind).await?;
         let collector = Collector::start()?;
-        // Until a service runs, this address stands for the service's own.
+        // Until a service runs, this address takes the place of the service's address.
         let nowhere = collector.address;
         let mut system = Self {
             api_broker: Proxy::start_amqp(broker.address())?,

@@ -16,7 +16,7 @@ const PORTS: [(u16, &str, &str); 7] = [
 /// Checks that the usual ports are free.
 ///
 /// # Errors
-/// If ports are in use. The error names them, and their processes if these can be known.
+/// If ports are in use. The error names the ports, and the processes that use them if these are known.
 pub fn check_ports() -> Result<(), String> {
     let is_elsewhere = |variable: &str| env::var_os(variable).is_some_and(|value| !value.is_empty());
     let taken: Vec<_> = PORTS
@@ -39,7 +39,7 @@ pub fn check_ports() -> Result<(), String> {
     }
 }
 
-/// Returns the name and the id of the process that listens on a port, as far as Linux tells it to this user.
+/// Returns the name and the id of the process that listens on a port, if Linux shows them to this user.
 fn user(port: u16) -> Option<String> {
     let tables =
         ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| fs::read_to_string(table).unwrap_or_default());

@@ -1,4 +1,4 @@
-//! The first step of `cargo dev`: it checks what can be checked before minutes of compiling, and then becomes
+//! The first step of `cargo dev`: it checks the requirements before minutes of compiling, and then becomes
 //! `cargo run --bin devstack`.
 
 use std::{

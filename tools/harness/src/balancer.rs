@@ -1,10 +1,10 @@
-//! A small load balancer, by which tests see how a real balancer would treat a service. It is for development
+//! A small load balancer, with which tests see how a real balancer would treat a service. It is for development
 //! only.
 //!
 //! The balancer distributes connections, so it treats HTTP/1.1 and gRPC alike. Each new connection goes to the
-//! next ready instance in turn. If this instance refuses the connection, the instance after it is tried. If no
-//! instance is ready, the balancer tries all instances, because an instance that is not quite ready is better
-//! than none.
+//! next ready instance in turn. If this instance refuses the connection, the balancer tries the next instance.
+//! If no instance is ready, the balancer tries all instances, because an instance that is not quite ready is
+//! better than none.
 
 use anyhow::Result;
 use loopback::{background::Background, client::Client};

@@ -7,7 +7,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// A database that outlives the mq that uses it.
+/// A database that outlives the mq process that uses it.
 pub struct Database {
     /// The value for `MQ_DATABASE_URL`.
     pub url: String,
@@ -60,7 +60,7 @@ impl Database {
         Ok(())
     }
 
-    /// A script for [`Process::start_by`](crate::process::Process::start_by), by which a process dies when it
+    /// A script for [`Process::start_by`](crate::process::Process::start_by), which makes a process die when it
     /// writes a file of more than 8 MiB. (`ulimit -f` counts in blocks of 512 bytes.)
     pub const BOUND_FILES: &str = "ulimit -c 0; ulimit -f 16384; exec \"$0\"";
 
@@ -83,7 +83,7 @@ impl Database {
     /// # Errors
     /// If the database can't be used.
     pub async fn hang(&self, mobile: &str) -> Result<()> {
-        // A trigger can't hold the recursion itself.
+        // A trigger can't contain the recursive query itself.
         let endless = "CREATE VIEW endless AS WITH RECURSIVE numbers(n) AS \
                        (SELECT 1 UNION ALL SELECT n + 1 FROM numbers) SELECT n FROM numbers";
         let trigger = format!(

@@ -1,5 +1,5 @@
 //! The same system in Go, on the framework go-zero (`tools/peers/go-zero`). Each of its services takes the same
-//! variables as the one in Rust, and stands in for it.
+//! variables as the service in Rust that it replaces.
 
 use crate::{
     PATIENCE, free_port, poll,
@@ -15,8 +15,8 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-/// Returns whether Go and the modules are here. If not, a line on standard error says what is not checked, even
-/// if the test's output is captured.
+/// Returns whether Go and the modules are available. If not, a line on standard error says what is not checked,
+/// even if the test's output is captured.
 pub fn is_available() -> bool {
     let download = go(&["mod", "download"]).stdin(Stdio::null()).output();
     let why = match download {
@@ -30,8 +30,9 @@ pub fn is_available() -> bool {
 }
 
 /// Starts the service in Go that stands in for the service `name` in Rust, on a free port, with the variables
-/// of the latter. `CONFIRMS=false` lets api publish as the original does, and `TRACING_DISABLED=true` without a
-/// trace context. Returns once the service listens or, if it is mq, consumes.
+/// of the service in Rust. `CONFIRMS=false` makes api publish without confirms, as the original does.
+/// `TRACING_DISABLED=true` makes api publish without a trace context. Returns once the service listens or, if
+/// it is mq, consumes.
 ///
 /// # Errors
 /// If the services can't be built, or if this service doesn't start; the error contains its output.
@@ -89,7 +90,7 @@ pub fn binaries() -> Result<&'static Path> {
     static BINARIES: OnceLock<Result<PathBuf, String>> = OnceLock::new();
 
     let build = || -> Result<PathBuf> {
-        // They are beside the directories in which cargo puts the services.
+        // The binaries are beside the directories in which cargo puts the services.
         let target = process::binary("api")?;
         let target = target.ancestors().nth(2).context("the target directory")?.join("go-zero");
         fs::create_dir_all(&target)?;

@@ -1,7 +1,8 @@
-//! Runs and disturbs the three services, for the end-to-end tests, the chaos test and the benchmarks.
+//! Runs the three services and makes parts of the system fail, for the end-to-end tests, the chaos test and the
+//! benchmarks.
 //!
 //! - [`stack`]: the services with a broker and a receiver, as the end-to-end tests use them
-//! - [`process`]: a service as a real process; `orphans` ends it if its parent is killed
+//! - [`process`]: a service as a real process; `orphans` ends the service if its parent is killed
 //! - [`go_zero`]: the same services in Go, which stand in for those in Rust
 //! - [`receiver`]: a receiver of OTLP (and Zipkin) on a free port
 //! - [`trace`]: the received spans, drawn as a tree; [`metric`] and [`log`]: the other two signals
@@ -9,7 +10,7 @@
 //! - [`proxy`]: a TCP proxy that fails in the ways in which networks fail
 //! - [`balancer`]: one address for several instances of a service
 //! - [`stand_in`]: a stand-in for usercenter, with answers that the test chooses
-//! - [`rabbitmq`]: a RabbitMQ node that belongs to this program
+//! - [`rabbitmq`]: a separate RabbitMQ node for one test or tool
 //! - [`database`]: mq's database, which a test reads and makes fail
 //! - [`certificates`]: certificates for tests of TLS; [`tls_front`]: TLS in front of a broker
 

@@ -1,8 +1,8 @@
 //! Ends the services and the builds of a process that was killed and so could not end them itself.
 //!
-//! A shell waits beside this process, at the other end of a pipe. Services and builds are in the shell's process
-//! group, so there is no moment in which the shell does not know them. The pipe closes when this process ends, in
-//! whatever way. Then the shell ends its group.
+//! A shell waits beside this process, at the other end of a pipe. Services and builds start in the shell's
+//! process group, so the shell can always end them. The pipe closes when this process ends, for whatever
+//! reason. Then the shell ends its group.
 
 use std::{
     os::unix::process::CommandExt,
@@ -12,9 +12,9 @@ use std::{
 
 const SCRIPT: &str = "read -r _; trap '' TERM; kill -s TERM 0";
 
-/// Returns the process group whose processes end at the latest when this process does. A signal from the terminal
-/// to this process does not reach the group. If the shell can't be started, the answer is 0, which stands for a
-/// new group, and its processes outlive a killed parent.
+/// Returns the process group whose processes end when this process ends, or earlier. A signal from the terminal
+/// to this process does not reach the group. If the shell can't be started, returns 0, which means a new group.
+/// The processes of a new group outlive a killed parent.
 pub(crate) fn group() -> i32 {
     static SHELL: OnceLock<Option<Child>> = OnceLock::new();
 

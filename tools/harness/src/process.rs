@@ -96,8 +96,8 @@ impl Process {
         Ok(Self { _data: Some(data), ..Self::start_command(name, command).await? })
     }
 
-    /// Starts a command from [`Process::command`] or [`Process::by_shell`], to which the caller may have
-    /// added. Returns once the service listens.
+    /// Starts a command from [`Process::command`] or [`Process::by_shell`], to which the caller may have added
+    /// variables or arguments. Returns once the service listens.
     ///
     /// # Errors
     /// If the service doesn't listen; the error contains its output.
@@ -224,10 +224,10 @@ impl Process {
         Ok(probe.status.success())
     }
 
-    /// Waits until the service is healthy, or until it is not.
+    /// Waits until the service is healthy or, if `healthy` is `false`, until it is not healthy.
     ///
     /// # Errors
-    /// If that does not come in time.
+    /// If that does not happen in time.
     pub async fn becomes(&self, healthy: bool) -> Result<()> {
         let reached = poll(PATIENCE, async || (self.is_healthy().await.ok()? == healthy).then_some(())).await;
         reached.with_context(|| format!("health does not become {healthy}:\n{}", self.output()))

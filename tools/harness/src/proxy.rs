@@ -89,7 +89,8 @@ impl Proxy {
         Self::start_link(address, target, false)
     }
 
-    /// Does the same as [`Proxy::start`] for AMQP: passes only whole frames, and can [withhold](Proxy::withhold) a frame.
+    /// Does the same as [`Proxy::start`] for AMQP. Passes only whole frames, and can
+    /// [withhold](Proxy::withhold) a frame.
     ///
     /// # Errors
     /// If there is no free port.
@@ -134,7 +135,8 @@ impl Proxy {
         self.link.mode.send_replace(Mode::Frozen);
     }
 
-    /// Passes everything, but `latency` later. Bytes that arrive while others wait go on with these.
+    /// Delays everything by `latency`. Bytes that arrive while earlier bytes wait pass together with the
+    /// earlier bytes.
     pub fn slow_down(&self, latency: Duration) {
         self.link.mode.send_replace(Mode::Slow(latency));
     }
@@ -148,7 +150,7 @@ impl Proxy {
 
     /// Waits for a method from one side and withholds it, together with everything after it on that
     /// connection in that direction, until the connection is cut. The returned receiver gets a value when the
-    /// proxy has the method, and never does if the proxy is [restored](Proxy::restore) first.
+    /// proxy has the method, and gets none if the proxy is [restored](Proxy::restore) first.
     pub fn withhold(&self, from: Side, method: MethodId) -> oneshot::Receiver<()> {
         let (sprung, answer) = oneshot::channel();
         *lock(&self.link.trap) = Some(Trap { from, method, sprung });
@@ -189,7 +191,7 @@ async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
     link.pass().await?;
     let target = *lock(&link.target);
     let server = if target.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // A reset drops this future at any moment, and the other side must then get RST too.
+    // A reset may drop this future at any moment, and then the other side must also get RST.
     server.set_zero_linger()?;
     let mut server = server.connect(target).await?;
     server.set_nodelay(true)?;
@@ -213,7 +215,7 @@ async fn pump(from: Side, mut read: ReadHalf<'_>, mut write: WriteHalf<'_>, link
         frames.buffer.reserve(PIECE);
         let count = read.read_buf(&mut frames.buffer).await?;
         link.pass().await?;
-        // What arrived during the pause passes too. An error, like the end, is found by the next read.
+        // Bytes that arrived during the pause also pass. The next read finds an error or the end.
         let _ = read.try_read_buf(&mut frames.buffer);
         if count == 0 {
             return write.write_all(&frames.buffer).await;

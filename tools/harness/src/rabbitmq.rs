@@ -137,7 +137,7 @@ impl Node {
         Ok(())
     }
 
-    /// Freezes the node, so that it keeps its connections and does nothing, or lets it go on.
+    /// Freezes the node, so that it keeps its connections but does nothing, or lets it continue.
     ///
     /// # Errors
     /// If the node does not run.
@@ -153,7 +153,7 @@ impl Node {
         Ok(())
     }
 
-    /// Raises the memory alarm, by a threshold that is always exceeded, or clears it.
+    /// Raises the memory alarm, by a threshold that is always exceeded, or clears the alarm.
     ///
     /// # Errors
     /// If the node refuses the threshold.
@@ -206,8 +206,8 @@ impl Node {
             // This directory has the node's Erlang cookie.
             .env("HOME", self.directory.path())
             .env("RABBITMQ_NODENAME", &self.name)
-            // If the queue of a dead letter was missing, the next attempt is made after five seconds, and not
-            // after three minutes.
+            // If the queue of a dead letter was missing, RabbitMQ tries again after five seconds instead of
+            // three minutes.
             .env(
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 "-rabbit dead_letter_worker_publisher_confirm_timeout 5000",

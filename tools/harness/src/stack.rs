@@ -194,7 +194,7 @@ impl Stack {
         poll(PATIENCE, get).await.context("no dead letter")
     }
 
-    /// Stops the services in the order in which a request passes them, so that all spans are sent.
+    /// Stops the services in the order in which a request passes through them, so that all spans are sent.
     ///
     /// # Errors
     /// If a service doesn't end, or fails.
@@ -211,8 +211,8 @@ fn delays(list: &str) -> Vec<Duration> {
     list.split(',').filter_map(|delay| humantime::parse_duration(delay).ok()).collect()
 }
 
-/// Long deadlines, so that a busy machine or a stalled disk makes no deadline expire. Tests of deadlines set
-/// other values.
+/// Long deadlines, which don't expire even on a busy machine with a stalled disk. Tests of deadlines set other
+/// values.
 pub const PATIENT: [(&str, &str); 4] = [
     ("API_DEADLINE", "50s"),
     ("USERCENTER_TIMEOUT", "30s"),
@@ -272,7 +272,8 @@ pub struct TestBroker {
     pub retry_delays: Vec<Duration>,
     /// A channel for the test.
     pub channel: Channel,
-    /// The history that all instances of mq share, unless the test names another one. The queue belongs to it.
+    /// The database that all instances of mq share, unless the test names another database. The queue belongs
+    /// to this database.
     pub database: Database,
     connection: Connection,
     embedded: Option<Broker>,
@@ -299,7 +300,7 @@ impl TestBroker {
         Self::connect_to(broker.url(), Some(broker)).await
     }
 
-    /// Connects to RabbitMQ, at `AMQP_URL` or on this machine.
+    /// Connects to RabbitMQ, at `AMQP_URL` or on localhost.
     ///
     /// # Errors
     /// If there is no broker at that URL.
@@ -351,8 +352,8 @@ impl TestBroker {
         Ok((proxy, url))
     }
 
-    /// Starts TLS in front of the broker; returns it with the URL that leads through it. With the file of an
-    /// authority, only clients with a certificate of that authority can connect.
+    /// Starts TLS in front of the broker; returns it with the URL that leads through it. If `client_ca` is the
+    /// file of an authority, only clients with a certificate of that authority can connect.
     ///
     /// # Errors
     /// As for [`TestBroker::proxy`], or if a file can't be read.
@@ -388,7 +389,7 @@ impl TestBroker {
         self.embedded.as_ref().expect("an embedded broker").set_alarm(on);
     }
 
-    /// Lets an embedded broker refuse longer bodies.
+    /// Makes an embedded broker refuse bodies of more than `bytes` bytes.
     ///
     /// # Panics
     /// If the broker is not embedded, because other tests use it too.

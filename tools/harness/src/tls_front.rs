@@ -27,8 +27,8 @@ pub struct TlsFront {
 }
 
 impl TlsFront {
-    /// Listens on a free port, for connections to `target`. With the file of an authority, only clients with
-    /// a certificate of that authority can connect.
+    /// Listens on a free port, for connections to `target`. If `client_ca` is the file of an authority, only
+    /// clients with a certificate of that authority can connect.
     ///
     /// # Errors
     /// If a file can't be read.

@@ -1,4 +1,4 @@
-//! A runtime for servers, separate from the caller's. Dropping it ends the servers and their open
+//! A runtime for servers, separate from the caller's. Dropping the runtime ends the servers and their open
 //! connections.
 
 use axum::{Router, serve::ListenerExt};

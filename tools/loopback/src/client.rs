@@ -36,8 +36,8 @@ impl Client {
     /// Creates a client without connections.
     #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
-        // api closes a connection after ten silent seconds, even if the next request is on its way by then. So
-        // this client closes an idle connection earlier.
+        // api closes a connection after ten seconds without a request, even if the next request has just been
+        // sent. So this client closes an idle connection earlier.
         Self(Hyper::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build_http())
     }
 

@@ -1,4 +1,4 @@
-//! Servers and clients on this machine, for all tools.
+//! Servers and clients on localhost, for all tools.
 //!
 //! - [`poll`]: asks until there is an answer; [`PATIENCE`]: how long a test may wait for an answer
 //! - [`free_port`]: a port for a process that is about to start

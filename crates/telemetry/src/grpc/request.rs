@@ -1,4 +1,4 @@
-//! The attributes of a call in server spans and metrics, and whether the call's message arrives.
+//! The attributes of a call in server spans and metrics.
 
 use super::GrpcServerLayer;
 use crate::{
@@ -7,24 +7,13 @@ use crate::{
     redaction::without_long_numbers,
     semconv::{self, OTHER},
 };
-use bytes::Bytes;
 use http::Request;
-use http_body::{Body, Frame, SizeHint};
 use opentelemetry::{
     Context, KeyValue,
     global::BoxedSpan,
     trace::{SpanBuilder, SpanKind, Tracer},
 };
-use pin_project_lite::pin_project;
-use std::{
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    task::{self, Poll, ready},
-};
-use tonic::{Status, transport::server::TcpConnectInfo};
+use tonic::transport::server::TcpConnectInfo;
 
 impl GrpcServerLayer {
     /// Returns the name of the called method, or `_OTHER` if the method is unknown.
@@ -62,39 +51,5 @@ impl GrpcServerLayer {
         let builder =
             SpanBuilder::from_name(name.to_owned()).with_kind(SpanKind::Server).with_attributes(attributes);
         self.tracer.build_with_context(builder, parent)
-    }
-}
-
-pin_project! {
-    /// The message of a call, which may break off because its caller cancels the call or is gone.
-    pub(super) struct WatchedBody {
-        #[pin]
-        pub body: tonic::body::Body,
-        pub broke_off: Arc<AtomicBool>,
-    }
-}
-
-impl Body for WatchedBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        task: &mut task::Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = self.project();
-        let frame = ready!(this.body.poll_frame(task));
-        if let Some(Err(_)) = &frame {
-            this.broke_off.store(true, Relaxed);
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }

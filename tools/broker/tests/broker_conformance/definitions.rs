@@ -456,7 +456,7 @@ async fn a_queue_that_is_declared_once_more_after_its_deletion_is_empty() -> Res
     let client = Client::connect().await?;
     let queue = client.queue("q", &[]).await?;
     let exchange = client.exchange("x", ExchangeKind::Direct, &queue, &["k"]).await?;
-    // The binding of another queue keeps the auto-delete exchange.
+    // Another queue is also bound to the auto-delete exchange, so that the exchange is not deleted.
     let other = client.queue("other", &[]).await?;
     bind(&client.channel, &other, &exchange, "other").await?;
     client.fill(&queue, &["a", "b"]).await?;
