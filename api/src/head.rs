@@ -4,7 +4,7 @@
 use std::io;
 use tokio::{net::TcpStream, pin, select};
 
-/// The most bytes that one call reads.
+/// The largest number of bytes that one call reads.
 const CHUNK: usize = 4096;
 
 /// Reads until hyper can answer: until the headers are complete, malformed, or at least `max` bytes long.

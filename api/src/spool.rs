@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 /// How long `drain` waits for the broker to confirm further logins.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The most entries that are read at once.
+/// The largest number of entries that are read at once.
 const MAX_READ: usize = 512;
 
 /// Carries out the command, and prints its result.

@@ -46,7 +46,7 @@ use tower::{BoxError, Service};
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "mq";
 
-/// The most deliveries that are processed, made durable and acknowledged together.
+/// The largest number of deliveries that are processed, made durable and acknowledged together.
 const MAX_CHUNK: usize = 64;
 
 /// Consumes login messages.

@@ -2,7 +2,7 @@
 //!
 //! AMQP has no way to look into a queue. So all messages are taken without an acknowledgement, and go back when
 //! the connection ends. (A quorum queue appends those that come back, so their order is kept only if all are
-//! taken.) Meanwhile nobody else sees them.
+//! taken.) While the connection is open, nobody else gets these messages.
 
 use crate::{
     attempt,

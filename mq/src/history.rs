@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// After this time without a request, the database is checked.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// The most changes that share a transaction.
+/// The largest number of changes in one transaction.
 const MAX_GROUP: usize = 256;
 
 /// A login to record.

@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 
 pub use store::{Capacity, FILE, OpenError};
 
-/// The most commands that one transaction takes together.
+/// The largest number of commands in one transaction.
 const MAX_TOGETHER: usize = 4096;
 
 /// The open spool. When it is dropped, its thread carries out the commands that were sent, and closes the file.
@@ -146,8 +146,8 @@ impl Spool {
         let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
     }
 
-    /// Returns the next entries after this number, in order. They include every entry whose append was
-    /// requested before this call.
+    /// Returns up to `count` entries after this number, in order. Entries whose append was requested before this
+    /// call are taken into account.
     pub async fn read(&self, after: u64, count: usize) -> Option<Vec<(u64, Message)>> {
         let (entries, read) = oneshot::channel();
         let _ = self.commands.send(Command::Read { after, count, entries });

@@ -26,7 +26,7 @@ pub enum OpenError {
     #[error(transparent)]
     Connection(#[from] lapin::Error),
     /// The broker did not answer all steps in time.
-    #[error("the broker did not answer each step of the opening within {OPENING_TIMEOUT:?}")]
+    #[error("the broker did not answer all steps of opening the connection within {OPENING_TIMEOUT:?}")]
     Timeout,
     /// The broker refuses a declaration, and will refuse it again until somebody changes something.
     #[error("{0}")]

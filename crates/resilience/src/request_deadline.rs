@@ -27,8 +27,8 @@ impl<A> DeadlineLayer<A> {
         Self { limit, asks_caller: false, answer }
     }
 
-    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. HTTP callers can't
-    /// do this, because anybody can call over HTTP, and calls with too little time could open circuits.
+    /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. An HTTP server
+    /// ignores that header, because anybody can call it, and calls with too little time could open circuits.
     pub fn grpc(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: true, answer }
     }

@@ -29,7 +29,7 @@ fn request(path: &str) -> Request<()> {
     Request::post(path).body(()).expect("a request")
 }
 
-/// The answer of a server's layer, which says why it answers.
+/// Makes a layer's answer to a request that it rejects, with the reason as the body.
 fn refusal(why: Rejection) -> Response<&'static str> {
     Response::new(why.error_type())
 }

@@ -87,7 +87,7 @@ pub(crate) enum Format {
     Json,
 }
 
-/// The most lines that wait to be written. Further lines are dropped.
+/// The largest number of lines that may wait to be written. Further lines are dropped.
 const MAX_LINES: usize = 4_096;
 
 /// How long writing the remaining lines may take at the end of the process.

@@ -420,7 +420,7 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
         format!("{own}origin: http://127.0.0.1:{port}\r\n"),
         format!("{own}origin: null\r\n"),
         format!("{own}origin: http://localhost:{port}\r\norigin: http://evil.example\r\n"),
-        // No browser leaves the origin out.
+        // This request has no origin, but a browser sends its origin with every press.
         own.clone(),
         // The domain name of another site resolves to 127.0.0.1.
         format!("host: evil.example:{port}\r\norigin: http://evil.example:{port}\r\n"),

@@ -254,8 +254,8 @@ async fn a_collector_that_comes_back_while_a_service_ends_gets_all_spans() -> Re
     stack.api.said(WARNING).await?;
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
-    // One attempt makes at most four connections. With 12 more connections, there were several attempts after
-    // the signal.
+    // One attempt makes at most four connections. More than 12 connections after the signal
+    // show that there were several attempts.
     let before = closed.load(SeqCst);
     let attempts = poll(PATIENCE, async || (closed.load(SeqCst) > before + 12).then_some(()));
     attempts.await.with_context(|| format!("{} connections", closed.load(SeqCst) - before))?;

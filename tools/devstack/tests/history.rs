@@ -286,7 +286,7 @@ async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let folder = directory.path().join("data");
     std::fs::write(&folder, "")?;
     let url = format!("sqlite://{}/mq.db", folder.display());
-    // On a broker that is kept, a fixed prefix would have a queue that belongs to the history of an earlier run.
+    // If the broker outlives a test run, a queue with a fixed prefix would belong to an earlier run's history.
     let prefix = format!("test.{}.", uuid::Uuid::new_v4().simple());
     let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url), ("AMQP_PREFIX", &prefix)]).await?;
     mq.said("the database is unavailable").await?;

@@ -339,7 +339,7 @@ async fn the_code_of_a_status_stands_and_what_a_caller_can_cause_opens_no_circui
         (200, &[GRPC, NOT_FOUND, MESSAGE, DETAILS], &[], 401, "unknown-user"),
         (200, &[GRPC], &[NOT_FOUND, MESSAGE, DETAILS], 401, "unknown-user"),
         (200, &[GRPC], &[OK, MESSAGE, DETAILS], 200, ""),
-        // The answer has no user.
+        // The status is OK, but the body with the user is missing.
         (200, &[GRPC, OK, MESSAGE, DETAILS], &[], 502, "usercenter-failed"),
         (200, &[GRPC, EXHAUSTED], &[], 502, "usercenter-failed"),
         (431, &[], &[], 502, "usercenter-failed"),

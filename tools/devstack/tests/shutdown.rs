@@ -97,8 +97,8 @@ async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Proc
         stack.receiver.expect_tree(trace, LOGIN_TREE).await;
     }
     if let Some(mut next) = next {
-        // The trees are checked again after mq has sent all spans, to show messages that were processed
-        // twice.
+        // The trees are checked again after mq has sent all spans, because a message that was processed twice
+        // would have one more span.
         next.stop().await?;
         for trace in &answered {
             assert_eq!(tree(&stack.receiver.trace(trace), ""), dedent(LOGIN_TREE));
