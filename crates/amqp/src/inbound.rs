@@ -10,7 +10,7 @@
 //! lapin also ends the connection if a content header is longer than a frame. Brokers send such content headers
 //! to a client that negotiated smaller frames than the producer. Then [`Checked`] leaves out the longest
 //! headers of the message ([`fit`](crate::properties::fit)). Finally, the producer decides how long a body is.
-//! If a body is longer than [`Limits::longest_body`], [`Checked`] passes on only its start.
+//! If a body is longer than `Limits::longest_body`, [`Checked`] passes on only its start.
 
 use crate::frames::{Frames, Limits};
 use async_compat::{Compat, CompatExt};

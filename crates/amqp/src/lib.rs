@@ -8,7 +8,7 @@
 //! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries, all of one
 //!   [`QueueType`]
 //! - [`properties`]: reading the properties of a message that anybody may have written
-//! - `inbound`: a connection whose content headers are checked before lapin reads them; `frames` finds these
+//! - [`inbound`]: a connection whose content headers are checked before lapin reads them; `frames` finds these
 //!   headers, and [`content_header`] checks them
 
 mod arguments;
@@ -16,7 +16,7 @@ mod backoff;
 pub mod connection;
 pub mod content_header;
 mod frames;
-mod inbound;
+pub mod inbound;
 pub mod opening;
 pub mod properties;
 mod session;

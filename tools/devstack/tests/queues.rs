@@ -432,7 +432,8 @@ async fn an_opening_that_hangs_is_given_up_and_the_next_one_does_not_bind_again(
     };
     poll(PATIENCE, is_back).await.context("a service does not come back")?;
     // Without the bound, the service would wait until heartbeats are missing.
-    let said = |service: &Process| service.output().contains("did not answer all steps of opening the connection");
+    let said =
+        |service: &Process| service.output().contains("did not answer all steps of opening the connection");
     assert!(said(&stack.api) || said(&stack.mq), "{}\n{}", stack.api.output(), stack.mq.output());
     confirmed(&stack).await?;
     assert!(bound.try_recv().is_err(), "mq binds the queue again");
