@@ -7,9 +7,9 @@ use std::time::Duration;
 /// opened or the previous answer was sent. This is also how long a connection may be idle.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The number of bytes that are buffered for one connection at most, which is also the limit for headers. A request with
-/// longer headers gets the status 431. (hyper's own limit is 400 KiB, which would be multiplied by 10,000
-/// connections. hyper also allows at most 100 headers.)
+/// The largest number of bytes that are buffered for one connection, which is also the limit for headers. A
+/// request with longer headers gets the status 431. (hyper's own limit is 400 KiB, which would be multiplied by
+/// 10,000 connections. hyper also allows at most 100 headers.)
 pub const MAX_BUFFER: usize = 32 * 1024;
 
 /// The largest body of one request, in bytes.

@@ -94,7 +94,7 @@ pub struct Chunk {
 pub enum Redelivered {
     /// This is the first delivery.
     No,
-    /// The message was delivered once without a result. That delivery is now marked on disk.
+    /// The message was delivered once without a result. This redelivery is now marked on disk.
     Once,
     /// The message was delivered several times without a result, so it may have killed the process.
     Suspect {

@@ -256,7 +256,7 @@ where
             }
         }
         // One of these messages may have killed the process. They are processed one by one, so that it is known
-        // which of them does. Those with the fewest redeliveries come first.
+        // which one did. Those with the fewest redeliveries come first.
         suspects.sort_by_key(|(_, redelivered)| *redelivered);
         for (delivery, redelivered) in suspects {
             match self.attempts.process(&delivery, redelivered, chunk).await {

@@ -1,8 +1,8 @@
 //! Lets an operator handle messages that were given up: `mq dead-letters list|show|replay`.
 //!
-//! AMQP has no way to look into a queue. So all messages are taken without an acknowledgement, and go back when
-//! the connection ends. (A quorum queue appends those that come back, so their order is kept only if all are
-//! taken.) While the connection is open, nobody else gets these messages.
+//! AMQP has no way to look into a queue. So all messages are taken without an acknowledgement, and go back in
+//! the end. (A quorum queue appends those that come back, so their order is kept only if all are taken.) Until
+//! then, nobody else gets these messages.
 
 use crate::{
     attempt,
@@ -15,7 +15,7 @@ use anyhow::{Context as _, ensure};
 use lapin::{
     Channel, Connection,
     message::Delivery,
-    options::{BasicAckOptions, BasicGetOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use opentelemetry::{
@@ -31,7 +31,7 @@ use telemetry::{
     amqp::{self, Broker, HeadersMut},
     semconv,
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 /// The name of the connection on the broker.
@@ -64,6 +64,7 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
             done
         }
     };
+    letters.give_back().await;
     connection::close(&connection).await;
     done
 }
@@ -171,6 +172,7 @@ impl Replay {
         // If this fails, the message is in both queues. If it has an id of its own, its login is applied only once.
         let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
         acked.context("acknowledging the dead letter, which was published but may still be in its queue")?;
+        letters.taken -= 1;
         Ok(())
     }
 }
@@ -180,13 +182,15 @@ struct Letters {
     channel: Channel,
     queue: String,
     left: u32,
+    /// Messages that were taken and not acknowledged.
+    taken: u32,
 }
 
 impl Letters {
     async fn open(connection: &Connection, queue: String) -> anyhow::Result<Self> {
         let channel = connection::open_channel(connection).await?;
         let left = waiting(&channel, &queue).await.context("looking for the dead-letter queue")?;
-        Ok(Self { channel, queue, left })
+        Ok(Self { channel, queue, left, taken: 0 })
     }
 
     /// Takes the next dead letter. A replayed message may soon be back in the queue, but it is not among
@@ -198,7 +202,24 @@ impl Letters {
         self.left = left;
         let got = self.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
         let got = timeout(PATIENCE, got).await.context("waiting for the broker")??;
+        self.taken += u32::from(got.is_some());
         Ok(got.map(|message| Letter(message.delivery)))
+    }
+
+    /// Gives back the messages that were taken and not replayed, in their order. (Messages that go back because
+    /// the connection ends come back to a quorum queue in another order.) Waits until the queue has them again,
+    /// because a quorum queue answers before it has them, and the next command might not see them.
+    async fn give_back(&self) {
+        let everything = BasicNackOptions { multiple: true, requeue: true };
+        let given_back = async {
+            self.channel.basic_nack(0, everything).await?;
+            while waiting(&self.channel, &self.queue).await? < self.taken {
+                sleep(Duration::from_millis(20)).await;
+            }
+            lapin::Result::Ok(())
+        };
+        // If this fails, the messages go back when the connection ends.
+        let _ = timeout(Duration::from_secs(2), given_back).await;
     }
 }
 

@@ -44,8 +44,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Server {
     /// The address of each host of the broker, and the user to log in as. There is at least one host.
     pub hosts: Vec<AMQPUri>,
-    /// The number of the host that is connected to, or is tried next. At the end of the list, counting
-    /// continues with the first host.
+    /// The number of the host that is connected to, or is tried next. It may count beyond the end of
+    /// the list, which then starts again at the first host.
     pub current: Arc<AtomicUsize>,
     /// The TLS configuration, for `amqps`.
     tls: Option<TlsConnector>,

@@ -106,7 +106,7 @@ fn keep_code(headers: &mut HeaderMap) {
 /// Makes the status for an answer that is not gRPC, or that broke off.
 fn no_status(http: StatusCode) -> Status {
     let code = match http {
-        // These statuses say that the request is wrong, so they must not count as failures of the server.
+        // These statuses say that the request is too large, so they must not count as failures of the server.
         StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => Code::OutOfRange,
         _ => code_of_http(http),
     };
