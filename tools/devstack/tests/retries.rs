@@ -157,6 +157,7 @@ async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
     let answer = stack.login(POISONED, &[]).await?;
     stack.receiver.expect_tree(&answer.trace_id(), &tree(2)).await;
     stack.dead_letter().await?;
+    stack.mq.said("can't publish a message; still trying").await?;
 
     // The consumed queue is deleted as well.
     let options = QueueDeleteOptions::default();
