@@ -9,8 +9,8 @@ use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
 /// Refuses requests that are not gRPC, as the specification says (gRPC over HTTP/2, "Requests"): a method other
-/// than POST with 405, another content type with 415. A message that is too large ends with RESOURCE_EXHAUSTED
-/// instead of tonic's OUT_OF_RANGE.
+/// than POST with 405, another content type with 415. A call whose message is too large ends with
+/// RESOURCE_EXHAUSTED instead of tonic's OUT_OF_RANGE.
 #[derive(Clone)]
 pub struct ProtocolLayer;
 

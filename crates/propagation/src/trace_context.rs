@@ -161,8 +161,8 @@ fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     Some(members)
 }
 
-/// Removes whole members until the list fits into [`MAX_TRACESTATE`]: each time the last member of more than
-/// 128 bytes, or the last member if no member is that long (section "tracestate Limits").
+/// Removes whole members until the list fits into [`MAX_TRACESTATE`]. Each step removes the last member of more
+/// than 128 bytes, or the last member if no member is that long (section "tracestate Limits").
 fn cut<'a>(mut members: Vec<(&'a str, &'a str)>) -> Vec<(&'a str, &'a str)> {
     let length = |(key, value): &(&str, &str)| key.len() + "=".len() + value.len();
     while members.iter().map(length).sum::<usize>() + members.len().saturating_sub(1) > MAX_TRACESTATE {

@@ -55,7 +55,7 @@ fn strings(value: &AMQPValue) -> Vec<&str> {
     }
     match value {
         AMQPValue::LongString(value) => vec![utf8(value.as_bytes())],
-        // This is how some clients send a byte string: Go a `[]byte`, Python `bytes`, Java a `byte[]`.
+        // Clients send this type for Go's `[]byte`, Python's `bytes` and Java's `byte[]`.
         AMQPValue::ByteArray(value) => vec![utf8(value.as_slice())],
         AMQPValue::ShortString(value) => vec![value.as_str()],
         AMQPValue::FieldArray(values) => values.as_slice().iter().flat_map(strings).collect(),

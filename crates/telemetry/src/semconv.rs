@@ -40,38 +40,39 @@ pub const MESSAGING_RABBITMQ_DELIVERY_TAG: &str = "messaging.rabbitmq.message.de
 pub const MESSAGING_RABBITMQ_ROUTING_KEY: &str = "messaging.rabbitmq.destination.routing_key";
 pub const MESSAGING_SYSTEM: &str = "messaging.system";
 
-/// Our own: where a consumer found the trace context, as `headers`, `body` or `none`. With `none`, the
+/// Our attribute: where a consumer found the trace context, as `headers`, `body` or `none`. With `none`, the
 /// consumer's span starts a new trace.
 pub const TRACE_CONTEXT_SOURCE: &str = "throughline.trace_context.source";
 
-/// Our own: how a message was published, as `confirmed` by the broker, or as `spooled` on disk until the
-/// broker confirms it.
+/// Our attribute: how a message was published, as `confirmed` by the broker, or as `spooled` on disk until
+/// the broker confirms it.
 pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
-/// Our own: why a message was spooled, on the event `spooled`.
+/// Our attribute: why a message was spooled, on the event `spooled`.
 pub const SPOOL_REASON: &str = "throughline.spool.reason";
-/// Our own: the number of the call's next attempt, from 2, on the event `retry`.
+/// Our attribute: the number of the call's next attempt, from 2, on the event `retry`.
 pub const RETRY_ATTEMPT: &str = "throughline.retry.attempt";
-/// Our own: the pause before that attempt in milliseconds.
+/// Our attribute: the pause before that attempt in milliseconds.
 pub const RETRY_PAUSE: &str = "throughline.retry.pause_ms";
-/// Our own: how long calls are still blocked, in milliseconds, on the event `circuit_open`.
+/// Our attribute: how long calls are still blocked, in milliseconds, on the event `circuit_open`.
 pub const CIRCUIT_RETRY_AFTER: &str = "throughline.circuit.retry_after_ms";
-/// Our own: the number of the attempt at processing a message, from 1.
+/// Our attribute: the number of the attempt at processing a message, from 1.
 pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
-/// Our own: the longest headers of the message are missing, because they did not fit into a frame.
+/// Our attribute: the longest headers of the message are missing, because they did not fit into a frame.
 pub const MESSAGE_HEADERS_LEFT_OUT: &str = "throughline.message.headers_left_out";
-/// Our own: the time since the message was last published, in milliseconds.
+/// Our attribute: the time since the message was last published, in milliseconds.
 pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";
-/// Our own: how long the login was in the spool before its message was first published, in milliseconds.
+/// Our attribute: how long the login was in the spool before its message was first published, in
+/// milliseconds.
 pub const MESSAGE_TIME_IN_SPOOL: &str = "throughline.message.time_in_spool_ms";
-/// Our own: how many deliveries, including this one, the consumer took together to share a commit.
+/// Our attribute: how many deliveries, including this one, the consumer took together to share a commit.
 pub const CHUNK_SIZE: &str = "throughline.chunk.size";
-/// Our own: how long deliveries gathered before the consumer took them, in milliseconds. This message waited for
-/// at most this long.
+/// Our attribute: how long deliveries gathered before the consumer took them, in milliseconds. This message
+/// waited for at most this long.
 pub const CHUNK_PAUSE: &str = "throughline.chunk.pause_ms";
-/// Our own: what happened to a message, as `applied`, `duplicate`, `retry` or `dead_letter`. If the attribute
-/// is missing, the message was left to the broker, which will deliver it again.
+/// Our attribute: what happened to a message, as `applied`, `duplicate`, `retry` or `dead_letter`. If the
+/// attribute is missing, the message was left to the broker, which will deliver it again.
 pub const MESSAGE_OUTCOME: &str = "throughline.message.outcome";
-/// Our own: the time until the next attempt in milliseconds, if the outcome is `retry`.
+/// Our attribute: the time until the next attempt in milliseconds, if the outcome is `retry`.
 pub const MESSAGE_RETRY_DELAY: &str = "throughline.message.retry_delay_ms";
 
 /// `error.type` of a request whose caller went away, or whose handler was dropped for another reason.

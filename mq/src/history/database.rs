@@ -49,7 +49,7 @@ pub enum Change {
 pub struct Database {
     options: SqliteConnectOptions,
     connection: Option<(SqliteConnection, Files)>,
-    /// The history's secret, which is known once the database has been open.
+    /// The history's secret, which is known once the database has been opened.
     secret: Option<Secret>,
 }
 

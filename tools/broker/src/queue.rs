@@ -27,7 +27,7 @@ pub struct Queue {
     pub longest: Option<usize>,
     /// The consumers. The first consumer is the next to get a delivery.
     pub consumers: VecDeque<Consumer>,
-    /// When the queue was last declared, read with `basic.get`, or left by a consumer.
+    /// The time at which the queue was last declared, read with `basic.get`, or left by a consumer.
     pub last_used: Instant,
     /// When the clock will check the queue next.
     pub due: Option<Instant>,

@@ -86,7 +86,7 @@ impl Flooded {
         self.verdict.is_clean() && refused.is_empty() && *unknown == 0 && flooded < alone + MOST_MEMORY
     }
 
-    /// Returns whether the flood is harmless and hardly slowed the honest logins.
+    /// Returns whether the flood was harmless and hardly slowed the honest logins.
     pub fn is_right(&self) -> bool {
         self.is_harmless() && self.slower.iter().all(|slower| *slower <= MOST_SLOWER)
     }

@@ -129,7 +129,7 @@ impl Ledger {
                 .unexpected
                 .push(format!("{count} logins answered {status} with nothing amiss but the broker"));
         }
-        // If the sum of the counts exceeds the number of rows, a login was counted more than once for a row.
+        // If the counts exceed the rows of the history, some logins were counted more often than recorded.
         verdict.duplicated += history.counted().saturating_sub(history.rows());
         if history.counted() < history.rows() {
             let missing = history.rows() - history.counted();

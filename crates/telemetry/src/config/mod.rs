@@ -232,7 +232,7 @@ fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Ve
     let mut names = env.list(variable, default)?;
     if names.iter().any(|name| name == "none") {
         if names.len() > 1 {
-            return Err(ConfigError::new(variable, "none contradicts the other exporters"));
+            return Err(ConfigError::new(variable, "none can't be combined with other exporters"));
         }
         names.clear();
     }
@@ -343,7 +343,9 @@ fn propagators(env: &Environment) -> Result<Vec<Propagator>, ConfigError> {
     }
     let propagator = |name: &String| match Propagator::from_name(name) {
         Some(propagator) => Ok(propagator),
-        None if name == "none" => Err(ConfigError::new(VARIABLE, "none contradicts the other propagators")),
+        None if name == "none" => {
+            Err(ConfigError::new(VARIABLE, "none can't be combined with other propagators"))
+        }
         None => Err(unknown(VARIABLE, name, "tracecontext, baggage, b3, b3multi, jaeger, none")),
     };
     names.iter().map(propagator).collect()

@@ -53,7 +53,7 @@ pub struct Parts {
     routes: Router,
     /// The presses that arrive at `routes`.
     pub presses: Receiver<Press>,
-    /// When the trace backend's button was pressed. `None` if the outage that it causes is over.
+    /// The time at which the trace backend's button was pressed. `None` if no outage from such a press goes on.
     outage: Option<Instant>,
     variables: Vec<(&'static str, String)>,
     /// The services' data, which are deleted when this value is dropped.
