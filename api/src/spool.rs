@@ -4,7 +4,7 @@
 
 use crate::{
     config::{Config, SpoolCommand},
-    outbox::{Message, OpenError, Outbox, SPOOL_FILE, Spool},
+    outbox::{Message, OpenSpoolError, Outbox, SPOOL_FILE, Spool},
 };
 use anyhow::{Context, bail, ensure};
 use std::{
@@ -28,7 +28,7 @@ pub async fn run(config: &Config, command: SpoolCommand) -> anyhow::Result<()> {
     // Opening a missing spool would create an empty one.
     ensure!(config.data_dir.join(SPOOL_FILE).exists(), "there is no spool in {directory}");
     let spool = match Spool::open(&config.data_dir, config.spool_capacity()) {
-        Err(OpenError::InUse) => bail!(
+        Err(OpenSpoolError::InUse) => bail!(
             "another process uses the spool in {directory}; if it is an api, it publishes the logins itself, and \
              its /readyz says how many there are"
         ),

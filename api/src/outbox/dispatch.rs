@@ -24,12 +24,12 @@
 //! ```
 
 use super::{
-    BrokerState, CLIENT_ID, PublishError, PublishOptions, Published, Unconfirmed,
+    BrokerState, CLIENT_ID, PublishError, PublishOptions, Published, WhySpooled,
     copies::Copies,
     message::Message,
     spool::{Appended, Spool},
 };
-use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, opening};
+use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed, opening};
 use std::time::{Duration, Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
@@ -77,12 +77,12 @@ impl RoundPublisher {
         &self,
         session: &mut Session,
         messages: impl ExactSizeIterator<Item = &Message> + Clone,
-    ) -> Result<(), amqp::Unconfirmed> {
+    ) -> Result<(), Unconfirmed> {
         let queue = self.topology.queue.as_str();
         let (started, count) = (Instant::now(), messages.len() as u64);
         let encoded = messages.clone().map(|message| (message.properties(SystemTime::now()), message.body()));
         let result = session.publish(queue, encoded, self.timeout, IfBlocked::Fail).await;
-        self.broker.sent(("", queue), count, started, result.err().map(amqp::Unconfirmed::reason));
+        self.broker.sent(("", queue), count, started, result.err().map(Unconfirmed::reason));
         if let (Ok(()), Some(copies)) = (result, &self.copies) {
             copies.send(messages.cloned().collect());
         }
@@ -106,14 +106,14 @@ struct Backlog {
 
 /// Why a session ends.
 enum End {
-    Trouble(amqp::Unconfirmed),
+    Trouble(Unconfirmed),
     /// The spool can't be read.
     Spool,
     Stopped,
 }
 
-impl From<amqp::Unconfirmed> for End {
-    fn from(why: amqp::Unconfirmed) -> Self {
+impl From<Unconfirmed> for End {
+    fn from(why: Unconfirmed) -> Self {
         Self::Trouble(why)
     }
 }
@@ -151,7 +151,7 @@ impl Dispatcher {
                     break;
                 }
                 // Until the broker is unblocked, nothing can be published, not even on another connection.
-                End::Trouble(amqp::Unconfirmed::Blocked) => {
+                End::Trouble(Unconfirmed::Blocked) => {
                     if !self.wait_until_unblocked(&mut session).await {
                         break;
                     }
@@ -198,7 +198,7 @@ impl Dispatcher {
         loop {
             select! {
                 session = &mut opening => return Some(session),
-                Some(request) = requests.recv() => backlog.append(request, Unconfirmed::NotConnected),
+                Some(request) = requests.recv() => backlog.append(request, WhySpooled::NotConnected),
                 _ = &mut *stopped => return None,
             }
         }
@@ -212,7 +212,7 @@ impl Dispatcher {
         loop {
             select! {
                 () = &mut pause => return true,
-                Some(request) = requests.recv() => backlog.append(request, Unconfirmed::NotConnected),
+                Some(request) = requests.recv() => backlog.append(request, WhySpooled::NotConnected),
                 _ = &mut *stopped => return false,
             }
         }
@@ -223,7 +223,7 @@ impl Dispatcher {
         loop {
             select! {
                 () = session.unblocked() => return true,
-                Some(request) = self.requests.recv() => self.backlog.append(request, amqp::Unconfirmed::Blocked.into()),
+                Some(request) = self.requests.recv() => self.backlog.append(request, Unconfirmed::Blocked.into()),
                 _ = &mut self.stopped => return false,
             }
         }
@@ -290,7 +290,7 @@ impl Dispatcher {
         let patience = if backlog.ends_with(entries.len()) { publisher.patience } else { Duration::ZERO };
         let messages = entries.iter().map(|(_, message)| message);
         let published = backlog.wait_for(publisher.publish(session, messages), patience, requests).await;
-        if let (Err(amqp::Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
+        if let (Err(Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
             // The message was alone in its round, so the broker does not accept this message.
             let message_id = message.id();
             tracing::error!(
@@ -312,10 +312,10 @@ impl Backlog {
     /// room for requests in flight with waiting logins, and further logins would be refused.
     async fn wait_for(
         &mut self,
-        round: impl Future<Output = Result<(), amqp::Unconfirmed>>,
+        round: impl Future<Output = Result<(), Unconfirmed>>,
         patience: Duration,
         requests: &mut mpsc::Receiver<Request>,
-    ) -> Result<(), amqp::Unconfirmed> {
+    ) -> Result<(), Unconfirmed> {
         let (overdue, mut is_overdue) = (sleep(patience), patience.is_zero());
         pin!(round, overdue);
         loop {
@@ -323,12 +323,12 @@ impl Backlog {
             select! {
                 result = &mut round => return result,
                 () = &mut overdue, if !is_overdue => is_overdue = true,
-                Some(request) = requests.recv(), if is_taken => self.append(request, Unconfirmed::BehindSpool),
+                Some(request) = requests.recv(), if is_taken => self.append(request, WhySpooled::BehindSpool),
             }
         }
     }
 
-    fn append(&mut self, request: Request, why: Unconfirmed) {
+    fn append(&mut self, request: Request, why: WhySpooled) {
         self.is_empty = false;
         let Request { message, done } = request;
         self.spool.append(message, move |appended| {
@@ -406,8 +406,7 @@ impl Log {
             tracing::warn!(broker = %self.broker, reason, "lost the connection to the broker");
         }
         // A session that broke may have had nothing to publish, so it does not count as fruitless.
-        let broke =
-            matches!(end, End::Trouble(amqp::Unconfirmed::ConnectionBroken | amqp::Unconfirmed::Blocked));
+        let broke = matches!(end, End::Trouble(Unconfirmed::ConnectionBroken | Unconfirmed::Blocked));
         self.is_fruitless |= !self.is_useful && !broke;
     }
 }
@@ -472,8 +471,7 @@ mod tests {
     #[test]
     fn a_session_that_published_nothing_is_fruitless_unless_it_broke() {
         let server = amqp::connection::parse_url(amqp::connection::DEFAULT_URL).unwrap();
-        for (why, is_fruitless) in
-            [(amqp::Unconfirmed::NotAccepted, true), (amqp::Unconfirmed::ConnectionBroken, false)]
+        for (why, is_fruitless) in [(Unconfirmed::NotAccepted, true), (Unconfirmed::ConnectionBroken, false)]
         {
             let mut log = Log::new(Broker::new(server.uri(), "test"));
             log.ended(&End::Trouble(why));

@@ -20,12 +20,12 @@ use tokio::{
 };
 
 pub use message::Message;
-pub use spool::{Capacity, FILE as SPOOL_FILE, OpenError, Spool};
+pub use spool::{Capacity, FILE as SPOOL_FILE, OpenSpoolError, Spool};
 
 /// The name of this service's connection on the broker.
 pub const CLIENT_ID: &str = "api";
 
-/// The most messages in the channel to the dispatcher. Further messages wait until it has room.
+/// The largest number of messages in the channel to the dispatcher. Further messages wait until it has room.
 const MAX_WAITING: usize = 1024;
 
 /// How a login was published.
@@ -34,12 +34,12 @@ pub enum Published {
     /// The broker has the login.
     Confirmed,
     /// The login is on disk, because the broker did not confirm it, and will be published later.
-    Spooled(Unconfirmed),
+    Spooled(WhySpooled),
 }
 
-/// Why the broker has not confirmed a login.
+/// Why a login went to the spool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Unconfirmed {
+pub enum WhySpooled {
     /// There is no connection to the broker now.
     #[error("not connected to the broker")]
     NotConnected,
@@ -62,7 +62,7 @@ pub enum PublishError {
     SpoolFailed,
 }
 
-impl Unconfirmed {
+impl WhySpooled {
     /// A short name, for spans and metrics.
     pub fn reason(self) -> &'static str {
         match self {

@@ -23,7 +23,7 @@ use std::{
 use store::{RETRY, Store, StoreError};
 use tokio::sync::oneshot;
 
-pub use store::{Capacity, FILE, OpenError};
+pub use store::{Capacity, FILE, OpenSpoolError};
 
 /// The largest number of commands in one transaction.
 const MAX_TOGETHER: usize = 4096;
@@ -104,7 +104,7 @@ impl Spool {
     ///
     /// # Errors
     /// If the file can't be opened, is in use by another process, or is damaged.
-    pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
+    pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenSpoolError> {
         let store = Store::open(directory, capacity)?;
         let (commands, received) = mpsc::channel();
         let state = State::default();

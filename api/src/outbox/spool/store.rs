@@ -37,7 +37,7 @@ pub struct Capacity {
 
 /// Why the spool can't be opened.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum OpenSpoolError {
     /// The directory or the file can't be made or read.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -78,11 +78,11 @@ struct Held {
 
 impl Store {
     /// Opens or makes the file in this directory, and reads it once.
-    pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenError> {
+    pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenSpoolError> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let path = directory.join(FILE);
         let (database, file) = open(&path)?;
-        let (held, last) = count(&database).map_err(|error| OpenError::Damaged(error.to_string()))?;
+        let (held, last) = count(&database).map_err(|error| OpenSpoolError::Damaged(error.to_string()))?;
         let (database, opened, set_aside) = (Some(database), Instant::now(), BTreeSet::new());
         Ok(Self { path, capacity, database, file, opened, held, last, set_aside })
     }
@@ -206,8 +206,10 @@ impl Store {
         }
         self.opened = Instant::now();
         let (database, file) = open(&self.path).map_err(|error| match error {
-            OpenError::Io(error) => redb::Error::Io(error),
-            error @ (OpenError::InUse | OpenError::Damaged(_)) => redb::Error::Corrupted(error.to_string()),
+            OpenSpoolError::Io(error) => redb::Error::Io(error),
+            error @ (OpenSpoolError::InUse | OpenSpoolError::Damaged(_)) => {
+                redb::Error::Corrupted(error.to_string())
+            }
         })?;
         let last;
         (self.held, last) = count(&database)?;
@@ -219,7 +221,7 @@ impl Store {
 }
 
 /// Opens or makes the file. Also returns its device and inode.
-fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
+fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenSpoolError> {
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     // The name of the file must also survive a power cut.
@@ -229,22 +231,22 @@ fn open(path: &Path) -> Result<(Database, (u64, u64)), OpenError> {
     Ok((database, (metadata.dev(), metadata.ino())))
 }
 
-fn open_in(backend: impl StorageBackend) -> Result<Database, OpenError> {
+fn open_in(backend: impl StorageBackend) -> Result<Database, OpenSpoolError> {
     let mut builder = Builder::new();
     // The check finds a damaged file now rather than later.
     builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
     builder.create_with_backend(backend).map_err(open_error)
 }
 
-fn open_error(error: DatabaseError) -> OpenError {
+fn open_error(error: DatabaseError) -> OpenSpoolError {
     match error {
-        DatabaseError::DatabaseAlreadyOpen => OpenError::InUse,
+        DatabaseError::DatabaseAlreadyOpen => OpenSpoolError::InUse,
         DatabaseError::Storage(redb::StorageError::Io(error))
             if error.kind() != io::ErrorKind::InvalidData =>
         {
-            OpenError::Io(error)
+            OpenSpoolError::Io(error)
         }
-        error => OpenError::Damaged(error.to_string()),
+        error => OpenSpoolError::Damaged(error.to_string()),
     }
 }
 
@@ -360,15 +362,15 @@ mod tests {
     fn a_file_in_use_is_not_opened_again() {
         let directory = TempDir::new().unwrap();
         let _store = Store::open(directory.path(), LARGE).unwrap();
-        assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenError::InUse)));
+        assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenSpoolError::InUse)));
     }
 
     #[test]
     fn a_disk_that_fails_is_no_damaged_file() {
         let error =
             |kind: io::ErrorKind| open_error(DatabaseError::Storage(redb::StorageError::Io(kind.into())));
-        assert!(matches!(error(io::ErrorKind::StorageFull), OpenError::Io(_)));
-        assert!(matches!(error(io::ErrorKind::InvalidData), OpenError::Damaged(_)));
+        assert!(matches!(error(io::ErrorKind::StorageFull), OpenSpoolError::Io(_)));
+        assert!(matches!(error(io::ErrorKind::InvalidData), OpenSpoolError::Damaged(_)));
     }
 
     #[test]
@@ -380,7 +382,7 @@ mod tests {
         transaction.open_table(ENTRIES).unwrap().insert(1, &b"7"[..]).unwrap();
         transaction.commit().unwrap();
         drop(database);
-        assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenError::Damaged(_))));
+        assert!(matches!(Store::open(directory.path(), LARGE), Err(OpenSpoolError::Damaged(_))));
     }
 
     #[test]
