@@ -29,7 +29,6 @@ pub struct BodyMemory(Arc<Semaphore>);
 
 impl BodyMemory {
     /// Makes a budget of `MAX_BODIES` bytes, which the requests of one router share.
-    #[expect(clippy::new_without_default, reason = "there is nothing to default")]
     pub fn new() -> Self {
         Self(Arc::new(Semaphore::new(MAX_BODIES)))
     }

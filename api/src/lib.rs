@@ -1,37 +1,37 @@
 //! The HTTP service. It logs a user in with the help of usercenter, and publishes the login.
 //!
 //! - [`config`]: flags and environment variables
-//! - [`app`]: the state that the handlers use
+//! - `app`: the state that the handlers use
 //! - [`router`]: every route and every layer
 //! - [`bounds`]: bounds on the size and the time of requests
-//! - [`body`]: reads the body of a request, before the handler runs
-//! - [`login`]: the handler, with the hand-written span `local`
+//! - `body`: reads the body of a request, before the handler runs
+//! - `login`: the handler, with the hand-written span `local`
 //! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`
 //! - [`outbox`]: delivery to the broker, or to disk and later to the broker
 //! - [`spool`]: what an operator does with the spool of an instance that is gone
-//! - [`token`]: the access token
-//! - [`problem`]: which failure gets which answer
-//! - [`host`]: the header `Host`
+//! - `token`: the access token
+//! - `problem`: which failure gets which answer
+//! - `host`: the header `Host`
 //! - [`health`]: readiness, and the probe that `api health` makes
-//! - [`mod@server`][]: serves connections; [`head`]: reads their first headers; [`stream`][]: notices a reset
+//! - `server`: serves connections; `head`: reads their first headers; `stream`: notices a reset
 //! - [`usercenter`]: the gRPC client, and every layer around it
 
-pub mod app;
-pub mod body;
+mod app;
+mod body;
 pub mod bounds;
 pub mod config;
-pub mod head;
+mod head;
 pub mod health;
-pub mod host;
-pub mod login;
+mod host;
+mod login;
 pub mod outbox;
-pub mod problem;
+mod problem;
 pub mod publisher;
 pub mod router;
-pub mod server;
+mod server;
 pub mod spool;
-pub mod stream;
-pub mod token;
+mod stream;
+mod token;
 pub mod usercenter;
 
 use amqp::Topology;

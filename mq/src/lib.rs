@@ -1,25 +1,25 @@
 //! The consumer of login messages.
 //!
 //! - [`config`]: flags and environment variables
-//! - [`consumer`]: the delivery loop; [`claim`]: which history the queue belongs to
-//! - [`attempt`]: one delivery, with the hand-written span `mq_consumer_msg`; [`failure`]: why an attempt
+//! - `consumer`: the delivery loop; `claim`: which history the queue belongs to
+//! - `attempt`: one delivery, with the hand-written span `mq_consumer_msg`; `failure`: why an attempt
 //!   failed
 //! - [`processing`]: processes a login, and knows no AMQP
 //! - [`history`]: the database in which each login takes effect once
-//! - [`forwarder`]: publishes messages again; [`properties`]: what these messages carry
+//! - `forwarder`: publishes messages again; `properties`: what these messages carry
 //! - [`dead_letters`]: lets an operator look at dead letters and replay them
 
-pub mod attempt;
+mod attempt;
 pub mod bounds;
-pub mod claim;
+mod claim;
 pub mod config;
-pub mod consumer;
+mod consumer;
 pub mod dead_letters;
-pub mod failure;
-pub mod forwarder;
+mod failure;
+mod forwarder;
 pub mod history;
 pub mod processing;
-pub mod properties;
+mod properties;
 
 use amqp::Topology;
 use anyhow::{Context, bail};

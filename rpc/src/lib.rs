@@ -2,14 +2,14 @@
 //!
 //! - [`config`]: flags and environment variables
 //! - [`layers`]: every layer around the service
-//! - [`service`]: the gRPC API, and which error becomes which status
-//! - [`directory`]: the users
+//! - `service`: the gRPC API, and which error becomes which status
+//! - `directory`: the users
 
 pub mod config;
-pub mod directory;
+mod directory;
 pub mod layers;
 mod protocol;
-pub mod service;
+mod service;
 
 use anyhow::Context;
 use config::Config;

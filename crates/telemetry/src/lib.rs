@@ -41,7 +41,7 @@ pub mod headers;
 #[cfg(feature = "axum")]
 pub mod http;
 mod log;
-pub mod metrics;
+mod metrics;
 mod otlp;
 mod outage;
 mod prometheus;
