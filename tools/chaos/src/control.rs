@@ -113,7 +113,8 @@ async fn consume_until_it_breaks(server: &Server, database: &mut SqliteConnectio
     say("consuming");
     while let Some(delivery) = deliveries.next().await {
         let delivery = delivery?;
-        delivery.ack(BasicAckOptions::default()).await?;
+        // Without the time-out, lapin may never answer if the connection is lost at this moment.
+        timeout(Duration::from_secs(5), delivery.ack(BasicAckOptions::default())).await??;
         if let Err(error) = process(&delivery, database).await {
             say(&format!("processing: {error:#}"));
         }
