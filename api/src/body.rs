@@ -23,21 +23,10 @@ use tokio::{
     time::{timeout, timeout_at},
 };
 
-/// The memory that bodies may take.
-#[derive(Clone)]
-pub struct BodyMemory(Arc<Semaphore>);
-
-impl BodyMemory {
-    /// Makes a budget of `MAX_BODIES` bytes, which the requests of one router share.
-    pub fn new() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_BODIES)))
-    }
-}
-
-/// Reads the body by the deadline of the request, and then passes the request on. The body is not read if the
+/// Reads the body by the deadline of the request, in a part of `memory`, and then passes the request on. The body is not read if the
 /// answer is known without it. A caller who waits with `Expect: 100-continue` then gets the final status at
 /// once (RFC 9110, section 10.1.1).
-pub async fn read_first(State(memory): State<BodyMemory>, request: Request, next: Next) -> Response {
+pub async fn read_first(State(memory): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
     if request.extensions().get::<MatchedPath>().is_none() {
         return next.run(request).await;
     }
@@ -95,7 +84,7 @@ async fn read_on(mut body: Body) {
 /// Reads a body, and reserves memory for it. The memory is given back when the returned permit is dropped.
 async fn read(
     mut body: Body,
-    BodyMemory(memory): BodyMemory,
+    memory: Arc<Semaphore>,
 ) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), Problem> {
     let mut read = Vec::new();
     let mut held: Option<OwnedSemaphorePermit> = None;

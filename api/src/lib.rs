@@ -9,7 +9,7 @@
 //! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`
 //! - [`outbox`]: delivery to the broker, or to disk and later to the broker
 //! - [`spool`]: what an operator does with the spool of an instance that is gone
-//! - `token`: the access token
+//! - `token`: the access token; `tracer`: the tracer of the hand-written spans
 //! - `problem`: which failure gets which answer
 //! - `host`: the header `Host`
 //! - [`health`]: readiness, and the probe that `api health` makes
@@ -32,13 +32,13 @@ mod server;
 pub mod spool;
 mod stream;
 mod token;
+mod tracer;
 pub mod usercenter;
 
 use amqp::Topology;
 use anyhow::{Context, bail};
 use app::App;
 use config::Config;
-use opentelemetry::global::BoxedTracer;
 use outbox::Spool;
 use proto::{
     topology::{EXCHANGE, QUEUE, ROUTING_KEY},
@@ -47,14 +47,11 @@ use proto::{
 use publisher::Publisher;
 use server::MaxConnections;
 use serving::{listener::reserve_files, shutdown::Shutdown};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use token::TokenIssuer;
 use tokio::{net::TcpListener, select};
 use tonic::transport::Endpoint;
 use usercenter::Connection;
-
-/// Makes the hand-written spans of this service.
-static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));
 
 /// Serves on `listener` until `shutdown`.
 ///

@@ -1,13 +1,13 @@
 //! Handles a login: steps 1 to 4 of the flow in ARCHITECTURE.md, each with its span.
 
-use crate::{TRACER, app::App, problem::Problem, publisher::LoginEvent};
+use crate::{app::App, problem::Problem, publisher::LoginEvent, token::Token, tracer::TRACER};
 use axum::{
     Json,
     extract::{self, FromRequest, State, rejection::JsonRejection},
 };
 use opentelemetry::trace::Tracer;
 use proto::{login::MobileNumber, usercenter::v1::GetUserByMobileRequest};
-use serde::{Deserialize, Serialize, de::IgnoredAny};
+use serde::{Deserialize, de::IgnoredAny};
 use std::sync::Arc;
 use tonic::Code;
 use tower::ServiceExt;
@@ -22,15 +22,6 @@ pub struct LoginRequest {
     _others: IgnoredAny,
 }
 
-/// The answer to a login. Times are in seconds since 1970.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct LoginResponse {
-    access_token: String,
-    access_expire: u64,
-    refresh_after: u64,
-}
-
 /// `POST /usercenter/v1/user/login`
 ///
 /// # Errors
@@ -38,7 +29,7 @@ pub struct LoginResponse {
 pub async fn login(
     State(app): State<Arc<App>>,
     request: LoginRequest,
-) -> Result<Json<LoginResponse>, Problem> {
+) -> Result<Json<Token>, Problem> {
     // A layer has already opened the server span.
 
     // Layers also make the client span, the server span at the other end, the deadline and the retries.
@@ -59,11 +50,7 @@ pub async fn login(
     app.publisher.clone().oneshot(LoginEvent { mobile: request.mobile }).await?;
 
     tracing::info!(%user.id, "logged in");
-    Ok(Json(LoginResponse {
-        access_token: token.access_token,
-        access_expire: token.expires,
-        refresh_after: token.refresh_after,
-    }))
+    Ok(Json(token))
 }
 
 impl<S: Send + Sync> FromRequest<S> for LoginRequest {

@@ -4,10 +4,10 @@
 //! spool it is published later, in order and in its own trace ([`crate::outbox`]).
 
 use crate::{
-    TRACER,
     outbox::{
         CLIENT_ID, Message, Outbox, PublishError, PublishOptions, Published, Publishing, Readiness, Spool,
     },
+    tracer::TRACER,
 };
 use amqp::{Server, Topology};
 use futures_util::future::BoxFuture;

@@ -2,7 +2,8 @@
 
 use crate::{
     app::App,
-    body::{self, BodyMemory},
+    body,
+    bounds::MAX_BODIES,
     health, host, login,
     problem::Problem,
 };
@@ -14,6 +15,7 @@ use axum::{
 use resilience::{CatchPanicLayer, DeadlineLayer, InFlight, ShedLayer};
 use std::{sync::Arc, time::Duration};
 use telemetry::http::HttpServerLayer;
+use tokio::sync::Semaphore;
 use tower::ServiceBuilder;
 
 /// The limits that the layers enforce.
@@ -42,13 +44,15 @@ pub fn router(app: Arc<App>, limits: RequestLimits) -> Router {
 /// Puts the layers around routes. A request passes them from the first to the last, and its answer from the
 /// last to the first. (With one call of [`Router::layer`] for each layer, the order would be the opposite.)
 pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: RequestLimits) -> Router<S> {
+    // The bytes that all bodies together may take.
+    let memory = Arc::new(Semaphore::new(MAX_BODIES));
     routes.layer(
         ServiceBuilder::new()
             .layer(HttpServerLayer::new()) // the server span, around all that follows
             .layer(from_fn(host::named_once)) // exactly one host in an HTTP/1.1 request
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
             .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or a refusal
-            .layer(from_fn_with_state(BodyMemory::new(), body::read_first)) // the whole body if not too large
+            .layer(from_fn_with_state(memory, body::read_first)) // the whole body if not too large
             .layer(ShedLayer::new(InFlight::at_most(limits.max_in_flight), Problem::rejected)), // a bound on requests in flight
     )
 }

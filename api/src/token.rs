@@ -13,12 +13,14 @@ pub struct TokenIssuer {
     lifetime: Duration,
 }
 
-/// A token and its times, in seconds since 1970.
+/// The answer to a login: a token and its times, in seconds since 1970.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Token {
     /// The token itself, which is a secret.
     pub access_token: String,
     /// The time when the token expires.
-    pub expires: u64,
+    pub access_expire: u64,
     /// The time when the caller should get a new token.
     pub refresh_after: u64,
 }
@@ -51,7 +53,7 @@ impl TokenIssuer {
         let signature = self.key.clone().chain_update(&signed).finalize().into_bytes();
         Token {
             access_token: format!("{signed}.{}", encode(&signature)),
-            expires,
+            access_expire: expires,
             refresh_after: now.saturating_add(self.lifetime.as_secs() / 2),
         }
     }
@@ -80,8 +82,8 @@ mod tests {
         let claims: serde_json::Value =
             serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(claims).unwrap()).unwrap();
         assert_eq!(claims["sub"], "42");
-        assert_eq!(claims["exp"], token.expires);
+        assert_eq!(claims["exp"], token.access_expire);
         assert_eq!(claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(), 60);
-        assert!(token.refresh_after < token.expires);
+        assert!(token.refresh_after < token.access_expire);
     }
 }

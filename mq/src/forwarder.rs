@@ -3,7 +3,7 @@
 //! The forwarder has its own connection, because a broker that is short of memory or disk stops reading from
 //! connections that publish, and would then not read the acknowledgements on them.
 
-use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed, opening};
+use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed};
 use lapin::BasicProperties;
 use std::time::{Duration, Instant};
 use telemetry::amqp::Broker;
@@ -68,7 +68,7 @@ impl Forwarder {
         // queues again, because they may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
-            None => opening::open(&self.server, self.open()).await?,
+            None => Session::open(&self.server, CLIENT_ID, &self.topology, &self.retry_delays).await?,
         };
         let started = Instant::now();
         let message = std::iter::once((properties, body));
@@ -84,11 +84,5 @@ impl Forwarder {
         if let Some(session) = self.session.lock().await.take() {
             session.close().await;
         }
-    }
-
-    async fn open(&self) -> Result<Session, OpenError> {
-        let session = Session::open(&self.server, CLIENT_ID).await?;
-        self.topology.declare(session.channel(), &self.retry_delays).await?;
-        Ok(session)
     }
 }

@@ -6,8 +6,6 @@
 mod database;
 
 use database::{Change, Database};
-use proto::login::MobileNumber;
-use sha2::{Digest, Sha256};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{future, time::Duration};
 use tokio::{
@@ -15,9 +13,8 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use uuid::{Builder, Uuid};
 
-pub use database::parse_url;
+pub use database::{Login, Refused, Secret, parse_url};
 
 /// The pause between two attempts to reach the database.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -28,19 +25,6 @@ const CHECK: Duration = Duration::from_secs(1);
 /// The largest number of changes in one transaction.
 const MAX_GROUP: usize = 256;
 
-/// A login to record.
-#[derive(Debug, Clone)]
-pub struct Login {
-    /// The id of the message, which is the same for every delivery of the same login.
-    pub message_id: String,
-    /// The trace in which the login happened, as 32 hex digits.
-    pub trace_id: Option<String>,
-    /// Who logged in.
-    pub mobile: MobileNumber,
-    /// Which attempt this is, from 1.
-    pub attempt: u32,
-}
-
 /// The result of recording a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Processed {
@@ -48,35 +32,6 @@ pub enum Processed {
     Applied,
     /// The login had taken effect before, so it changed nothing.
     Duplicate,
-}
-
-/// The database refuses one login, because its content violates a constraint there. Other logins are not
-/// affected.
-// It does not hold the database's own text, because that may quote the row.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the database refuses the data of this message (code {code})")]
-pub struct Refused {
-    /// The database's code: SQLite's extended result code, or an SQLSTATE.
-    pub code: String,
-}
-
-/// A random number that is kept in the history. It is different in each history.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Secret(Uuid);
-
-impl Secret {
-    /// Derives an id from these parts. The id is the same for all who use this history. Without the secret,
-    /// nobody can find the parts of an id, not even by trying all mobile numbers.
-    pub fn id_of(self, parts: &[&[u8]]) -> String {
-        let mut hash = Sha256::new_with_prefix(self.0);
-        for part in parts {
-            hash.update((part.len() as u64).to_be_bytes());
-            hash.update(part);
-        }
-        let mut id = [0; 16];
-        id.copy_from_slice(&hash.finalize()[..16]);
-        Builder::from_custom_bytes(id).into_uuid().to_string()
-    }
 }
 
 /// The history of logins, each recorded once.
@@ -226,15 +181,6 @@ mod tests {
     use std::fs;
     use tempfile::TempDir;
     use tokio::time::timeout;
-
-    #[test]
-    fn an_id_is_the_same_for_the_same_parts_of_the_same_history_only() {
-        let secret = Secret(Uuid::new_v4());
-        let id = secret.id_of(&[b"ab", b"c"]);
-        assert_eq!(id, secret.id_of(&[b"ab", b"c"]));
-        assert_ne!(id, secret.id_of(&[b"a", b"bc"]));
-        assert_ne!(id, Secret(Uuid::new_v4()).id_of(&[b"ab", b"c"]));
-    }
 
     #[tokio::test]
     async fn a_redelivery_whose_caller_is_gone_before_the_database_comes_is_not_counted() {

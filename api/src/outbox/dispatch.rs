@@ -24,12 +24,12 @@
 //! ```
 
 use super::{
-    BrokerState, CLIENT_ID, PublishError, PublishOptions, Published, WhySpooled,
     copies::Copies,
     message::Message,
-    spool::{Appended, Spool},
+    outcome::{PublishError, Published, WhySpooled},
+    spool::Spool,
 };
-use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed, opening};
+use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed};
 use std::time::{Duration, Instant, SystemTime};
 use telemetry::amqp::Broker;
 use tokio::{
@@ -38,8 +38,32 @@ use tokio::{
     time::sleep,
 };
 
+/// The name of this service's connection on the broker.
+pub const CLIENT_ID: &str = "api";
+
 /// The most messages in a round.
 const MAX_ROUND: usize = 512;
+
+/// How messages are published.
+#[derive(Debug, Clone, Copy)]
+pub struct PublishOptions {
+    /// How long the broker may take to confirm a message. After that, the message goes to the spool.
+    pub timeout: Duration,
+    /// Whether a copy of each message goes to the topology's exchange, for other consumers.
+    pub copies: bool,
+}
+
+/// The broker, as far as the dispatcher knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BrokerState {
+    /// The broker takes messages.
+    Connected,
+    /// There is no connection.
+    Away,
+    /// The broker refuses the declaration of a queue. The refusal does not end by itself, so every login would
+    /// go to the spool until the spool is full.
+    Refuses,
+}
 
 /// A message to be published, and the sender for its outcome.
 pub struct Request {
@@ -152,7 +176,7 @@ impl Dispatcher {
                 }
                 // Until the broker is unblocked, nothing can be published, not even on another connection.
                 End::Trouble(Unconfirmed::Blocked) => {
-                    if !self.wait_until_unblocked(&mut session).await {
+                    if self.unblocked(&mut session).await.is_none() {
                         break;
                     }
                 }
@@ -161,7 +185,7 @@ impl Dispatcher {
             self.backlog.round = 1;
             // A dropped session closes by itself, and nothing here waits for that.
             drop(session);
-            if !self.pause().await {
+            if self.pause().await.is_none() {
                 break;
             }
         }
@@ -171,14 +195,9 @@ impl Dispatcher {
     /// Tries to open a session until that succeeds; `None` if the dispatcher is stopped before.
     async fn connect(&mut self) -> Option<Session> {
         let Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log } = self;
-        let opening = async {
+        let connected = async {
             loop {
-                let opened = opening::open(server, async {
-                    let session = Session::open(server, CLIENT_ID).await?;
-                    publisher.topology.declare(session.channel(), &[]).await?;
-                    Ok(session)
-                });
-                match opened.await {
+                match Session::open(server, CLIENT_ID, &publisher.topology, &[]).await {
                     Ok(session) => {
                         log.connected();
                         return session;
@@ -194,39 +213,19 @@ impl Dispatcher {
                 backoff.pause().await;
             }
         };
-        pin!(opening);
-        loop {
-            select! {
-                session = &mut opening => return Some(session),
-                Some(request) = requests.recv() => backlog.append(request, WhySpooled::NotConnected),
-                _ = &mut *stopped => return None,
-            }
-        }
+        backlog.append_until(connected, WhySpooled::NotConnected, requests, stopped).await
     }
 
-    /// Waits between two sessions. Returns false if the dispatcher is stopped.
-    async fn pause(&mut self) -> bool {
+    /// Waits between two sessions; `None` if the dispatcher is stopped before.
+    async fn pause(&mut self) -> Option<()> {
         let Self { requests, stopped, backlog, backoff, .. } = self;
-        let pause = backoff.pause();
-        pin!(pause);
-        loop {
-            select! {
-                () = &mut pause => return true,
-                Some(request) = requests.recv() => backlog.append(request, WhySpooled::NotConnected),
-                _ = &mut *stopped => return false,
-            }
-        }
+        backlog.append_until(backoff.pause(), WhySpooled::NotConnected, requests, stopped).await
     }
 
-    /// Waits until the broker takes messages again. Returns false if the dispatcher is stopped before.
-    async fn wait_until_unblocked(&mut self, session: &mut Session) -> bool {
-        loop {
-            select! {
-                () = session.unblocked() => return true,
-                Some(request) = self.requests.recv() => self.backlog.append(request, Unconfirmed::Blocked.into()),
-                _ = &mut self.stopped => return false,
-            }
-        }
+    /// Waits until the broker takes messages again; `None` if the dispatcher is stopped before.
+    async fn unblocked(&mut self, session: &mut Session) -> Option<()> {
+        let Self { requests, stopped, backlog, .. } = self;
+        backlog.append_until(session.unblocked(), Unconfirmed::Blocked.into(), requests, stopped).await
     }
 
     /// Publishes the entries of the spool, and then new messages, until the session ends.
@@ -328,16 +327,31 @@ impl Backlog {
         }
     }
 
+    /// Waits for an event. Logins that come meanwhile go to the spool, for the reason `why`. Returns `None` if
+    /// the dispatcher is stopped before the event.
+    async fn append_until<T>(
+        &mut self,
+        event: impl Future<Output = T>,
+        why: WhySpooled,
+        requests: &mut mpsc::Receiver<Request>,
+        stopped: &mut oneshot::Receiver<()>,
+    ) -> Option<T> {
+        pin!(event);
+        loop {
+            select! {
+                result = &mut event => return Some(result),
+                Some(request) = requests.recv() => self.append(request, why),
+                _ = &mut *stopped => return None,
+            }
+        }
+    }
+
     fn append(&mut self, request: Request, why: WhySpooled) {
         self.is_empty = false;
         let Request { message, done } = request;
         self.spool.append(message, move |appended| {
             // Sending fails if the caller has stopped waiting, which does no harm.
-            let _ = done.send(match appended {
-                Appended::Stored => Ok(Published::Spooled(why)),
-                Appended::Full => Err(PublishError::SpoolFull),
-                Appended::Failed => Err(PublishError::SpoolFailed),
-            });
+            let _ = done.send(appended.map(|()| Published::Spooled(why)));
         });
     }
 
@@ -462,10 +476,10 @@ mod tests {
         let state = watch::Sender::new(BrokerState::Away);
         let mut dispatcher = Dispatcher::new(server, topology, options, spool, requests, stopped, state);
         let before = tokio::time::Instant::now();
-        assert!(dispatcher.pause().await);
+        assert!(dispatcher.pause().await.is_some());
         assert!(before.elapsed() >= Duration::from_millis(50), "{:?}", before.elapsed());
         stop.send(()).unwrap();
-        assert!(!dispatcher.pause().await);
+        assert!(dispatcher.pause().await.is_none());
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! Delivers messages to the broker, or writes them to the spool on disk and delivers them later, in order.
 //!
-//! - `message`: the message, encoded once
+//! - `message`: the message, encoded once; `outcome`: how it was published, or why not
 //! - `dispatch`: the one task that sends all messages, to the broker, or to the spool and then to the broker
 //! - `spool`: the file of messages that the broker has not confirmed
 
 mod copies;
 mod dispatch;
 mod message;
+mod outcome;
 mod spool;
 
 use amqp::{Server, Topology};
-use dispatch::{Dispatcher, Request};
+use dispatch::{BrokerState, Dispatcher, Request};
 use std::{future, sync::Arc, time::Duration};
 use tokio::{
     select,
@@ -19,90 +20,13 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
+pub use dispatch::{CLIENT_ID, PublishOptions};
 pub use message::Message;
+pub use outcome::{PublishError, Published, WhySpooled};
 pub use spool::{Capacity, FILE as SPOOL_FILE, OpenSpoolError, Spool};
-
-/// The name of this service's connection on the broker.
-pub const CLIENT_ID: &str = "api";
 
 /// The largest number of messages in the channel to the dispatcher. Further messages wait until it has room.
 const MAX_WAITING: usize = 1024;
-
-/// How a login was published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Published {
-    /// The broker has the login.
-    Confirmed,
-    /// The login is on disk, because the broker did not confirm it, and will be published later.
-    Spooled(WhySpooled),
-}
-
-/// Why a login went to the spool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum WhySpooled {
-    /// There is no connection to the broker now.
-    #[error("not connected to the broker")]
-    NotConnected,
-    /// There was a connection, but the broker has not confirmed the login.
-    #[error(transparent)]
-    Published(#[from] amqp::Unconfirmed),
-    /// Earlier logins have to be published first. They are in the spool, or in a round that is overdue.
-    #[error("earlier logins go first")]
-    BehindSpool,
-}
-
-/// Why a login was not published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum PublishError {
-    /// The broker has not confirmed the login, and the spool has no room.
-    #[error("the spool is full")]
-    SpoolFull,
-    /// The broker has not confirmed the login, which could not be written to disk either.
-    #[error("the spool failed")]
-    SpoolFailed,
-}
-
-impl WhySpooled {
-    /// A short name, for spans and metrics.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::NotConnected => "not_connected",
-            Self::Published(why) => why.reason(),
-            Self::BehindSpool => "behind_spool",
-        }
-    }
-}
-
-impl PublishError {
-    /// A short name, for spans and metrics.
-    pub fn error_type(self) -> &'static str {
-        match self {
-            Self::SpoolFull => "spool_full",
-            Self::SpoolFailed => "spool_failed",
-        }
-    }
-}
-
-/// How messages are published.
-#[derive(Debug, Clone, Copy)]
-pub struct PublishOptions {
-    /// How long the broker may take to confirm a message. After that, the message goes to the spool.
-    pub timeout: Duration,
-    /// Whether a copy of each message goes to the topology's exchange, for other consumers.
-    pub copies: bool,
-}
-
-/// The broker, as far as the dispatcher knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BrokerState {
-    /// The broker takes messages.
-    Connected,
-    /// There is no connection.
-    Away,
-    /// The broker refuses the declaration of a queue. The refusal does not end by itself, so every login would
-    /// go to the spool until the spool is full.
-    Refuses,
-}
 
 /// Takes messages. All clones share one connection to the broker.
 #[derive(Clone)]

@@ -7,7 +7,7 @@
 
 mod store;
 
-use super::message::Message;
+use super::{message::Message, outcome::PublishError};
 use futures_util::{FutureExt, future};
 use std::{
     iter,
@@ -20,7 +20,7 @@ use std::{
     thread,
     time::{Duration, SystemTime},
 };
-use store::{RETRY, Store, StoreError};
+use store::{RETRY, Store};
 use tokio::sync::oneshot;
 
 pub use store::{Capacity, FILE, OpenSpoolError};
@@ -49,23 +49,12 @@ struct Shared {
     takes: AtomicBool,
 }
 
-/// What became of a login that was to be appended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Appended {
-    /// The login is on disk.
-    Stored,
-    /// The spool has no room for the login.
-    Full,
-    /// The disk failed.
-    Failed,
-}
-
 /// Is called with the outcome, or dropped if nobody knows the outcome.
-type OnAppended = Box<dyn FnOnce(Appended) + Send>;
+type OnAppended = Box<dyn FnOnce(Result<(), PublishError>) + Send>;
 
 enum Command {
     Append(Message, OnAppended),
-    Read { after: u64, count: usize, entries: oneshot::Sender<Result<Vec<(u64, Message)>, StoreError>> },
+    Read { after: u64, count: usize, entries: oneshot::Sender<Result<Vec<(u64, Message)>, redb::Error>> },
     Remove { through: u64 },
     SetAside { number: u64 },
 }
@@ -142,7 +131,7 @@ impl Spool {
 
     /// Appends a login, and calls `on_appended` with the outcome. If nobody knows the outcome, `on_appended`
     /// is dropped.
-    pub fn append(&self, message: Message, on_appended: impl FnOnce(Appended) + Send + 'static) {
+    pub fn append(&self, message: Message, on_appended: impl FnOnce(Result<(), PublishError>) + Send + 'static) {
         let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
     }
 
@@ -230,9 +219,9 @@ impl Keeper {
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
             for (_, on_appended) in appended {
                 on_appended(match outcomes.next() {
-                    Some(true) => Appended::Stored,
-                    Some(false) => Appended::Full,
-                    None => Appended::Failed,
+                    Some(true) => Ok(()),
+                    Some(false) => Err(PublishError::SpoolFull),
+                    None => Err(PublishError::SpoolFailed),
                 });
             }
         }
@@ -242,7 +231,7 @@ impl Keeper {
     }
 
     /// Logs each change once, not for every login.
-    fn log(&mut self, outcomes: &Result<Vec<bool>, StoreError>) {
+    fn log(&mut self, outcomes: &Result<Vec<bool>, redb::Error>) {
         match outcomes {
             Err(error) if !self.is_failure_told => {
                 self.is_failure_told = true;
@@ -289,7 +278,7 @@ mod tests {
     use tempfile::TempDir;
 
     /// Appends a login, and returns its outcome.
-    async fn append(spool: &Spool, id: &str) -> Appended {
+    async fn append(spool: &Spool, id: &str) -> Result<(), PublishError> {
         let message =
             Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned().try_into().unwrap());
         let (outcome, appended) = oneshot::channel();
@@ -307,7 +296,7 @@ mod tests {
         let state = spool.state();
         assert_eq!((state.entries(), state.bytes(), state.age()), (0, 0, Duration::ZERO));
         assert!(state.takes());
-        for (id, outcome) in [("a", Appended::Stored), ("b", Appended::Stored), ("c", Appended::Full)] {
+        for (id, outcome) in [("a", Ok(())), ("b", Ok(())), ("c", Err(PublishError::SpoolFull))] {
             assert_eq!(append(&spool, id).await, outcome, "{id}");
         }
         assert_eq!((state.entries(), state.set_aside(), state.takes()), (2, 0, false));

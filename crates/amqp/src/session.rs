@@ -1,12 +1,14 @@
 //! A connection to the broker with one channel, for publishing with confirms.
 //!
 //! A session is used until its first error. After an error, nobody knows which of the session's messages the
-//! broker has. So the caller drops the session, opens a new one, declares its queues again, and publishes all
-//! unconfirmed messages again.
+//! broker has. So the caller drops the session, opens a new one, which declares the queues again, and publishes
+//! all unconfirmed messages again.
 
 use crate::{
     connection::{self, Server},
+    opening::{self, OpenError},
     properties,
+    topology::Topology,
 };
 use futures_util::{Stream, StreamExt, future::join_all};
 use lapin::{
@@ -77,21 +79,26 @@ pub enum IfBlocked {
 }
 
 impl Session {
-    /// Connects, under a name that the broker shows, and asks for confirms.
+    /// Connects, under a name that the broker shows, asks for confirms, and declares the queues of `topology`,
+    /// with a retry queue for each of these delays.
     ///
     /// # Errors
-    /// If the broker can't be reached, or refuses.
-    pub async fn open(server: &Server, name: &'static str) -> lapin::Result<Self> {
-        let connection = connection::connect(server, name).await?;
-        let events = Box::pin(connection.events_listener());
-        let channel = connection::open_channel(&connection).await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(Self { connection, channel, events })
-    }
-
-    /// The channel, to declare queues on.
-    pub fn channel(&self) -> &Channel {
-        &self.channel
+    /// As for [`opening::open`].
+    pub async fn open(
+        server: &Server,
+        name: &'static str,
+        topology: &Topology,
+        retry_delays: &[Duration],
+    ) -> Result<Self, OpenError> {
+        opening::open(server, async {
+            let connection = connection::connect(server, name).await?;
+            let events = Box::pin(connection.events_listener());
+            let channel = connection::open_channel(&connection).await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            topology.declare(&channel, retry_delays).await?;
+            Ok(Self { connection, channel, events })
+        })
+        .await
     }
 
     /// Publishes messages to a queue in this order, and waits for at most `limit` until all are confirmed.

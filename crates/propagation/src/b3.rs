@@ -1,6 +1,9 @@
 //! B3, Zipkin's format, in one header or in several: <https://github.com/openzipkin/b3-propagation>.
 
-use super::{Debug, padded_hex};
+use crate::{
+    caller::{Asked, Debug},
+    hex::padded_hex,
+};
 use opentelemetry::{
     Context, KeyValue,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
@@ -84,15 +87,6 @@ impl TextMapPropagator for B3Propagator {
             B3Encoding::Multi => FieldIter::new(MANY.as_slice()),
         }
     }
-}
-
-/// The sampling state of a caller that sends no ids, for example `b3: 0` or `X-B3-Sampled: 0`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Asked {
-    Drop,
-    Sample,
-    /// Sample, and forward the debug flag through the whole trace.
-    Debug,
 }
 
 impl Asked {

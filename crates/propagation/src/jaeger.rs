@@ -3,7 +3,7 @@
 //! Only the trace context is read and written. Jaeger's baggage (`uberctx-*`) is not read. To propagate
 //! baggage, add the propagator `baggage`.
 
-use super::{Debug, padded_hex};
+use crate::{caller::Debug, hex::padded_hex};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},

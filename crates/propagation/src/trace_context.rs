@@ -3,7 +3,7 @@
 //! The propagator of the Rust SDK accepts headers that the Recommendation says must be refused. This
 //! propagator passes all of the W3C group's own conformance cases (docs/decisions/0003-propagators.md).
 
-use super::{NotRandom, lower_hex};
+use crate::{caller::NotRandom, hex::lower_hex};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},

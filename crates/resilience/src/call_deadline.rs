@@ -1,6 +1,6 @@
 //! A gRPC client's deadline, for the whole call with its retries, up to the last byte of the answer.
 
-use crate::Deadline;
+use crate::deadline::Deadline;
 use futures_util::{TryFutureExt, future::UnwrapOrElse};
 use http::{Request, Response};
 use opentelemetry::context::{FutureExt, WithContext};

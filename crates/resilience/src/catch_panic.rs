@@ -4,7 +4,7 @@
 //! has a layer for panics, but that layer boxes every body, and logs the panic's message, whatever the message
 //! contains.
 
-use crate::{Rejection, rejection::AnswerOrRejection};
+use crate::rejection::{AnswerOrRejection, Rejection};
 use futures_util::{FutureExt, future::CatchUnwind};
 use http::{Request, Response};
 use std::{

@@ -1,7 +1,7 @@
 //! A circuit decides whether a server is worth calling. It is independent of the protocol:
 //! [`crate::CircuitBreaker`] reports the outcomes of calls to the circuit.
 
-use crate::Deadline;
+use crate::deadline::Deadline;
 use std::{
     error::Error,
     iter,

@@ -1,6 +1,6 @@
 //! Puts a circuit around a gRPC client, and decides which statuses are failures and how refused calls end.
 
-use crate::{Circuit, CircuitOpen};
+use crate::circuit::{Circuit, CircuitOpen};
 use http::{Request, Response};
 use opentelemetry::{KeyValue, trace::get_active_span};
 use std::{

@@ -1,6 +1,9 @@
 //! A server's deadline, by which either the handler or this layer answers the caller.
 
-use crate::{Deadline, Rejection, rejection::AnswerOrRejection};
+use crate::{
+    deadline::Deadline,
+    rejection::{AnswerOrRejection, Rejection},
+};
 use http::{Request, Response};
 use opentelemetry::context::{FutureExt, WithContext};
 use std::{

@@ -3,7 +3,7 @@
 //! The layer uses tower's budget, but not tower's `Retry`, which needs a request that can be cloned before it
 //! is sent. Tower's backoff is also cloned for each call, so all calls would have the same "random" pauses.
 
-use crate::{CircuitOpen, Deadline, unary::MAX_MESSAGE};
+use crate::{circuit::CircuitOpen, deadline::Deadline, unary::MAX_MESSAGE};
 use bytes::Bytes;
 use grpc_protocol::code_name;
 use http::{Request, Response};

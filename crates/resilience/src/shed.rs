@@ -4,7 +4,7 @@
 //! tower's own pair of layers for this, `ConcurrencyLimit` in `LoadShed`, refuses with a boxed error, which
 //! axum and tonic can't turn into an answer. tonic's own limit acts outside of the server span.
 
-use crate::Rejection;
+use crate::rejection::Rejection;
 use http::{Request, Response};
 use pin_project_lite::pin_project;
 use std::{

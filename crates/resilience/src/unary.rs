@@ -4,7 +4,7 @@
 //! another layer would have to read the body to its end to know whether a call failed. [`UnaryLayer`] reads the
 //! body, and gives the layers around it the outcome as a [`Result`].
 
-use crate::Deadline;
+use crate::deadline::Deadline;
 use bytes::Bytes;
 use grpc_protocol::{code_of_http, status_code, transport_status};
 use http::{HeaderMap, Request, Response, StatusCode};

@@ -8,7 +8,7 @@
 
 mod broker;
 
-pub use broker::Broker;
+pub use broker::{Broker, ContextSource};
 
 use lapin::types::{AMQPValue, FieldTable};
 use opentelemetry::{
@@ -61,27 +61,6 @@ fn strings(value: &AMQPValue) -> Vec<&str> {
         AMQPValue::FieldArray(values) => values.as_slice().iter().flat_map(strings).collect(),
         AMQPValue::Void => Vec::new(),
         _ => vec!["\u{fffd}"],
-    }
-}
-
-/// Where a message's trace context was found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ContextSource {
-    /// In the AMQP headers, which are read first.
-    Headers,
-    /// In the body.
-    Body,
-    /// Neither the headers nor the body had a valid context.
-    None,
-}
-
-impl ContextSource {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Headers => "headers",
-            Self::Body => "body",
-            Self::None => "none",
-        }
     }
 }
 

@@ -28,6 +28,7 @@ use crate::{
     body::TracedBody,
     headers::{Headers, HeadersMut},
     metrics::{self, Measurement},
+    scope::{layers_meter, layers_tracer},
     semconv,
 };
 use grpc_protocol::transport_status;
@@ -67,7 +68,7 @@ pub struct GrpcClientLayer {
 /// Makes the histogram `rpc.client.call.duration` or `rpc.server.call.duration` (semantic conventions 1.45),
 /// if metrics are exported.
 fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
-    metrics::are_exported().then(|| metrics::duration_histogram(&metrics::meter(), name))
+    metrics::are_exported().then(|| metrics::duration_histogram(&layers_meter(), name))
 }
 
 /// The address of the server, as configured.
@@ -90,7 +91,7 @@ impl GrpcClientLayer {
         let default_port = if endpoint.scheme_str() == Some("https") { 443 } else { 80 };
         let port = endpoint.port_u16().unwrap_or(default_port);
         Self {
-            tracer: Arc::new(crate::layers_tracer()),
+            tracer: Arc::new(layers_tracer()),
             server: Server { address, port },
             duration: duration_histogram("rpc.client.call.duration"),
         }
@@ -202,7 +203,7 @@ impl GrpcServerLayer {
             }
         }
         let duration = duration_histogram("rpc.server.call.duration");
-        Self { tracer: Arc::new(crate::layers_tracer()), methods: Arc::new(methods), duration }
+        Self { tracer: Arc::new(layers_tracer()), methods: Arc::new(methods), duration }
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{
     body::{AwaitsBody, BodyEnd, TracedBody},
     headers::{Headers, TRACEPARENT},
     metrics,
+    scope::layers_tracer,
     semconv::{self, CANCELLED, OTHER, PANIC},
 };
 use axum::extract::MatchedPath;
@@ -57,7 +58,7 @@ impl HttpServerLayer {
     #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
     pub fn new() -> Self {
         let metrics = metrics::are_exported().then(Metrics::new);
-        Self { tracer: Arc::new(crate::layers_tracer()), metrics }
+        Self { tracer: Arc::new(layers_tracer()), metrics }
     }
 }
 

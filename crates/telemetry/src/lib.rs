@@ -48,6 +48,7 @@ mod prometheus;
 mod records;
 mod redaction;
 mod resource;
+mod scope;
 pub mod semconv;
 mod telemetry;
 #[cfg(feature = "zipkin")]
@@ -57,34 +58,15 @@ pub use causes::causes;
 pub use config::{Config, ConfigError};
 pub use error_type::ErrorType;
 pub use propagation;
+pub use scope::{meter, tracer};
 pub use telemetry::Telemetry;
 
 use opentelemetry::{
-    Context, InstrumentationScope, KeyValue,
-    global::{self, BoxedSpan, BoxedTracer},
-    metrics::Meter,
+    Context, KeyValue,
+    global::{self, BoxedSpan},
     propagation::{Extractor, Injector},
     trace::{Span, Status, TraceContextExt},
 };
-
-/// Returns a tracer for hand-written spans. `name` and `version` tell which code makes the spans.
-pub fn tracer(name: &'static str, version: &'static str) -> BoxedTracer {
-    global::tracer_with_scope(scope(name, version))
-}
-
-/// Returns a meter for hand-written metrics, with the scope of [`tracer`].
-pub fn meter(name: &'static str, version: &'static str) -> Meter {
-    global::meter_with_scope(scope(name, version))
-}
-
-/// Returns the tracer of the HTTP and gRPC layers.
-pub(crate) fn layers_tracer() -> BoxedTracer {
-    tracer("throughline", env!("CARGO_PKG_VERSION"))
-}
-
-fn scope(name: &'static str, version: &'static str) -> InstrumentationScope {
-    InstrumentationScope::builder(name).with_version(version).with_schema_url(semconv::SCHEMA_URL).build()
-}
 
 /// Returns `parent` with `span` as its current span. If the span isn't recorded, the context holds only its
 /// ids and flags, which costs less.

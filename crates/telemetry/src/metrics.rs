@@ -8,7 +8,9 @@ use crate::{
     export::{Account, Guarded, SpanCounts},
     otlp,
     outage::Outage,
-    prometheus, semconv,
+    prometheus,
+    scope::layers_meter,
+    semconv,
 };
 use opentelemetry::{
     KeyValue, Value, global,
@@ -72,7 +74,7 @@ pub(crate) fn start(
     observe_runtime(runtime);
     observe_spans(accounts);
     if let Some(dropped) = dropped_lines {
-        meter()
+        layers_meter()
             .u64_observable_counter("throughline.log.lines.dropped")
             .with_unit("{line}")
             .with_description("Log lines that were dropped because nobody read standard error.")
@@ -80,11 +82,6 @@ pub(crate) fn start(
             .build();
     }
     Ok(Some(provider))
-}
-
-/// Returns the meter for HTTP, gRPC and AMQP. Its scope is that of `layers_tracer`.
-pub(crate) fn meter() -> Meter {
-    crate::meter("throughline", env!("CARGO_PKG_VERSION"))
 }
 
 /// Whether metrics are exported. If they are not, their attributes need not be prepared.
@@ -133,7 +130,7 @@ fn observe_process() {
         fn stat() -> Option<procfs::process::Stat> {
             Process::myself().ok()?.stat().ok()
         }
-        let meter = meter();
+        let meter = layers_meter();
         let ticks = procfs::ticks_per_second() as f64;
         meter
             .f64_observable_counter("process.cpu.time")
@@ -165,7 +162,7 @@ fn observe_process() {
         });
     }
     let started = Instant::now();
-    meter()
+    layers_meter()
         .f64_observable_gauge("process.uptime")
         .with_unit("s")
         .with_callback(move |observer| observer.observe(started.elapsed().as_secs_f64(), &[]))
@@ -174,7 +171,7 @@ fn observe_process() {
 
 /// Observes the tokio runtime, for which there are no semantic conventions.
 fn observe_runtime(runtime: RuntimeMetrics) {
-    let meter = meter();
+    let meter = layers_meter();
     let figures = runtime.clone();
     meter
         .u64_observable_gauge("throughline.tokio.tasks")
@@ -210,7 +207,7 @@ fn observe_spans(accounts: Vec<Arc<Account>>) {
     let capacities: Vec<_> = accounts.iter().map(|account| account.max_queue_size).collect();
     let snapshot: Snapshot = Snapshot::default();
     let taken = snapshot.clone();
-    let meter = meter();
+    let meter = layers_meter();
     let component = |i: usize| KeyValue::new("otel.component.name", format!("{PROCESSOR}/{i}"));
     meter
         .i64_observable_up_down_counter("otel.sdk.processor.span.queue.capacity")

@@ -5,7 +5,6 @@ use crate::{
     export::{self, AccountedProcessor, Export, Guarded, SpanCounts},
     log, metrics, otlp,
     outage::Outage,
-    propagation,
 };
 use opentelemetry::{
     Context, KeyValue,

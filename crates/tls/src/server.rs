@@ -1,9 +1,9 @@
 //! The configuration of a server with TLS.
 
 use crate::{
-    Error, Pair, PemFile, authorities,
     own::{OrOwn, Own},
-    provider, with_ring,
+    pem::{Error, Pair, PemFile, authorities},
+    provider::{provider, with_ring},
 };
 use std::sync::Arc;
 use tokio_rustls::rustls::{ServerConfig, client::danger::ServerCertVerifier, server::WebPkiClientVerifier};

@@ -1,7 +1,8 @@
 //! The connection to the database, and every statement. The statements run on SQLite, and also on PostgreSQL.
 
-use super::{Login, Refused, Secret};
 use anyhow::{Context, ensure};
+use proto::login::MobileNumber;
+use sha2::{Digest, Sha256};
 use sqlx::{
     ConnectOptions, Connection, QueryBuilder, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
@@ -14,7 +15,7 @@ use std::{
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 const TABLES: [&str; 4] = [
     "CREATE TABLE IF NOT EXISTS login_history (
@@ -31,6 +32,48 @@ const TABLES: [&str; 4] = [
 
 /// How long another process may hold the database before it counts as unavailable.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A login to record.
+#[derive(Debug, Clone)]
+pub struct Login {
+    /// The id of the message, which is the same for every delivery of the same login.
+    pub message_id: String,
+    /// The trace in which the login happened, as 32 hex digits.
+    pub trace_id: Option<String>,
+    /// Who logged in.
+    pub mobile: MobileNumber,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+}
+
+/// The database refuses one login, because its content violates a constraint there. Other logins are not
+/// affected.
+// It does not hold the database's own text, because that may quote the row.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the database refuses the data of this message (code {code})")]
+pub struct Refused {
+    /// The database's code: SQLite's extended result code, or an SQLSTATE.
+    pub code: String,
+}
+
+/// A random number that is kept in the history. It is different in each history.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Secret(Uuid);
+
+impl Secret {
+    /// Derives an id from these parts. The id is the same for all who use this history. Without the secret,
+    /// nobody can find the parts of an id, not even by trying all mobile numbers.
+    pub fn id_of(self, parts: &[&[u8]]) -> String {
+        let mut hash = Sha256::new_with_prefix(self.0);
+        for part in parts {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part);
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&hash.finalize()[..16]);
+        Builder::from_custom_bytes(id).into_uuid().to_string()
+    }
+}
 
 /// A change to be committed.
 pub enum Change {
@@ -283,6 +326,15 @@ fn code_of_refusal(error: &sqlx::Error) -> Option<String> {
 mod tests {
     use super::*;
     use tempfile::TempDir;
+
+    #[test]
+    fn an_id_is_the_same_for_the_same_parts_of_the_same_history_only() {
+        let secret = Secret(Uuid::new_v4());
+        let id = secret.id_of(&[b"ab", b"c"]);
+        assert_eq!(id, secret.id_of(&[b"ab", b"c"]));
+        assert_ne!(id, secret.id_of(&[b"a", b"bc"]));
+        assert_ne!(id, Secret(Uuid::new_v4()).id_of(&[b"ab", b"c"]));
+    }
 
     #[test]
     fn only_a_database_in_a_file_is_taken() {

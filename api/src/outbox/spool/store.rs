@@ -49,11 +49,6 @@ pub enum OpenSpoolError {
     Damaged(String),
 }
 
-/// Why the spool could not be read or written.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct StoreError(#[from] redb::Error);
-
 /// The open file, and what is in it.
 pub struct Store {
     path: PathBuf,
@@ -116,7 +111,7 @@ impl Store {
         &mut self,
         messages: impl Iterator<Item = Vec<u8>>,
         through: Option<u64>,
-    ) -> Result<Vec<bool>, StoreError> {
+    ) -> Result<Vec<bool>, redb::Error> {
         let messages: Vec<_> = messages.collect();
         if self.is_gone() {
             // As long as the file is open, its entries can still be published and removed. When no entry is
@@ -124,11 +119,11 @@ impl Store {
             self.try_change(&[], through)?;
             if self.held.entries > 0 {
                 let gone = io::Error::other(format!("{} was deleted or replaced", self.path.display()));
-                return Err(redb::Error::Io(gone).into());
+                return Err(redb::Error::Io(gone));
             }
             self.database = None;
         }
-        Ok(self.try_change(&messages, through)?)
+        self.try_change(&messages, through)
     }
 
     /// Whether the open file was deleted or replaced. Entries that are in it when the process ends are lost.
@@ -173,11 +168,7 @@ impl Store {
     }
 
     /// Returns the first `count` entries after this number, in order.
-    pub fn read(&mut self, after: u64, count: usize) -> Result<Vec<(u64, Message)>, StoreError> {
-        Ok(self.try_read(after, count)?)
-    }
-
-    fn try_read(&mut self, after: u64, count: usize) -> Result<Vec<(u64, Message)>, redb::Error> {
+    pub fn read(&mut self, after: u64, count: usize) -> Result<Vec<(u64, Message)>, redb::Error> {
         if self.held.entries == 0 {
             return Ok(Vec::new());
         }

@@ -1,7 +1,6 @@
 //! The broker as spans and metrics describe it.
 
-use super::ContextSource;
-use crate::{metrics, redaction::without_long_numbers, semconv};
+use crate::{metrics, redaction::without_long_numbers, scope::layers_meter, semconv};
 use lapin::{message::Delivery, uri::AMQPUri};
 use opentelemetry::{
     KeyValue,
@@ -38,13 +37,34 @@ struct Metrics {
 
 impl Metrics {
     fn new() -> Self {
-        let meter = metrics::meter();
+        let meter = layers_meter();
         let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
         Self {
             operation: metrics::duration_histogram(&meter, "messaging.client.operation.duration"),
             process: metrics::duration_histogram(&meter, "messaging.process.duration"),
             sent: messages("messaging.client.sent.messages"),
             consumed: messages("messaging.client.consumed.messages"),
+        }
+    }
+}
+
+/// Where a message's trace context was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContextSource {
+    /// In the AMQP headers, which are read first.
+    Headers,
+    /// In the body.
+    Body,
+    /// Neither the headers nor the body had a valid context.
+    None,
+}
+
+impl ContextSource {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Headers => "headers",
+            Self::Body => "body",
+            Self::None => "none",
         }
     }
 }

@@ -1,8 +1,22 @@
 //! Reads a variable as a value of the expected type. An error names the variable.
 
-use super::ConfigError;
 use http::{Uri, uri::Scheme};
 use std::{ffi::OsString, str::FromStr, time::Duration};
+
+/// A variable whose value can't be honoured.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{variable}: {problem}")]
+pub struct ConfigError {
+    variable: String,
+    /// Contains no secret, because the values of headers are left out.
+    problem: String,
+}
+
+impl ConfigError {
+    pub(crate) fn new(variable: &str, problem: impl Into<String>) -> Self {
+        Self { variable: variable.to_owned(), problem: problem.into() }
+    }
+}
 
 /// Looks up variables by name. Tests pass a function of their own.
 pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);

@@ -9,6 +9,7 @@
 mod environment;
 mod otlp;
 
+pub use environment::ConfigError;
 pub(crate) use otlp::{OtlpConfig, Protocol, Signal};
 
 use crate::{log, semconv};
@@ -112,21 +113,6 @@ pub(crate) struct BatchConfig {
     /// The maximum number of waiting spans or log records. Further ones are dropped.
     pub max_queue_size: usize,
     pub max_export_batch_size: usize,
-}
-
-/// A variable whose value can't be honoured.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{variable}: {problem}")]
-pub struct ConfigError {
-    variable: String,
-    /// Contains no secret, because the values of headers are left out.
-    problem: String,
-}
-
-impl ConfigError {
-    pub(crate) fn new(variable: &str, problem: impl Into<String>) -> Self {
-        Self { variable: variable.to_owned(), problem: problem.into() }
-    }
 }
 
 impl Config {

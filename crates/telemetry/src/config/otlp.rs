@@ -3,10 +3,7 @@
 //! Each variable exists once for all signals, and once for each signal (like `OTEL_EXPORTER_OTLP_TRACES_…`).
 //! The variable for one signal takes precedence.
 
-use super::{
-    ConfigError,
-    environment::{Environment, unknown},
-};
+use super::environment::{ConfigError, Environment, unknown};
 use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
 use opentelemetry_otlp::Compression;
 use percent_encoding::percent_decode_str;

@@ -5,6 +5,7 @@ use crate::{
     headers::{peer_attributes, server_attributes},
     metrics::{self, Measurement},
     redaction::{user_agent, without_long_numbers},
+    scope::layers_meter,
     semconv::{self, OTHER},
 };
 use axum::extract::{ConnectInfo, MatchedPath};
@@ -64,7 +65,7 @@ pub(super) struct Metrics {
 
 impl Metrics {
     pub fn new() -> Self {
-        let meter = metrics::meter();
+        let meter = layers_meter();
         Self {
             duration: metrics::duration_histogram(&meter, "http.server.request.duration"),
             active: meter.i64_up_down_counter("http.server.active_requests").with_unit("{request}").build(),
