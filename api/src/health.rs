@@ -20,8 +20,8 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 /// by itself.
 pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
-    // Ask for the service by its name. An instance of usercenter that is about to end reports under the empty
-    // name that it is not serving, but it goes on serving until its clients have moved to other instances.
+    // Ask for the service by its name. A usercenter that is shutting down reports NOT_SERVING for the empty name
+    // at once. For the service's name, it reports SERVING until its `SHUTDOWN_DELAY` is over.
     let check = usercenter.check(HealthCheckRequest { service: usercenter_server::SERVICE_NAME.to_owned() });
     let answer = timeout(Duration::from_secs(1), check).await;
     let usercenter = matches!(answer, Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving);

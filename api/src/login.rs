@@ -26,10 +26,7 @@ pub struct LoginRequest {
 ///
 /// # Errors
 /// See [`Problem`].
-pub async fn login(
-    State(app): State<Arc<App>>,
-    request: LoginRequest,
-) -> Result<Json<Token>, Problem> {
+pub async fn login(State(app): State<Arc<App>>, request: LoginRequest) -> Result<Json<Token>, Problem> {
     // A layer has already opened the server span.
 
     // Layers also make the client span, the server span at the other end, the deadline and the retries.

@@ -81,7 +81,7 @@ impl Problem {
             Self::UnknownTransferCoding => (
                 StatusCode::NOT_IMPLEMENTED,
                 "unknown-transfer-coding",
-                "The only transfer coding is chunked",
+                "The only supported transfer coding is chunked",
             ),
             Self::UnsupportedMediaType => (
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -115,7 +115,7 @@ impl Problem {
             Self::UsercenterCircuitOpen => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "usercenter-circuit-open",
-                "The user directory fails and is not asked at the moment",
+                "The user directory is failing, so it is not called at the moment",
             ),
             Self::UsercenterUnavailable => (
                 StatusCode::SERVICE_UNAVAILABLE,

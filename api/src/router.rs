@@ -1,12 +1,6 @@
 //! Every route and every layer of the HTTP service.
 
-use crate::{
-    app::App,
-    body,
-    bounds::MAX_BODIES,
-    health, host, login,
-    problem::Problem,
-};
+use crate::{app::App, body, bounds::MAX_BODIES, health, host, login, problem::Problem};
 use axum::{
     Router,
     middleware::{from_fn, from_fn_with_state},

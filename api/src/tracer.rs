@@ -4,4 +4,5 @@ use opentelemetry::global::BoxedTracer;
 use std::sync::LazyLock;
 
 /// Makes the hand-written spans of this service.
-pub static TRACER: LazyLock<BoxedTracer> = LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));
+pub static TRACER: LazyLock<BoxedTracer> =
+    LazyLock::new(|| telemetry::tracer("api", env!("CARGO_PKG_VERSION")));

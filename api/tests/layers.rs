@@ -1,4 +1,5 @@
-//! Tests the layers of api in memory: their order, and that every request ends with a span.
+//! Tests the layers of api in memory. They must have the right order, and every request must have a span that
+//! ends, even if a layer refuses the request or the handler panics.
 
 use api::{
     router,

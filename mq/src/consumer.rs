@@ -4,10 +4,10 @@
 //! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when that
 //! connection is lost. A session takes the waiting deliveries as one chunk, and lets the next deliveries gather
 //! for a few milliseconds. It processes all deliveries of a chunk at the same time, so that the history commits
-//! them together. Only messages that were redelivered before are processed after the others, one at a time,
-//! because one of them may have killed the process. A delivery that succeeded is acknowledged at once. A
+//! them together. Only messages that are redelivered for the second time or more are processed after the others,
+//! one at a time, because one of them may have killed the process. A delivery that succeeded is acknowledged at once. A
 //! delivery that failed is handed on, that is, published to a retry queue or to the dead-letter queue, and
-//! acknowledged after that. Handing on runs beside the loop, so that a failed delivery does not delay others.
+//! acknowledged after that. The loop goes on meanwhile, so that a failed delivery does not delay others.
 //! When the service stops, the session takes no more deliveries, and finishes those that have come.
 //!
 //! ```text

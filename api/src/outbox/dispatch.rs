@@ -6,7 +6,7 @@
 //! empty, a round takes the messages that came during the last round. A round ends when the broker has
 //! confirmed all of its messages, and only then does the next one begin. So the outcome of a round is known for
 //! all of its messages, and a message that comes after the answer to another message is sent after it.
-//! While a round is overdue, new messages are appended to the spool.
+//! If a round takes longer than a tenth of `PUBLISH_TIMEOUT`, it is overdue, and new messages go to the spool.
 //!
 //! If a round fails, its messages go to the spool, or stay there, and the session ends. After a pause the
 //! task opens another session. Until then, new messages go to the spool. When the service stops, the task

@@ -131,7 +131,11 @@ impl Spool {
 
     /// Appends a login, and calls `on_appended` with the outcome. If nobody knows the outcome, `on_appended`
     /// is dropped.
-    pub fn append(&self, message: Message, on_appended: impl FnOnce(Result<(), PublishError>) + Send + 'static) {
+    pub fn append(
+        &self,
+        message: Message,
+        on_appended: impl FnOnce(Result<(), PublishError>) + Send + 'static,
+    ) {
         let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
     }
 

@@ -31,7 +31,7 @@ struct Shared {
 /// The connection for new calls.
 struct Current {
     channel: Channel,
-    /// When the first call after the last answer began.
+    /// The start of the first call since usercenter last answered; `None` if there was no call since then.
     unanswered_since: Option<Instant>,
 }
 

@@ -1,8 +1,8 @@
 //! The flags and environment variables of a client of the broker.
 
 use crate::{
-    QueueType,
     connection::{DEFAULT_URL, Server, parse_url},
+    topology::QueueType,
 };
 use clap::Args;
 use std::path::PathBuf;

@@ -43,14 +43,16 @@ impl OpenError {
         let ErrorKind::ProtocolError(answer) = error.kind() else {
             return Self::Connection(error);
         };
-        let why = match answer.kind() {
-            Soft(PRECONDITIONFAILED | RESOURCELOCKED) => format!("holds {kind} {name} differently"),
+        let text = answer.get_message();
+        match answer.kind() {
+            Soft(PRECONDITIONFAILED | RESOURCELOCKED) => {}
             Soft(ACCESSREFUSED) | Hard(NOTALLOWED | NOTIMPLEMENTED) => {
-                format!("does not let {kind} {name} be declared")
+                let why = format!("the broker does not allow {kind} {name} to be declared: {text}");
+                return Self::Refused(why);
             }
             // The node that holds the queue may be down.
             _ => return Self::Connection(error),
-        };
+        }
         let expected = expected.inner().iter().map(|(name, value)| match value {
             AMQPValue::LongString(text) => format!(", {name}={text}"),
             AMQPValue::LongInt(number) => format!(", {name}={number}"),
@@ -58,8 +60,9 @@ impl OpenError {
             other => format!(", {name}={other:?}"),
         });
         let expected: String = expected.collect();
-        let answer = answer.get_message();
-        Self::Refused(format!("the broker {why}: {answer}; expected durable{expected}"))
+        Self::Refused(format!(
+            "{kind} {name} on the broker is not as expected: {text}; expected durable{expected}"
+        ))
     }
 }
 
@@ -101,7 +104,7 @@ impl Failures {
         match error {
             OpenError::Refused(why) => tracing::error!(
                 %broker,
-                "{why}. docs/queues.md says what to do. Still trying, with one such line a minute"
+                "{why}. See docs/queues.md. Still trying; this error is logged at most once a minute"
             ),
             OpenError::Connection(_) | OpenError::Timeout => {
                 tracing::warn!(%broker, "can't connect to the broker; still trying: {error:#}");

@@ -28,7 +28,7 @@ pub fn code_of_http(status: StatusCode) -> Code {
 /// Converts an error of a channel, or of the layers around it, to a status. tonic itself reports an expired
 /// deadline as CANCELLED, and a broken connection as UNKNOWN.
 pub fn transport_status(error: Box<dyn Error + Send + Sync>) -> Status {
-    // An inner layer has already chosen the status.
+    // If the error is a status, an inner layer has already chosen it.
     let error = match error.downcast::<Status>() {
         Ok(status) => return *status,
         Err(error) => error,

@@ -96,8 +96,9 @@ fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
     })
 }
 
-/// Removes the message and the details of a status, so that its code stays, whatever they contain. If the
-/// message is not UTF-8, tonic's client reports the code UNKNOWN. If the details are not base64, it panics.
+/// Removes the message and the details of a status, because malformed ones would hide the status code. If the
+/// message is not UTF-8, tonic's client reports the code UNKNOWN. If the details are not base64, tonic's client
+/// panics.
 fn keep_code(headers: &mut HeaderMap) {
     headers.remove(Status::GRPC_MESSAGE);
     headers.remove(Status::GRPC_STATUS_DETAILS);

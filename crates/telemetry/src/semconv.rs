@@ -51,7 +51,7 @@ pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
 pub const SPOOL_REASON: &str = "throughline.spool.reason";
 /// Our attribute: the number of the call's next attempt, from 2, on the event `retry`.
 pub const RETRY_ATTEMPT: &str = "throughline.retry.attempt";
-/// Our attribute: the pause before that attempt in milliseconds.
+/// Our attribute: the pause in milliseconds before the next attempt, on the event `retry`.
 pub const RETRY_PAUSE: &str = "throughline.retry.pause_ms";
 /// Our attribute: how long calls are still blocked, in milliseconds, on the event `circuit_open`.
 pub const CIRCUIT_RETRY_AFTER: &str = "throughline.circuit.retry_after_ms";

@@ -91,4 +91,3 @@ fn system_roots() -> Result<RootCertStore, String> {
         _ => Ok(roots),
     }
 }
-

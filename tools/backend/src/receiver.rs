@@ -147,8 +147,8 @@ impl Receiver {
         self.store.lock().refusals.extend(refusals);
     }
 
-    /// Waits until a trace looks like `expected` (see [`trace::tree`]); returns its spans. The indentation of
-    /// the source code is ignored. `remote_parent` is the span id that the caller sent, or empty.
+    /// Waits until a trace looks like `expected` (see [`trace::tree`]); returns its spans. Blank lines
+    /// in `expected`, and indentation that all of its lines share, are ignored. `remote_parent` is the span id that the caller sent, or empty.
     ///
     /// # Panics
     /// If the trace does not look like `expected` in time. The message shows the trace.

@@ -42,7 +42,7 @@ const DEFAULT_LIMIT: usize = 20;
 /// How long changes are collected before they are sent, so that each trace is sent at most four times a second.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The largest number of changed traces that are sent after a pause. Further changed traces are not sent.
+/// The largest number of changed traces that are sent after a pause. Any other changed traces are not sent.
 const MAX_CHANGED: usize = 100;
 
 /// The largest number of links to a trace in one response.

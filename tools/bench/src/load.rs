@@ -71,7 +71,7 @@ impl Load {
 }
 
 impl Report {
-    /// Returns the logins a second.
+    /// Returns the throughput in logins per second.
     pub fn throughput(&self) -> f64 {
         self.logins as f64 / self.elapsed.as_secs_f64()
     }

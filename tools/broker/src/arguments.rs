@@ -114,8 +114,8 @@ impl Arguments {
         Ok(arguments)
     }
 
-    /// Returns how often a message may be returned, if there is a limit. A quorum queue that names no limit has
-    /// RabbitMQ 4's default.
+    /// Returns how many times a message may be requeued, or `None` if there is no limit. A quorum queue that
+    /// names no limit has RabbitMQ 4's default.
     pub fn most_returns(&self) -> Option<usize> {
         const DEFAULT: usize = 20;
         (self.queue_type == QueueType::Quorum).then(|| self.delivery_limit.unwrap_or(DEFAULT))
@@ -160,7 +160,7 @@ fn integer(value: &AMQPValue) -> Option<i64> {
     }
 }
 
-/// Returns a string argument that is a name.
+/// Returns the value as a short string; `None` if it is no string, is not UTF-8, or is longer than 255 bytes.
 pub fn string(value: &AMQPValue) -> Option<ShortString> {
     match value {
         AMQPValue::LongString(text) => ShortString::try_new(std::str::from_utf8(text.as_bytes()).ok()?).ok(),

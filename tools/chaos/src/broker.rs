@@ -27,7 +27,7 @@ pub enum Broker {
     Rabbitmq {
         /// The nodes. They form a cluster.
         nodes: Vec<Node>,
-        /// The number of the node that new connections lead to.
+        /// The index of the node that new connections reach.
         current: usize,
     },
 }

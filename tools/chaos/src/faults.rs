@@ -47,7 +47,7 @@ pub enum Fault {
     /// One body is too large for api, and another body for mq. A context is too long for a frame of api, and a
     /// header for a frame of mq.
     MessageTooLarge,
-    /// The broker is silent for both services, for longer than a confirm and a heartbeat may take.
+    /// The broker stops answering both services, for longer than a confirm and a heartbeat may take.
     SilentBroker,
     /// A stranger's queue is bound to the exchange instead of the main queue.
     Tap,
@@ -110,8 +110,7 @@ pub struct Step {
     pub resets: bool,
 }
 
-/// The faults of a run: each of the chosen kinds once in a random order, then each kind again in another order,
-/// without an end.
+/// The endless sequence of faults of a run. Each round has every chosen kind once, in a new random order.
 pub struct Plan {
     rng: Rng,
     faults: Vec<Fault>,

@@ -110,7 +110,7 @@ impl History {
         self.effects.get(&trace).copied().unwrap_or_default()
     }
 
-    /// Returns all traces with an effect.
+    /// Returns the trace ids of all logins that took effect.
     pub fn traces(&self) -> impl Iterator<Item = TraceId> {
         self.effects.keys().copied()
     }

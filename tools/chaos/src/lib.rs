@@ -1,5 +1,6 @@
 //! `cargo dev chaos` tests that no login is lost. It sends many logins while it injects faults in an order
-//! that a seed determines. In the end it compares the answers with the effects.
+//! that a seed determines. At the end, it compares each login's
+//! answer with the login's effect in mq's database.
 //!
 //! - [`faults`]: the kinds of fault and their order; `inject`: how each fault is injected
 //! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ

@@ -1,5 +1,4 @@
-//! Slow, silent or too many connections are closed in time, and clients with a request don't notice those
-//! connections.
+//! Slow, silent and excess connections are closed in time, and do not affect clients that send requests.
 
 use anyhow::{Context, Result, ensure};
 use harness::{

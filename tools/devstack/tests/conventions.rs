@@ -23,7 +23,8 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore, time::timeout};
 use tonic::{Code, transport::Channel};
 use tonic_prost::ProstCodec;
 
-/// The number of another known user, whose logins fail.
+/// The mobile number of a second known user. api answers this user's logins with 200, but mq's database refuses
+/// to record them.
 const POISONED: &str = "13800138001";
 
 /// Exports all three signals, metrics at an interval short enough for a test.

@@ -61,11 +61,11 @@ async fn each_part_that_panics_ends_its_service_with_an_error_that_names_it() ->
     let (first, second) = (config("first")?, config("second")?);
     let shutdown = Shutdown::on_signal(first.shutdown)?;
 
-    // In the dispatcher, the crate amqp logs that there is no broker.
+    // The dispatcher panics when the crate amqp logs that there is no broker.
     let service = api::run(&first, listen().await?.0, &shutdown);
     assert_eq!(error("amqp::opening", service).await?, "the dispatcher panicked");
 
-    // The thread of the spool logs that the spool is full.
+    // The thread of the spool panics when it logs that the spool is full.
     let (listener, address) = listen().await?;
     let url = format!("http://{address}/usercenter/v1/user/login");
     let body = format!(r#"{{"mobile":"{KNOWN_MOBILE}"}}"#);
@@ -82,7 +82,7 @@ async fn each_part_that_panics_ends_its_service_with_an_error_that_names_it() ->
     };
     assert_eq!(error("api::outbox::spool", service).await?, "the spool's thread panicked");
 
-    // The task of the history logs that the database is available.
+    // The task that keeps the login history panics when it logs that the database is available.
     let database = format!("--database-url=sqlite://{}", directory.path().join("mq.db").display());
     let config = mq::config::Config::try_parse_from(["mq", NO_BROKER, &database])?;
     let service = mq::run(&config, listen().await?.0, &shutdown);

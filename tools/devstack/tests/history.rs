@@ -155,8 +155,9 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
     let mut connection = database.connect().await?;
     sqlx::query("PRAGMA busy_timeout = 0").execute(&mut connection).await?;
     let highest = "SELECT COALESCE(MAX(redeliveries), 0) FROM redelivery_count";
-    // The first time, nothing is counted. The second time, all of the chunk are marked, and processed together
-    // again. After that, each is processed alone, and those with the lowest counts go first.
+    // At the first delivery, mq counts nothing. At the second, mq marks all messages of the chunk, and processes
+    // them together again. From the third on, mq processes each message alone, those with the fewest
+    // redeliveries first.
     for expected in 0..=3 {
         if expected == 3 {
             // When mq acknowledges this new message, it must not acknowledge those before it.

@@ -114,10 +114,10 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
     Ok(())
 }
 
-/// Logs in several times while each service exports to a collector that accepts no spans. `whys` has, for api,
-/// rpc and mq, the address and the other texts that the service's warning must contain. Logins must be as fast
-/// as usual. Each service must warn once and count its spans exactly.
-async fn each_warns_once(mut stack: Stack, whys: [(SocketAddr, &[&str]); 3]) -> Result<()> {
+/// Logs in several times while each service exports to a collector that accepts no spans. `expected` has,
+/// for api, rpc and mq, the collector's address and other texts. The service's warning must contain all of them.
+/// Logins must be as fast as usual. Each service must warn once and count its spans exactly.
+async fn each_warns_once(mut stack: Stack, expected: [(SocketAddr, &[&str]); 3]) -> Result<()> {
     const LOGINS: u64 = 5;
 
     for _ in 0..LOGINS {
@@ -125,7 +125,7 @@ async fn each_warns_once(mut stack: Stack, whys: [(SocketAddr, &[&str]); 3]) -> 
         ensure!(stack.login(KNOWN_MOBILE, &[]).await?.status == 200);
         ensure!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
-    for (service, (address, texts)) in [&stack.api, &stack.rpc, &stack.mq].into_iter().zip(whys) {
+    for (service, (address, texts)) in [&stack.api, &stack.rpc, &stack.mq].into_iter().zip(expected) {
         let line = service.said(&format!("{address}/")).await?;
         ensure!(WARNINGS.iter().any(|warning| line.contains(warning)), "{line}");
         ensure!(texts.iter().all(|text| line.contains(text)), "{line}");

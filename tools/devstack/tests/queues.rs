@@ -236,7 +236,7 @@ async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_unt
     let mq = stack.another("mq", &[&variables[..], &[("MQ_RETRY_DELAYS", "1s")]].concat()).await?;
     for service in [&api, &mq] {
         let line = service.said("ERROR").await?;
-        let told = format!("the broker holds queue {queue} differently");
+        let told = format!("queue {queue} on the broker is not as expected");
         for part in [told.as_str(), "inequivalent arg", "x-queue-type=quorum", "docs/queues.md"] {
             assert!(line.contains(part), "{part}: {line}");
         }
@@ -276,7 +276,7 @@ async fn a_retry_queue_that_the_broker_holds_differently_is_an_error_and_mq_is_n
     declare(&stack, &retry, table(&[("x-message-ttl", AMQPValue::LongInt(5))])).await?;
     let mq = stack.another("mq", &[("AMQP_PREFIX", prefix.as_str()), ("MQ_RETRY_DELAYS", "1s")]).await?;
     let line = mq.said("ERROR").await?;
-    for part in [&*format!("the broker holds queue {retry} differently"), "x-message-ttl=1000"] {
+    for part in [&*format!("queue {retry} on the broker is not as expected"), "x-message-ttl=1000"] {
         assert!(line.contains(part), "{part}: {line}");
     }
     assert!(!mq.is_healthy().await?);

@@ -246,8 +246,9 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     Ok(())
 }
 
-/// Peers that would delay a server that waits for their connections to end: one sends nothing, one has sent
-/// half of a request's headers, one never reads and so answers no ping, and one watches the health.
+/// These peers would delay the shutdown if a service waited until their connections end. One sends nothing. Two
+/// have sent half of a request's headers. One never reads, so it answers no HTTP/2 ping. One has an open `Watch`
+/// call of the health service.
 #[tokio::test(flavor = "multi_thread")]
 async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
     let mut stack = Stack::start(&[("*", "SHUTDOWN_TIMEOUT", "2m")]).await?;

@@ -352,8 +352,9 @@ impl TestBroker {
         Ok((proxy, url))
     }
 
-    /// Starts TLS in front of the broker; returns it with the URL that leads through it. If `client_ca` is the
-    /// file of an authority, only clients with a certificate of that authority can connect.
+    /// Starts a TLS server in front of the broker. Returns the TLS server, and the URL by which clients connect
+    /// through it. If `client_ca` is a CA's certificate file, only clients with a certificate of that CA can
+    /// connect.
     ///
     /// # Errors
     /// As for [`TestBroker::proxy`], or if a file can't be read.

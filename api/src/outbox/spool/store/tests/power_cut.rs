@@ -30,7 +30,8 @@ struct State {
     syncs_fail: bool,
 }
 
-/// Carries out an operation, of which a share of `kept`/255 reaches the disk.
+/// Applies an operation to `bytes`, as if the power failed during it. Of a write, only the first `kept`/255 of
+/// the data reach the disk. A change of length reaches the disk if `kept` is above 127.
 fn apply(operation: &Operation, kept: u8, bytes: &mut Vec<u8>) {
     match operation {
         Operation::Write { at, bytes: written } => {
