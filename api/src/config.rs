@@ -2,13 +2,12 @@
 //! `telemetry`.
 
 use crate::outbox::{Capacity, PublishOptions};
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use proto::topology;
+use clap::{Parser, Subcommand};
 use serving::{
     arguments::{self, positive_duration},
     shutdown,
 };
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 use tls::{Client, PemFile};
 use tonic::{
     codegen::http::uri::Authority,
@@ -70,10 +69,6 @@ pub struct Config {
     #[command(flatten)]
     pub amqp: amqp::Arguments,
 
-    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix, global = true)]
-    pub amqp_prefix: String,
-
     /// Whether a copy of each login goes to the exchange, for the queues of other consumers.
     #[arg(long, env = "PUBLISH_COPIES", default_value_t = false, action = clap::ArgAction::Set)]
     pub publish_copies: bool,
@@ -106,13 +101,13 @@ pub struct Config {
 
     /// How many connections from callers there may be at once. Beyond that number, each new connection
     /// replaces the connection that has waited longest for a request.
-    #[arg(long, env = "API_MAX_CONNECTIONS", default_value_t = 10_000, value_parser = at_least_one)]
-    pub max_connections: usize,
+    #[arg(long, env = "API_MAX_CONNECTIONS", default_value = "10000")]
+    pub max_connections: NonZeroUsize,
 
     /// How many connections may come from one address; by default half of the total. An address is an IPv4
     /// address or a /64 of IPv6.
-    #[arg(long, env = "API_MAX_CONNECTIONS_PER_ADDRESS", value_parser = at_least_one)]
-    pub max_connections_per_address: Option<usize>,
+    #[arg(long, env = "API_MAX_CONNECTIONS_PER_ADDRESS")]
+    pub max_connections_per_address: Option<NonZeroUsize>,
 
     /// How to shut down.
     #[command(flatten)]
@@ -144,9 +139,7 @@ pub enum SpoolCommand {
 impl Config {
     /// Reads flags and environment variables; exits with code 2 if a value can't be used.
     pub fn load() -> Self {
-        let config: Self = arguments::parse();
-        // Secrets are checked here, not by clap, whose error messages quote the value.
-        let check = || {
+        arguments::parse(|config: &Self| {
             config.amqp.server()?;
             let usercenter = config.usercenter_url.authority();
             if usercenter.is_some_and(|authority| authority.as_str().contains('@')) {
@@ -155,11 +148,7 @@ impl Config {
             config.usercenter_tls()?;
             config.access_secret()?;
             config.shutdown.check()
-        };
-        if let Err(problem) = check() {
-            Self::command().error(ErrorKind::ValueValidation, problem).exit();
-        }
-        config
+        })
     }
 
     /// Returns the TLS configuration for usercenter, if its URL asks for TLS.
@@ -200,13 +189,6 @@ impl Config {
             }
             secret => Ok(secret.map(str::as_bytes)),
         }
-    }
-}
-
-fn at_least_one(number: &str) -> Result<usize, &'static str> {
-    match number.parse() {
-        Ok(number) if number > 0 => Ok(number),
-        _ => Err("expected a number, at least 1"),
     }
 }
 

@@ -35,7 +35,6 @@ mod token;
 mod tracer;
 pub mod usercenter;
 
-use amqp::Topology;
 use anyhow::{Context, bail};
 use app::App;
 use config::Config;
@@ -76,7 +75,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .with_context(|| format!("opening the spool in {}", config.data_dir.display()))?;
     let (publisher, mut publishing) = Publisher::start(
         config.amqp.server().map_err(anyhow::Error::msg)?,
-        topology(config),
+        config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE),
         config.publish_options(),
         spool,
     );
@@ -91,8 +90,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
 
     let limits = router::RequestLimits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let router = router::router(app, limits);
-    let in_all = reserve_files(config.max_connections);
-    let by_address = config.max_connections_per_address.unwrap_or_else(|| in_all.div_ceil(2));
+    let in_all = reserve_files(config.max_connections.get());
+    let by_address = config.max_connections_per_address.map_or_else(|| in_all.div_ceil(2), usize::from);
     let max = MaxConnections { in_all, by_address };
     let schedule = select! {
         schedule = server::serve(listener, router, max, shutdown.clone()) => schedule,
@@ -100,9 +99,4 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     };
     publishing.close(schedule.close_by).await;
     Ok(())
-}
-
-/// Returns the names of the exchange and the queues that this configuration asks for.
-fn topology(config: &Config) -> Topology {
-    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type)
 }

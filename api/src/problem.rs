@@ -3,7 +3,10 @@
 use crate::outbox::PublishError;
 use axum::{
     Json,
-    http::{HeaderValue, StatusCode, header},
+    http::{
+        StatusCode,
+        header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
+    },
     response::{IntoResponse, Response},
 };
 use opentelemetry::{Context, KeyValue, metrics::Counter, trace::TraceContextExt};
@@ -68,74 +71,42 @@ pub enum Problem {
 
 impl Problem {
     /// Returns the status, the type (which becomes part of a URN), and the title.
-    fn parts(self) -> (StatusCode, &'static str, &'static str) {
+    fn parts(self) -> (u16, &'static str, &'static str) {
         match self {
-            Self::NotJson => (StatusCode::BAD_REQUEST, "not-json", "The body is not JSON"),
-            Self::UnreadableBody => {
-                (StatusCode::BAD_REQUEST, "unreadable-body", "The body could not be read")
+            Self::NotJson => (400, "not-json", "The body is not JSON"),
+            Self::UnreadableBody => (400, "unreadable-body", "The body could not be read"),
+            Self::BodyTooSlow => (408, "body-too-slow", "The body did not arrive in time"),
+            Self::BodyTooLarge => (413, "body-too-large", "The body is too large"),
+            Self::UnknownTransferCoding => {
+                (501, "unknown-transfer-coding", "The only supported transfer coding is chunked")
             }
-            Self::BodyTooSlow => {
-                (StatusCode::REQUEST_TIMEOUT, "body-too-slow", "The body did not arrive in time")
+            Self::UnsupportedMediaType => {
+                (415, "unsupported-media-type", "The content type must be application/json")
             }
-            Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "The body is too large"),
-            Self::UnknownTransferCoding => (
-                StatusCode::NOT_IMPLEMENTED,
-                "unknown-transfer-coding",
-                "The only supported transfer coding is chunked",
-            ),
-            Self::UnsupportedMediaType => (
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "unsupported-media-type",
-                "The content type must be application/json",
-            ),
-            Self::InvalidMobile => (
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "invalid-mobile",
-                "The member mobile must be a string of 7 to 15 digits",
-            ),
-            Self::UnknownUser => {
-                (StatusCode::UNAUTHORIZED, "unknown-user", "Nobody registered this mobile number")
+            Self::InvalidMobile => {
+                (422, "invalid-mobile", "The member mobile must be a string of 7 to 15 digits")
             }
-            Self::BadHost => (
-                StatusCode::BAD_REQUEST,
-                "bad-host",
-                "The request must name its host, once, in the header Host",
-            ),
-            Self::NoSuchRoute => (StatusCode::NOT_FOUND, "no-such-route", "There is nothing at this path"),
-            Self::MethodNotAllowed => {
-                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "This path does not allow this method")
-            }
-            Self::Overloaded => {
-                (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "There are too many requests at the moment")
-            }
-            Self::DeadlineExceeded => {
-                (StatusCode::GATEWAY_TIMEOUT, "deadline-exceeded", "There was no answer in time")
-            }
-            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Something went wrong here"),
+            Self::UnknownUser => (401, "unknown-user", "Nobody registered this mobile number"),
+            Self::BadHost => (400, "bad-host", "The request must name its host, once, in the header Host"),
+            Self::NoSuchRoute => (404, "no-such-route", "There is nothing at this path"),
+            Self::MethodNotAllowed => (405, "method-not-allowed", "This path does not allow this method"),
+            Self::Overloaded => (503, "overloaded", "There are too many requests at the moment"),
+            Self::DeadlineExceeded => (504, "deadline-exceeded", "There was no answer in time"),
+            Self::Internal => (500, "internal", "Something went wrong here"),
             Self::UsercenterCircuitOpen => (
-                StatusCode::SERVICE_UNAVAILABLE,
+                503,
                 "usercenter-circuit-open",
                 "The user directory is failing, so it is not called at the moment",
             ),
-            Self::UsercenterUnavailable => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                "usercenter-unavailable",
-                "The user directory can't be reached",
-            ),
-            Self::UsercenterTimeout => (
-                StatusCode::GATEWAY_TIMEOUT,
-                "usercenter-timeout",
-                "The user directory did not answer in time",
-            ),
-            Self::UsercenterFailed => {
-                (StatusCode::BAD_GATEWAY, "usercenter-failed", "The user directory answered with an error")
+            Self::UsercenterUnavailable => {
+                (503, "usercenter-unavailable", "The user directory can't be reached")
             }
-            Self::SpoolFull => {
-                (StatusCode::SERVICE_UNAVAILABLE, "spool-full", "Too many logins wait to be recorded")
+            Self::UsercenterTimeout => {
+                (504, "usercenter-timeout", "The user directory did not answer in time")
             }
-            Self::SpoolFailed => {
-                (StatusCode::SERVICE_UNAVAILABLE, "spool-failed", "The login could not be recorded")
-            }
+            Self::UsercenterFailed => (502, "usercenter-failed", "The user directory answered with an error"),
+            Self::SpoolFull => (503, "spool-full", "Too many logins wait to be recorded"),
+            Self::SpoolFailed => (503, "spool-failed", "The login could not be recorded"),
         }
     }
 
@@ -161,26 +132,22 @@ impl IntoResponse for Problem {
         let body = json!({
             "type": format!("urn:throughline:problem:{kind}"),
             "title": title,
-            "status": status.as_u16(),
+            "status": status,
             "traceId": trace_id,
         });
-        let mut response = (status, Json(body)).into_response();
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let content_type = (CONTENT_TYPE, "application/problem+json");
         match status {
             StatusCode::SERVICE_UNAVAILABLE => {
-                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                (status, [content_type, (RETRY_AFTER, "1")], Json(body)).into_response()
             }
             // An answer with 401 must name the way to authenticate (RFC 9110, section 15.5.2).
             StatusCode::UNAUTHORIZED => {
-                headers.insert(
-                    header::WWW_AUTHENTICATE,
-                    HeaderValue::from_static("Mobile realm=\"usercenter\""),
-                );
+                let way = (WWW_AUTHENTICATE, "Mobile realm=\"usercenter\"");
+                (status, [content_type, way], Json(body)).into_response()
             }
-            _ => {}
+            _ => (status, [content_type], Json(body)).into_response(),
         }
-        response
     }
 }
 
@@ -195,21 +162,7 @@ impl Problem {
         let problem = match status.code() {
             Code::Unavailable => Problem::UsercenterUnavailable,
             Code::DeadlineExceeded => Problem::UsercenterTimeout,
-            Code::Ok
-            | Code::Cancelled
-            | Code::Unknown
-            | Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::PermissionDenied
-            | Code::ResourceExhausted
-            | Code::FailedPrecondition
-            | Code::Aborted
-            | Code::OutOfRange
-            | Code::Unimplemented
-            | Code::Internal
-            | Code::DataLoss
-            | Code::Unauthenticated => Problem::UsercenterFailed,
+            _ => Problem::UsercenterFailed,
         };
         // The message that usercenter itself wrote is not logged, because it may hold anything.
         let reason = telemetry::grpc::cause(status);

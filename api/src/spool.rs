@@ -7,6 +7,7 @@ use crate::{
     outbox::{Message, OpenSpoolError, Outbox, SPOOL_FILE, Spool},
 };
 use anyhow::{Context, bail, ensure};
+use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use std::{
     io::{self, Write},
     time::Duration,
@@ -76,8 +77,8 @@ async fn drain(config: &Config, spool: Spool) -> anyhow::Result<()> {
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let (state, all) = (spool.state(), spool.state().entries());
     let left = || state.entries().saturating_sub(state.set_aside());
-    let (_outbox, publishing) =
-        Outbox::start(server.clone(), crate::topology(config), config.publish_options(), spool);
+    let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
+    let (_outbox, publishing) = Outbox::start(server.clone(), topology, config.publish_options(), spool);
     let (mut before, mut since) = (left(), Instant::now());
     while left() > 0 && since.elapsed() < PATIENCE {
         sleep(Duration::from_millis(20)).await;

@@ -1,8 +1,8 @@
 //! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
 //! `telemetry`.
 
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use proto::topology::{self, DEFAULT_RETRY_DELAYS};
+use clap::{Parser, Subcommand};
+use proto::topology::DEFAULT_RETRY_DELAYS;
 use serving::{arguments, shutdown};
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{net::SocketAddr, str::FromStr, time::Duration};
@@ -24,10 +24,6 @@ pub struct Config {
     /// The broker.
     #[command(flatten)]
     pub amqp: amqp::Arguments,
-
-    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
-    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = topology::prefix, global = true)]
-    pub amqp_prefix: String,
 
     /// How many messages the broker may send before they are acknowledged.
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
@@ -133,15 +129,11 @@ fn commit_interval(text: &str) -> Result<Duration, String> {
 impl Config {
     /// Reads flags and environment variables; exits with code 2 if a value can't be used.
     pub fn load() -> Self {
-        let config: Self = arguments::parse();
-        // A secret is checked here, not by clap, whose error messages quote the value.
-        if let Err(problem) = config.amqp.server().map(drop).and(config.shutdown.check()) {
-            Self::command().error(ErrorKind::ValueValidation, problem).exit();
-        }
-        if let Err(problem) = config.database() {
-            Self::command().error(ErrorKind::ValueValidation, problem).exit();
-        }
-        config
+        arguments::parse(|config: &Self| {
+            config.amqp.server()?;
+            config.shutdown.check()?;
+            config.database().map(drop)
+        })
     }
 
     /// Returns the database of the login history.
@@ -156,13 +148,13 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amqp::{QueueType, Topology};
-    use proto::topology::{EXCHANGE, MAX_PREFIX, QUEUE, ROUTING_KEY};
+    use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 
     #[test]
     fn with_the_longest_prefix_every_name_is_a_short_string() {
-        let prefix = topology::prefix(&"p".repeat(MAX_PREFIX)).unwrap();
-        let topology = Topology::new(&prefix, EXCHANGE, ROUTING_KEY, QUEUE, QueueType::Quorum);
+        let with_prefix = |prefix: String| Config::try_parse_from(["mq", "--amqp-prefix", &prefix]);
+        let config = with_prefix("p".repeat(195)).ok().unwrap();
+        let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
         // No delay that is allowed has a longer name.
         let delays: RetryDelays = "1month 18days 23h 59m 59s 999ms 999us 999ns".parse().unwrap();
         let names = [
@@ -172,6 +164,6 @@ mod tests {
         ];
         assert!(names.iter().all(|name| name.len() <= 255), "{names:?}");
         // Bytes count, not characters.
-        assert!(topology::prefix(&"é".repeat(MAX_PREFIX / 2 + 1)).is_err());
+        assert!(with_prefix("é".repeat(98)).is_err());
     }
 }

@@ -22,7 +22,10 @@ use opentelemetry::{
     Context, KeyValue,
     trace::{SpanKind, Status, TraceContextExt, Tracer},
 };
-use proto::login::LoginMessage;
+use proto::{
+    login::LoginMessage,
+    topology::{EXCHANGE, QUEUE, ROUTING_KEY},
+};
 use std::{
     io::{self, Write},
     time::Duration,
@@ -47,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let broker = Broker::of_hosts(&server.hosts, server.current.clone(), CLIENT_ID);
-    let topology = crate::topology(config);
+    let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
     let connection = connection::connect(&server, CLIENT_ID).await;
     let connection = connection.with_context(|| format!("connecting to the broker at {server}"))?;
     let mut letters = Letters::open(&connection, topology.dead_letter_queue.clone()).await?;

@@ -21,7 +21,6 @@ pub mod history;
 pub mod processing;
 mod properties;
 
-use amqp::Topology;
 use anyhow::{Context, bail};
 use attempt::Attempts;
 use config::Config;
@@ -45,11 +44,6 @@ pub fn processing_stack(
     ServiceBuilder::new().service(RecordLogin::new(history))
 }
 
-/// The queues of this deployment.
-fn topology(config: &Config) -> Topology {
-    Topology::new(&config.amqp_prefix, EXCHANGE, ROUTING_KEY, QUEUE, config.amqp.queue_type)
-}
-
 /// Consumes until `shutdown`. Answers health checks on `listener`.
 ///
 /// # Errors
@@ -63,7 +57,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     let health = grpc::builder(bounds::MAX_CONNECTION_AGE).add_service(health).serve_with_incoming(incoming);
 
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
-    let topology = topology(config);
+    let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
     let (history, keeping) = History::start(config.database().map_err(anyhow::Error::msg)?);
     let retry_delays = config.retry_delays.0.clone();
     let (consuming, is_consuming) = watch::channel(false);

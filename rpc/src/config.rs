@@ -1,7 +1,7 @@
 //! The flags and environment variables of this service. The `OTEL_*` variables belong to the crate
 //! `telemetry`.
 
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use clap::{Parser, Subcommand};
 use serving::{
     arguments::{self, duration, positive_duration},
     shutdown,
@@ -67,11 +67,7 @@ pub enum Command {
 impl Config {
     /// Reads flags and environment variables; exits with code 2 if a value can't be used.
     pub fn load() -> Self {
-        let config: Self = arguments::parse();
-        if let Err(problem) = config.shutdown.check().and(config.tls().map(drop)) {
-            Self::command().error(ErrorKind::ValueValidation, problem).exit();
-        }
-        config
+        arguments::parse(|config: &Self| config.shutdown.check().and(config.tls().map(drop)))
     }
 
     /// Returns the TLS configuration for callers, if one is configured.

@@ -2,7 +2,7 @@
 
 use crate::{
     connection::{DEFAULT_URL, Server, parse_url},
-    topology::QueueType,
+    topology::{QueueType, Topology},
 };
 use clap::Args;
 use std::path::PathBuf;
@@ -19,7 +19,11 @@ pub struct Arguments {
 
     /// The type of all queues. All services that share queues need the same type.
     #[arg(long, env = "AMQP_QUEUE_TYPE", default_value = "quorum", global = true)]
-    pub queue_type: QueueType,
+    queue_type: QueueType,
+
+    /// The prefix of the names of the exchange and the queues, for deployments that share a broker.
+    #[arg(long, env = "AMQP_PREFIX", default_value = "", value_parser = prefix, global = true)]
+    amqp_prefix: String,
 
     /// For amqps: a PEM file with the certificates of the authorities that are trusted for the broker's
     /// certificate; by default the system's authorities.
@@ -54,5 +58,19 @@ impl Arguments {
             Some(tls) => server.with_tls(tls.rustls),
             None => server,
         })
+    }
+
+    /// Returns the names under this prefix, with the queue type that is configured.
+    pub fn topology(&self, exchange: &str, routing_key: &str, queue: &str) -> Topology {
+        Topology::new(&self.amqp_prefix, exchange, routing_key, queue, self.queue_type)
+    }
+}
+
+/// Reads a prefix. A name in AMQP has at most 255 bytes (0-9-1, "short strings"), and 60 of them are kept for
+/// the name of a queue, `.retry.` and a delay.
+fn prefix(prefix: &str) -> Result<String, String> {
+    match prefix.len() {
+        0..=195 => Ok(prefix.to_owned()),
+        length => Err(format!("expected at most 195 bytes, found {length}")),
     }
 }

@@ -1,6 +1,6 @@
 //! Reads flags and environment variables.
 
-use clap::Parser;
+use clap::{Parser, error::ErrorKind};
 use std::{env, time::Duration};
 
 /// The longest duration, a year. Adding a much longer duration to an `Instant` may overflow, which panics.
@@ -8,8 +8,10 @@ const LONGEST: Duration = Duration::from_secs(31_557_600);
 
 /// Reads flags and environment variables. An empty variable counts as unset, as for OpenTelemetry's own
 /// variables, because a compose file can leave a variable empty, but can't unset it. Ends the process with exit
-/// code 2 if a value is invalid.
-pub fn parse<C: Parser>() -> C {
+/// code 2 if a value is invalid, or if `check` refuses the configuration.
+///
+/// Secrets belong into `check`, because clap's own messages quote the value.
+pub fn parse<C: Parser>(check: impl FnOnce(&C) -> Result<(), String>) -> C {
     let command = C::command().mut_args(|argument| {
         let is_empty = |variable| env::var_os(variable).is_some_and(|value| value.is_empty());
         match argument.get_env().is_some_and(is_empty) {
@@ -17,7 +19,11 @@ pub fn parse<C: Parser>() -> C {
             false => argument,
         }
     });
-    C::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    let config = C::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
+    if let Err(problem) = check(&config) {
+        C::command().error(ErrorKind::ValueValidation, problem).exit();
+    }
+    config
 }
 
 /// Reads a duration like `500ms`, of at most a year.
