@@ -23,17 +23,17 @@ use tokio::{
     time::{timeout, timeout_at},
 };
 
-/// Reads the body by the deadline of the request, in a part of `memory`, and then passes the request on. The body is not read if the
-/// answer is known without it. A caller who waits with `Expect: 100-continue` then gets the final status at
-/// once (RFC 9110, section 10.1.1).
+/// Reads the whole body into a part of `memory`, at most until the request's deadline, and then passes the
+/// request on. If the answer is known without the body, the body is not read. A caller who waits with
+/// `Expect: 100-continue` then gets the final status at once (RFC 9110, section 10.1.1).
 pub async fn read_first(State(memory): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
     if request.extensions().get::<MatchedPath>().is_none() {
         return next.run(request).await;
     }
     let mut codings = request.headers().get_all(TRANSFER_ENCODING).iter();
     if !codings.all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
-        // RFC 9112, section 6.1. hyper looks only at the last coding. The connection is closed, because a proxy
-        // on the way may take the next bytes for a part of this request.
+        // RFC 9112, section 6.1. hyper looks only at the last coding. The connection is closed, because a
+        // proxy on the way may take the next bytes for a part of this request.
         return ([(CONNECTION, "close")], Problem::UnknownTransferCoding).into_response();
     }
     if request.body().size_hint().lower() > MAX_BODY as u64 {
@@ -48,7 +48,7 @@ pub async fn read_first(State(memory): State<Arc<Semaphore>>, request: Request, 
     }
     let (head, body) = request.into_parts();
     let reading = read(body, memory);
-    // If the deadline passes before the whole body has come, that is the caller's fault.
+    // If the deadline passes before the whole body has arrived, that is the caller's fault.
     let read = match Deadline::current() {
         Some(Deadline(deadline)) => timeout_at(deadline, reading).await.unwrap_or(Err(Problem::BodyTooSlow)),
         None => reading.await,

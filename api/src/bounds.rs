@@ -1,5 +1,5 @@
-//! Bounds on the size and the time of requests, whatever a caller sends. `docs/bounds.md` lists all bounds;
-//! those that can be configured are in [`config`](crate::config).
+//! Fixed bounds on the size and the time of requests. `docs/bounds.md` lists all bounds. The bounds that can
+//! be configured are in [`config`](crate::config).
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use std::time::Duration;
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The largest number of bytes that are buffered for one connection, which is also the limit for headers. A
-/// request with longer headers gets the status 431. (hyper's own limit is 400 KiB, which would be multiplied by
-/// 10,000 connections. hyper also allows at most 100 headers.)
+/// request with longer headers gets the status 431. (With hyper's own limit of 400 KiB, 10,000 connections
+/// could take 4 GB. hyper also allows at most 100 headers.)
 pub const MAX_BUFFER: usize = 32 * 1024;
 
 /// The largest body of one request, in bytes.
 pub const MAX_BODY: usize = 1024 * 1024;
 
-/// How long the service goes on reading and dropping a body that is too large, after the answer.
+/// How long the service goes on reading and dropping a body that is too large, after it has sent the answer.
 pub const LINGER: Duration = Duration::from_secs(2);
 
 /// The largest total size of the bodies of all requests, in bytes. It bounds how much memory thousands of

@@ -61,7 +61,7 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_ATTEMPTS", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub usercenter_attempts: u32,
 
-    /// How long calls to usercenter pause once half of them fail.
+    /// How long api makes no call to usercenter after half of the recent calls failed.
     #[arg(long, env = "USERCENTER_CIRCUIT_PAUSE", default_value = "1s", value_parser = positive_duration)]
     pub usercenter_circuit_pause: Duration,
 
@@ -82,7 +82,8 @@ pub struct Config {
     #[arg(long, env = "API_DATA_DIR", default_value = "data/api", global = true)]
     pub data_dir: PathBuf,
 
-    /// The most logins in the spool. When it is full, logins are refused while the broker is unavailable.
+    /// The most logins in the spool. When the spool is full, logins are refused while the broker is
+    /// unavailable.
     #[arg(long, env = "API_SPOOL_MAX_ENTRIES", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     spool_max_entries: u64,
 
@@ -117,7 +118,7 @@ pub struct Config {
 /// What to do instead of serving.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum Command {
-    /// Ask the running service whether it is ready; exit code 0 if it is, 1 if not.
+    /// Ask the running service whether it is ready. The exit code is 0 if it is ready, and 1 if not.
     Health,
     /// List, publish or export the logins in the spool of an instance that no longer runs.
     #[command(subcommand)]
@@ -137,13 +138,13 @@ pub enum SpoolCommand {
 }
 
 impl Config {
-    /// Reads flags and environment variables; exits with code 2 if a value can't be used.
+    /// Reads flags and environment variables. Exits with code 2 if a value can't be used.
     pub fn load() -> Self {
         arguments::parse(|config: &Self| {
             config.amqp.server()?;
             let usercenter = config.usercenter_url.authority();
             if usercenter.is_some_and(|authority| authority.as_str().contains('@')) {
-                return Err("USERCENTER_URL: a user or password can't be sent".to_owned());
+                return Err("USERCENTER_URL: a user or a password is not allowed".to_owned());
             }
             config.usercenter_tls()?;
             config.access_secret()?;
@@ -200,7 +201,7 @@ fn whole_second(text: &str) -> Result<Duration, String> {
 
 fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     match url.parse::<Uri>() {
-        // A path or a query would not be used, because a gRPC method has its own path.
+        // A path or a query is refused. It would be ignored, because each gRPC method has its own path.
         Ok(uri)
             if matches!(uri.scheme_str(), Some("http" | "https"))
                 && uri.authority().is_some_and(has_good_port)
@@ -212,7 +213,8 @@ fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     }
 }
 
-/// The URL parser treats an invalid port as missing, so port 80 would be used.
+/// Whether the port is valid or missing. The URL parser treats an invalid port as missing, so port 80 would
+/// be used.
 fn has_good_port(authority: &Authority) -> bool {
     authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
 }

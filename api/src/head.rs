@@ -1,5 +1,5 @@
-//! Reads the first request of a connection as far as the end of its headers, into a buffer that grows with what
-//! the client sends. hyper would allocate 16 KiB before the first byte.
+//! Reads the first request of a connection up to the end of its headers, into a buffer that grows with what
+//! the client sends. hyper would allocate 16 KiB before the first byte arrives.
 
 use std::io;
 use tokio::{net::TcpStream, pin, select};
@@ -7,9 +7,9 @@ use tokio::{net::TcpStream, pin, select};
 /// The largest number of bytes that one call reads.
 const CHUNK: usize = 4096;
 
-/// Reads until hyper can answer: until the headers are complete, malformed, or at least `max` bytes long.
-/// Returns `None` if the client closes the connection before that, or if the headers are incomplete when
-/// `stopped` is ready.
+/// Reads until the headers are complete, malformed, or at least `max` bytes long, because hyper can answer
+/// then. Returns `None` if the client closes the connection before that, or if the headers are incomplete
+/// when `stopped` is ready.
 pub async fn read<S>(
     stream: &mut TcpStream,
     max: usize,
@@ -43,7 +43,8 @@ pub async fn read<S>(
 }
 
 fn is_partial(head: &[u8]) -> bool {
-    // hyper accepts at most this many headers. It refuses a request with more, without waiting for the rest.
+    // hyper accepts at most this many headers. hyper refuses a request with more headers without waiting for
+    // the rest.
     let mut headers = [httparse::EMPTY_HEADER; 100];
     matches!(httparse::Request::new(&mut headers).parse(head), Ok(httparse::Status::Partial))
 }

@@ -1,5 +1,5 @@
-//! Tells whether the service is ready, and has the probe with which a container without a shell checks its own
-//! health.
+//! Tells whether the service is ready, and has the probe with which a container without a shell checks its
+//! own health.
 
 use crate::{app::App, outbox::Readiness};
 use anyhow::{Context, ensure};
@@ -14,14 +14,14 @@ use tokio::{
 };
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-/// Answers `GET /readyz` with 200 if logins can be taken, and otherwise with 503. The body shows each
-/// condition: a login needs usercenter, either the broker or the spool, and an instance that is not stopping.
-/// If the broker refuses the declaration of a queue, api is not ready either, because the refusal does not end
-/// by itself.
+/// Answers `GET /readyz` with 200 if this instance can take logins, and otherwise with 503. The body shows
+/// each condition. A login needs usercenter, either the broker or the spool, and an instance that is not
+/// stopping. If the broker refuses the declaration of a queue, api is not ready either, because the refusal
+/// does not end by itself.
 pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     let mut usercenter = app.usercenter_health.clone();
-    // Ask for the service by its name. A usercenter that is shutting down reports NOT_SERVING for the empty name
-    // at once. For the service's name, it reports SERVING until its `SHUTDOWN_DELAY` is over.
+    // Ask for the service by its name. A usercenter that is shutting down reports NOT_SERVING for the empty
+    // name at once. For the service's name, it reports SERVING until its `SHUTDOWN_DELAY` is over.
     let check = usercenter.check(HealthCheckRequest { service: usercenter_server::SERVICE_NAME.to_owned() });
     let answer = timeout(Duration::from_secs(1), check).await;
     let usercenter = matches!(answer, Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving);
@@ -45,10 +45,10 @@ pub async fn ready(State(app): State<Arc<App>>) -> (StatusCode, Json<Value>) {
     (status, Json(body))
 }
 
-/// Asks the service that listens on `listen` whether it is ready; 0.0.0.0 means localhost.
+/// Asks the service that listens on `listen` whether it is ready. The address 0.0.0.0 means localhost.
 ///
 /// # Errors
-/// If it does not answer within two seconds, or is not ready.
+/// If the service does not answer within two seconds, or is not ready.
 pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
     let answer = timeout(Duration::from_secs(2), get(listen, "/readyz"))
         .await

@@ -1,5 +1,5 @@
-//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). If there were
-//! several, a proxy on the way might use a different one than this service.
+//! Checks the header `Host`, which an HTTP/1.1 request has exactly once (RFC 9112, section 3.2). If a request
+//! had several, a proxy on the way might obey a different `Host` than this service does.
 
 use crate::problem::Problem;
 use axum::{
@@ -9,11 +9,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-/// Refuses a request that has no `Host`, several of them, or one that is not a host.
+/// Refuses an HTTP/1.1 request without `Host`, and any request with several `Host` headers or an invalid
+/// `Host`.
 pub async fn named_once(request: Request, next: Next) -> Response {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let is_legal = match (hosts.next(), hosts.next()) {
-        // HTTP/1.0 does not have this header; HTTP/2 has a pseudo-header in its place.
+        // HTTP/1.0 does not have this header, and HTTP/2 has a pseudo-header in its place.
         (None, _) => request.version() != Version::HTTP_11,
         (Some(host), None) => is_host(host),
         (Some(_), Some(_)) => false,

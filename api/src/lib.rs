@@ -8,12 +8,13 @@
 //! - `login`: the handler, with the hand-written span `local`
 //! - [`publisher`]: publishes a login, with the hand-written span `send_msg_mq`
 //! - [`outbox`]: delivery to the broker, or to disk and later to the broker
-//! - [`spool`]: what an operator does with the spool of an instance that is gone
+//! - [`spool`]: an operator's commands on the spool of an instance that no longer runs
 //! - `token`: the access token; `tracer`: the tracer of the hand-written spans
 //! - `problem`: which failure gets which answer
 //! - `host`: the header `Host`
 //! - [`health`]: readiness, and the probe that `api health` makes
-//! - `server`: serves connections; `head`: reads their first headers; `stream`: notices a reset
+//! - `server`: serves connections; `head`: reads the headers of a connection's first request
+//! - `stream`: notices that the client has reset the connection
 //! - [`usercenter`]: the gRPC client, and every layer around it
 
 mod app;
@@ -55,8 +56,8 @@ use usercenter::Connection;
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the configuration can't be used, the spool can't be opened, or a task or thread panics. Connections to
-/// usercenter and to the broker are made in the background, as often as needed.
+/// If the configuration can't be used, the spool can't be opened, or a task or thread panics. A failed
+/// connection to usercenter or to the broker is not an error, because api connects again in the background.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let mut endpoint = Endpoint::from(config.usercenter_url.clone())
         .connect_timeout(config.usercenter_timeout)

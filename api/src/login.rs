@@ -16,8 +16,8 @@ use tower::ServiceExt;
 #[derive(Debug, Deserialize)]
 pub struct LoginRequest {
     mobile: MobileNumber,
-    /// Other members are allowed. Because this field reads them, serde refuses an array as a login. Without
-    /// the field, serde would accept `["13800138000"]` as this struct.
+    /// Other members of the object are allowed. Because this field reads them, serde refuses an array as a
+    /// login. Without this field, serde would accept `["13800138000"]` as this struct.
     #[serde(flatten)]
     _others: IgnoredAny,
 }
@@ -42,8 +42,8 @@ pub async fn login(State(app): State<Arc<App>>, request: LoginRequest) -> Result
     // No layer can know about a local function, so its span is written by hand.
     let token = TRACER.in_span("local", |_| app.tokens.issue(user.id));
 
-    // `publisher` publishes the message, in a hand-written span. The login succeeds if the broker confirms the
-    // message, or if the message is in the spool.
+    // `publisher` publishes the message, in a hand-written span. The login succeeds if the broker confirms
+    // the message, or if the message is in the spool.
     app.publisher.clone().oneshot(LoginEvent { mobile: request.mobile }).await?;
 
     tracing::info!(%user.id, "logged in");

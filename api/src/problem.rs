@@ -87,7 +87,7 @@ impl Problem {
                 (422, "invalid-mobile", "The member mobile must be a string of 7 to 15 digits")
             }
             Self::UnknownUser => (401, "unknown-user", "Nobody registered this mobile number"),
-            Self::BadHost => (400, "bad-host", "The request must name its host, once, in the header Host"),
+            Self::BadHost => (400, "bad-host", "The request must have exactly one valid header Host"),
             Self::NoSuchRoute => (404, "no-such-route", "There is nothing at this path"),
             Self::MethodNotAllowed => (405, "method-not-allowed", "This path does not allow this method"),
             Self::Overloaded => (503, "overloaded", "There are too many requests at the moment"),
@@ -105,7 +105,7 @@ impl Problem {
                 (504, "usercenter-timeout", "The user directory did not answer in time")
             }
             Self::UsercenterFailed => (502, "usercenter-failed", "The user directory answered with an error"),
-            Self::SpoolFull => (503, "spool-full", "Too many logins wait to be recorded"),
+            Self::SpoolFull => (503, "spool-full", "Too many logins are waiting to be recorded"),
             Self::SpoolFailed => (503, "spool-failed", "The login could not be recorded"),
         }
     }

@@ -1,7 +1,7 @@
 //! Publishes logins, each in the hand-written span `send_msg_mq`.
 //!
-//! A published login was either confirmed by the broker, or written to the spool on disk. From the
-//! spool it is published later, in order and in its own trace ([`crate::outbox`]).
+//! A login counts as published when the broker has confirmed it, or when it is in the spool on disk. Logins
+//! in the spool go to the broker later, in order, each in its own trace ([`crate::outbox`]).
 
 use crate::{
     outbox::{
@@ -41,7 +41,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Connects in the background, and again whenever the connection breaks.
+    /// Starts publishing. Connects in the background, and connects again whenever the connection breaks.
     pub fn start(
         server: Server,
         topology: Topology,
@@ -84,7 +84,7 @@ impl Publisher {
                 span.set_attributes(broker.peer_attributes());
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "confirmed"));
             }
-            // This is not an error, because the login will be published.
+            // This is not an error, because the broker will get the login later.
             Ok(Published::Spooled(why)) => {
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "spooled"));
                 span.add_event("spooled", vec![KeyValue::new(semconv::SPOOL_REASON, why.reason())]);

@@ -27,7 +27,7 @@ pub fn router(app: Arc<App>, limits: RequestLimits) -> Router {
         .route("/usercenter/v1/user/login", post(login::login))
         .method_not_allowed_fallback(async || Problem::MethodNotAllowed)
         .fallback(async || Problem::NoSuchRoute);
-    // The health routes are outside of the layers. They are not traced, and only a bad `Host` is refused.
+    // The health routes are outside the layers. They are not traced, and their only check is that of `Host`.
     let health = Router::new()
         .route("/healthz", get(async || "alive\n"))
         .route("/readyz", get(health::ready))
@@ -36,7 +36,7 @@ pub fn router(app: Arc<App>, limits: RequestLimits) -> Router {
 }
 
 /// Puts the layers around routes. A request passes them from the first to the last, and its answer from the
-/// last to the first. (With one call of [`Router::layer`] for each layer, the order would be the opposite.)
+/// last to the first. (If each layer had its own call of [`Router::layer`], the order would be reversed.)
 pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: RequestLimits) -> Router<S> {
     // The bytes that all bodies together may take.
     let memory = Arc::new(Semaphore::new(MAX_BODIES));
@@ -46,7 +46,7 @@ pub fn in_layers<S: Clone + Send + Sync + 'static>(routes: Router<S>, limits: Re
             .layer(from_fn(host::named_once)) // exactly one host in an HTTP/1.1 request
             .layer(CatchPanicLayer::new(Problem::rejected)) // a panic is answered like any failure
             .layer(DeadlineLayer::new(limits.deadline, Problem::rejected)) // an answer in time, or a refusal
-            .layer(from_fn_with_state(memory, body::read_first)) // the whole body if not too large
+            .layer(from_fn_with_state(memory, body::read_first)) // reads the whole body, unless it is too large
             .layer(ShedLayer::new(InFlight::at_most(limits.max_in_flight), Problem::rejected)), // a bound on requests in flight
     )
 }

@@ -1,7 +1,8 @@
 //! Accepts connections, serves them, and drains them at shutdown.
 //!
 //! axum's own `serve` has no time-out for request headers and no bound on connections, so clients that send
-//! nothing could hold any number of connections for ever. This is hyper's loop, with a time-out and bounds.
+//! nothing could keep any number of connections open for ever. This module has its own loop around hyper,
+//! with a time-out and bounds.
 
 use crate::{
     bounds::{HEADER_TIMEOUT, MAX_BUFFER},
@@ -34,21 +35,22 @@ use tokio::{
 };
 use tower::Service;
 
-/// How often freed memory is given back to the system, if at least `MANY` connections were closed meanwhile.
+/// How often freed memory is given back to the system, if the number of connections has fallen by at least
+/// `MANY`.
 const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
 const MANY: usize = 500;
 
 /// How many connections there may be at once.
 #[derive(Debug, Clone, Copy)]
 pub struct MaxConnections {
-    /// From all addresses.
+    /// The most connections from all addresses together.
     pub in_all: usize,
-    /// From one address.
+    /// The most connections from one address.
     pub by_address: usize,
 }
 
-/// Serves `router` until `shutdown`. After that, requests that are not finished in time are cut off, which
-/// is logged. Returns the times by which the rest of the service must have ended.
+/// Serves `router` until `shutdown`. Requests that do not finish in time after that are cut off, and a
+/// warning is logged. Returns the times by which the rest of the service must have ended.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -65,7 +67,7 @@ pub async fn serve(
     let (waiting, mut by_address) = (Waiting::default(), ByAddress::new(max.by_address));
     let refusals = Seldom::default();
     let mut tasks = JoinSet::new();
-    // The most connections since memory was last given back.
+    // The most connections since `give_back` last ticked.
     let mut peak = 0;
     let mut give_back = interval(GIVE_BACK_EVERY);
 
@@ -73,7 +75,8 @@ pub async fn serve(
     pin!(stopped);
     let schedule = loop {
         let (stream, peer) = select! {
-            // One connection more than the maximum is accepted, and then another connection is closed.
+            // One connection more than the maximum is accepted, and then another connection is closed to make
+            // room for it.
             accepted = listener.accept(), if tasks.len() <= max.in_all => accepted,
             Some(_) = tasks.join_next() => continue,
             _ = give_back.tick() => {
@@ -87,7 +90,10 @@ pub async fn serve(
         };
         let Some((among_its_own, has_made_room)) = by_address.enter(peer.ip()) else {
             if refusals.is_due() {
-                tracing::warn!(most = max.by_address, "refused a connection: all of its address are busy");
+                tracing::warn!(
+                    most = max.by_address,
+                    "refused a connection: all connections of its address are busy"
+                );
             }
             continue;
         };
@@ -100,10 +106,11 @@ pub async fn serve(
         tasks.spawn(async move {
             let [in_all, by_address] = &places;
             select! {
-                // `must_go` is checked first, so that the connection does not begin a request and then drop it.
+                // `must_go` is checked first, so that the connection does not begin a request and then drop
+                // it.
                 biased;
                 () = in_all.must_go() => tracing::debug!("a connection made room for another one"),
-                () = by_address.must_go() => tracing::debug!("a connection made room for one of its address"),
+                () = by_address.must_go() => tracing::debug!("a connection made room for one of its own address"),
                 () = connections.serve(stream, peer, &places) => {}
             }
         });
@@ -114,7 +121,7 @@ pub async fn serve(
     let finished = async { while tasks.join_next().await.is_some() {} };
     if timeout_at(schedule.finish_by, finished).await.is_err() {
         tracing::warn!("requests in flight are cut off at the deadline");
-        // When requests are dropped, their spans end, and can still be sent.
+        // Dropping the requests ends their spans, so these spans can still be sent.
         tasks.shutdown().await;
     }
     schedule
@@ -129,9 +136,9 @@ struct Connections {
 }
 
 impl Connections {
-    /// Serves a connection until it is closed. Until the headers of its first request are complete, only their
-    /// bytes are held in memory. hyper's buffers and state, which take several times as much as most requests,
-    /// are allocated after that.
+    /// Serves a connection until it is closed. Until the headers of the first request are complete, only the
+    /// bytes of these headers are held in memory. hyper's buffers and state are allocated after that, because
+    /// they take several times as much memory as most requests.
     async fn serve(self, mut stream: TcpStream, peer: SocketAddr, places: &[Arc<Place>; 2]) {
         let head = timeout(HEADER_TIMEOUT, head::read(&mut stream, MAX_BUFFER, self.shutdown.stopped()));
         if let Ok(Some(head)) = head.await {
@@ -149,7 +156,7 @@ impl Connections {
             async move {
                 let mut answer = answer.await?;
                 if is_last {
-                    // A client that reuses connections then opens a new one, to another instance.
+                    // A client that reuses connections then opens a new connection, to another instance.
                     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 drop(has_request);

@@ -1,6 +1,7 @@
-//! Lets an operator handle the spool of an instance of api that no longer runs: `api spool list|drain|export`.
+//! Lets an operator handle the spool of an instance that no longer runs: `api spool list|drain|export`.
 //!
-//! Only one process can open a spool at a time, so these commands refuse the spool of an instance that runs.
+//! Only one process can open a spool at a time, so these commands refuse the spool of an instance that is
+//! still running.
 
 use crate::{
     config::{Config, SpoolCommand},
@@ -23,15 +24,15 @@ const MAX_READ: usize = 512;
 /// Carries out the command, and prints its result.
 ///
 /// # Errors
-/// If the spool can't be opened or read, or if the broker does not take its logins.
+/// If the spool can't be opened or read, or if the broker does not confirm its logins.
 pub async fn run(config: &Config, command: SpoolCommand) -> anyhow::Result<()> {
     let directory = config.data_dir.display();
     // Opening a missing spool would create an empty one.
     ensure!(config.data_dir.join(SPOOL_FILE).exists(), "there is no spool in {directory}");
     let spool = match Spool::open(&config.data_dir, config.spool_capacity()) {
         Err(OpenSpoolError::InUse) => bail!(
-            "another process uses the spool in {directory}; if it is an api, it publishes the logins itself, and \
-             its /readyz says how many there are"
+            "another process uses the spool in {directory}; if that process is an api, it publishes the logins \
+             itself, and its /readyz says how many are left"
         ),
         spool => spool.with_context(|| format!("opening the spool in {directory}"))?,
     };

@@ -1,7 +1,7 @@
 //! A connection that is served and watched for a reset at the same time. A client that has sent its whole
-//! request may close its half of the connection and wait for the answer (RFC 9112, section 9.6), so the request
-//! goes on. After a reset, nobody waits for the answer, so the request ends. hyper would not notice a reset,
-//! because it does not read during a request.
+//! request may close its half of the connection and wait for the answer (RFC 9112, section 9.6), so the
+//! request goes on. After a reset, nobody waits for the answer, so the request ends. hyper would not notice a
+//! reset, because it does not read during a request.
 
 use std::{
     io::{self, IoSlice},
@@ -24,7 +24,7 @@ impl Stream {
         Self(Arc::new(stream))
     }
 
-    /// Waits until the client has reset the connection, or the connection has failed otherwise.
+    /// Waits until the client has reset the connection, or the connection has failed in another way.
     pub async fn failed(&self) {
         let _ = self.0.ready(Interest::ERROR).await;
     }

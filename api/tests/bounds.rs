@@ -33,8 +33,8 @@ const OF_HTTP2: usize = 1024;
 const ALL: [Propagator; 5] =
     [Propagator::TraceContext, Propagator::Baggage, Propagator::B3, Propagator::B3Multi, Propagator::Jaeger];
 
-/// Reads a legal context that is longer than api passes on. As much of it as possible is kept, in the
-/// characters that take the most room in JSON.
+/// Reads a legal context that is longer than the context that api passes on. As much of it as possible is
+/// kept. The values of its tracestate consist of the character that takes the most room in JSON.
 fn largest() -> Context {
     let mut headers = HashMap::new();
     headers.set("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned());
@@ -57,11 +57,11 @@ async fn the_largest_context_fits_into_each_hop_with_room_to_spare() {
     assert!((MAX_TRACESTATE - 20..=MAX_TRACESTATE).contains(&tracestate), "{tracestate}");
     assert!((MAX_BAGGAGE - 20..=MAX_BAGGAGE).contains(&baggage), "{baggage}");
 
-    // A caller's request has room for at least twice these headers.
+    // The buffer for a caller's request has room for at least twice these headers.
     let size: usize = context.iter().map(|(name, value)| name.len() + value.len()).sum();
     assert!(size * 2 <= MAX_BUFFER, "{size}");
 
-    // The headers of a call are counted as HTTP/2 counts them. They leave a quarter of the room free.
+    // The size of a call's headers is calculated as HTTP/2 does it. A quarter of the largest size stays free.
     let kept = Arc::new(Mutex::new(HeaderMap::new()));
     let seen = kept.clone();
     let channel = service_fn(move |request: Request<Body>| {
@@ -82,8 +82,8 @@ async fn the_largest_context_fits_into_each_hop_with_room_to_spare() {
     let size: usize = seen.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
     assert!((size + OF_HTTP2) * 4 / 3 <= MAX_HEADERS as usize, "{size}");
 
-    // The properties of a message leave room for those that retries add. An entry in the spool holds the
-    // context once.
+    // The properties of a message leave room for the properties that retries add. An entry in the spool
+    // contains the context only once.
     let message = Message::new(&cx, "0".repeat(36), "13800138000".to_owned().try_into().unwrap());
     let properties = message.properties(SystemTime::now());
     let written = gen_properties(&properties)(WriteContext::from(Vec::new())).unwrap().write.len();

@@ -46,7 +46,7 @@ impl SpanProcessor for Keep {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        self.0.0.lock().expect("no panic while it is held").push(span);
+        self.0.0.lock().expect("no panic while the lock is held").push(span);
     }
 
     fn force_flush(&self) -> OTelSdkResult {
@@ -58,12 +58,12 @@ impl SpanProcessor for Keep {
     }
 }
 
-/// Returns the only span that ended with this name.
+/// Returns the only ended span that has this name.
 fn span(name: &str) -> SpanData {
-    let ended = ENDED.0.lock().expect("no panic while it is held");
+    let ended = ENDED.0.lock().expect("no panic while the lock is held");
     let mut named = ended.iter().filter(|span| span.name == name);
     let (Some(span), None) = (named.next(), named.next()) else {
-        panic!("not one {name}: {ended:#?}");
+        panic!("not exactly one span is named {name}: {ended:#?}");
     };
     span.clone()
 }
@@ -86,7 +86,8 @@ fn request(path: &str) -> Request<Body> {
     Request::get(path).header("host", "api").body(Body::empty()).expect("a request")
 }
 
-/// Checks that `answer` is this problem, in the trace of the span with this name, and that the span says why.
+/// Checks that `answer` is this problem and belongs to the trace of the span with this name. The span must
+/// have this `error.type`.
 async fn assert_refused(answer: Response, span_name: &str, status: u16, kind: &str, error_type: &str) {
     let (head, body) = answer.into_parts();
     let body = axum::body::to_bytes(body, 10_000).await.expect("a body");
@@ -163,7 +164,7 @@ async fn of_layers_in_a_row_the_first_listed_sees_a_request_first_and_its_answer
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = |what: &'static str| {
         let seen = seen.clone();
-        move || seen.lock().expect("no panic while it is held").push(what)
+        move || seen.lock().expect("no panic while the lock is held").push(what)
     };
     let (first, first_back) = (log("first"), log("first, back"));
     let (second, second_back) = (log("second"), log("second, back"));
@@ -189,7 +190,7 @@ async fn of_layers_in_a_row_the_first_listed_sees_a_request_first_and_its_answer
     );
     layered(routes, LIMITS).oneshot(request("/order")).await.unwrap();
     assert_eq!(
-        *seen.lock().expect("no panic while it is held"),
+        *seen.lock().expect("no panic while the lock is held"),
         ["first", "second", "handler", "second, back", "first, back"]
     );
 }
@@ -206,7 +207,7 @@ fn client(
     let seen = Seen::default();
     let kept = seen.clone();
     let channel = service_fn(move |request: Request<tonic::body::Body>| {
-        let mut kept = kept.lock().expect("no panic while it is held");
+        let mut kept = kept.lock().expect("no panic while the lock is held");
         kept.push(request.headers().clone());
         let answer = Status::new(outcome(kept.len()), "").into_http::<tonic::body::Body>();
         async { Ok::<_, Infallible>(answer) }
@@ -256,9 +257,9 @@ async fn a_client_has_one_span_around_all_attempts_and_one_deadline() {
     assert_eq!(span.span_kind, SpanKind::Client);
     assert_eq!(span.events.iter().filter(|event| event.name == "retry").count(), 2);
     let id = span.span_context.span_id().to_string();
-    let seen = seen.lock().expect("no panic while it is held");
-    // Retries are inside of the span, so each attempt carries its id. They are also inside of the deadline, so
-    // each attempt has less time than the one before.
+    let seen = seen.lock().expect("no panic while the lock is held");
+    // Retries are inside the span, so each attempt carries the span's id. Retries are also inside the
+    // deadline, so each attempt has less time than the attempt before it.
     assert_eq!(seen.len(), 3);
     assert!(seen.iter().all(|headers| headers["traceparent"].to_str().unwrap().contains(&id)), "{seen:?}");
     let micros = |headers: &HeaderMap| {

@@ -51,7 +51,7 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
     let meter = telemetry::meter("mq", env!("CARGO_PKG_VERSION"));
     let messages = |name| meter.u64_counter(name).with_unit("{message}").build();
     Metrics {
-        // The bounds, in seconds, go from the usual time to the time after an outage.
+        // The histogram's bounds, in seconds, range from the usual time to the time after an outage.
         time_in_queue: meter
             .f64_histogram("throughline.message.time_in_queue")
             .with_unit("s")
@@ -66,21 +66,21 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
 pub struct Attempts<S> {
     /// The service that processes a login.
     pub processing: S,
-    /// Where redeliveries are counted.
+    /// The login history, which also counts redeliveries.
     pub history: History,
-    /// Publishes messages that failed.
+    /// Publishes failed messages to their next queue.
     pub forwarder: Forwarder,
     /// The names of the queues.
     pub topology: Topology,
     /// How consumer spans relate to producer spans.
     pub relation: Relation,
-    /// The pause after each attempt but the last.
+    /// The pause after each attempt except the last.
     pub retry_delays: Vec<Duration>,
-    /// The broker, as spans name it.
+    /// The broker, as it is named in spans.
     pub broker: Broker,
 }
 
-/// The deliveries that were taken together.
+/// The deliveries that were taken together, as one chunk.
 #[derive(Debug, Clone, Copy)]
 pub struct Chunk {
     /// The number of these deliveries.
@@ -98,7 +98,7 @@ pub enum Redelivered {
     Once,
     /// The message was delivered several times without a result, so it may have killed the process.
     Suspect {
-        /// The number of redeliveries that are counted on disk, without this one.
+        /// The number of redeliveries that are counted on disk, not including this redelivery.
         counted: i64,
     },
 }
@@ -107,7 +107,7 @@ pub enum Redelivered {
 pub enum Outcome {
     /// The delivery only has to be acknowledged.
     Settled,
-    /// The message must first be published to another queue ([`Attempts::hand_on`]), which also ends its span.
+    /// The message must first go to another queue. [`Attempts::hand_on`] sends it there and ends its span.
     Failed(Failed),
 }
 
@@ -123,9 +123,9 @@ pub struct Failed {
 
 #[derive(Clone, Copy)]
 enum Fate {
-    /// The message has another attempt, after this time.
+    /// The message gets another attempt after this time.
     Retry(Duration),
-    /// The message has no further attempt. It is kept with the reason, so that an operator can look at it.
+    /// The message gets no further attempt. It is kept with the reason, so that an operator can look at it.
     DeadLetter(&'static str),
 }
 
@@ -133,8 +133,8 @@ impl<S> Attempts<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
 {
-    /// Finds out how often the message was delivered without a result. The first time is marked on disk before
-    /// this returns, so that the message is a suspect if this delivery has no result either.
+    /// Finds out how often the message was delivered without a result. The first redelivery is marked on disk
+    /// before this function returns, so that the message is a suspect if this delivery has no result either.
     pub async fn redelivered(&self, delivery: &Delivery) -> Redelivered {
         if !delivery.redelivered {
             return Redelivered::No;
@@ -143,7 +143,7 @@ where
         match self.history.mark_redelivery(key).await {
             Ok(0) => Redelivered::Once,
             Ok(counted) => Redelivered::Suspect { counted },
-            // The database will also refuse the count, and then the message fails.
+            // The database will also refuse to count this redelivery, and then the message fails.
             Err(Refused { .. }) => Redelivered::Suspect { counted: 0 },
         }
     }
@@ -173,7 +173,7 @@ where
         let (builder, parent) = self.relation.consumer_span("mq_consumer_msg", producer);
         let mut span = TRACER.build_with_context(builder.with_attributes(attributes), &parent);
         if let Some(published_at) = properties::published_at(&delivery.properties) {
-            // By the local clock, the time of publishing may be in the future.
+            // By this machine's clock, the time of publishing may be in the future.
             let time = published_at.elapsed().unwrap_or_default();
             span.set_attribute(milliseconds(semconv::MESSAGE_TIME_IN_QUEUE, time));
             METRICS.time_in_queue.record(time.as_secs_f64(), &[]);
@@ -238,10 +238,10 @@ where
         }
     }
 
-    /// Returns the message's id, and the key under which its redeliveries are counted. Both are the id that the
-    /// producer gave the message. Without such an id, both are derived from the content and the producer's
-    /// span, which are the same for each delivery. Without a span either, a second delivery can't be
-    /// distinguished from another login, so the id is random, and only the key is derived.
+    /// Returns the message's id, and the key under which its redeliveries are counted. Both are the id that
+    /// the producer gave the message. Without such an id, both are derived from the message's content and the
+    /// producer's span, which are the same for each delivery. If there is no producer's span either, a second
+    /// delivery can't be distinguished from another login, so the id is random, and only the key is derived.
     async fn identity(&self, delivery: &Delivery) -> (String, String) {
         if let Some(id) = own_id(&delivery.properties) {
             return (id.clone(), id);
@@ -273,7 +273,7 @@ where
         let delay = usize::try_from(attempt - 1).ok().and_then(|i| self.retry_delays.get(i));
         let fate = match delay.filter(|_| !is_final) {
             Some(delay) => {
-                tracing::info!(attempt, reason, ?delay, "an attempt failed, another follows: {text}");
+                tracing::info!(attempt, reason, ?delay, "an attempt failed, and another will follow: {text}");
                 Fate::Retry(*delay)
             }
             None => {

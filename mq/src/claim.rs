@@ -1,8 +1,10 @@
-//! Claims the queue for one history, so that two instances of mq with different databases can't both apply logins.
+//! Claims the queue for one history, so that two instances of mq with different databases can't both apply
+//! logins.
 //!
-//! The claim is an exchange that routes nothing. Its name belongs to the queue, and its argument
-//! `alternate-exchange` names the history. The broker compares that argument when an exchange is declared
-//! again. It accepts the claim of the same history, and refuses that of another (406 PRECONDITION_FAILED).
+//! The claim is an exchange that routes nothing. Its name is derived from the name of the queue, and its
+//! argument `alternate-exchange` names the history. The broker compares that argument when an exchange is
+//! declared again. It accepts a claim of the same history, and refuses a claim of another history (406
+//! PRECONDITION_FAILED).
 
 use amqp::{OpenError, Topology};
 use lapin::{
@@ -33,8 +35,9 @@ fn explained(error: lapin::Error, queue: &str, claim: &str) -> OpenError {
             if *answer.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
         {
             OpenError::Refused(format!(
-                "the queue {queue} belongs to another history, so logins that it has would be applied again; use \
-                 the database of the other instances of mq, or, if that is lost, delete the exchange {claim}"
+                "the queue {queue} belongs to another history, and logins recorded there would be applied again; \
+                 use the database of the other instances of mq, or delete the exchange {claim} if that database \
+                 is lost"
             ))
         }
         _ => OpenError::Connection(error),

@@ -25,13 +25,13 @@ pub struct Config {
     #[command(flatten)]
     pub amqp: amqp::Arguments,
 
-    /// How many messages the broker may send before they are acknowledged.
+    /// How many unacknowledged messages the broker may send to mq.
     #[arg(long, env = "MQ_PREFETCH", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
 
     /// The time from the start of one chunk of deliveries to the start of the next. Deliveries gather
-    /// meanwhile, so that their logins share a commit. The maximum is 1s. With 0s, or after a full chunk, there
-    /// is no wait.
+    /// meanwhile, so that their logins share a commit. The maximum is 1s. With 0s, or after a full chunk,
+    /// there is no wait.
     #[arg(long, env = "MQ_COMMIT_INTERVAL", default_value = "10ms", value_parser = commit_interval)]
     pub commit_interval: Duration,
 
@@ -45,9 +45,9 @@ pub struct Config {
     #[arg(long, env = "MQ_DATABASE_URL", default_value = "sqlite://data/mq/mq.db", hide_env_values = true)]
     database_url: String,
 
-    /// How long a message that failed waits for its next attempt: after the first attempt, after the second,
-    /// and so on. If the attempt after the last delay fails, the message becomes a dead letter. With
-    /// `none`, it becomes a dead letter after the first attempt.
+    /// How long a failed message waits before its second attempt, its third attempt, and so on. If the
+    /// attempt after the last delay fails, the message becomes a dead letter. With `none`, it becomes a dead
+    /// letter after the first attempt.
     #[arg(long, env = "MQ_RETRY_DELAYS", default_value = DEFAULT_RETRY_DELAYS)]
     pub retry_delays: RetryDelays,
 
@@ -59,9 +59,9 @@ pub struct Config {
 /// What to do instead of consuming.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Ask the running service whether it is consuming; exit code 0 if it is, 1 if not.
+    /// Ask the running service whether it is consuming. The exit code is 0 if it is consuming, and 1 if not.
     Health,
-    /// Look at messages that were given up, or publish them again.
+    /// Look at dead letters, that is, messages that mq has given up, or publish them again.
     #[command(subcommand)]
     DeadLetters(DeadLetters),
 }
@@ -79,7 +79,7 @@ pub enum DeadLetters {
         #[arg(long)]
         body: bool,
     },
-    /// Publish one dead letter, or all, for a new round of attempts, and remove it from the queue.
+    /// Publish one or all dead letters for a new round of attempts, and remove them from the queue.
     #[group(required = true, multiple = false)]
     Replay {
         /// The message id of the dead letter.
@@ -98,7 +98,7 @@ impl FromStr for RetryDelays {
     type Err = String;
 
     fn from_str(list: &str) -> Result<Self, String> {
-        /// The most delays, because each one needs a queue.
+        /// The largest number of delays. It is limited, because each delay needs its own queue.
         const MOST: usize = 16;
         /// The longest delay that a queue's `x-message-ttl` can hold.
         const LONGEST: Duration = Duration::from_millis(u32::MAX as u64);
@@ -118,7 +118,7 @@ impl FromStr for RetryDelays {
     }
 }
 
-/// Reads an interval. It has a bound, because each login may wait this long.
+/// Reads an interval. The interval has a bound, because each login may wait this long.
 fn commit_interval(text: &str) -> Result<Duration, String> {
     match arguments::duration(text)? {
         interval if interval > Duration::from_secs(1) => Err("must be at most 1s".to_owned()),
@@ -127,7 +127,7 @@ fn commit_interval(text: &str) -> Result<Duration, String> {
 }
 
 impl Config {
-    /// Reads flags and environment variables; exits with code 2 if a value can't be used.
+    /// Reads flags and environment variables. Exits with code 2 if a value can't be used.
     pub fn load() -> Self {
         arguments::parse(|config: &Self| {
             config.amqp.server()?;

@@ -1,14 +1,15 @@
-//! The delivery loop: a connection, chunks of deliveries, acknowledgements. `attempt` processes each
-//! delivery.
+//! The delivery loop, which opens a connection, takes chunks of deliveries and acknowledges them. `attempt`
+//! processes each delivery.
 //!
 //! [`Consumer::run`] opens a session, that is, a connection that consumes, and opens another one when that
-//! connection is lost. A session takes the waiting deliveries as one chunk, and lets the next deliveries gather
-//! for a few milliseconds. It processes all deliveries of a chunk at the same time, so that the history commits
-//! them together. Only messages that are redelivered for the second time or more are processed after the others,
-//! one at a time, because one of them may have killed the process. A delivery that succeeded is acknowledged at once. A
-//! delivery that failed is handed on, that is, published to a retry queue or to the dead-letter queue, and
-//! acknowledged after that. The loop goes on meanwhile, so that a failed delivery does not delay others.
-//! When the service stops, the session takes no more deliveries, and finishes those that have come.
+//! connection is lost. A session takes the waiting deliveries as one chunk, and lets the next deliveries
+//! gather for a few milliseconds. It processes all deliveries of a chunk at the same time, so that the
+//! history commits them together. But messages that are redelivered for at least the second time are
+//! processed after the others, one at a time, because one of them may have killed the process. A delivery
+//! that succeeded is acknowledged at once. A delivery that failed is handed on, that is, published to a retry
+//! queue or to the dead-letter queue, and acknowledged after that. The loop goes on meanwhile, so that a
+//! failed delivery does not delay others. When the service stops, the session takes no more deliveries, and
+//! finishes those that have arrived.
 //!
 //! ```text
 //!   delivered ──▶ processing ──▶ settled ──────────────────────▶ acknowledged
@@ -53,13 +54,13 @@ const MAX_CHUNK: usize = 64;
 pub struct Consumer<S> {
     /// The broker.
     pub server: Server,
-    /// How many messages the broker may send before they are acknowledged.
+    /// How many unacknowledged messages the broker may send to mq.
     pub prefetch: u16,
     /// The time from the start of one chunk to the start of the next, in which deliveries gather.
     pub commit_interval: Duration,
     /// Processes each delivery.
     pub attempts: Attempts<S>,
-    /// Is told whether there is a connection that consumes.
+    /// Reports whether there is a connection that is consuming.
     pub consuming: watch::Sender<bool>,
 }
 
@@ -67,14 +68,15 @@ impl<S> Consumer<S>
 where
     S: Service<Login, Response = Processed, Error: Into<BoxError>> + Clone,
 {
-    /// Consumes until `stop` is ready and the deliveries that have come by then are finished. Connects again
-    /// as often as needed.
+    /// Consumes until `stop` is ready and the deliveries that have arrived by then are finished. Connects
+    /// again as often as needed.
     pub async fn run(&self, stop: impl Future<Output = ()>) {
         let stop = stop.shared();
         let broker = &self.attempts.broker;
         let mut backoff = Backoff::new();
         let mut failures = Failures::default();
-        // This process has bound the queue, so that other producers' messages reach the queue.
+        // Whether this process has bound the queue to the exchange, through which other producers' messages
+        // reach the queue.
         let mut has_bound = false;
         // The id of the history is known only once the database has been available.
         let history = select! {
@@ -105,7 +107,8 @@ where
         }
     }
 
-    /// Runs one connection to its end. Returns `Ok` if `stop` ended it, and otherwise why it ended.
+    /// Consumes on one connection until the connection ends. Returns `Ok` if `stop` ended it, and otherwise
+    /// an error that says why it ended.
     async fn session(
         &self,
         (connection, channel, deliveries): (lapin::Connection, Channel, lapin::Consumer),
@@ -116,7 +119,7 @@ where
         let ended = select! {
             biased;
             ended = self.consume(&channel, deliveries, stop) => ended,
-            () = lost(&connection) => Err(anyhow!("it ended while deliveries were processed")),
+            () = lost(&connection) => Err(anyhow!("it ended while deliveries were being processed")),
         };
         self.consuming.send_replace(false);
         if ended.is_ok() {
@@ -161,7 +164,7 @@ where
         stop: impl Future<Output = ()> + Clone,
     ) -> anyhow::Result<()> {
         let tag = deliveries.tag();
-        // Deliveries that have come in the meantime are taken together.
+        // All deliveries that are waiting are taken together.
         let mut deliveries = deliveries.ready_chunks(MAX_CHUNK);
         let hand_on = async |(delivery, failed): (Delivery, Failed)| {
             self.attempts.hand_on(&delivery, failed).await;
@@ -169,7 +172,7 @@ where
         };
         // Deliveries that failed are handed on separately, because they must not delay the others.
         let mut handing_on = FuturesUnordered::new();
-        // Deliveries gather, because a commit costs the same for one login as for many.
+        // Deliveries gather before they are taken, because a commit costs the same for one login as for many.
         let (mut idle_since, mut not_before) = (Instant::now(), Instant::now());
         loop {
             let gathered = async {
@@ -224,7 +227,7 @@ where
     ) -> anyhow::Result<Vec<(Delivery, Failed)>> {
         let deliveries = chunk.into_iter().collect::<lapin::Result<Vec<_>>>()?;
         let chunk = Chunk { size: deliveries.len(), pause };
-        // All deliveries are looked up at the same time, so that the history commits their marks together.
+        // All redeliveries are marked at the same time, so that the history commits the marks together.
         let redelivered =
             join_all(deliveries.iter().map(|delivery| self.attempts.redelivered(delivery))).await;
         let (mut suspects, together): (Vec<_>, Vec<_>) = deliveries
@@ -245,8 +248,8 @@ where
             }
         }
         if all_before && failed.is_empty() {
-            // One acknowledgement for all is cheaper for both sides. But it includes all earlier deliveries, so
-            // none of those may still be unacknowledged.
+            // One acknowledgement for all is cheaper for both sides. But it also acknowledges all earlier
+            // deliveries, so none of these may still be unfinished.
             if let Some(last) = settled.last() {
                 acknowledge(channel, last, true).await?;
             }
@@ -255,8 +258,8 @@ where
                 acknowledge(channel, &delivery, false).await?;
             }
         }
-        // One of these messages may have killed the process. They are processed one by one, so that it is known
-        // which one did. Those with the fewest redeliveries come first.
+        // One of these messages may have killed the process. They are processed one by one, to find out which
+        // message did that. Messages with the fewest redeliveries come first.
         suspects.sort_by_key(|(_, redelivered)| *redelivered);
         for (delivery, redelivered) in suspects {
             match self.attempts.process(&delivery, redelivered, chunk).await {

@@ -1,8 +1,8 @@
 //! Lets an operator handle messages that were given up: `mq dead-letters list|show|replay`.
 //!
-//! AMQP has no way to look into a queue. So all messages are taken without an acknowledgement, and go back in
-//! the end. (A quorum queue appends those that come back, so their order is kept only if all are taken.) Until
-//! then, nobody else gets these messages.
+//! AMQP has no way to look into a queue. So each command takes all messages without acknowledging them, and
+//! gives them back at the end. (A quorum queue appends messages that come back, so their order is kept only
+//! if all messages are taken.) Until then, no other consumer gets these messages.
 
 use crate::{
     attempt,
@@ -139,7 +139,7 @@ impl Replay {
             if message_id.is_some_and(|wanted| !letter.has_id(wanted)) {
                 continue;
             }
-            self.publish(letters, &letter).await.with_context(|| format!("after {count} messages"))?;
+            self.publish(letters, &letter).await.with_context(|| format!("after {count} replays"))?;
             count += 1;
             writeln!(io::stdout(), "replayed {}", letter.message_id())?;
         }
@@ -172,7 +172,8 @@ impl Replay {
         }
         cx.span().end();
         published?;
-        // If this fails, the message is in both queues. If it has an id of its own, its login is applied only once.
+        // If this fails, the message is in both queues. If the message has its own id, its login is applied
+        // only once.
         let acked = letters.channel.basic_ack(letter.delivery_tag, BasicAckOptions::default()).await;
         acked.context("acknowledging the dead letter, which was published but may still be in its queue")?;
         letters.taken -= 1;
@@ -185,7 +186,7 @@ struct Letters {
     channel: Channel,
     queue: String,
     left: u32,
-    /// Messages that were taken and not acknowledged.
+    /// The number of messages that were taken and not acknowledged.
     taken: u32,
 }
 
@@ -196,8 +197,8 @@ impl Letters {
         Ok(Self { channel, queue, left, taken: 0 })
     }
 
-    /// Takes the next dead letter. A replayed message may soon be back in the queue, but it is not among
-    /// these.
+    /// Takes the next dead letter that was in the queue at the start. A replayed message that is already back
+    /// in the queue is not one of these.
     async fn next(&mut self) -> anyhow::Result<Option<Letter>> {
         let Some(left) = self.left.checked_sub(1) else {
             return Ok(None);
@@ -209,9 +210,10 @@ impl Letters {
         Ok(got.map(|message| Letter(message.delivery)))
     }
 
-    /// Gives back the messages that were taken and not replayed, in their order. (Messages that go back because
-    /// the connection ends come back to a quorum queue in another order.) Waits until the queue has them again,
-    /// because a quorum queue answers before it has them, and the next command might not see them.
+    /// Gives back the messages that were taken and not replayed, in their order. (If the end of the
+    /// connection gave them back, a quorum queue would put them in another order.) Waits until the queue has
+    /// the messages again, because a quorum queue answers before that, and the next command might not see
+    /// them.
     async fn give_back(&self) {
         let everything = BasicNackOptions { multiple: true, requeue: true };
         let given_back = async {
@@ -226,7 +228,7 @@ impl Letters {
     }
 }
 
-/// Returns the number of messages that wait in a queue.
+/// Returns the number of messages that are waiting in a queue.
 async fn waiting(channel: &Channel, queue: &str) -> lapin::Result<u32> {
     let passive = QueueDeclareOptions { passive: true, ..Default::default() };
     let declared = channel.queue_declare(queue.into(), passive, FieldTable::default()).await?;

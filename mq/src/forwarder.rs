@@ -1,7 +1,7 @@
 //! Publishes messages again. The broker confirms each copy before mq acknowledges the original.
 //!
 //! The forwarder has its own connection, because a broker that is short of memory or disk stops reading from
-//! connections that publish, and would then not read the acknowledgements on them.
+//! connections that publish. On a shared connection, it would then not read mq's acknowledgements.
 
 use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed};
 use lapin::BasicProperties;
@@ -21,7 +21,7 @@ pub struct Forwarder {
     server: Server,
     topology: Topology,
     retry_delays: Vec<Duration>,
-    /// The session is opened with the first message, and anew after a failure.
+    /// The session, which is opened for the first message, and opened again after a failure.
     session: Mutex<Option<Session>>,
     /// The refused declarations, which are logged once for all messages.
     failures: Mutex<Failures>,
@@ -39,8 +39,8 @@ impl Forwarder {
         self.server.frame_max()
     }
 
-    /// Publishes a message again and again until the broker has confirmed it. So the queue may hold the message
-    /// more than once.
+    /// Publishes a message again and again until the broker has confirmed it. So the queue may hold several
+    /// copies of the message.
     pub async fn publish_until_confirmed(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         let mut backoff = Backoff::new();
         let mut was_told = false;
@@ -56,16 +56,17 @@ impl Forwarder {
         }
     }
 
-    /// Publishes a message to a queue; returns once the broker has confirmed it.
+    /// Publishes a message to a queue. Returns once the broker has confirmed the message.
     ///
     /// # Errors
-    /// If the broker did not confirm it. The broker may have the message nevertheless.
+    /// If the broker did not confirm the message. The broker may have the message nevertheless.
     pub async fn publish(&self, queue: &str, properties: BasicProperties, body: &[u8]) -> anyhow::Result<()> {
-        // Only one message is published at a time. With several unconfirmed messages, lapin may take the
-        // return of one for the return of another, and a message that no queue took would count as confirmed.
+        // Only one message is published at a time. With several unconfirmed messages, lapin may mistake the
+        // return of one message for the return of another, and a message that no queue took would count as
+        // confirmed.
         let mut current = self.session.lock().await;
-        // Take the session. After a failure, the next message opens another session, which declares the
-        // queues again, because they may have been deleted.
+        // Take the session, so that it is gone if publishing fails. The next message then opens another
+        // session, which declares the queues again, because they may have been deleted.
         let mut session = match current.take() {
             Some(session) => session,
             None => Session::open(&self.server, CLIENT_ID, &self.topology, &self.retry_delays).await?,

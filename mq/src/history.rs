@@ -1,7 +1,7 @@
-//! The login history in SQLite. Other modules hold a [`History`]; the connection is in `database`.
+//! The login history in SQLite. Other modules use a [`History`]. The connection is in the module `database`.
 //!
-//! Callers that come at the same time share a transaction (group commit). Making a transaction durable is
-//! expensive, and costs the same for one change as for fifty.
+//! Changes that are requested at the same time share a transaction (group commit). Making a transaction
+//! durable is expensive, and costs the same for one change as for fifty.
 
 mod database;
 
@@ -51,8 +51,8 @@ struct Request {
 }
 
 impl History {
-    /// Opens the database in the background, and again whenever it fails. If the returned task panics, the
-    /// history can't be used any more.
+    /// Starts the history. The database is opened in the background, and opened again whenever it fails. If
+    /// the returned task panics, the history can't be used any more.
     pub fn start(options: SqliteConnectOptions) -> (Self, JoinHandle<()>) {
         let (requests, receiver) = mpsc::channel(MAX_GROUP);
         let (sender, available) = watch::channel(false);
@@ -66,16 +66,17 @@ impl History {
         self.available.clone()
     }
 
-    /// Returns the secret of this history, once the database has been available.
+    /// Waits until the database has been available, and returns the secret of this history.
     pub async fn secret(&self) -> Secret {
         match self.secret.clone().wait_for(Option::is_some).await.map(|secret| *secret) {
             Ok(Some(secret)) => secret,
-            // The task has panicked or the runtime ends, so the process is ending.
+            // The task has panicked, or the runtime is shutting down, so the process is ending.
             _ => future::pending().await,
         }
     }
 
-    /// Records a login and counts it, unless that was done before. The login is durable when this returns.
+    /// Records a login and counts it, unless that was done before. The login is durable when this function
+    /// returns.
     ///
     /// # Errors
     /// If the database refuses this login.
@@ -84,8 +85,8 @@ impl History {
         Ok(if recorded == 0 { Processed::Duplicate } else { Processed::Applied })
     }
 
-    /// Marks that a message was delivered again, if no redelivery is counted yet. Returns how many redeliveries
-    /// were counted before, so 0 if the message was not marked yet.
+    /// Marks a message as redelivered, unless redeliveries of it are already counted. Returns how many
+    /// redeliveries were counted before, which is 0 if the message was not marked yet.
     ///
     /// # Errors
     /// If the database refuses this message.
@@ -93,8 +94,8 @@ impl History {
         self.commit(Change::MarkRedelivery(message_id)).await
     }
 
-    /// Counts that a message was delivered again because the delivery before had no result. Returns how often
-    /// that has happened.
+    /// Counts one more redelivery of a message whose previous delivery had no result. Returns how many
+    /// redeliveries are counted now.
     ///
     /// # Errors
     /// If the database refuses this message.
@@ -115,27 +116,29 @@ impl History {
         let sent = self.requests.send(Request { change, reply }).await;
         match (sent, answer.await) {
             (Ok(()), Ok(answer)) => answer,
-            // The task has panicked or the runtime ends, so the process is ending.
+            // The task has panicked, or the runtime is shutting down, so the process is ending.
             _ => future::pending().await,
         }
     }
 }
 
-/// Commits the requested changes, until nobody can request any more.
+/// Commits the requested changes, until no more can be requested.
 async fn keep(
     mut database: Database,
     mut requests: mpsc::Receiver<Request>,
     available: watch::Sender<bool>,
     secret: watch::Sender<Option<Secret>>,
 ) {
-    // Try before there is a request, so that health checks tell the truth from the start.
+    // Try to open the database before there is a request, so that health checks tell the truth from the
+    // start.
     commit(&mut database, &[], &available).await;
     secret.send_replace(database.secret());
     let mut group = Vec::new();
-    // Also try when there is no request for a while, because the file may have been deleted.
+    // Also check the database when there has been no request for a while, because its file may have been
+    // deleted.
     while timeout(CHECK, requests.recv_many(&mut group, MAX_GROUP)).await != Ok(0) {
-        // If a caller is gone, its message will be delivered again, and must not be counted twice for one
-        // delivery.
+        // If a caller is gone, its message will be delivered again. Its change is dropped, because one
+        // redelivery must not be counted twice.
         group.retain(|request| !request.reply.is_closed());
         let (changes, replies): (Vec<_>, Vec<_>) = group.drain(..).map(|r| (r.change, r.reply)).unzip();
         let answers = commit(&mut database, &changes, &available).await;
@@ -190,7 +193,7 @@ mod tests {
         fs::write(&folder, "").unwrap();
         let url = format!("sqlite://{}/mq.db", folder.display());
         let (history, _) = History::start(parse_url(&url).unwrap());
-        // The first try, which has no request, begins before any of these.
+        // The first attempt, which has no request, begins before any of these calls.
         for _ in 0..30 {
             let counted = history.count_redelivery("id".to_owned());
             assert!(timeout(Duration::from_millis(1), counted).await.is_err());

@@ -37,7 +37,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::{BoxError, Service, ServiceBuilder};
 
 /// Makes the service that processes a login. Layers are added here, the outermost first. Each layer sees
-/// every attempt, inside of the attempt's span.
+/// every attempt, inside the attempt's span.
 pub fn processing_stack(
     history: History,
 ) -> impl Service<Login, Response = Processed, Error: Into<BoxError>> + Clone {
@@ -108,7 +108,7 @@ async fn report(
             _ = shutdown.begun(), if serving => Ok(()),
         };
         if changed.is_err() || serving != can_consume {
-            // The process is ending; it will not be ready again.
+            // The process is ending, so it will not be ready again.
             std::future::pending::<()>().await;
         }
     }

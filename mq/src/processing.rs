@@ -1,4 +1,4 @@
-//! Processes a login. Nothing here knows how the login came.
+//! Processes a login. Nothing in this module knows how the login arrived.
 
 use crate::history::{History, Login, Processed, Refused};
 use futures_util::future::BoxFuture;

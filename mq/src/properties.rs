@@ -1,5 +1,5 @@
-//! The properties of a message: what a consumer reads from them, and how they change when the message is
-//! published again, to a retry queue, to the dead-letter queue or back.
+//! Reads the properties of a message, and makes the properties with which the message is published again: to
+//! a retry queue, to the dead-letter queue, or back to the main queue.
 
 use amqp::properties::{BODY_CUT, PERSISTENT, UNREADABLE, fit, header, integer};
 use lapin::{
@@ -12,14 +12,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Returns which attempt this delivery is, counted from 1. The header may hold anything, because every
-/// publisher can write it.
+/// Returns the number of this attempt, counted from 1. The header may hold anything, because every publisher
+/// can write it.
 pub fn attempt(properties: &BasicProperties) -> u32 {
     let attempt = header(properties, ATTEMPT).and_then(integer).unwrap_or(1);
     u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
 }
 
-/// Whether these properties replace the message's own, which can't be read ([`amqp::inbound`]).
+/// Whether these properties replace the message's own properties, which can't be read ([`amqp::inbound`]).
 pub fn are_unreadable(properties: &BasicProperties) -> bool {
     header(properties, UNREADABLE).is_some()
 }
@@ -60,11 +60,11 @@ pub fn time_in_spool(properties: &BasicProperties) -> Option<i64> {
     header(properties, TIME_IN_SPOOL).and_then(integer).filter(|milliseconds| *milliseconds >= 0)
 }
 
-/// Makes the properties with which a message is published again. They are the message's own
-/// properties and `headers`, without those that the broker would act upon:
+/// Makes the properties with which a message is published again. They are the message's own properties and
+/// `headers`, without those that the broker would act on:
 ///
 /// - `expiration`, because a dead letter must stay. RabbitMQ also removes `expiration` from its dead letters.
-/// - `user-id`, because the broker refuses any user but that of the connection.
+/// - `user-id`, because the broker refuses any user except that of the connection.
 /// - the headers `CC` and `BCC`, because they would send each copy to more queues.
 ///
 /// If there is no room for all headers in a frame of `frame_max` bytes, the longest of the message's own
@@ -104,9 +104,10 @@ pub fn again<'a>(
     fit(kept.with_headers(own_headers(original, &added)), &added, frame_max.saturating_sub(X_DEATH))
 }
 
-/// Returns the headers of `original` that may stay beside those in `added`.
+/// Returns the headers of `original` that are kept in addition to those in `added`.
 fn own_headers(original: &BasicProperties, added: &[(&str, AMQPValue)]) -> FieldTable {
-    // In this header, a quorum queue counts the deliveries of a message. A copy is a new message.
+    // The header in which a quorum queue counts the deliveries of a message. It is left out, because the copy
+    // is a new message.
     const DELIVERY_COUNT: &str = "x-delivery-count";
     const LEFT_OUT: [&str; 6] =
         ["CC", "BCC", DELIVERY_COUNT, ATTEMPT, DEAD_LETTER_REASON, DEAD_LETTER_ATTEMPTS];

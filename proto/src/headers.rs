@@ -5,12 +5,12 @@
 /// property `timestamp` counts whole seconds.
 pub const PUBLISHED_AT: &str = "x-published-at-ms";
 
-/// How long the login was in api's spool before it was published, in milliseconds (long-long-int). The header is
-/// missing if the login was not in the spool.
+/// How long the login was in api's spool before it was published, in milliseconds (long-long-int). The header
+/// is missing if the login was not in the spool.
 pub const TIME_IN_SPOOL: &str = "x-time-in-spool-ms";
 
-/// Which attempt at processing this delivery is (long-int); 1 if the header is missing. We count attempts
-/// ourselves, because the broker's own count in `x-death` differs between its versions.
+/// The number of this attempt to process the message (long-int). It is 1 if the header is missing. mq counts
+/// the attempts itself, because the broker's own count in `x-death` differs between versions of RabbitMQ.
 pub const ATTEMPT: &str = "x-attempt";
 
 /// Why a message became a dead letter: a short name, as in `error.type` of its last span.

@@ -1,4 +1,4 @@
-//! The contracts between the services: what crosses a process boundary is defined here, once.
+//! The contracts between the services. Everything that crosses a process boundary is defined here, once.
 //!
 //! - [`usercenter::v1`]: the gRPC API, from `usercenter/v1/usercenter.proto`
 //! - [`login`]: the message that `api` publishes and `mq` consumes
@@ -13,7 +13,7 @@ pub mod topology;
 pub mod usercenter {
     /// Version 1: client, server trait and messages.
     ///
-    /// Generated from `usercenter/v1/usercenter.proto`; after a change there, run
+    /// Generated from `usercenter/v1/usercenter.proto`. After a change to that file, run
     /// `UPDATE=1 cargo test -p proto --test generated`.
     #[allow(missing_docs, clippy::all)]
     pub mod v1 {

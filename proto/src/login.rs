@@ -1,4 +1,4 @@
-//! The login message: what `api` publishes after a login, and `mq` consumes.
+//! The login message, which `api` publishes after a login, and `mq` consumes.
 //!
 //! The body of the message keeps the shape of the Go original, trace context included, so that Go services
 //! built on that original can read our messages, and we can read theirs:
@@ -7,7 +7,7 @@
 //! {"Carrier":{"Traceparent":["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]},"Msg":"13800138000"}
 //! ```
 //!
-//! We write exactly this form, but read other forms as well: see [`LoginMessage::from_json`].
+//! We write exactly this form, but [`LoginMessage::from_json`] also reads other forms.
 
 use opentelemetry::propagation::{Extractor, Injector};
 use serde::{Deserialize, Serialize};
@@ -75,7 +75,7 @@ pub enum LoginMessageError {
 }
 
 impl LoginMessageError {
-    /// A short name of bounded cardinality, for `error.type` and the dead-letter header.
+    /// Returns a short name of bounded cardinality, for `error.type` and the dead-letter header.
     pub fn reason(self) -> &'static str {
         match self {
             Self::NotAnObject => "not_a_json_object",
@@ -94,10 +94,10 @@ impl LoginMessage {
 
     /// Reads the carrier and the mobile number of a body, as tolerantly as is safe.
     ///
-    /// It accepts member names that begin with an upper-case or lower-case letter, header names in any case, a
+    /// Accepts member names that begin with an upper-case or lower-case letter, header names in any case, a
     /// bare string instead of an array, a missing or null carrier, and unknown members. A malformed carrier
     /// counts as an empty one, because it must never keep the message from being processed. The carrier is
-    /// returned even if the message is unreadable, so that the failure is seen in the right trace.
+    /// returned even if the message is unreadable, so that the failure appears in the right trace.
     pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<MobileNumber, LoginMessageError>) {
         let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
             return (HeaderCarrier::default(), Err(LoginMessageError::NotAnObject));

@@ -11,8 +11,8 @@ pub const ROUTING_KEY: &str = "user.login";
 /// copies with that key would also go to [`QUEUE`].
 pub const COPY_ROUTING_KEY: &str = "user.login.copy";
 
-/// The durable queue that `api` publishes to, through the default exchange, and that `mq` consumes. Dead letters
-/// are in another queue, whose name has `.dead` at the end.
+/// The durable queue that `api` publishes to, through the default exchange, and that `mq` consumes. Dead
+/// letters are in another queue, whose name has `.dead` at the end.
 pub const QUEUE: &str = "mq.user_login";
 
 /// The default of `MQ_RETRY_DELAYS`: how long a failed message waits before each further attempt. The delays

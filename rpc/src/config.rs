@@ -29,8 +29,8 @@ pub struct Config {
     #[arg(long, env = "USERCENTER_MAX_IN_FLIGHT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_in_flight: u32,
 
-    /// The age at which a client is asked to close its connection. The client then opens a new one, which a
-    /// load balancer may send to another instance.
+    /// The age of a connection at which its client is asked to close it. The client then opens a new
+    /// connection, which a load balancer may send to another instance.
     #[arg(
         long,
         env = "USERCENTER_MAX_CONNECTION_AGE",
@@ -60,12 +60,12 @@ pub struct Config {
 /// What to do instead of serving.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum Command {
-    /// Ask the running service whether it is ready; exit code 0 if it is, 1 if not.
+    /// Ask the running service whether it is ready. The exit code is 0 if it is ready, and 1 if not.
     Health,
 }
 
 impl Config {
-    /// Reads flags and environment variables; exits with code 2 if a value can't be used.
+    /// Reads flags and environment variables. Exits with code 2 if a value can't be used.
     pub fn load() -> Self {
         arguments::parse(|config: &Self| config.shutdown.check().and(config.tls().map(drop)))
     }

@@ -1,4 +1,4 @@
-//! Holds the users, for now three of them, in memory.
+//! Holds the users in memory. For now, there are three of them.
 
 /// Somebody who may log in.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -33,7 +33,7 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Asks the service that listens on `config.listen` whether it is ready, over TLS if the service uses TLS.
 ///
 /// # Errors
-/// If it does not answer within two seconds, or is not serving.
+/// If the service does not answer within two seconds, or is not serving.
 pub async fn health(config: &Config) -> anyhow::Result<()> {
     let Some(tls) = config.tls().map_err(anyhow::Error::msg)? else {
         return serving::health::probe(config.listen).await;
@@ -46,7 +46,7 @@ pub async fn health(config: &Config) -> anyhow::Result<()> {
 /// Serves on `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the server fails. Calls that had to be cut off are logged, and are not an error.
+/// If the server fails. Calls that are cut off at shutdown are logged, and are not an error.
 pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) -> anyhow::Result<()> {
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<UsercenterServer<Service>>().await;
@@ -68,8 +68,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .serve_with_incoming_shutdown(incoming, shutdown.stopped().map(drop));
     let mut server = Box::pin(server);
 
-    // After the signal, load balancers that ask for the instance ("") learn that it is not ready any more.
-    // Those that ask for the service learn that only later.
+    // After the signal, load balancers that ask for the health of the instance (the name "") learn that it is
+    // no longer ready. Load balancers that ask for the health of the service learn this only later.
     let ends = async {
         let schedule = shutdown.begun().await;
         health_reporter.set_service_status("", ServingStatus::NotServing).await;
@@ -85,7 +85,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
     health_reporter.set_not_serving::<UsercenterServer<Service>>().await;
     tokio::select! {
         served = server => served.context("serving gRPC"),
-        // Connections may stay open, because a peer does not answer HTTP/2's GOAWAY, or watches the health.
+        // A connection may stay open because its peer does not answer HTTP/2's GOAWAY, or is watching the
+        // health.
         () = in_flight.ended() => Ok(()),
         () = sleep_until(schedule.finish_by) => {
             tracing::warn!("calls in flight were cut off at the deadline");

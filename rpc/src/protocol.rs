@@ -1,4 +1,5 @@
-//! Refuses requests that are not gRPC, which tonic would treat as calls, and corrects a status of tonic's.
+//! Refuses requests that are not gRPC, because tonic would treat them as calls. Also corrects one of tonic's
+//! statuses.
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use std::{
@@ -8,8 +9,8 @@ use std::{
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
-/// Refuses requests that are not gRPC, as the specification says (gRPC over HTTP/2, "Requests"): a method other
-/// than POST with 405, another content type with 415. A call whose message is too large ends with
+/// Refuses requests that are not gRPC, as the specification says (gRPC over HTTP/2, "Requests"). A method
+/// other than POST gets 405, and another content type gets 415. A call whose message is too large ends with
 /// RESOURCE_EXHAUSTED instead of tonic's OUT_OF_RANGE.
 #[derive(Clone)]
 pub struct ProtocolLayer;

@@ -1,4 +1,4 @@
-//! The gRPC API of the directory. Nothing here is about tracing, because a layer does that ([`crate::layers`]).
+//! The gRPC API of the directory. Nothing here traces, because a layer does that ([`crate::layers`]).
 
 use crate::directory::Directory;
 use proto::{
@@ -14,7 +14,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Makes a service over these users.
+    /// Makes a service that looks users up in `directory`.
     pub fn new(directory: Directory) -> Self {
         Self { directory }
     }

@@ -30,7 +30,7 @@ impl SpanProcessor for Ended {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        self.0.lock().expect("no panic while it is held").push(span);
+        self.0.lock().expect("no panic while the lock is held").push(span);
     }
 
     fn force_flush(&self) -> OTelSdkResult {
@@ -42,7 +42,7 @@ impl SpanProcessor for Ended {
     }
 }
 
-/// Panics, unless the mobile number is empty.
+/// A service whose method panics, unless the mobile number is empty.
 struct Panics;
 
 #[tonic::async_trait]
@@ -76,7 +76,7 @@ async fn a_panic_is_internal_closes_its_span_frees_its_place_and_leaves_the_conn
     assert!(!status.message().contains("on purpose"));
     call("").await.unwrap();
 
-    let spans = ended.0.lock().expect("no panic while it is held");
+    let spans = ended.0.lock().expect("no panic while the lock is held");
     let value = |span: &SpanData, key: &str| {
         let found = span.attributes.iter().find(|attribute| attribute.key.as_str() == key);
         found.map(|attribute| attribute.value.to_string()).unwrap_or_default()

@@ -1,5 +1,5 @@
-//! Copies of logins for other consumers, on a connection of their own. A login never waits for its copy, and a
-//! copy that can't be published is dropped.
+//! Publishes copies of logins for other consumers, on a separate connection. A login never waits for its
+//! copy, and a copy that can't be published is dropped.
 
 use super::message::Message;
 use amqp::{
@@ -16,21 +16,22 @@ use tokio::sync::mpsc;
 /// The name of the connection on the broker.
 const CLIENT_ID: &str = "api-copies";
 
-/// The most rounds whose copies wait to be published.
+/// The largest number of rounds whose copies are waiting to be published.
 const MAX_WAITING: usize = 16;
 
 /// Takes messages that the broker has confirmed, and publishes copies of them.
 pub struct Copies(mpsc::Sender<Vec<Message>>);
 
 impl Copies {
-    /// Connects in the background, and again whenever the connection breaks.
+    /// Starts publishing. Connects to the broker in the background, and connects again whenever the
+    /// connection breaks.
     pub fn start(server: Server, topology: Topology) -> Self {
         let (sender, rounds) = mpsc::channel(MAX_WAITING);
         tokio::spawn(publish(server, topology, rounds));
         Self(sender)
     }
 
-    /// Hands over the messages of a round, which are dropped if too many rounds wait already.
+    /// Hands over the messages of a round. They are dropped if too many rounds are already waiting.
     pub fn send(&self, round: Vec<Message>) {
         let _ = self.0.try_send(round);
     }
@@ -61,7 +62,7 @@ async fn open(server: &Server, topology: &Topology) -> Result<(Connection, Chann
     Ok((connection, channel))
 }
 
-/// Publishes until nobody hands over any more messages.
+/// Publishes the copies of each round until [`Copies`] is dropped.
 async fn publish_rounds(
     channel: &Channel,
     exchange: &str,

@@ -1,19 +1,20 @@
 //! Runs the one task that publishes all messages. It decides whether a message goes to the broker or to the
 //! spool, and publishes the entries of the spool, so that no message overtakes an earlier one.
 //!
-//! The task opens a session, that is, a connection to the broker, and publishes in rounds. As long as the spool
-//! has entries, a round takes the oldest of them, and new messages are appended to the spool. When the spool is
-//! empty, a round takes the messages that came during the last round. A round ends when the broker has
-//! confirmed all of its messages, and only then does the next one begin. So the outcome of a round is known for
-//! all of its messages, and a message that comes after the answer to another message is sent after it.
-//! If a round takes longer than a tenth of `PUBLISH_TIMEOUT`, it is overdue, and new messages go to the spool.
+//! The task opens a session, that is, a connection to the broker, and publishes in rounds. As long as the
+//! spool has entries, a round takes the oldest of them, and new messages are appended to the spool. When the
+//! spool is empty, a round takes the messages that arrived during the previous round. A round ends when the
+//! broker has confirmed all of its messages. Only then does the next round begin. So all messages of a round
+//! have the same outcome, and a message that arrives after an earlier message was answered is also sent after
+//! that message. If a round takes longer than a tenth of `PUBLISH_TIMEOUT`, the round is overdue, and new
+//! messages go to the spool.
 //!
 //! If a round fails, its messages go to the spool, or stay there, and the session ends. After a pause the
 //! task opens another session. Until then, new messages go to the spool. When the service stops, the task
 //! publishes the rest of the spool, if there is a session, and ends.
 //!
-//! A message that the broker does not accept, even alone in its round, must not stop all later messages. It is
-//! set aside, that is, it stays in the spool, but is not published again before the next start.
+//! A message that the broker does not accept, even alone in its round, must not stop all later messages. Such
+//! a message is set aside, that is, it stays in the spool, but is not published again before the next start.
 //!
 //! ```text
 //!   connecting ──────▶ publishing the spool ──────▶ publishing directly
@@ -53,15 +54,15 @@ pub struct PublishOptions {
     pub copies: bool,
 }
 
-/// The broker, as far as the dispatcher knows.
+/// The state of the broker, as far as the dispatcher knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BrokerState {
     /// The broker takes messages.
     Connected,
     /// There is no connection.
     Away,
-    /// The broker refuses the declaration of a queue. The refusal does not end by itself, so every login would
-    /// go to the spool until the spool is full.
+    /// The broker refuses the declaration of a queue. The refusal does not end by itself, so every login
+    /// would go to the spool until the spool is full.
     Refuses,
 }
 
@@ -88,7 +89,7 @@ pub struct Dispatcher {
 /// Publishes rounds.
 struct RoundPublisher {
     topology: Topology,
-    /// Bounds the wait for the confirms of a round.
+    /// The longest wait for the confirms of a round.
     timeout: Duration,
     /// How long a round may take before logins stop waiting for its end.
     patience: Duration,
@@ -114,12 +115,12 @@ impl RoundPublisher {
     }
 }
 
-/// The spool, and how much of it is published.
+/// The spool, and how much of it has been published.
 struct Backlog {
     spool: Spool,
-    /// The spool was empty when it was last read, and nothing was appended since.
+    /// Whether the spool was empty when it was last read, with nothing appended since then.
     is_empty: bool,
-    /// Entries up to this number are confirmed, or set aside.
+    /// All entries up to this number are confirmed or set aside.
     confirmed: u64,
     /// The number of entries in the next round. It is small after a failure, because a slow network may not
     /// carry many entries in time.
@@ -192,7 +193,7 @@ impl Dispatcher {
         self.backlog.spool.close().await;
     }
 
-    /// Tries to open a session until that succeeds; `None` if the dispatcher is stopped before.
+    /// Tries to open a session until that succeeds. Returns `None` if the dispatcher is stopped before that.
     async fn connect(&mut self) -> Option<Session> {
         let Self { server, publisher, requests, stopped, broker_state, backlog, backoff, log } = self;
         let connected = async {
@@ -216,13 +217,13 @@ impl Dispatcher {
         backlog.append_until(connected, WhySpooled::NotConnected, requests, stopped).await
     }
 
-    /// Waits between two sessions; `None` if the dispatcher is stopped before.
+    /// Waits between two sessions. Returns `None` if the dispatcher is stopped before the wait is over.
     async fn pause(&mut self) -> Option<()> {
         let Self { requests, stopped, backlog, backoff, .. } = self;
         backlog.append_until(backoff.pause(), WhySpooled::NotConnected, requests, stopped).await
     }
 
-    /// Waits until the broker takes messages again; `None` if the dispatcher is stopped before.
+    /// Waits until the broker takes messages again. Returns `None` if the dispatcher is stopped before that.
     async fn unblocked(&mut self, session: &mut Session) -> Option<()> {
         let Self { requests, stopped, backlog, .. } = self;
         backlog.append_until(session.unblocked(), Unconfirmed::Blocked.into(), requests, stopped).await
@@ -243,7 +244,8 @@ impl Dispatcher {
         }
     }
 
-    /// Publishes a round of waiting logins directly. If they are not confirmed, they go to the spool.
+    /// Publishes a round of waiting logins directly. If the round is not confirmed, its logins go to the
+    /// spool.
     async fn publish_next(&mut self, session: &mut Session) -> Result<(), End> {
         let mut round = Vec::new();
         select! {
@@ -273,8 +275,9 @@ impl Dispatcher {
         }
     }
 
-    /// Publishes a round from the spool. Logins that come meanwhile are appended to the spool. But logins
-    /// that come during the last round wait for its end. Otherwise, under load, the spool would never be empty.
+    /// Publishes a round from the spool. Logins that arrive meanwhile are appended to the spool. But logins
+    /// that arrive during the spool's last round wait until that round ends. Otherwise, the spool would never
+    /// become empty under load.
     async fn publish_backlog(&mut self, session: &mut Session) -> Result<(), End> {
         let Self { backlog, requests, publisher, .. } = self;
         let entries = backlog.next().await.ok_or(End::Spool)?;
@@ -290,7 +293,7 @@ impl Dispatcher {
         let messages = entries.iter().map(|(_, message)| message);
         let published = backlog.wait_for(publisher.publish(session, messages), patience, requests).await;
         if let (Err(Unconfirmed::NotAccepted), [(number, message)]) = (published, &*entries) {
-            // The message was alone in its round, so the broker does not accept this message.
+            // The message was alone in its round, so it is this message that the broker does not accept.
             let message_id = message.id();
             tracing::error!(
                 message_id,
@@ -306,9 +309,10 @@ impl Dispatcher {
 }
 
 impl Backlog {
-    /// Waits for the end of a round. Logins that come meanwhile also wait. But once the round takes longer than
-    /// `patience`, they go to the spool, if it takes them. Otherwise a broker that does not answer would fill the
-    /// room for requests in flight with waiting logins, and further logins would be refused.
+    /// Waits for the end of a round. Logins that arrive meanwhile also wait for it. Once the round has taken
+    /// longer than `patience`, these logins go to the spool, if the spool takes logins. Otherwise, a broker
+    /// that does not answer would let waiting logins reach the limit on requests in flight, and further
+    /// logins would be refused.
     async fn wait_for(
         &mut self,
         round: impl Future<Output = Result<(), Unconfirmed>>,
@@ -327,8 +331,8 @@ impl Backlog {
         }
     }
 
-    /// Waits for an event. Logins that come meanwhile go to the spool, for the reason `why`. Returns `None` if
-    /// the dispatcher is stopped before the event.
+    /// Waits for an event. Logins that arrive meanwhile go to the spool, for the reason `why`. Returns `None`
+    /// if the dispatcher is stopped before the event.
     async fn append_until<T>(
         &mut self,
         event: impl Future<Output = T>,
@@ -355,7 +359,7 @@ impl Backlog {
         });
     }
 
-    /// Reads the entries of the next round; `None` if they can't be read.
+    /// Reads the entries of the next round. Returns `None` if they can't be read.
     async fn next(&self) -> Option<Vec<(u64, Message)>> {
         self.spool.read(self.confirmed, self.round).await
     }
@@ -378,14 +382,15 @@ impl Backlog {
     }
 }
 
-/// Logs each change once, however long an outage lasts.
+/// Logs each change of the connection's state once, however long an outage lasts.
 struct Log {
     broker: Broker,
     /// The failures to connect since the last session that was logged.
     failures: Failures,
-    /// The session has published something.
+    /// Whether the current session has published something.
     is_useful: bool,
-    /// A session published nothing. The next sessions may do the same, so they are not logged.
+    /// Whether a session has ended without publishing anything. The next sessions may do the same, so they
+    /// are not logged.
     is_fruitless: bool,
 }
 
@@ -419,7 +424,8 @@ impl Log {
         if !self.is_fruitless {
             tracing::warn!(broker = %self.broker, reason, "lost the connection to the broker");
         }
-        // A session that broke may have had nothing to publish, so it does not count as fruitless.
+        // A session whose connection broke may have had nothing to publish, so it does not count as
+        // fruitless.
         let broke = matches!(end, End::Trouble(Unconfirmed::ConnectionBroken | Unconfirmed::Blocked));
         self.is_fruitless |= !self.is_useful && !broke;
     }

@@ -1,5 +1,6 @@
-//! A login message. In memory and in the spool, it holds its trace context and the mobile number only once. It
-//! is encoded when it is published, so a message from the spool has the same form as one that is sent directly.
+//! A login message. In memory and in the spool, it holds its trace context and the mobile number only once.
+//! The message is encoded when it is published, so a message from the spool has the same form as a message
+//! that is sent directly.
 
 use amqp::properties::PERSISTENT;
 use lapin::{
@@ -28,15 +29,15 @@ pub struct Message {
     /// Whether the message was read from the spool.
     #[serde(skip)]
     was_spooled: bool,
-    /// The trace context of its producer span.
+    /// The trace context of the producer span.
     headers: Carrier,
     /// The mobile number of the user who logged in.
     #[serde(alias = "body", deserialize_with = "mobile")]
     mobile: MobileNumber,
 }
 
-/// Reads the mobile number. An entry that an earlier version wrote has the whole body instead, which holds the
-/// number.
+/// Reads the mobile number. An entry that an earlier version of api wrote has the whole message body in place
+/// of the number, and the number is in that body.
 fn mobile<'de, D: Deserializer<'de>>(entry: D) -> Result<MobileNumber, D::Error> {
     let text = String::deserialize(entry)?;
     let (_, in_body) = LoginMessage::from_json(text.as_bytes());
@@ -72,8 +73,8 @@ impl Message {
         UNIX_EPOCH + Duration::from_secs(self.taken_at) + Duration::from_millis(self.taken_at_ms.into())
     }
 
-    /// Returns the body of the message. The context travels twice: in the headers for every consumer, and in
-    /// the body for the Go original.
+    /// Returns the body of the message. The trace context travels twice: in the headers for every consumer,
+    /// and in the body for the Go original.
     pub fn body(&self) -> Vec<u8> {
         let mut carrier = HeaderCarrier::default();
         for (name, value) in &self.headers.0 {
@@ -109,7 +110,7 @@ impl Message {
         serde_json::to_vec(self).expect("strings are always JSON")
     }
 
-    /// Decodes a message from the spool; `None` if the bytes are not a message.
+    /// Decodes a message from the spool. Returns `None` if the bytes are not a message.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let message: Self = serde_json::from_slice(bytes).ok()?;
         Some(Self { was_spooled: true, ..message })

@@ -1,7 +1,8 @@
 //! Delivers messages to the broker, or writes them to the spool on disk and delivers them later, in order.
 //!
-//! - `message`: the message, encoded once; `outcome`: how it was published, or why not
-//! - `dispatch`: the one task that sends all messages, to the broker, or to the spool and then to the broker
+//! - `message`: the message; `outcome`: how the message was published, or why not
+//! - `dispatch`: the one task that sends all messages, to the broker directly, or to the spool and then to
+//!   the broker
 //! - `spool`: the file of messages that the broker has not confirmed
 
 mod copies;
@@ -25,7 +26,8 @@ pub use message::Message;
 pub use outcome::{PublishError, Published, WhySpooled};
 pub use spool::{Capacity, FILE as SPOOL_FILE, OpenSpoolError, Spool};
 
-/// The largest number of messages in the channel to the dispatcher. Further messages wait until it has room.
+/// The largest number of messages in the channel to the dispatcher. Further messages wait until the channel
+/// has room.
 const MAX_WAITING: usize = 1024;
 
 /// Takes messages. All clones share one connection to the broker.
@@ -36,7 +38,7 @@ pub struct Outbox {
 }
 
 struct Shared {
-    /// The longest time that publishing may take, the spool included.
+    /// The longest time that publishing may take, including the write to the spool.
     limit: Duration,
     broker: watch::Receiver<BrokerState>,
     spool: spool::State,
@@ -45,17 +47,17 @@ struct Shared {
 /// Whether logins can be published now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Readiness {
-    /// The broker takes messages.
+    /// Whether the broker takes messages.
     pub broker: bool,
-    /// The broker does not refuse the declaration of a queue.
+    /// False if the broker refuses the declaration of a queue.
     pub topology: bool,
-    /// The spool has room, and its disk works.
+    /// Whether the spool has room, and its disk works.
     pub spool: bool,
-    /// Logins in the spool.
+    /// The number of logins in the spool.
     pub spooled: u64,
     /// The bytes of these logins.
     pub bytes: u64,
-    /// The time since the oldest of these logins was taken; zero if there is none.
+    /// The time since the oldest of these logins was taken, or zero if the spool is empty.
     pub age: Duration,
 }
 
@@ -67,7 +69,8 @@ impl Readiness {
 }
 
 impl Outbox {
-    /// Connects in the background, and again whenever the connection breaks.
+    /// Starts publishing. Connects to the broker in the background, and connects again whenever the
+    /// connection breaks.
     pub fn start(
         server: Server,
         topology: Topology,
@@ -113,15 +116,15 @@ impl Outbox {
     /// Publishes a message. If the future is dropped, the message may be published nevertheless.
     ///
     /// # Errors
-    /// If the broker has not confirmed the message, and it could not be written to disk either.
+    /// If the broker has not confirmed the message, and the message could not be written to disk either.
     pub async fn publish(&self, message: Message) -> Result<Published, PublishError> {
         let (done, outcome) = oneshot::channel();
         let handed_over = async {
             self.requests.send(Request { message, done }).await.ok()?;
             outcome.await.ok()
         };
-        // Without an outcome, nobody knows whether the message was published, because the disk hangs or the
-        // service is ending.
+        // If there is no outcome, the disk hangs or the service is ending, and nobody knows whether the
+        // message was published.
         timeout(self.shared.limit, handed_over).await.ok().flatten().unwrap_or(Err(PublishError::SpoolFailed))
     }
 }
@@ -154,8 +157,8 @@ pub struct Publishing {
 }
 
 impl Publishing {
-    /// Waits until the task or the spool's thread panics. Returns which of them did. If nobody waited for this,
-    /// logins would be refused while `/readyz` still reported the last state.
+    /// Waits until the task or the spool's thread panics. Returns which of the two panicked. If nobody waited
+    /// for a panic, logins would be refused while `/readyz` still reported the last state.
     pub async fn failed(&mut self) -> &'static str {
         match (&mut self.task).await {
             Err(_) => "the dispatcher",
@@ -168,7 +171,7 @@ impl Publishing {
     /// Publishes the logins in the spool until `deadline`, if there is a connection. The rest stays in the
     /// spool for the next start. Call this when no more logins will come.
     pub async fn close(mut self, deadline: Instant) {
-        // Sending fails only if the task has ended by itself, which it has no reason to do.
+        // Sending fails only if the task has already ended, and then it needs no signal.
         let _ = self.stop.send(());
         if timeout_at(deadline, &mut self.task).await.is_err() {
             self.task.abort();

@@ -5,7 +5,7 @@
 pub enum Published {
     /// The broker has the login.
     Confirmed,
-    /// The login is on disk, because the broker did not confirm it, and will be published later.
+    /// The login is in the spool on disk, and will be published later.
     Spooled(WhySpooled),
 }
 
@@ -29,13 +29,13 @@ pub enum PublishError {
     /// The broker has not confirmed the login, and the spool has no room.
     #[error("the spool is full")]
     SpoolFull,
-    /// The broker has not confirmed the login, which could not be written to disk either.
+    /// The broker has not confirmed the login, and the login could not be written to disk either.
     #[error("the spool failed")]
     SpoolFailed,
 }
 
 impl WhySpooled {
-    /// A short name, for spans and metrics.
+    /// Returns a short name for spans and metrics.
     pub fn reason(self) -> &'static str {
         match self {
             Self::NotConnected => "not_connected",
@@ -46,7 +46,7 @@ impl WhySpooled {
 }
 
 impl PublishError {
-    /// A short name, for spans and metrics.
+    /// Returns a short name for spans and metrics.
     pub fn error_type(self) -> &'static str {
         match self {
             Self::SpoolFull => "spool_full",

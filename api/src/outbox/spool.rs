@@ -1,9 +1,8 @@
-//! Keeps on disk, in order and up to a bound, the logins that the broker has not confirmed. A login is
-//! synced to disk before its caller is answered. `dispatch` appends logins, and reads and removes those that
-//! it publishes.
+//! Keeps unconfirmed logins on disk, in order and up to a bound. A login is synced to disk before its caller
+//! gets an answer. `dispatch` appends logins, and reads and removes those that it publishes.
 //!
-//! A separate thread does the work, because a sync blocks. All logins that come during one sync are written
-//! by the next sync, so many waiting logins share a sync. The file is in `store`.
+//! A separate thread does the work, because a sync blocks. All logins that arrive during one sync are written
+//! by the next sync, so many waiting logins share a sync. The module `store` reads and writes the file.
 
 mod store;
 
@@ -28,7 +27,8 @@ pub use store::{Capacity, FILE, OpenSpoolError};
 /// The largest number of commands in one transaction.
 const MAX_TOGETHER: usize = 4096;
 
-/// The open spool. When it is dropped, its thread carries out the commands that were sent, and closes the file.
+/// The open spool. When it is dropped, its thread carries out the commands that were sent, and then closes
+/// the file.
 pub struct Spool {
     commands: mpsc::Sender<Command>,
     state: State,
@@ -36,7 +36,7 @@ pub struct Spool {
     closed: future::Shared<oneshot::Receiver<()>>,
 }
 
-/// The state of the spool that everybody may read.
+/// The part of the spool's state that other threads may read.
 #[derive(Clone, Default)]
 pub struct State(Arc<Shared>);
 
@@ -49,7 +49,7 @@ struct Shared {
     takes: AtomicBool,
 }
 
-/// Is called with the outcome, or dropped if nobody knows the outcome.
+/// The callback of an append. It is called with the outcome, or dropped if nobody knows the outcome.
 type OnAppended = Box<dyn FnOnce(Result<(), PublishError>) + Send>;
 
 enum Command {
@@ -60,22 +60,22 @@ enum Command {
 }
 
 impl State {
-    /// Logins in the spool.
+    /// Returns the number of logins in the spool.
     pub fn entries(&self) -> u64 {
         self.0.entries.load(Relaxed)
     }
 
-    /// Bytes of the logins in the spool.
+    /// Returns the bytes of the logins in the spool.
     pub fn bytes(&self) -> u64 {
         self.0.bytes.load(Relaxed)
     }
 
-    /// Logins in the spool that were set aside.
+    /// Returns the number of logins in the spool that were set aside.
     pub fn set_aside(&self) -> u64 {
         self.0.set_aside.load(Relaxed)
     }
 
-    /// Returns the time since the oldest login in the spool was taken; zero if the spool is empty.
+    /// Returns the time since the oldest login in the spool was taken, or zero if the spool is empty.
     pub fn age(&self) -> Duration {
         let oldest = *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner);
         // The clock may have been set back.
@@ -89,7 +89,8 @@ impl State {
 }
 
 impl Spool {
-    /// Opens the file in this directory, and makes both if they are missing. Only this user may read them.
+    /// Opens the spool's file in this directory. Makes the directory and the file if they are missing,
+    /// readable only by the user of this process.
     ///
     /// # Errors
     /// If the file can't be opened, is in use by another process, or is damaged.
@@ -124,7 +125,7 @@ impl Spool {
         }
     }
 
-    /// Returns the state of the spool that everybody may read.
+    /// Returns the part of the spool's state that other threads may read.
     pub fn state(&self) -> State {
         self.state.clone()
     }
@@ -139,21 +140,22 @@ impl Spool {
         let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
     }
 
-    /// Returns up to `count` entries after this number, in order. Entries whose append was requested before this
-    /// call are taken into account.
+    /// Returns up to `count` entries after this number, in order. The result includes entries whose append
+    /// was requested before this call.
     pub async fn read(&self, after: u64, count: usize) -> Option<Vec<(u64, Message)>> {
         let (entries, read) = oneshot::channel();
         let _ = self.commands.send(Command::Read { after, count, entries });
         read.await.ok()?.ok()
     }
 
-    /// Sets an entry aside. It is then not removed with others, and is published again at the next start.
+    /// Sets an entry aside. [`Spool::remove`] then keeps this entry, which is published again at the next
+    /// start.
     pub fn set_aside(&self, number: u64) {
         let _ = self.commands.send(Command::SetAside { number });
     }
 
-    /// Has the thread remove all entries up to this number, except for those that were set aside. Until they
-    /// are removed, they take up room.
+    /// Makes the thread remove all entries up to this number, except for those that were set aside. An entry
+    /// takes up room until it is removed.
     pub fn remove(&self, through: u64) {
         let _ = self.commands.send(Command::Remove { through });
     }
@@ -169,9 +171,9 @@ impl Spool {
 struct Keeper {
     store: Store,
     state: State,
-    /// The last change failed.
+    /// Whether the last change failed.
     is_failing: bool,
-    /// A failed change was logged, and no login has been appended since then.
+    /// Whether a failed change was logged, with no login appended since then.
     is_failure_told: bool,
     is_full: bool,
     /// Entries up to this number must still be removed, because an earlier removal failed.
@@ -179,7 +181,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// Runs until nobody can send commands any more.
+    /// Carries out commands until no more can be sent.
     fn run(mut self, commands: mpsc::Receiver<Command>) {
         loop {
             match commands.recv_timeout(RETRY) {
@@ -187,8 +189,8 @@ impl Keeper {
                     let together = iter::once(first).chain(commands.try_iter().take(MAX_TOGETHER)).collect();
                     self.take(together);
                 }
-                // Try again even without commands. If no command comes, nothing else detects that the disk
-                // works again, or that the file is gone.
+                // Try again even if there is no command. Nothing else would then detect that the disk works
+                // again, or that the file is gone.
                 Err(RecvTimeoutError::Timeout) if self.is_failing || self.store.is_gone() => {
                     self.is_failing = true;
                     self.take(Vec::new());

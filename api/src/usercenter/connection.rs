@@ -15,9 +15,9 @@ use tonic::{
 };
 use tower::{Service, ServiceExt};
 
-/// A channel that gives up a silent connection. It logs why usercenter can't be reached, at most once a
-/// minute, because in an outage every call fails. The layers around it know only the gRPC status of the
-/// failure, not its cause.
+/// A channel that gives up a silent connection. It logs why usercenter can't be reached, because the layers
+/// around the channel know only the gRPC status of a failure, not its cause. It logs this at most once per
+/// minute, because every call fails during an outage.
 #[derive(Clone)]
 pub struct Connection(Arc<Shared>);
 
@@ -31,14 +31,16 @@ struct Shared {
 /// The connection for new calls.
 struct Current {
     channel: Channel,
-    /// The start of the first call since usercenter last answered; `None` if there was no call since then.
+    /// When usercenter was first called after its last answer, or `None` if it has not been called since
+    /// then.
     unanswered_since: Option<Instant>,
 }
 
 impl Connection {
     /// Makes a channel to `endpoint`. If no call has been answered for longer than `patience`, new calls get
-    /// another connection, because a connection may die without an error. HTTP/2 pings would detect that
-    /// too, but gRPC servers close a connection on which pings come more often than every five minutes.
+    /// another connection, because a connection may die without an error. HTTP/2 pings would also detect a
+    /// dead connection, but gRPC servers close a connection on which pings come more often than every five
+    /// minutes.
     pub fn new(endpoint: Endpoint, patience: Duration) -> Self {
         let current = Current { channel: endpoint.connect_lazy(), unanswered_since: None };
         let current = Mutex::new(current);

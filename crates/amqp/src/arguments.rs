@@ -12,8 +12,8 @@ use tls::PemFile;
 // It has no `Debug`, because the URL may hold a password.
 #[derive(Args)]
 pub struct Arguments {
-    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS. In place of host:port there may
-    /// be several, separated by commas, which are tried in turn.
+    /// The broker, as amqp://user:password@host:port/vhost, or amqps for TLS. In place of host:port, there
+    /// may be a list like host1:port,host2:port, whose hosts are tried in turn.
     #[arg(long, env = "AMQP_URL", default_value = DEFAULT_URL, hide_env_values = true, global = true)]
     amqp_url: String,
 
@@ -35,7 +35,7 @@ pub struct Arguments {
     #[arg(long, env = "AMQP_CLIENT_CERTIFICATE", global = true)]
     amqp_client_certificate: Option<PathBuf>,
 
-    /// For amqps: a PEM file with the key of that certificate.
+    /// For amqps: a PEM file with the key of the client certificate.
     #[arg(long, env = "AMQP_CLIENT_KEY", global = true)]
     amqp_client_key: Option<PathBuf>,
 }
@@ -60,14 +60,14 @@ impl Arguments {
         })
     }
 
-    /// Returns the names under this prefix, with the queue type that is configured.
+    /// Returns the exchange and the queues, with the configured prefix and queue type.
     pub fn topology(&self, exchange: &str, routing_key: &str, queue: &str) -> Topology {
         Topology::new(&self.amqp_prefix, exchange, routing_key, queue, self.queue_type)
     }
 }
 
-/// Reads a prefix. A name in AMQP has at most 255 bytes (0-9-1, "short strings"), and 60 of them are kept for
-/// the name of a queue, `.retry.` and a delay.
+/// Reads a prefix. A name in AMQP has at most 255 bytes (0-9-1, "short strings"), and 60 of them are reserved
+/// for the name of a queue, `.retry.` and a delay.
 fn prefix(prefix: &str) -> Result<String, String> {
     match prefix.len() {
         0..=195 => Ok(prefix.to_owned()),

@@ -14,7 +14,7 @@ impl Backoff {
     const LONGEST: Duration = Duration::from_secs(2);
 
     /// Starts with the shortest pause.
-    #[expect(clippy::new_without_default, reason = "there is nothing to default")]
+    #[expect(clippy::new_without_default, reason = "nothing needs a default backoff")]
     pub fn new() -> Self {
         Self { next: Self::FIRST }
     }

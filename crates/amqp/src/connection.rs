@@ -1,4 +1,4 @@
-//! Connecting to the broker, with TLS or without.
+//! Connects to the broker, with TLS or without.
 
 use crate::{
     frames::{LONGEST_FRAME, Limits},
@@ -44,8 +44,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Server {
     /// The address of each host of the broker, and the user to log in as. There is at least one host.
     pub hosts: Vec<AMQPUri>,
-    /// The number of the host that is connected to, or is tried next. It may count beyond the end of
-    /// the list, which then starts again at the first host.
+    /// The number of the current host, which is connected or is tried next. This number only grows, so beyond
+    /// the end of the list it counts from the first host again.
     pub current: Arc<AtomicUsize>,
     /// The TLS configuration, for `amqps`.
     tls: Option<TlsConnector>,
@@ -69,7 +69,7 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     // A comma in the virtual host usually comes from a list of whole URLs.
     if rest.contains("://") || path.split('?').next().is_some_and(|vhost| vhost.contains(',')) {
         return Err(
-            "expected several hosts as host:port,host:port before the virtual host, in which a comma is %2c",
+            "expected several hosts as host:port,host:port; write a comma in the virtual host as %2c",
         );
     }
     let hosts: Vec<_> = hosts.split(',').collect();
@@ -90,10 +90,11 @@ fn parse_host(url: &str, host: &str) -> Result<AMQPUri, &'static str> {
         uri.authority.host = address.to_owned();
     }
     if uri.scheme == AMQPScheme::AMQPS && ServerName::try_from(uri.authority.host.as_str()).is_err() {
-        return Err("a certificate can't have this host's name");
+        return Err("no certificate can have this host name");
     }
     if uri.vhost.len() > 255 {
-        // AMQP carries the name as a short string, and lapin panics if a short string is longer.
+        // AMQP carries the name as a short string, and lapin panics if a short string has more than 255
+        // bytes.
         return Err("expected a virtual host of at most 255 bytes");
     }
     uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
@@ -103,7 +104,7 @@ fn parse_host(url: &str, host: &str) -> Result<AMQPUri, &'static str> {
 }
 
 impl Server {
-    /// Returns the URL of the host that is connected to, or is tried next.
+    /// Returns the URL of the current host, which is connected or is tried next.
     pub fn uri(&self) -> &AMQPUri {
         &self.hosts[self.current.load(Relaxed) % self.hosts.len()]
     }
@@ -129,8 +130,9 @@ impl Server {
         Self { tls, ..self }
     }
 
-    /// On connections to this server, only the first `bytes` bytes of a longer body are passed on, and
-    /// [`BODY_CUT`](crate::properties::BODY_CUT) says so. The rest of the body is read and dropped.
+    /// Limits bodies on connections to this server. Of a longer body, only the first `bytes` bytes are passed
+    /// on, and the header [`BODY_CUT`](crate::properties::BODY_CUT) says so. The rest of the body is read and
+    /// dropped.
     pub fn with_longest_body(mut self, bytes: usize) -> Self {
         self.limits.longest_body = bytes;
         self
@@ -153,7 +155,7 @@ impl Server {
                 let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
                 Either::Right(tls.connect(name, stream).await?)
             }
-            // If the URL asks for TLS, there is never a connection without it.
+            // If the URL asks for TLS, there is never a connection without TLS.
             None if self.wants_tls() => {
                 return Err(io::Error::other("the URL is amqps, but TLS is not configured"));
             }
@@ -173,12 +175,12 @@ impl fmt::Display for Server {
     }
 }
 
-/// Opens a connection, which the broker shows as `name`. The current host is tried first, then the other hosts
-/// in turn. The connection does not recover by itself. Its owner opens a new connection, because everything
-/// that was set up on the old connection must be set up again.
+/// Opens a connection, which the broker shows as `name`. The current host is tried first, then the other
+/// hosts in turn. The connection does not recover by itself. Its owner opens a new connection, because
+/// everything that was set up on the old connection must be set up again.
 ///
 /// # Errors
-/// If each host refuses, or does not answer within five seconds.
+/// If every host refuses the connection, or does not answer within five seconds.
 pub async fn connect(server: &Server, name: &'static str) -> lapin::Result<Connection> {
     if server.hosts.len() == 1 {
         return connect_to_current(server, name).await;
@@ -232,8 +234,8 @@ async fn connect_to_current(server: &Server, name: &'static str) -> lapin::Resul
 /// # Errors
 /// If the connection is lost, or the broker does not answer within five seconds.
 pub async fn open_channel(connection: &Connection) -> lapin::Result<Channel> {
-    // If the connection is lost just now, lapin 4.12 may leave the request in the queue of a task that has
-    // ended, and never answer.
+    // If the connection is lost at this moment, lapin 4.12 may leave the request in the queue of a task that
+    // has ended, and never answer.
     let opened = timeout(CONNECT_TIMEOUT, connection.create_channel()).await;
     opened.map_err(|elapsed| lapin_error(elapsed.into())).flatten()
 }

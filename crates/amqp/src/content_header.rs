@@ -10,7 +10,7 @@ pub const MAX_DEPTH: usize = 32;
 /// follow (AMQP 0-9-1, section 4.2.3).
 pub const FRAME_HEAD: usize = 7;
 
-/// The length in bytes of class, weight and body size, which stand before the properties of a content header
+/// The length in bytes of class, weight and body size, which come before the properties of a content header
 /// (section 4.2.6.1).
 pub const CONTENT_HEAD: usize = 12;
 
@@ -74,7 +74,7 @@ pub fn check_content_header(payload: &[u8]) -> Result<(), Fault> {
 /// # Errors
 /// If the table is malformed, or nested too deep.
 pub fn check_table(bytes: &[u8]) -> Result<&[u8], Fault> {
-    // The tables and arrays around the current position: where each ends, and whether it has names.
+    // For each table or array around the current position: where it ends, and whether its values have names.
     let mut around: Vec<(usize, bool)> = Vec::new();
     let mut rest = bytes;
     let table_end = |rest: &mut &[u8]| {

@@ -22,8 +22,8 @@ use std::{
 /// The longest unreadable properties, in bytes, that are kept.
 const LONGEST_KEPT: usize = 64 * 1024;
 
-/// The longest frame in bytes that is negotiated, and that is buffered for a check. Brokers rarely allow frames
-/// above 128 KiB. A frame above this limit goes to lapin unchecked, and lapin refuses it.
+/// The longest frame in bytes that is negotiated, and that is buffered for a check. Brokers rarely allow
+/// frames above 128 KiB. A frame above this limit goes to lapin unchecked, and lapin refuses it.
 pub const LONGEST_FRAME: usize = 1024 * 1024;
 
 /// The longest frame and the longest body that are passed on to lapin.
@@ -93,8 +93,8 @@ impl Frames {
         }
     }
 
-    /// Whether the frame is inspected: it is a content header or a part of a body that is cut, and it is short
-    /// enough to be buffered.
+    /// Whether the frame is inspected. A frame is inspected if it is a content header, or a part of a body
+    /// that is cut, and if it is short enough to be buffered.
     fn is_looked_at(&self, head: &[u8; FRAME_HEAD]) -> bool {
         let is_cut = |channel| self.cut.contains_key(&channel);
         let [kind, a, b, ..] = *head;
@@ -164,7 +164,7 @@ fn size(&[_, _, _, a, b, c, d]: &[u8; FRAME_HEAD]) -> usize {
     u32::from_be_bytes([a, b, c, d]) as usize
 }
 
-/// Reads the payload of a content header; `None` if lapin can't read it.
+/// Reads the payload of a content header. Returns `None` if lapin can't read it.
 fn read(payload: &[u8]) -> Option<BasicProperties> {
     check_content_header(payload).ok()?;
     match parse_content_header(payload) {
@@ -222,7 +222,7 @@ mod tests {
         properties
     }
 
-    /// Returns the bytes that can be read if `bytes` come in pieces of this size.
+    /// Returns the bytes that pass the check if `bytes` arrive in pieces of this size.
     fn checked(bytes: &[u8], piece: usize) -> Vec<u8> {
         let mut frames = Frames::default();
         bytes.chunks(piece).for_each(|piece| frames.take(piece));
@@ -257,9 +257,9 @@ mod tests {
         for (properties, kept) in [
             (NOT_UTF8, NOT_UTF8),
             (&nested(MAX_DEPTH), &nested(MAX_DEPTH)),
-            // These would overflow the stack.
+            // So many arrays would overflow the stack.
             (&nested(20_000), b""),
-            // First a table that is longer than the frame, then an unknown type.
+            // The first table is longer than its frame, and the second one has a value of an unknown type.
             (b"\x20\0\0\0\0\x09\x01k", b"\x20\0\0\0\0\x09\x01k"),
             (b"\x20\0\0\0\0\x03\x01k?", b"\x20\0\0\0\0\x03\x01k?"),
         ] {
@@ -285,7 +285,7 @@ mod tests {
         }
     }
 
-    /// Returns frames that can be read if `bytes` come in pieces of this size, with these limits.
+    /// Returns the frames that pass the check, with these limits, if `bytes` arrive in pieces of this size.
     fn limited(bytes: &[u8], piece: usize, longest_body: usize) -> Vec<AMQPFrame> {
         let limits = Limits { frame_max: Arc::new(4096.into()), longest_body };
         let mut frames = Frames::new(limits);

@@ -1,16 +1,16 @@
 //! Checks what a broker sends before lapin reads it.
 //!
 //! RabbitMQ passes on the bytes of a message's properties, whatever the producer wrote. lapin ends the
-//! connection if a short string in the properties is not UTF-8. lapin's parser also calls itself for each table
-//! inside a table, so a few thousand nested tables overflow the stack and end the process. In both cases, the
-//! broker would deliver the message again, for ever. Therefore [`Checked`] checks each content header first. It
-//! replaces a content header that lapin can't read by one with the header
+//! connection if a short string in the properties is not UTF-8. lapin's parser also calls itself for each
+//! table inside a table, so a few thousand nested tables overflow the stack and end the process. In both
+//! cases, the broker would deliver the message again, for ever. Therefore [`Checked`] checks each content
+//! header first. It replaces a content header that lapin can't read with one that has the header
 //! [`UNREADABLE`](crate::properties::UNREADABLE), and the consumer makes a dead letter of the message.
 //!
-//! lapin also ends the connection if a content header is longer than a frame. Brokers send such content headers
-//! to a client that negotiated smaller frames than the producer. Then [`Checked`] leaves out the longest
-//! headers of the message ([`fit`](crate::properties::fit)). Finally, the producer decides how long a body is.
-//! If a body is longer than `Limits::longest_body`, [`Checked`] passes on only its start.
+//! lapin also ends the connection if a content header is longer than a frame. Brokers send such a content
+//! header to a client that negotiated smaller frames than the producer. In that case, [`Checked`] leaves out
+//! the longest headers of the message ([`fit`](crate::properties::fit)). Finally, the producer decides how
+//! long a body is. If a body is longer than `Limits::longest_body`, [`Checked`] passes on only its start.
 
 use crate::frames::{Frames, Limits};
 use async_compat::{Compat, CompatExt};
@@ -29,8 +29,8 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-/// A connection to a broker, with or without TLS. lapin treats both kinds as a connection without TLS, because
-/// lapin's own TLS would add 75 dependencies.
+/// A connection to a broker, with or without TLS. lapin treats both kinds as a connection without TLS,
+/// because lapin's own TLS would add 75 dependencies.
 pub type Socket = Compat<Either<TcpStream, TlsStream<TcpStream>>>;
 
 /// lapin's runtime, except that its connections are [`Checked`].

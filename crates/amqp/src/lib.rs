@@ -1,15 +1,15 @@
 //! What a client of RabbitMQ needs besides lapin.
 //!
 //! - [`Arguments`]: flags and environment variables
-//! - [`connection`]: connecting, with TLS or without, by a deadline; [`Backoff`]: the pause before the next try
-//! - [`opening`]: a time limit for opening a connection and declaring what it needs, and the reason if that
-//!   fails
+//! - [`connection`]: connecting, with TLS or without, by a deadline; [`Backoff`]: the pause before the next
+//!   try
+//! - [`opening`]: opens a connection and declares what it needs, within a time limit, and logs a failure
 //! - [`Session`]: publishing with confirms
 //! - [`Topology`]: a work queue with its exchange, its dead letters and its delayed retries, all of one
 //!   [`QueueType`]
 //! - [`properties`]: reading the properties of a message that anybody may have written
-//! - [`inbound`]: a connection whose content headers are checked before lapin reads them; `frames` finds these
-//!   headers, and [`content_header`] checks them
+//! - [`inbound`]: a connection whose content headers are checked before lapin reads them; `frames` finds
+//!   these headers, and [`content_header`] checks them
 
 mod arguments;
 mod backoff;

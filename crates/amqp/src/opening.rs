@@ -1,4 +1,4 @@
-//! Opens a connection with all that is set up on it, within a time limit, and logs why this failed.
+//! Opens a connection and sets up everything on it, within a time limit. Logs why that failed.
 
 use crate::connection::Server;
 use lapin::{
@@ -12,7 +12,7 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// How long it may take to open a connection with its declarations. A frozen node of a cluster may delay a
+/// How long opening a connection with its declarations may take. A frozen node of a cluster may delay a
 /// declaration for much longer, and another attempt may reach another node.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -34,7 +34,7 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Makes the error of a declaration from lapin's error.
+    /// Converts lapin's error to the error of a declaration.
     pub(crate) fn of_declaring(kind: &str, name: &str, expected: &FieldTable, error: lapin::Error) -> Self {
         use AMQPErrorKind::{Hard, Soft};
         use AMQPHardError::{NOTALLOWED, NOTIMPLEMENTED};
@@ -92,8 +92,8 @@ pub struct Failures {
 
 impl Failures {
     /// Logs a failure if its kind differs from that of the previous failure. A failure of the same kind is
-    /// logged again after a minute, unless the broker can't be reached, because the broker may come back by
-    /// itself.
+    /// logged again after a minute, unless the failure is that the broker can't be reached, because the
+    /// broker may come back by itself.
     pub fn log(&mut self, broker: &Server, error: &OpenError) {
         let (kind, is_away) = (mem::discriminant(error), matches!(error, OpenError::Connection(_)));
         let is_due = |at: Instant| !is_away && at.elapsed() >= LOG_EVERY;

@@ -1,4 +1,4 @@
-//! Reading the properties of a message that anybody may have written, and making them fit into a frame.
+//! Reads the properties of a message, which anybody may have written, and makes them fit into a frame.
 
 use crate::content_header::{CONTENT_HEAD, FRAME_HEAD};
 use amq_protocol::{
@@ -12,21 +12,22 @@ use std::collections::BTreeMap;
 /// Delivery mode "persistent" (AMQP 0-9-1, class `basic`): the message survives a restart of the broker.
 pub const PERSISTENT: u8 = 2;
 
-/// Replaces properties that can't be read. The value is a long string: the bytes of the properties, or empty if
-/// they are very long. [`inbound`](crate::inbound) puts this header in place of all the producer's headers.
+/// The header that replaces properties that can't be read. Its value is a long string with the bytes of the
+/// properties, or an empty string if they are very long. [`inbound`](crate::inbound) puts this header in
+/// place of all the producer's headers.
 pub const UNREADABLE: &str = "x-unreadable-properties";
 
-/// Says (boolean) that a message's longest headers are missing, because they would not have fitted into a
-/// frame.
+/// The header (boolean) that says that a message's longest headers are missing, because they would not have
+/// fitted into a frame.
 pub const HEADERS_LEFT_OUT: &str = "x-headers-left-out";
 
-/// Says (long-long-int) how many bytes the whole body had, if only its start was passed on
-/// ([`Server::with_longest_body`](crate::Server::with_longest_body)).
+/// The header (long-long-int) that says how many bytes the whole body had, if only the start of the body was
+/// passed on ([`Server::with_longest_body`](crate::Server::with_longest_body)).
 pub const BODY_CUT: &str = "x-body-cut-from";
 
 /// Adds headers to `properties`. If the content header is then too long for a frame of `frame_max` bytes, the
-/// longest of the other headers are left out, and [`HEADERS_LEFT_OUT`] says so. Without headers, properties fit
-/// into any frame, because AMQP allows no `frame_max` below 4096.
+/// longest of the other headers are left out, and [`HEADERS_LEFT_OUT`] says so. Without headers, properties
+/// fit into any frame, because AMQP allows no `frame_max` below 4096.
 pub fn fit(properties: BasicProperties, added: &[(&str, AMQPValue)], frame_max: usize) -> BasicProperties {
     let headers_of = |properties: &BasicProperties| {
         properties.headers().as_ref().map(FieldTable::inner).cloned().unwrap_or_default()
@@ -64,7 +65,7 @@ pub fn encoded(properties: &BasicProperties) -> Vec<u8> {
     written.map(|written| written.write).unwrap_or_default()
 }
 
-/// Returns how many bytes of a table a header takes.
+/// Returns how many bytes a header takes in a table.
 fn size(name: &str, value: &AMQPValue) -> usize {
     let written = gen_value(value)(WriteContext::from(Vec::new()));
     1 + name.len() + written.map_or(0, |written| written.write.len())
@@ -75,8 +76,8 @@ pub fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQ
     properties.headers().as_ref()?.inner().get(name)
 }
 
-/// Returns a whole number of any of AMQP's integer types, because clients in different languages use different
-/// types.
+/// Returns a whole number of any of AMQP's integer types, because clients in different languages use
+/// different types.
 pub fn integer(value: &AMQPValue) -> Option<i64> {
     match *value {
         AMQPValue::ShortShortInt(n) => Some(n.into()),

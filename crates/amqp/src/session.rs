@@ -1,8 +1,8 @@
 //! A connection to the broker with one channel, for publishing with confirms.
 //!
 //! A session is used until its first error. After an error, nobody knows which of the session's messages the
-//! broker has. So the caller drops the session, opens a new one, which declares the queues again, and publishes
-//! all unconfirmed messages again.
+//! broker has. So the caller drops the session, opens a new one, which declares the queues again, and
+//! publishes all unconfirmed messages again.
 
 use crate::{
     connection::{self, Server},
@@ -34,8 +34,8 @@ type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
 /// Why messages are not confirmed. The broker may have received them nevertheless.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unconfirmed {
-    /// The broker is short of memory or disk and takes no messages (`connection.blocked`).
-    #[error("the broker takes no messages now")]
+    /// The broker is short of memory or disk, and is not taking messages (`connection.blocked`).
+    #[error("the broker is not taking messages at the moment")]
     Blocked,
     /// The broker did not confirm in time.
     #[error("the broker did not confirm in time")]
@@ -55,7 +55,7 @@ pub enum Unconfirmed {
 }
 
 impl Unconfirmed {
-    /// A short name of bounded cardinality, for spans and metrics.
+    /// Returns a short name of bounded cardinality, for spans and metrics.
     pub fn reason(self) -> &'static str {
         match self {
             Self::Blocked => "blocked",
@@ -68,19 +68,19 @@ impl Unconfirmed {
     }
 }
 
-/// What publishing does while the broker takes no messages (`connection.blocked`).
+/// What publishing does while the broker is not taking messages (`connection.blocked`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IfBlocked {
     /// Publishing fails at once, because the caller keeps its messages elsewhere.
     Fail,
-    /// Publishing waits, because the broker will take the messages that were already sent when it takes
-    /// messages again. Publishing them on another connection would only duplicate them.
+    /// Publishing waits. When the broker takes messages again, it will also take those that were already
+    /// sent, so publishing them on another connection would only duplicate them.
     Wait,
 }
 
 impl Session {
-    /// Connects, under a name that the broker shows, asks for confirms, and declares the queues of `topology`,
-    /// with a retry queue for each of these delays.
+    /// Connects under a name that the broker shows. Then asks for confirms, and declares the queues of
+    /// `topology`, with a retry queue for each of these delays.
     ///
     /// # Errors
     /// As for [`opening::open`].
@@ -137,7 +137,8 @@ impl Session {
                 () = sleep(limit) => Unconfirmed::Timeout,
             };
             match (why, connection.status().blocked()) {
-                // The event is old, because nobody reads the events of an idle session.
+                // The event is old. It arrived while the session was idle, and nobody reads the events of an
+                // idle session.
                 (Unconfirmed::Blocked, false) => {}
                 (Unconfirmed::Blocked | Unconfirmed::Timeout, true) if if_blocked == IfBlocked::Wait => {}
                 _ => return Err(why),
@@ -150,7 +151,8 @@ impl Session {
         trouble(&mut self.events).await
     }
 
-    /// After [`Unconfirmed::Blocked`]: waits until the broker takes messages again, or the connection is lost.
+    /// Waits, after [`Unconfirmed::Blocked`], until the broker takes messages again, or the connection is
+    /// lost.
     pub async fn unblocked(&mut self) {
         loop {
             select! {
@@ -175,8 +177,8 @@ impl Session {
 async fn trouble(events: &mut Events) -> Unconfirmed {
     loop {
         match events.next().await {
-            // lapin would keep the current message and all later messages until the broker takes messages
-            // again.
+            // lapin would hold back the current message and all later messages until the broker takes
+            // messages again.
             Some(Event::ConnectionBlocked(_)) => return Unconfirmed::Blocked,
             Some(Event::Error(error)) => return broken(&error),
             None => return Unconfirmed::ConnectionBroken,

@@ -1,5 +1,6 @@
 //! A work queue with its exchange, its dead letters and its delayed retries. The producer or the consumer,
-//! whichever starts first, declares them, so that no message is lost because no consumer has started yet.
+//! whichever starts first, declares all of this, so that no message is lost because no consumer has started
+//! yet.
 
 use crate::{connection::open_channel, opening::OpenError};
 use clap::ValueEnum;
@@ -10,10 +11,10 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// How many times a quorum queue may deliver a message again. By default, RabbitMQ 4 drops a message after 20
-/// times, although a cut connection is not the message's fault. The value -1 means "without a limit" only in
-/// RabbitMQ 4. With -1, RabbitMQ 3.10 drops a message when it is first returned. Therefore this is a very high
-/// number.
+/// How many times a quorum queue may redeliver a message. By default, RabbitMQ 4 drops a message after 20
+/// redeliveries, although a redelivery after a cut connection is not the message's fault. The value -1 means
+/// "without a limit" only in RabbitMQ 4. With -1, RabbitMQ 3.10 drops a message when it is first returned.
+/// Therefore, this limit is a very high number.
 const DELIVERY_LIMIT: i32 = 1_000_000_000;
 
 /// The type of all queues (`x-queue-type`). The services always declare the type, because the default of the
@@ -31,13 +32,14 @@ pub enum QueueType {
 /// The names of an exchange and its queues, and the type of the queues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
-    /// The direct exchange that other producers publish to. The services here publish to the queue itself.
+    /// The direct exchange that other producers publish to. The services here publish directly to the queue.
     pub exchange: String,
     /// The routing key of other producers' messages.
     pub routing_key: String,
     /// The durable queue that consumers share.
     pub queue: String,
-    /// The durable queue of messages that were given up, each with its reason in a header.
+    /// The durable queue of dead letters, that is, messages that were given up, each with its reason in a
+    /// header.
     pub dead_letter_queue: String,
     /// The type of all queues.
     pub queue_type: QueueType,
@@ -62,8 +64,8 @@ impl Topology {
         format!("{}.retry.{}", self.queue, humantime::format_duration(delay).to_string().replace(' ', ""))
     }
 
-    /// Declares the queues, with a retry queue for each of these delays. Declaring a queue that already exists
-    /// changes nothing.
+    /// Declares the queues, with a retry queue for each of these delays. Declaring a queue that already
+    /// exists changes nothing.
     ///
     /// # Errors
     /// If the connection is lost, or if the broker refuses a queue, for example because the queue already
@@ -71,9 +73,9 @@ impl Topology {
     pub async fn declare(&self, channel: &Channel, retry_delays: &[Duration]) -> Result<(), OpenError> {
         // The dead-letter queue comes first, because the main queue may send messages to it.
         self.declare_queue(channel, &self.dead_letter_queue, self.arguments(None)).await?;
-        // The main queue makes a dead letter only of a message that a consumer or an operator's policy drops. A
-        // classic queue has no arguments for dead letters, as in earlier versions, because an existing queue
-        // can't be changed.
+        // The main queue itself makes a dead letter only of a message that a consumer or an operator's policy
+        // drops. A classic main queue has no arguments for dead letters, as in earlier versions, because the
+        // arguments of an existing queue can't be changed.
         let dead_letters = Some(&self.dead_letter_queue).filter(|_| self.queue_type == QueueType::Quorum);
         self.declare_queue(channel, &self.queue, self.arguments(dead_letters)).await?;
         for delay in retry_delays {
@@ -100,7 +102,8 @@ impl Topology {
                 set("x-queue-type", text("quorum"));
                 set("x-delivery-limit", AMQPValue::LongInt(DELIVERY_LIMIT));
                 // If a policy limits the queue's length and the queue is full, the publisher gets a nack, and
-                // keeps the message. Without this argument, RabbitMQ would send each dead letter at most once.
+                // keeps the message. Without this argument, RabbitMQ would send each dead letter at most
+                // once.
                 set("x-overflow", text("reject-publish"));
             }
         }
@@ -126,7 +129,8 @@ impl Topology {
         declared.map(drop).map_err(|error| OpenError::of_declaring("queue", queue, &expected, error))
     }
 
-    /// Returns whether the exchange still exists and [`Topology::bind`] bound the main queue that exists now.
+    /// Returns whether the exchange still exists, and whether [`Topology::bind`] has bound the current main
+    /// queue.
     ///
     /// # Errors
     /// If the connection is lost.
@@ -148,8 +152,8 @@ impl Topology {
     /// Declares the exchange.
     ///
     /// # Errors
-    /// If the connection is lost, or if the broker refuses, for example because the exchange already exists
-    /// with another type.
+    /// If the connection is lost, or if the broker refuses the exchange, for example because it already
+    /// exists with another type.
     pub async fn declare_exchange(&self, channel: &Channel) -> Result<(), OpenError> {
         let exchange = self.exchange.as_str();
         let options = ExchangeDeclareOptions { durable: true, ..Default::default() };

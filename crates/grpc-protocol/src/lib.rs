@@ -1,4 +1,5 @@
-//! Reads gRPC's headers and trailers, and tonic's errors: how a call ended, and how long it may take.
+//! Reads from gRPC's headers and trailers, and from tonic's errors, how a call ended and how long it may
+//! take.
 
 use http::{HeaderMap, StatusCode};
 use std::{error::Error, iter, time::Duration};

@@ -117,8 +117,8 @@ impl Asked {
     }
 }
 
-/// A sampler for the spans that begin a trace. It follows the sampling state that the caller sent, or else the
-/// inner sampler.
+/// A sampler for the spans that begin a trace. It follows the sampling state that the caller sent, or else
+/// the inner sampler.
 #[derive(Debug, Clone)]
 pub struct AskedBy<S>(pub S);
 

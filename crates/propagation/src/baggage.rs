@@ -13,8 +13,8 @@ use std::sync::LazyLock;
 
 const BAGGAGE: &str = "baggage";
 
-/// The longest `baggage` that is read, and so forwarded, in bytes. A platform must be able to propagate this
-/// many bytes and 64 members (section 3.3.2). This propagator accepts no more than that.
+/// The longest `baggage`, in bytes, that is read and therefore forwarded. A platform must be able to
+/// propagate this many bytes and 64 members (section 3.3.2). This propagator accepts no more than that.
 pub const MAX_BAGGAGE: usize = 8192;
 const MAX_MEMBERS: usize = 64;
 
@@ -47,7 +47,7 @@ impl TextMapPropagator for BaggagePropagator {
     fn extract_with_context(&self, cx: &Context, extractor: &dyn Extractor) -> Context {
         let lines = extractor.get_all(BAGGAGE).unwrap_or_default();
         let mut length = 0;
-        // A list that is too long ends before the first member that doesn't fit.
+        // A list that is too long is cut before the first member that doesn't fit.
         let members = lines.iter().flat_map(|line| line.split(',')).take_while(|member| {
             length += member.len() + ",".len();
             length <= MAX_BAGGAGE + ",".len()
@@ -66,7 +66,8 @@ impl TextMapPropagator for BaggagePropagator {
 }
 
 /// Parses `key=value;property;property`. The key must be a token, the value is percent-decoded, and the
-/// properties are kept as they are. Like the value, they have no `"` and no `\`, which JSON would escape.
+/// properties are kept as they are. Like the value, the properties may have no `"` and no `\`, because JSON
+/// would escape these characters.
 fn parse_member(member: &str) -> Option<(&str, String, String)> {
     let (pair, properties) = member.split_once(';').unwrap_or((member, ""));
     let (key, value) = pair.split_once('=')?;
@@ -161,7 +162,8 @@ mod tests {
         }
         let too_many = (0..100).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         assert_eq!(members(&extract(&[&too_many])).len(), MAX_MEMBERS);
-        // When the values are encoded again, they are three times as long. Members that don't fit are left out.
+        // When the values are encoded again, they are three times as long. Members that don't fit are left
+        // out.
         let grows = |key: &str, encoded: usize| format!("{key}=vv{}", "!".repeat((encoded - 4) / 3));
         for (first, second, sent) in [(4096, 4093, 8190), (4096, 4096, 4096), (8194, 4, 4)] {
             let cx = extract(&[&grows("a", first), &grows("b", second)]);

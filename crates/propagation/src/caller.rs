@@ -1,5 +1,5 @@
-//! What a caller may say about its trace and OpenTelemetry's span context can't hold. These values are in the
-//! context.
+//! Facts about a caller's trace that OpenTelemetry's span context can't hold. They are separate values in the
+//! [`Context`].
 
 use opentelemetry::{
     Context,
@@ -15,15 +15,16 @@ pub(crate) enum Asked {
     Debug,
 }
 
-/// The flag "debug" of B3 and Jaeger, which includes "sampled". The flag must be forwarded (OpenTelemetry, "B3
-/// Requirements"), but OpenTelemetry's span context has no such flag. So this value in the context holds the
-/// flag, with the id of its trace.
+/// The flag "debug" of B3 and Jaeger, which includes "sampled". The flag must be forwarded (OpenTelemetry,
+/// "B3 Requirements"), but OpenTelemetry's span context has no such flag. So this value in the context holds
+/// the flag, with the id of its trace.
 #[derive(Debug)]
 pub(crate) struct Debug(TraceId);
 
 impl Debug {
-    /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. B3 and Jaeger can't
-    /// say whether a trace id is random, so what another propagator has read about the same trace is kept.
+    /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. B3 and Jaeger
+    /// can't say whether a trace id is random, so whatever another propagator has read about the same trace
+    /// is kept.
     pub fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
         let trace_id = remote.trace_id();
         let is_known = cx.span().span_context().trace_id() == trace_id;
@@ -39,9 +40,9 @@ impl Debug {
     }
 }
 
-/// Marks the trace of a caller that didn't say that the trace id is random. All other trace ids are
-/// random, because the SDK makes random ids. But the SDK never sets the flag "random", and clears the caller's
-/// flag in spans that are not sampled.
+/// Marks the trace of a caller that didn't say that the trace id is random. All other trace ids are random,
+/// because the SDK makes random ids. But the SDK never sets the flag "random", and clears the caller's flag
+/// in spans that are not sampled.
 #[derive(Debug)]
 pub(crate) struct NotRandom(pub TraceId);
 

@@ -19,10 +19,12 @@ pub(crate) fn lower_hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// Like [`lower_hex`], but accepts upper case, and pads with zeros on the left, for the ids of B3 and Jaeger.
+/// Parses the ids of B3 and Jaeger. Unlike [`lower_hex`], this function accepts upper case, and pads with
+/// zeros on the left.
 pub(crate) fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
     let width = 2 * N;
-    // An empty text would be padded to zeros. `lower_hex` refuses too many digits.
+    // An empty text is refused here, because it would be padded to zeros. `lower_hex` refuses too many
+    // digits.
     let padded = (!digits.is_empty()).then(|| format!("{:0>width$}", digits.to_ascii_lowercase()))?;
     lower_hex(padded.as_bytes())
 }

@@ -57,8 +57,8 @@ impl Propagator {
     }
 }
 
-/// Combines several propagators. Each propagator writes its headers. If several propagators read a parent, the
-/// last of them wins.
+/// Combines several propagators. Each propagator writes its headers. If several propagators read a parent,
+/// the last of them wins.
 pub fn composite(propagators: &[Propagator]) -> TextMapCompositePropagator {
     TextMapCompositePropagator::new(propagators.iter().map(|p| p.build()).collect())
 }

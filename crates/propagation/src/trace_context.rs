@@ -23,8 +23,8 @@ const RANDOM: TraceFlags = TraceFlags::new(0b10);
 /// Flags with a meaning in level 2: sampled, and random. All other flags are sent as zero.
 const KNOWN_FLAGS: u8 = 0b11;
 
-/// The longest `tracestate` that is read, and so forwarded, in bytes. The Recommendation asks for at least this
-/// much (section "tracestate Limits").
+/// The longest `tracestate`, in bytes, that is read and therefore forwarded. The Recommendation asks for at
+/// least this much (section "tracestate Limits").
 pub const MAX_TRACESTATE: usize = 512;
 
 /// Reads and writes `traceparent` and `tracestate`.
@@ -83,9 +83,9 @@ impl TextMapPropagator for TraceContextPropagator {
     }
 }
 
-/// A valid `tracestate` with a key that the API's [`TraceState`] refuses, because the API allows only one `@`,
-/// and only 13 characters after it. The next service gets the whole header, but spans show only the members
-/// that the API accepts.
+/// A valid `tracestate` with a key that the API's [`TraceState`] refuses, because the API allows only one
+/// `@`, and only 13 characters after it. The next service gets the whole header, but spans show only the
+/// members that the API accepts.
 #[derive(Debug)]
 struct LongVendorTraceState {
     trace_id: TraceId,
@@ -128,7 +128,7 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let [version] = lower_hex(&value[..2])?;
     let known_flags = match version {
         0x00 if value.len() == VERSION_00_LENGTH => KNOWN_FLAGS,
-        // A later version may have more fields, each after a dash. Only the first of its flags is known.
+        // A later version may have more fields, each after a dash. Of its flags, only `sampled` is known.
         0x01..=0xfe if value.get(VERSION_00_LENGTH).is_none_or(|&next| next == b'-') => 0b1,
         _ => return None,
     };
@@ -142,8 +142,8 @@ fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
 }
 
 /// Parses the lines of `tracestate` (section 3.3.1). Several lines are one list, and one illegal member makes
-/// the whole list illegal. If several members have the same key, the first of them is kept, because it is the
-/// latest.
+/// the whole list illegal. If several members have the same key, the first of them is kept, because it was
+/// added last.
 fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     const MAX_MEMBERS: usize = 32;
 
@@ -161,8 +161,8 @@ fn parse_tracestate<'a>(lines: &[&'a str]) -> Option<Vec<(&'a str, &'a str)>> {
     Some(members)
 }
 
-/// Removes whole members until the list fits into [`MAX_TRACESTATE`]. Each step removes the last member of more
-/// than 128 bytes, or the last member if no member is that long (section "tracestate Limits").
+/// Removes whole members until the list fits into [`MAX_TRACESTATE`]. Each step removes the last member of
+/// more than 128 bytes, or the last member if no member is that long (section "tracestate Limits").
 fn cut<'a>(mut members: Vec<(&'a str, &'a str)>) -> Vec<(&'a str, &'a str)> {
     let length = |(key, value): &(&str, &str)| key.len() + "=".len() + value.len();
     while members.iter().map(length).sum::<usize>() + members.len().saturating_sub(1) > MAX_TRACESTATE {
@@ -180,7 +180,7 @@ fn is_key(key: &str) -> bool {
         && key.bytes().all(|b| is_first(b) || b"_-*/@".contains(&b))
 }
 
-/// Checks a value: printable ASCII without `,` and `=`. A space at its end has already been trimmed.
+/// Checks that a value is printable ASCII without `,` and `=`. A space at its end has already been trimmed.
 fn is_value(value: &str) -> bool {
     (1..=256).contains(&value.len())
         && value.bytes().all(|b| matches!(b, 0x20..=0x7e) && b != b',' && b != b'=')

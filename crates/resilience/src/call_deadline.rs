@@ -12,8 +12,8 @@ use tokio::time::{Timeout, error::Elapsed, timeout_at};
 use tonic::Status;
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
-/// Limits the time of a call to `limit`, or to the time left for the request that makes the call, whichever is
-/// less. At the deadline the call ends with DEADLINE_EXCEEDED, and is cancelled at the server.
+/// Limits the time of a call to `limit`, or to the time left for the request that makes the call, whichever
+/// is less. At the deadline the call ends with DEADLINE_EXCEEDED, and is cancelled at the server.
 #[derive(Clone)]
 pub struct CallDeadlineLayer {
     limit: Duration,
@@ -49,7 +49,7 @@ where
     type Error = Status;
     type Future = InTime<Oneshot<S, Request<R>>, B>;
 
-    /// Is always ready, because waiting for the service inside counts as part of the call.
+    /// Is always ready, because waiting for the inner service counts as part of the call.
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }

@@ -1,8 +1,8 @@
 //! Answers the caller when a handler panics, so that the connection and the process survive.
 //!
-//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http also
-//! has a layer for panics, but that layer boxes every body, and logs the panic's message, whatever the message
-//! contains.
+//! The panic is logged where it happens, by the hook that [`telemetry::Telemetry::start`] sets. tower-http
+//! also has a layer for panics, but that layer boxes every body, and logs the panic's message, whatever the
+//! message contains.
 
 use crate::rejection::{AnswerOrRejection, Rejection};
 use futures_util::{FutureExt, future::CatchUnwind};

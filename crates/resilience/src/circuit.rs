@@ -12,9 +12,9 @@ use telemetry::ErrorType;
 use tokio::time::Instant;
 
 /// While a circuit is closed, calls pass. It opens when the outcomes of at least 20 calls of the last 10 s
-/// are known, and at least half of them are failures. While it is open, no call passes. After a pause, one call
-/// passes, which is the probe. If the probe succeeds, the circuit closes. If it fails, the circuit stays open
-/// for another pause.
+/// are known, and at least half of them are failures. While it is open, no call passes. After a pause, one
+/// call passes, which is the probe. If the probe succeeds, the circuit closes. If it fails, the circuit stays
+/// open for another pause.
 ///
 /// ```text
 ///           half of the calls fail         the pause is over
@@ -162,7 +162,7 @@ impl Circuit {
 /// call that was given up is a failure if its deadline has passed, and otherwise does not count. A call that
 /// began shortly before its deadline, and failed at the deadline, does not count either. Otherwise, callers
 /// with almost no time left could open the circuit for all other callers.
-#[must_use = "the circuit counts what becomes of the call"]
+#[must_use = "the circuit counts the outcome of the call"]
 #[derive(Debug)]
 pub struct Permission {
     circuit: Arc<Circuit>,

@@ -95,9 +95,9 @@ fn refusal(open: CircuitOpen) -> Status {
     status
 }
 
-/// Whether a status shows that the server does not work. Any other status shows that the server works, because
-/// the server has judged the request. RESOURCE_EXHAUSTED does not count, because a caller can cause it. gRPC
-/// libraries return this status if the headers or the message are too large.
+/// Whether a status shows that the server does not work. Any other status shows that the server works,
+/// because the server has judged the request. RESOURCE_EXHAUSTED does not count, because a caller can cause
+/// it. gRPC libraries return this status if the headers or the message are too large.
 fn is_failure(code: Code) -> bool {
     matches!(
         code,

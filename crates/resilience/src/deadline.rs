@@ -36,7 +36,8 @@ impl Deadline {
 
     /// Tells the server how much time is left, by the header `grpc-timeout`.
     pub(crate) fn write(self, headers: &mut HeaderMap) {
-        // The value has at most 8 digits: enough for 99 seconds in microseconds, or for a day in milliseconds.
+        // The value has at most 8 digits: enough for 99 seconds in microseconds, or for a day in
+        // milliseconds.
         let micros = self.remaining().as_micros();
         let value = match micros {
             0..100_000_000 => format!("{micros}u"),

@@ -12,7 +12,7 @@
 //! | [`UnaryLayer`] | gRPC client | innermost: sends one message, gets one message or a [`tonic::Status`] |
 //!
 //! A request's [`Deadline`] is in OpenTelemetry's context, so it goes where the trace goes. `docs/layers.md`
-//! tells the order of the layers, and the reasons.
+//! gives the order of the layers, and the reasons for it.
 
 mod call_deadline;
 mod catch_panic;

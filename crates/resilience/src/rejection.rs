@@ -41,10 +41,10 @@ impl Rejection {
 pin_project! {
     /// The handler's answer, or else the answer of a layer.
     pub struct AnswerOrRejection<F, A> {
-        // `None` if the handler was not started, or panicked at once. If it fails, there is no answer.
+        // `None` if the handler was not started, or panicked at once. A handler that fails gives no answer.
         #[pin]
         pub handler: Option<F>,
-        // The reason if there is no answer.
+        // The reason for the layer's answer, if the handler gives no answer.
         pub rejection: Rejection,
         pub answer: A,
     }

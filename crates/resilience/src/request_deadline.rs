@@ -31,7 +31,8 @@ impl<A> DeadlineLayer<A> {
     }
 
     /// Does the same for a gRPC server, whose callers may allow less time by `grpc-timeout`. An HTTP server
-    /// ignores that header, because anybody can call it, and calls with too little time could open circuits.
+    /// ignores that header, because anybody can call an HTTP server, and calls with too little time could
+    /// open circuits.
     pub fn grpc(limit: Duration, answer: A) -> Self {
         Self { limit, asks_caller: true, answer }
     }
@@ -53,7 +54,7 @@ pub struct RequestDeadline<S, A> {
 }
 
 /// How long before the end of `grpc-timeout` this layer answers. At the end of `grpc-timeout`, tonic's own
-/// server, outside of all layers, drops the call and reports CANCELLED. So this layer has to answer earlier.
+/// server, outside all layers, drops the call and reports CANCELLED. So this layer has to answer earlier.
 const BEFORE_TONIC: Duration = Duration::from_millis(3);
 
 impl<S, A, R, B> Service<Request<R>> for RequestDeadline<S, A>
@@ -76,8 +77,8 @@ where
         let deadline = Deadline::within(asked.min(limit));
         let cx = deadline.context();
         let answer = answer.clone();
-        // A handler is not started if its time is already over, because a handler that never waits would still
-        // finish, at its first poll.
+        // A handler is not started if its time is already over, because a handler that never waits would
+        // still finish, at its first poll.
         let handler = (!deadline.remaining().is_zero()).then(|| {
             let _attached = cx.clone().attach();
             timeout_at(deadline.0, self.inner.call(request).with_context(cx))

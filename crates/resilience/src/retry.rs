@@ -24,9 +24,9 @@ use tower::{
     retry::budget::{Budget, TpsBudget},
 };
 
-/// Repeats calls that ended with UNAVAILABLE. The server may have served such a call, so only methods that are
-/// declared idempotent are repeated. The pauses between attempts grow, and differ from caller to caller. The
-/// call has one span, with an event `retry` for each attempt after the first.
+/// Repeats calls that ended with UNAVAILABLE. The server may have served such a call, so only methods that
+/// are declared idempotent are repeated. The pauses between attempts grow, and differ from caller to caller.
+/// The call has one span, with an event `retry` for each attempt after the first.
 #[derive(Clone)]
 pub struct RetryLayer {
     idempotent: &'static [&'static str],
@@ -42,8 +42,8 @@ impl RetryLayer {
     /// Makes a layer that repeats the methods in `idempotent` (`/package.Service/Method`), with at most
     /// `attempts` attempts in all.
     pub fn new(idempotent: &'static [&'static str], attempts: u32) -> Self {
-        // The budget allows one retry for five calls, and ten more retries a second. So retries don't make an
-        // outage worse.
+        // The budget allows one retry for every five calls, and ten more retries per second. So retries don't
+        // make an outage worse.
         let budget = Arc::new(TpsBudget::new(Duration::from_secs(10), 10, 0.2));
         let retries = telemetry::meter("resilience", env!("CARGO_PKG_VERSION"))
             .u64_counter("throughline.rpc.retries")
@@ -184,7 +184,7 @@ mod tests {
         let layer = RetryLayer::new(&[], 5);
         let failed = Status::unavailable("");
         let retries = || (0..1000).filter(|_| layer.pause_after(1, &failed).is_some()).count();
-        // The budget allows ten retries a second, for the ten seconds that it looks back.
+        // The budget allows ten retries per second, for the ten seconds that it covers.
         assert_eq!(retries(), 100);
         (0..50).for_each(|_| layer.budget.deposit());
         assert_eq!(retries(), 10);

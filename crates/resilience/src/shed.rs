@@ -1,8 +1,8 @@
-//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make all
-//! requests late.
+//! A bound on the requests in flight. Further requests are refused at once, because a queue would only make
+//! all requests late.
 //!
 //! tower's own pair of layers for this, `ConcurrencyLimit` in `LoadShed`, refuses with a boxed error, which
-//! axum and tonic can't turn into an answer. tonic's own limit acts outside of the server span.
+//! axum and tonic can't turn into an answer. tonic's own limit acts outside the server span.
 
 use crate::rejection::Rejection;
 use http::{Request, Response};
@@ -34,8 +34,8 @@ impl InFlight {
         Self { free: Arc::new(Semaphore::new(most)), most }
     }
 
-    /// Waits until half a second has passed without a request in flight. In that time, the last answer reaches
-    /// its caller. After that, a server that stops need not wait for its connections.
+    /// Waits until half a second has passed without a request in flight. In that time, the last answer
+    /// reaches its caller. After that, a server that is stopping need not wait for its connections.
     pub async fn ended(&self) {
         let mut quiet = 0;
         while quiet < 25 {
@@ -47,7 +47,8 @@ impl InFlight {
 
 /// Refuses requests while the maximum number of requests is in flight.
 ///
-/// Calls of gRPC's own services, such as health checks, are never refused, because a busy service is not dead.
+/// Calls to gRPC's own services, such as health checks, are never refused, because a busy service is not
+/// dead.
 #[derive(Clone)]
 pub struct ShedLayer<A> {
     in_flight: InFlight,

@@ -1,8 +1,8 @@
 //! The base of a gRPC client's layers, which reduces a call to one message out and one message back.
 //!
 //! gRPC sends the outcome of a call in the trailers of the answer, after the message. Without [`UnaryLayer`],
-//! another layer would have to read the body to its end to know whether a call failed. [`UnaryLayer`] reads the
-//! body, and gives the layers around it the outcome as a [`Result`].
+//! another layer would have to read the body to its end to know whether a call failed. [`UnaryLayer`] reads
+//! the body, and gives the layers around it the outcome as a [`Result`].
 
 use crate::deadline::Deadline;
 use bytes::Bytes;
@@ -17,9 +17,9 @@ use std::{
 use tonic::{Code, Status};
 use tower::{BoxError, Layer, Service};
 
-/// Collects the answer, which may have at most 4 MiB, and turns every status except OK into an error. The layer
-/// also tells the server how much time is left. It is only for unary calls, because all messages of a stream
-/// would arrive only when the stream ends.
+/// Collects the answer, which may have at most 4 MiB, and turns every status except OK into an error. The
+/// layer also tells the server how much time is left. It is only for unary calls, because all messages of a
+/// stream would arrive only when the stream ends.
 #[derive(Clone)]
 pub struct UnaryLayer;
 
@@ -59,7 +59,7 @@ where
     fn call(&mut self, request: Request<Bytes>) -> Self::Future {
         let mut request = request.map(|message| tonic::body::Body::new(Full::new(message)));
         if let Some(deadline) = Deadline::current() {
-            // The time left is written for each attempt, because a second attempt has less time.
+            // The time left is written for each attempt, because a second attempt has less time left.
             deadline.write(request.headers_mut());
         }
         let response = self.inner.call(request);
@@ -97,8 +97,8 @@ fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
 }
 
 /// Removes the message and the details of a status, because malformed ones would hide the status code. If the
-/// message is not UTF-8, tonic's client reports the code UNKNOWN. If the details are not base64, tonic's client
-/// panics.
+/// message is not UTF-8, tonic's client reports the code UNKNOWN. If the details are not base64, tonic's
+/// client panics.
 fn keep_code(headers: &mut HeaderMap) {
     headers.remove(Status::GRPC_MESSAGE);
     headers.remove(Status::GRPC_STATUS_DETAILS);

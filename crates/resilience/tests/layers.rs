@@ -29,7 +29,7 @@ fn request(path: &str) -> Request<()> {
     Request::post(path).body(()).expect("a request")
 }
 
-/// Makes a layer's answer to a request that it rejects, with the reason as the body.
+/// Makes the answer to a request that a layer rejects. The body of the answer is the reason.
 fn refusal(why: Rejection) -> Response<&'static str> {
     Response::new(why.error_type())
 }
@@ -51,7 +51,7 @@ impl<R> Service<Request<R>> for Unready {
     }
 
     fn call(&mut self, _: Request<R>) -> Self::Future {
-        unreachable!("it is not ready")
+        unreachable!("the service is not ready")
     }
 }
 
@@ -169,7 +169,7 @@ async fn the_circuit_opens_for_statuses_that_show_that_the_server_does_not_work(
     }
 }
 
-/// Calls a server that gives this answer, through the [`UnaryLayer`]. Returns the message.
+/// Calls a server through the [`UnaryLayer`]. The server gives this answer. Returns the answer's message.
 async fn unary(
     answer: Response<impl http_body::Body<Data = Bytes, Error = BoxError> + Send + 'static>,
 ) -> Result<Bytes, Status> {
@@ -211,7 +211,7 @@ async fn a_status_is_read_from_trailers_or_headers_or_else_from_http() {
     for (name, answer, expected) in [
         ("in the trailers", answer(200, &[], 3, &[OK]), Ok(3)),
         ("a failure in the trailers", answer(200, &[], 3, &[NOT_FOUND]), Err(Code::NotFound)),
-        ("a failure in the trailers after all", answer(200, &[OK], 3, &[NOT_FOUND]), Err(Code::NotFound)),
+        ("a failure in the trailers after an OK", answer(200, &[OK], 3, &[NOT_FOUND]), Err(Code::NotFound)),
         ("in the headers", answer(200, &[OK], 0, &[]), Ok(0)),
         ("a failure in the headers", answer(200, &[NOT_FOUND], 0, &[]), Err(Code::NotFound)),
         (
@@ -219,10 +219,10 @@ async fn a_status_is_read_from_trailers_or_headers_or_else_from_http() {
             answer(200, &[NOT_FOUND, ("grpc-message", b"caf%E9")], 0, &[]),
             Err(Code::NotFound),
         ),
-        ("none", answer(200, &[], 3, &[]), Err(Code::Unknown)),
-        ("none, HTTP 413", answer(413, &[], 0, &[]), Err(Code::OutOfRange)),
-        ("none, HTTP 431", answer(431, &[], 0, &[]), Err(Code::OutOfRange)),
-        ("none, HTTP 503", answer(503, &[], 0, &[]), Err(Code::Unavailable)),
+        ("no status", answer(200, &[], 3, &[]), Err(Code::Unknown)),
+        ("no status, HTTP 413", answer(413, &[], 0, &[]), Err(Code::OutOfRange)),
+        ("no status, HTTP 431", answer(431, &[], 0, &[]), Err(Code::OutOfRange)),
+        ("no status, HTTP 503", answer(503, &[], 0, &[]), Err(Code::Unavailable)),
         ("the longest message", answer(200, &[], LONGEST, &[OK]), Ok(LONGEST)),
         ("a longer message", answer(200, &[], LONGEST + 1, &[OK]), Err(Code::OutOfRange)),
     ] {

@@ -3,14 +3,15 @@
 use clap::{Parser, error::ErrorKind};
 use std::{env, time::Duration};
 
-/// The longest duration, a year. Adding a much longer duration to an `Instant` may overflow, which panics.
+/// The longest duration that is accepted, which is a year. Adding a much longer duration to an `Instant` may
+/// overflow, which panics.
 const LONGEST: Duration = Duration::from_secs(31_557_600);
 
 /// Reads flags and environment variables. An empty variable counts as unset, as for OpenTelemetry's own
-/// variables, because a compose file can leave a variable empty, but can't unset it. Ends the process with exit
-/// code 2 if a value is invalid, or if `check` refuses the configuration.
+/// variables, because a compose file can leave a variable empty, but can't unset it. Ends the process with
+/// exit code 2 if a value is invalid, or if `check` refuses the configuration.
 ///
-/// Secrets belong into `check`, because clap's own messages quote the value.
+/// Check secrets in `check`, because clap's own messages quote the value.
 pub fn parse<C: Parser>(check: impl FnOnce(&C) -> Result<(), String>) -> C {
     let command = C::command().mut_args(|argument| {
         let is_empty = |variable| env::var_os(variable).is_some_and(|value| value.is_empty());

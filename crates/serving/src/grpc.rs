@@ -47,9 +47,9 @@ const MAX_STREAMS: u32 = 200;
 /// explicit, because the headers that api passes on must fit (docs/bounds.md).
 pub const MAX_HEADERS: u32 = 16 * 1024;
 
-/// Makes a server for connections from [`incoming`]. The client of a connection that reaches
-/// `max_connection_age` is asked to close it. The client then opens a new connection, which a balancer may send
-/// to another instance.
+/// Makes a server for connections from [`incoming`]. When a connection reaches `max_connection_age`, its
+/// client is asked to close it. The client then opens a new connection, which a load balancer may send to
+/// another instance.
 pub fn builder(max_connection_age: Duration) -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
@@ -70,7 +70,7 @@ pub fn incoming(
     max_connection_age: Duration,
     tls: Option<Arc<ServerConfig>>,
 ) -> impl Stream<Item = Result<Connection, Infallible>> {
-    // One connection more than `max` is accepted, and an older connection is closed instead.
+    // One connection more than `max` is accepted, and then an older connection is closed to make room for it.
     let permits = Arc::new(Semaphore::new(max + 1));
     let state = (Listener::new(listener), permits, Waiting::default());
     let sockets = Arc::new(Sockets::new(tls));
@@ -78,7 +78,7 @@ pub fn incoming(
     stream::unfold(state, move |(mut listener, permits, waiting)| {
         let sockets = sockets.clone();
         async move {
-            // Nobody closes this semaphore, so there will be a permit at some time.
+            // Nobody closes this semaphore, so acquiring a permit never fails.
             let permit = permits.clone().acquire_owned().await.ok()?;
             let (stream, peer) = listener.accept().await;
             if permits.available_permits() == 0 {
@@ -115,8 +115,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Returns an error if the preface does not come in time. Writes check this too, because with TLS the first
-    /// write waits for the handshake, before anything is read.
+    /// Returns an error if the preface has not arrived in time. Writes also check that, because with TLS the
+    /// first write waits for the handshake before anything is read.
     fn check_preface(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.preface.is_empty() { Ok(()) } else { self.check(cx) }
     }

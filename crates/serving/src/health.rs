@@ -1,5 +1,5 @@
-//! The probe of services that answer gRPC health checks. A container without a shell uses this probe to check
-//! its own health.
+//! The health probe for services that answer gRPC health checks. A container without a shell uses this probe
+//! to check its own health.
 
 use anyhow::{Context, ensure};
 use std::{net::SocketAddr, time::Duration};
@@ -8,8 +8,8 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-/// Asks the service that listens on `listen`, by the standard gRPC health protocol. The address 0.0.0.0 means
-/// localhost.
+/// Asks the service that listens on `listen` for its health, by the standard gRPC health protocol. The
+/// address 0.0.0.0 means localhost.
 ///
 /// # Errors
 /// If the service does not answer within two seconds, or if it is not serving.
@@ -17,7 +17,7 @@ pub async fn probe(listen: SocketAddr) -> anyhow::Result<()> {
     probe_by(Endpoint::from_shared(format!("http://{listen}"))?).await
 }
 
-/// Asks a service that is reached in another way, for example over TLS.
+/// Does the same for a service that is reached in another way, for example over TLS.
 ///
 /// # Errors
 /// As for [`probe`].

@@ -2,13 +2,13 @@
 //!
 //! - [`arguments`]: reads flags and environment variables
 //! - [`process`]: runs a service between the start and the end of telemetry
-//! - [`listener`]: accepts connections, whatever happens
+//! - [`listener`]: accepts connections, and goes on after errors
 //! - [`grpc`]: tonic's server, with limits on connections
 //! - [`memory`]: gives freed memory back to the system
 //! - [`health`]: asks a gRPC service for its health
 //! - `socket`: a connection with or without TLS
 //! - [`waiting`]: decides which connection is closed when there are too many
-//! - [`seldom`]: limits a log line to one a minute
+//! - [`seldom`]: limits a log line to one per minute
 //! - [`shutdown`]: leads a service from the signal to its exit, within one deadline
 
 pub mod arguments;

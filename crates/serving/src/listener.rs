@@ -1,5 +1,5 @@
-//! Accepts connections, whatever happens. A peer that leaves before it is accepted, or a machine that is out
-//! of file descriptors, must neither end the service nor make it spin.
+//! Accepts connections, and goes on after errors. A peer that leaves before it is accepted, or a machine that
+//! is out of file descriptors, must neither end the service nor make it spin.
 
 use crate::seldom::Seldom;
 use anyhow::Context;
@@ -10,14 +10,14 @@ use tokio::{
     time::sleep,
 };
 
-/// How long a peer may leave bytes that were sent to it unread. Without this limit, a peer could send requests,
-/// never read the answers, and so hold memory for ever. No time-out of HTTP prevents that.
+/// How long the bytes that were sent to a peer may stay unread. Without this limit, a peer could send
+/// requests, never read the answers, and so hold memory for ever. No time-out of HTTP prevents that.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause after a connection could not be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How many file descriptors are reserved for other uses than connections from outside.
+/// How many file descriptors are reserved for uses other than connections from outside.
 const RESERVED_FILES: usize = 64;
 
 /// How many connections may wait to be accepted, unless the system allows fewer. tokio's default of 128 is

@@ -1,11 +1,12 @@
-//! The process of a service: starts telemetry, runs the service, ends telemetry, and chooses the exit code.
+//! Runs the process of a service: starts telemetry, runs the service, ends telemetry, and chooses the exit
+//! code.
 
 use crate::shutdown::{Options, Shutdown};
 use std::process::ExitCode;
 
 /// Runs `service` between the start and the end of telemetry.
 ///
-/// The exit code is 0 after a signal to stop, 1 if the service failed, and 2 if an `OTEL_*` variable can't be
+/// The exit code is 0 after a stop signal, 1 if the service failed, and 2 if an `OTEL_*` variable can't be
 /// used. `name` and `version` describe the process in its telemetry.
 #[expect(clippy::print_stderr, reason = "without a valid configuration there is no log yet")]
 pub async fn run(

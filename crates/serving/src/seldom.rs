@@ -8,7 +8,7 @@ use std::{
 /// The shortest time between two log lines.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Allows one log line a minute, from all clones together.
+/// Allows one log line per minute, for all clones together.
 #[derive(Debug, Clone, Default)]
 pub struct Seldom(Arc<Mutex<Option<Instant>>>);
 

@@ -1,4 +1,4 @@
-//! Leads a service from the signal to stop to its exit, within one deadline.
+//! Leads a service from the stop signal to its exit, within one deadline.
 //!
 //! The order is the same in every service:
 //!
@@ -9,8 +9,8 @@
 //!    broker.
 //! 4. It sends the last spans.
 //!
-//! A step that ends early leaves its time to the next steps. A step that takes too long is cut off, so that the
-//! next steps have their time. `SHUTDOWN_TIMEOUT` bounds all steps together.
+//! A step that ends early leaves its time to the next steps. A step that takes too long is cut off, so that
+//! the next steps have their time. `SHUTDOWN_TIMEOUT` bounds all steps together.
 
 use crate::arguments::duration;
 use clap::Args;
@@ -25,12 +25,12 @@ use tokio::{
 /// How long the shutdown of a service may take.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Options {
-    /// The longest time from the signal to stop until the exit.
+    /// The longest time from the stop signal to the exit.
     #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "8s", value_parser = duration)]
     pub shutdown_timeout: Duration,
 
-    /// How long to continue serving after the signal to stop, while reporting not ready, so that a balancer
-    /// switches to other instances first. This delay is a part of the time-out.
+    /// How long to continue serving after the stop signal, while reporting that the service is not ready, so
+    /// that a load balancer switches to other instances first. This delay is a part of the time-out.
     #[arg(long, env = "SHUTDOWN_DELAY", default_value = "0s", value_parser = duration)]
     pub shutdown_delay: Duration,
 }
@@ -102,7 +102,7 @@ impl Shutdown {
         Ok(Self { options, signalled })
     }
 
-    /// Returns whether the signal has come. After the signal, the service is not ready.
+    /// Returns whether the signal has arrived. After the signal, the service is not ready.
     pub fn has_begun(&self) -> bool {
         self.signalled.borrow().is_some()
     }
@@ -124,8 +124,8 @@ impl Shutdown {
         schedule
     }
 
-    /// Returns how much of the time-out is left for the spans when everything else is closed. If a service ends
-    /// without a signal, all of the time-out is left.
+    /// Returns how much of the time-out is left for the spans when everything else is closed. If a service
+    /// ends without a signal, all of the time-out is left.
     pub fn time_left(&self) -> Duration {
         let signalled = self.signalled.borrow().unwrap_or_else(Instant::now);
         Schedule::new(signalled, self.options).exit_by.saturating_duration_since(Instant::now())

@@ -1,6 +1,6 @@
-//! The socket of an accepted connection, with or without TLS. The handshake takes place when the connection is
-//! first read or written, so it runs in the task that serves the connection, and within that task's time-outs.
-//! A client that never finishes the handshake does not delay other clients.
+//! The socket of an accepted connection, with or without TLS. The handshake takes place when the connection
+//! is first read or written, so it runs in the task that serves the connection, and within that task's
+//! time-outs. A client that never finishes the handshake does not delay other clients.
 
 use crate::seldom::Seldom;
 use std::{

@@ -2,10 +2,10 @@
 //!
 //! Each connection has a [`Place`]. Connections without a request wait in a queue, in the order in which they
 //! began to wait. When there is one connection too many, [`Waiting::let_go`] tells the connection at the head
-//! of the queue to close. So only idle connections make room for new ones, and a client with a request gets in,
-//! however many idle clients there are. A connection that has a request is never told to close. When its
-//! request is answered, the connection waits again, at the end of the queue. If no connection waits when one
-//! must close, `one_is_owed` is set, and the first connection whose request is answered closes. If any
+//! of the queue to close. So only idle connections make room for new ones, and a client with a request gets
+//! in, however many idle clients there are. A connection that has a request is never told to close. When its
+//! request is answered, the connection waits again, at the end of the queue. If no connection is waiting when
+//! one must close, `one_is_owed` is set, and the first connection whose request is answered closes. If any
 //! connection is closed before that, there is room, and no other connection has to close.
 //!
 //! ```text
@@ -32,15 +32,15 @@ pub struct Waiting(Arc<Mutex<Queue>>);
 struct Queue {
     next: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
-    /// A connection had to close while no connection was waiting. So the next connection whose request is
-    /// answered must close.
+    /// Whether a connection had to close while no connection was waiting. In that case, the next connection
+    /// whose request is answered must close.
     one_is_owed: bool,
 }
 
 /// The place of one connection in the queue.
 pub struct Place {
     queue: Waiting,
-    /// The number of the place in the queue; `None` while the connection has a request.
+    /// The number of the place in the queue, or `None` while the connection has a request.
     number: Mutex<Option<u64>>,
     go: Arc<Notify>,
 }
@@ -53,15 +53,15 @@ impl Waiting {
         Arc::new(place)
     }
 
-    /// Tells the connection at the head of the queue to close. If no connection waits, the first connection
-    /// whose request is answered closes.
+    /// Tells the connection at the head of the queue to close. If no connection is waiting, the first
+    /// connection whose request is answered closes.
     pub fn let_go(&self) {
         if !self.make_room() {
             lock(&self.0).one_is_owed = true;
         }
     }
 
-    /// Tells the connection at the head of the queue to close. Returns `false` if no connection waits.
+    /// Tells the connection at the head of the queue to close. Returns `false` if no connection is waiting.
     fn make_room(&self) -> bool {
         let longest = lock(&self.0).waiting.pop_first();
         longest.inspect(|(_, go)| go.notify_one()).is_some()
@@ -78,19 +78,20 @@ pub struct ByAddress {
     /// How many connections an address may have.
     most: usize,
     queues: HashMap<IpAddr, Waiting>,
-    /// When there are this many queues, those without a connection are removed.
+    /// When there are this many queues, the queues without a connection are removed.
     sweep_at: usize,
 }
 
 impl ByAddress {
-    /// Makes the queues for addresses of which each may have this many connections.
+    /// Makes the queues. Each address may have at most this many connections.
     pub fn new(most: usize) -> Self {
         Self { most, queues: HashMap::new(), sweep_at: 64 }
     }
 
     /// Makes the place of a new connection from this address. All addresses of an IPv6 /64 count as one
-    /// address. If the address has its maximum number of connections, tells the one at the head of its queue to
-    /// close, and returns `true` beside the place. Returns `None` if none of them waits.
+    /// address. If the address already has its maximum number of connections, tells the connection at the
+    /// head of its queue to close, and also returns `true`. Returns `None` if none of these connections is
+    /// waiting.
     pub fn enter(&mut self, peer: IpAddr) -> Option<(Arc<Place>, bool)> {
         if self.queues.len() >= self.sweep_at {
             self.queues.retain(|_, queue| queue.len() > 0);
@@ -111,8 +112,8 @@ fn network(address: IpAddr) -> IpAddr {
 }
 
 impl Place {
-    /// Removes the connection from the queue because a request has come. The connection waits again when the
-    /// returned guard is dropped.
+    /// Removes the connection from the queue because a request has arrived. The connection waits again when
+    /// the returned guard is dropped.
     pub fn has_request(self: &Arc<Self>) -> HasRequest {
         self.leave();
         HasRequest(self.clone())

@@ -1,4 +1,4 @@
-//! Spans of your own, below those that the layers make. One request shows five ways to make them:
+//! Makes spans by hand, below the spans that the layers make. One request shows five ways to make such spans:
 //!
 //! ```text
 //! GET /report/{id}            the layer
@@ -49,13 +49,13 @@ async fn report(Path(id): Path<u64>, answered: Arc<Notify>, done: mpsc::Sender<(
     .await;
     cx.span().end();
 
-    // Another thread: it knows nothing of the context here, so the closure brings the context along.
+    // Another thread: it doesn't know this thread's context, so the closure brings the context along.
     let cx = Context::current();
     let work = spawn_blocking(move || {
         let _attached = cx.attach();
         TRACER.in_span("blocking", |_| std::thread::sleep(Duration::from_millis(1)));
     });
-    work.await.expect("it does not panic");
+    work.await.expect("the closure does not panic");
 
     // Another task, which continues after the answer: its span ends when the task ends.
     let background = async move {
@@ -83,8 +83,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let app: Router = Router::new()
         .route("/report/{id}", get(move |path| report(path, told.clone(), done.clone())))
         .layer(HttpServerLayer::new());
-    // A real service would listen on a port. Here, the request is made in memory. The body is read, because the
-    // server span ends with it. If nobody reads the body, the span ends as if the caller had hung up.
+    // A real service would listen on a port. Here, the request is made in memory. The body is read, because
+    // the server span ends at the end of the body. If nobody read the body, the span would end as if the
+    // caller had hung up.
     let response = app.oneshot(Request::get("/report/7").body(Body::empty())?).await?;
     axum::body::to_bytes(response.into_body(), 1024).await?;
     answered.notify_one();

@@ -1,5 +1,6 @@
-//! Ends each span at its start plus the time that has passed. The SDK takes the start and the end of a span from the
-//! wall clock. If that clock was set back in between, the span would end before it starts.
+//! Makes each span end at its start plus the time that has passed since then. The SDK takes the start and the
+//! end of a span from the wall clock. If that clock were set back in between, the span would end before its
+//! start.
 
 use opentelemetry::trace::SpanId;
 use opentelemetry_sdk::trace::SpanData;
@@ -9,7 +10,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// A difference up to this is only drift, or the time between reading one clock and reading the other.
+/// A difference of at most this much is only drift, or the time between reading one clock and reading the
+/// other.
 const DRIFT: Duration = Duration::from_millis(100);
 
 /// When each open span started, by the wall clock and by the monotonic clock.
@@ -41,7 +43,7 @@ fn correct(span: &mut SpanData, right: SystemTime, now: SystemTime) {
         _ => None,
     };
     span.end_time = set(span.end_time).unwrap_or(span.end_time);
-    // An event that was recorded after the clock was set shows a time outside of the span.
+    // An event that was recorded after the clock was set has a time outside the span.
     for event in &mut span.events.events {
         if !(span.start_time..=span.end_time).contains(&event.timestamp) {
             event.timestamp = set(event.timestamp).unwrap_or(event.timestamp);

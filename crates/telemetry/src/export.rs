@@ -1,11 +1,11 @@
-//! Counts exactly what happens to each span, around the SDK's batch processor and any exporter.
+//! Wraps the SDK's batch processor and any exporter, to count exactly what happens to each span.
 //!
-//! The SDK drops spans silently, and its exporters report one result for a whole batch. So two wrappers
-//! do the counting. When a sampled span ends, [`AccountedProcessor`] counts it. If there is room, it hands
-//! the span to the SDK's [`BatchSpanProcessor`], whose thread collects batches and gives each one to
+//! The SDK drops spans silently, and its exporters report one result for a whole batch. So two wrappers do
+//! the counting. When a sampled span ends, [`AccountedProcessor`] counts it. If there is room, it hands the
+//! span to the SDK's [`BatchSpanProcessor`], whose thread collects batches and gives each one to
 //! [`AccountedExporter`]. That wrapper sends the batch through the published exporter, again and again until
-//! the receiver accepts or refuses it, or until `OTEL_BSP_EXPORT_TIMEOUT` has passed. Spans in the queue and in
-//! flight are waiting, so at every moment ended = exported + dropped + waiting.
+//! the receiver accepts or refuses it, or until `OTEL_BSP_EXPORT_TIMEOUT` has passed. Spans in the queue and
+//! in flight are waiting, so at every moment ended = exported + dropped + waiting.
 //!
 //! ```text
 //! span ends ──▶ in the queue ──▶ in flight ──▶ exported
@@ -46,12 +46,12 @@ const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
 /// messages above 4 MiB.
 const MAX_REQUEST_BYTES: usize = 1024 * 1024;
 
-/// The pause before a batch is sent again. It doubles after each attempt, up to [`MAX_PAUSE`]. During shutdown
-/// it does not grow. (An attempt includes the exporter's own retries, which take about a second.)
+/// The pause before a batch is sent again. It doubles after each attempt, up to [`MAX_PAUSE`]. During
+/// shutdown it does not grow. (An attempt includes the exporter's own retries, which take about a second.)
 const PAUSE: Duration = Duration::from_millis(200);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// How many spans have ended, and what happened to them. Each one was exported, was dropped, or is waiting.
+/// How many spans have ended, and what happened to them. Each span was exported, was dropped, or is waiting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SpanCounts {
     /// Sampled spans that ended.
@@ -153,11 +153,11 @@ enum Outcome {
     NotSent,
 }
 
-/// Starts a runtime of one thread for the exporters' connections. The runtime lives as long as the process. On
-/// the service's own runtime, encoding and sending a batch would delay the requests that run there.
+/// Starts a runtime of one thread for the exporters' connections. The runtime lives as long as the process.
+/// On the service's own runtime, encoding and sending a batch would delay the requests that run there.
 ///
 /// # Errors
-/// If the system gives no thread or no event queue.
+/// If the system can't provide a thread or an event queue.
 pub(crate) fn connections() -> io::Result<Handle> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let handle = runtime.handle().clone();
@@ -179,8 +179,8 @@ fn let_requests_pass() {
     LOWERED.with(|()| ());
 }
 
-/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. Call this function
-/// on the runtime that drives the exporter's connections.
+/// Makes a processor that sends spans through `exporter`, and the handle that shuts it down. Call this
+/// function on the runtime that drives the exporter's connections.
 pub(crate) fn start<E: SpanExporter + 'static>(
     mut exporter: E,
     outage: Outage,
@@ -263,7 +263,8 @@ impl SpanProcessor for AccountedProcessor {
         self.batches.force_flush()
     }
 
-    /// [`Export::shut_down`] has done the work before the SDK calls this.
+    /// Does nothing, because [`Export::shut_down`] has already done the work when the SDK calls this
+    /// function.
     fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
         Ok(())
     }
@@ -317,7 +318,7 @@ struct AccountedExporter<E> {
     outage: Outage,
     /// The longest time for one batch, with all its attempts.
     limit: Duration,
-    /// When sending must stop, once the shutdown has begun.
+    /// The time when sending must stop, which is known once the shutdown has begun.
     closing: watch::Receiver<Option<Instant>>,
     runtime: Handle,
 }
@@ -393,8 +394,8 @@ impl<E: SpanExporter> AccountedExporter<E> {
 }
 
 /// Runs `future` on this thread for at most `limit`, with the timers and sockets of the runtime. A panic in
-/// `future` becomes an error, because a panic would end the thread, and so all exports. (tonic 0.14.9 panics
-/// when the details of a status are not base64, and `println!` when standard output is closed.)
+/// `future` becomes an error, because a panic would end the thread, and therefore all exports. (tonic 0.14.9
+/// panics when the details of a status are not base64, and `println!` when standard output is closed.)
 fn on_runtime(
     runtime: &Handle,
     limit: Duration,

@@ -178,7 +178,7 @@ where
 
 /// Opens a SERVER span for each call, named `{package.Service}/{Method}`, or `grpc` if the method is unknown.
 ///
-/// Calls of gRPC's own services (`grpc.health.*`, `grpc.reflection.*`) make no span.
+/// Calls to gRPC's own services (`grpc.health.*`, `grpc.reflection.*`) make no span.
 #[derive(Clone)]
 pub struct GrpcServerLayer {
     tracer: Arc<BoxedTracer>,
@@ -259,8 +259,8 @@ where
         };
         Box::pin(async move {
             match response.with_context(cx).await {
-                // If the message breaks off, tonic answers INTERNAL, but the caller is gone and never gets this
-                // answer. So the span is dropped without an outcome, which ends it as a cancelled or late call.
+                // If the message breaks off, tonic answers INTERNAL, but the caller is gone and never gets
+                // it. So the span is dropped without an outcome, which ends it as a cancelled or late call.
                 Ok(response) if broke_off.load(Relaxed) => {
                     drop(span);
                     Ok(response.map(|body| TracedBody::new(body, None, None)))

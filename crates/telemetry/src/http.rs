@@ -45,7 +45,7 @@ use tower::{Layer, Service};
 
 /// Opens a SERVER span for each request, named `{method} {route}`.
 ///
-/// Mount it with [`axum::Router::layer`], because the matched route is known there. Make it after
+/// Mount the layer with [`axum::Router::layer`], because the matched route is known there. Make it after
 /// [`crate::Telemetry::start`], which sets the tracer that the layer uses.
 #[derive(Clone)]
 pub struct HttpServerLayer {
@@ -55,7 +55,7 @@ pub struct HttpServerLayer {
 
 impl HttpServerLayer {
     /// Makes a layer that uses the current global tracer provider.
-    #[expect(clippy::new_without_default, reason = "it reads global state, which a default should not")]
+    #[expect(clippy::new_without_default, reason = "it reads global state, which no default should do")]
     pub fn new() -> Self {
         let metrics = metrics::are_exported().then(Metrics::new);
         Self { tracer: Arc::new(layers_tracer()), metrics }

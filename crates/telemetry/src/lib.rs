@@ -22,7 +22,7 @@
 
 #![cfg_attr(
     not(all(feature = "axum", feature = "tonic", feature = "lapin")),
-    allow(dead_code, reason = "some parts are of use to one boundary only")
+    allow(dead_code, reason = "some parts are used by only one boundary")
 )]
 
 #[cfg(feature = "lapin")]

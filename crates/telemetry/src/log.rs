@@ -2,7 +2,7 @@
 //! configured, the same events are also exported by OTLP as log records.
 //!
 //! `RUST_LOG` decides which lines and records are written. It does not decide which spans are recorded,
-//! because spans have a filter of their own. A separate thread writes the lines, so that the service does not
+//! because spans have a separate filter. A separate thread writes the lines, so that the service does not
 //! wait if nobody reads standard error. If too many lines are waiting, further lines are dropped and counted.
 
 use crate::{outage::PartialSuccess, records::Namespaced};
@@ -45,9 +45,9 @@ pub(crate) struct Config {
     pub filter: Option<Filter>,
 }
 
-/// Decides which lines are written. Lines of lapin and OpenTelemetry are left out unless `RUST_LOG` names them,
-/// because these libraries log several lines for each failed attempt, while the services log once that the
-/// broker or the collector is unavailable.
+/// Decides which lines are written. Lines of lapin and OpenTelemetry are left out unless `RUST_LOG` names
+/// them, because these libraries log several lines for each failed attempt, while the services log once that
+/// the broker or the collector is unavailable.
 #[derive(Debug)]
 pub(crate) struct Filter(String);
 
@@ -70,8 +70,8 @@ impl Default for Filter {
 impl Filter {
     /// Makes a filter for one layer.
     fn layer<S: Subscriber>(&self) -> impl tracing_subscriber::layer::Filter<S> + use<S> {
-        // lapin logs the unroutable messages that the broker returns, and they hold personal data. At TRACE, it
-        // logs each frame, and so the password. No directive may turn these lines on.
+        // lapin logs the unroutable messages that the broker returns, and they hold personal data. At TRACE,
+        // lapin logs each frame, and therefore the password. No directive may turn these lines on.
         let is_harmless = filter_fn(|metadata| {
             let is_lapin = metadata.target().starts_with("lapin");
             metadata.target() != "lapin::returned_messages"
@@ -93,7 +93,8 @@ const MAX_LINES: usize = 4_096;
 /// How long writing the remaining lines may take at the end of the process.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// How long the thread sleeps after writing, so that lines gather. Waking it costs more than writing a line.
+/// How long the thread sleeps after writing, so that lines gather. Waking the thread costs more than writing
+/// a line.
 const GATHERING: Duration = Duration::from_millis(5);
 
 /// The size of the buffer for lines, in bytes. If several processes write to one pipe, the pipe does not mix
@@ -164,8 +165,8 @@ pub(crate) fn install(
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_writer(writer)
         .with_filter(filter.layer());
-    // Each filter wraps the `Option` of its layer. If an absent layer had no filter, tracing would check again
-    // for each span whether any layer wants the span.
+    // Each filter wraps the `Option` of its layer. If an absent layer had no filter, tracing would check
+    // again for each span whether any layer wants the span.
     let records = loggers.map(|loggers| OpenTelemetryTracingBridge::new(&Namespaced(loggers.clone())));
     let records = records.with_filter(filter.layer());
     let recorded = Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF);

@@ -120,8 +120,8 @@ pub fn duration_histogram(meter: &Meter, name: &'static str) -> Histogram<f64> {
     meter.f64_histogram(name).with_unit("s").with_boundaries(SECONDS.to_vec()).build()
 }
 
-/// Observes CPU, memory, threads, files and uptime (semantic conventions 1.45, process metrics). All but the
-/// uptime are read from `/proc`, so they exist only on Linux.
+/// Observes CPU, memory, threads, files and uptime (semantic conventions 1.45, process metrics). All except
+/// the uptime are read from `/proc`, so they exist only on Linux.
 fn observe_process() {
     #[cfg(target_os = "linux")]
     {

@@ -21,8 +21,8 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection may be silent after a request, as a fraction of the request's time-out. It is below 1,
-/// because a request that times out writes to the connection, and each write restarts the wait.
+/// How long a connection may be silent after a request, as a fraction of the request's time-out. It is below
+/// 1, because a request that times out writes to the connection, and each write restarts the wait.
 #[cfg(feature = "otlp-grpc")]
 const MAX_SILENCE: f64 = 0.95;
 
@@ -63,7 +63,8 @@ fn built<E>(exporter: Result<E, ExporterBuildError>) -> Result<E, ConfigError> {
     exporter.map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP", error.to_string()))
 }
 
-/// The library itself reads the headers from the environment. [`OtlpConfig`] has already checked them.
+/// Configures an exporter for gRPC. The library itself reads the headers from the environment. [`OtlpConfig`]
+/// has already checked them.
 #[cfg(feature = "otlp-grpc")]
 fn grpc<B: WithExportConfig + opentelemetry_otlp::WithTonicConfig>(
     builder: B,

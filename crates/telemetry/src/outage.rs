@@ -1,5 +1,5 @@
-//! Logs why exports fail, at most once a minute: the receiver's address, the cause, and a guess at the
-//! mistake.
+//! Logs why exports fail, at most once a minute. A line has the receiver's address, the cause, and a guess at
+//! the mistake.
 
 use opentelemetry_sdk::error::OTelSdkError;
 use std::{
@@ -34,7 +34,7 @@ struct State {
 }
 
 thread_local! {
-    /// Details of the export attempt on this thread that are missing from its result.
+    /// Details of the current export attempt on this thread, which the result of that attempt lacks.
     static ATTEMPT: RefCell<Attempt> = RefCell::default();
 }
 
@@ -47,14 +47,15 @@ struct Attempt {
     cause: Option<String>,
 }
 
-/// Records the transport's error for the export attempt on this thread. The exporter's own error is only
-/// "network error".
+/// Records the transport's error for the current export attempt on this thread. The exporter's own error is
+/// only "network error".
 pub(crate) fn note_cause(error: &(dyn std::error::Error + 'static)) {
     let sources = std::iter::successors(Some(error), |error| error.source());
     let cause = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
     ATTEMPT.with_borrow_mut(|attempt| {
-        // If a connection ends before the request is sent, hyper cancels the request and loses the reason, for
-        // example that the server refused the client's certificate. So this error does not replace another one.
+        // If a connection ends before the request is sent, hyper cancels the request and loses the reason,
+        // for example that the server refused the client's certificate. So the error of a cancelled request
+        // does not replace another error.
         if attempt.cause.is_none() || !cause.contains("operation was canceled") {
             attempt.cause = Some(cause);
         }
@@ -71,7 +72,7 @@ impl Outage {
     }
 
     /// Records that an attempt succeeded. Returns how many of its spans the receiver rejected nevertheless.
-    /// `dropped` is the number of all spans that were dropped so far, for whatever reason.
+    /// `dropped` is the number of all spans that were dropped so far, for any reason.
     pub fn over(&self, dropped: u64) -> u64 {
         let Attempt { rejected, reason, .. } = ATTEMPT.take();
         let (what, endpoint, mut state) = (self.what, &self.endpoint, self.lock());
@@ -86,7 +87,7 @@ impl Outage {
     }
 
     /// Records that an attempt failed, and returns whether the receiver refuses this data. Otherwise another
-    /// attempt may succeed. `dropped` is as for [`Self::over`].
+    /// attempt may succeed. `dropped` has the same meaning as for [`Self::over`].
     pub fn failed(&self, error: &OTelSdkError, dropped: u64) -> bool {
         let cause = ATTEMPT.take().cause;
         let reason = match (error, cause) {
@@ -145,10 +146,10 @@ fn is_final(reason: &str) -> bool {
 
 /// Guesses the mistake that most often leads to this failure.
 fn guess(reason: &str) -> &'static str {
-    // The answers of servers without HTTP/2, and of servers with HTTP/2 but without this service.
+    // The texts for servers without HTTP/2, and for servers with HTTP/2 but without this service.
     const NOT_GRPC: [&str; 3] =
         ["frame with invalid size", "HTTP/2 was not negotiated", "gRPC code: Unimplemented"];
-    // A gRPC server sends the first frame, before it reads a request.
+    // The texts for a gRPC server, which sends its first frame before it reads a request.
     const NOT_HTTP: [&str; 2] = ["invalid HTTP version", "unexpected message from connection"];
 
     if NOT_GRPC.iter().any(|mark| reason.contains(mark)) {

@@ -16,8 +16,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The maximum number of open connections. A further connection closes the oldest one, so that idle connections
-/// don't block others.
+/// The maximum number of open connections. A further connection closes the oldest one, so that idle
+/// connections don't block others.
 const MAX_CONNECTIONS: usize = 8;
 
 /// How long a connection may stay open. A connection serves one answer, and is closed after this time even if
@@ -83,7 +83,7 @@ fn answer(request: &Request<Incoming>, registry: &Registry) -> Response<String> 
             response
         }
         Err(error) => {
-            tracing::warn!(%error, "encoding metrics");
+            tracing::warn!(%error, "encoding metrics for Prometheus failed");
             let mut response = Response::new(String::new());
             *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             response

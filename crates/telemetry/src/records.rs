@@ -1,5 +1,5 @@
-//! Gives the attributes of exported log records a namespace, as the semantic conventions ask. Log lines keep the
-//! short names of the fields in `tracing`'s macros, because people read them.
+//! Gives the attributes of exported log records a namespace, as the semantic conventions ask. Log lines keep
+//! the short names of the fields in `tracing`'s macros, because people read them.
 
 use crate::semconv;
 use opentelemetry::{
@@ -8,7 +8,7 @@ use opentelemetry::{
 };
 use std::{borrow::Cow, time::SystemTime};
 
-/// A provider of loggers, or a logger, or a record, whose attributes have a namespace.
+/// Wraps a logger provider, a logger or a record, so that its attributes have a namespace.
 pub(crate) struct Namespaced<T>(pub T);
 
 /// Returns the name of an attribute for a field of `tracing`.
@@ -49,8 +49,8 @@ impl<L: Logger> Logger for Namespaced<L> {
 }
 
 impl<R: LogRecord> LogRecord for Namespaced<R> {
-    /// Sets nothing. The name that `tracing` gives is a place in the source code, and a record with a name would
-    /// count as an event of the conventions.
+    /// Sets nothing. The name that `tracing` gives is a place in the source code, and a record with a name
+    /// would count as an event of the semantic conventions.
     fn set_event_name(&mut self, _: &'static str) {}
 
     fn set_target<T: Into<Cow<'static, str>>>(&mut self, target: T) {

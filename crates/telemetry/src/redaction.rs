@@ -57,7 +57,7 @@ fn redacted(text: &str, is_kept: impl Fn(Number) -> bool) -> String {
     /// The fewest digits in a row that count as a long number.
     const SHORTEST: usize = 7;
     /// The fewest digits that count as a long number if a dash or a space is between some of them. A date
-    /// with an hour has one digit less.
+    /// with an hour has one digit fewer.
     const SHORTEST_IN_GROUPS: usize = 11;
 
     let mut kept = String::with_capacity(text.len());

@@ -49,15 +49,15 @@ pub const TRACE_CONTEXT_SOURCE: &str = "throughline.trace_context.source";
 pub const PUBLISH_OUTCOME: &str = "throughline.publish.outcome";
 /// Our attribute: why a message was spooled, on the event `spooled`.
 pub const SPOOL_REASON: &str = "throughline.spool.reason";
-/// Our attribute: the number of the call's next attempt, from 2, on the event `retry`.
+/// Our attribute: the number of the call's next attempt, counted from 1, on the event `retry`.
 pub const RETRY_ATTEMPT: &str = "throughline.retry.attempt";
 /// Our attribute: the pause in milliseconds before the next attempt, on the event `retry`.
 pub const RETRY_PAUSE: &str = "throughline.retry.pause_ms";
 /// Our attribute: how long calls are still blocked, in milliseconds, on the event `circuit_open`.
 pub const CIRCUIT_RETRY_AFTER: &str = "throughline.circuit.retry_after_ms";
-/// Our attribute: the number of the attempt at processing a message, from 1.
+/// Our attribute: the number of the attempt to process a message, counted from 1.
 pub const MESSAGE_ATTEMPT: &str = "throughline.message.attempt";
-/// Our attribute: the longest headers of the message are missing, because they did not fit into a frame.
+/// Our attribute: true if the message's longest headers are missing because they did not fit into a frame.
 pub const MESSAGE_HEADERS_LEFT_OUT: &str = "throughline.message.headers_left_out";
 /// Our attribute: the time since the message was last published, in milliseconds.
 pub const MESSAGE_TIME_IN_QUEUE: &str = "throughline.message.time_in_queue_ms";

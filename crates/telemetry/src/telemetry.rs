@@ -26,8 +26,9 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// Exports the traces, metrics and logs of this process, from [`Telemetry::start`] to [`Telemetry::shut_down`].
-#[must_use = "spans are lost unless it is shut down"]
+/// Exports the traces, metrics and logs of this process, from [`Telemetry::start`] to
+/// [`Telemetry::shut_down`].
+#[must_use = "spans are lost unless the telemetry is shut down"]
 pub struct Telemetry {
     tracers: Option<SdkTracerProvider>,
     meters: Option<SdkMeterProvider>,
@@ -40,8 +41,8 @@ pub struct Telemetry {
 impl Telemetry {
     /// Installs the providers, the propagators and the log subscriber, and starts the exporters.
     ///
-    /// Call it inside the tokio runtime, and before any layer is made, because an earlier layer would use a
-    /// tracer that does nothing. No connection is opened yet.
+    /// Call it inside the tokio runtime, and before any layer is made, because a layer that was made earlier
+    /// would use a tracer that does nothing. No connection is opened yet.
     ///
     /// # Errors
     /// If a certificate can't be used, or if the process can't listen on the address at which Prometheus
@@ -56,7 +57,7 @@ impl Telemetry {
 
         let service = Handle::current().metrics();
         let connections = export::connections().map_err(|error| {
-            ConfigError::new("OTEL_TRACES_EXPORTER", format!("no thread for the exporters: {error}"))
+            ConfigError::new("OTEL_TRACES_EXPORTER", format!("can't start the exporters' thread: {error}"))
         })?;
         // Exporters open their connections on the runtime in which they are built.
         let _entered = connections.enter();
@@ -92,8 +93,9 @@ impl Telemetry {
         // Log records are sent last, because they may tell what happened to the spans and metrics.
         let limit = limit.mul_f64(0.8);
         let until_log = Instant::now() + limit;
-        // All exporters shut down at the same time, so that one without an answer doesn't use up the others'
-        // time. Each shutdown has its own thread, because the SDK blocks until the remaining data is sent.
+        // All exporters shut down at the same time, so that an exporter that gets no answer doesn't use up
+        // the others' time. Each shutdown has its own thread, because the SDK blocks until the remaining data
+        // is sent.
         let meters = self.meters.map(|meters| on_thread(move || drop(meters.shutdown_with_timeout(limit))));
         let exports = self.exports.into_iter().map(|export| {
             let account = export.account.clone();

@@ -1,9 +1,9 @@
 //! Exports spans to Zipkin with the published exporter. That exporter is deprecated upstream, so the lasting
 //! solution is a collector between the services and Zipkin.
 //!
-//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans. It also leaves
-//! out the remote endpoint, from which Zipkin knows the broker, and gives a root span a parent id of zeros.
-//! This file corrects these faults in the JSON of the request.
+//! `opentelemetry-zipkin` 0.33 leaves out the name of the service, by which Zipkin sorts spans. It also
+//! leaves out the remote endpoint, from which Zipkin knows the broker, and gives a root span a parent id of
+//! zeros. This file corrects these faults in the JSON of the request.
 
 #![expect(deprecated, reason = "upstream deprecates it for OTLP, which is the default here")]
 
@@ -74,7 +74,8 @@ impl Mending {
 fn remote_endpoint(tags: &Value) -> Option<Value> {
     let name = tags["messaging.system"].as_str();
     let tag = |attribute: &str| {
-        // The consumer's span names no peer, because a message may be processed after its connection has ended.
+        // The consumer's span names no peer, because a message may be processed after its connection has
+        // ended.
         let broker = name.and_then(|_| tags[format!("server.{attribute}")].as_str());
         tags[format!("network.peer.{attribute}")].as_str().or(broker)
     };

@@ -27,7 +27,7 @@ impl SpanProcessor for Ended {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        self.0.lock().expect("no panic while it is held").push(span);
+        self.0.lock().expect("no panic while the lock is held").push(span);
     }
 
     fn force_flush(&self) -> OTelSdkResult {
@@ -42,7 +42,7 @@ impl SpanProcessor for Ended {
 impl Ended {
     /// Returns the name of the only span that ended since the last call, and its `error.type` if it has one.
     fn one(&self) -> (String, Option<String>) {
-        let spans: Vec<_> = self.0.lock().expect("no panic while it is held").drain(..).collect();
+        let spans: Vec<_> = self.0.lock().expect("no panic while the lock is held").drain(..).collect();
         let [span] = &spans[..] else { panic!("{spans:#?}") };
         assert_eq!(span.span_kind, SpanKind::Server);
         let error = span.attributes.iter().find(|attribute| attribute.key.as_str() == "error.type");
@@ -54,7 +54,7 @@ impl Ended {
     }
 
     fn none(&self) {
-        assert!(self.0.lock().expect("no panic while it is held").is_empty());
+        assert!(self.0.lock().expect("no panic while the lock is held").is_empty());
     }
 }
 
@@ -85,7 +85,8 @@ async fn every_end_of_a_request_ends_its_span_once() {
     axum::body::to_bytes(response.into_body(), 100).await.unwrap();
     assert_eq!(ended.one(), ("GET /answer".to_owned(), None));
 
-    // The length of this stream is known, so hyper does not ask for more bytes than that.
+    // The answer has a `content-length`. hyper would not poll the body again after the last byte, so the span
+    // must end with this byte.
     let response = app.clone().oneshot(request("/file")).await.unwrap();
     let mut body = response.into_body();
     body.frame().await.unwrap().unwrap();

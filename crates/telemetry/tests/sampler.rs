@@ -1,5 +1,5 @@
-//! Tests that a sampler can decide by the attributes of a request. The test has its own process, because tracers
-//! are global.
+//! Tests that a sampler can base its decision on the attributes of a request. The test has its own process,
+//! because tracers are global.
 
 use axum::{Router, body::Body, routing::get};
 use http::{Request, Response};

@@ -25,20 +25,20 @@ use tonic::transport::{ClientTlsConfig, Identity};
 /// How a client checks its server, and which certificate it shows.
 #[derive(Clone)]
 pub struct Client {
-    /// For rustls.
+    /// The configuration for rustls.
     pub rustls: Arc<ClientConfig>,
-    /// The same for tonic.
+    /// The same configuration for tonic.
     #[cfg(feature = "tonic")]
     pub tonic: ClientTlsConfig,
 }
 
 impl Client {
-    /// Reads the authorities, the client's certificate and its key, unless `unused` tells why there will be no
-    /// TLS. If no file of authorities is set, the system's authorities are used.
+    /// Reads the authorities, the client's certificate and its key, unless `unused` tells why there will be
+    /// no TLS. If no file of authorities is set, the system's authorities are used.
     ///
     /// # Errors
-    /// If a file can't be read, or has the wrong content; if only one of certificate and key is set; if there
-    /// are no authorities; or if a file is set although there will be no TLS.
+    /// If a file can't be read or has the wrong content, if only one of certificate and key is set, if there
+    /// are no authorities, or if a file is set although there will be no TLS.
     pub fn read(
         [ca, certificate, key]: [PemFile<'_>; 3],
         unused: Option<&str>,

@@ -10,7 +10,7 @@ use tokio_rustls::rustls::{
 #[derive(Debug, Clone, Copy)]
 pub struct PemFile<'a>(pub &'a str, pub Option<&'a Path>);
 
-/// The variable that names a file which can't be used, and what is wrong with the file, in one line.
+/// The variable that names an unusable file, and what is wrong with that file, in one line.
 #[derive(Debug, thiserror::Error)]
 #[error("{variable}: {problem}")]
 #[expect(missing_docs, reason = "the type tells what the fields hold")]

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use tokio_rustls::rustls::{ServerConfig, client::danger::ServerCertVerifier, server::WebPkiClientVerifier};
 use tonic::transport::{ClientTlsConfig, Identity};
 
-/// Which certificate a gRPC server shows to its clients, and how it checks theirs.
+/// Which certificate a gRPC server shows to its clients, and how it checks the clients' certificates.
 #[derive(Debug, Clone)]
 pub struct Server {
-    /// For tokio-rustls.
+    /// The configuration for tokio-rustls.
     pub rustls: Arc<ServerConfig>,
     own: Own,
     identity: Identity,
@@ -53,8 +53,8 @@ impl Server {
         }))
     }
 
-    /// Returns the TLS configuration for a probe by the same process. The probe accepts only the server's own
-    /// certificate, whatever name is in it, and shows the same certificate to the server.
+    /// Returns the TLS configuration with which a service probes its own health. The probe accepts only the
+    /// server's own certificate, whatever name is in it, and shows the same certificate to the server.
     pub fn asked_by_itself(&self) -> (ClientTlsConfig, Arc<dyn ServerCertVerifier>) {
         (ClientTlsConfig::new().identity(self.identity.clone()), Arc::new(self.own.clone()))
     }

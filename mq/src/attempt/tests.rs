@@ -25,7 +25,7 @@ where
     let delivery = Delivery::mock(1, "e".into(), "k".into(), false, body);
     match attempts.process(&delivery, Redelivered::No, Chunk { size: 1, pause: Duration::ZERO }).await {
         Outcome::Failed(failed) => failed.fate,
-        Outcome::Settled => panic!("it is settled"),
+        Outcome::Settled => panic!("the message did not fail"),
     }
 }
 

@@ -42,12 +42,12 @@ pub struct Login {
     pub trace_id: Option<String>,
     /// Who logged in.
     pub mobile: MobileNumber,
-    /// Which attempt this is, from 1.
+    /// The number of this attempt, counted from 1.
     pub attempt: u32,
 }
 
-/// The database refuses one login, because its content violates a constraint there. Other logins are not
-/// affected.
+/// The database refuses one login, because its content violates one of the database's constraints. Other
+/// logins are not affected.
 // It does not hold the database's own text, because that may quote the row.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the database refuses the data of this message (code {code})")]
@@ -61,8 +61,8 @@ pub struct Refused {
 pub struct Secret(Uuid);
 
 impl Secret {
-    /// Derives an id from these parts. The id is the same for all who use this history. Without the secret,
-    /// nobody can find the parts of an id, not even by trying all mobile numbers.
+    /// Derives an id from these parts. The id is the same for every process that uses this history. Without
+    /// the secret, nobody can find the parts of an id, not even by trying all mobile numbers.
     pub fn id_of(self, parts: &[&[u8]]) -> String {
         let mut hash = Sha256::new_with_prefix(self.0);
         for part in parts {
@@ -77,12 +77,12 @@ impl Secret {
 
 /// A change to be committed.
 pub enum Change {
-    /// A login takes effect. The result is 1, or 0 if it had taken effect before.
+    /// A login takes effect. The result is 1, or 0 if the login had taken effect before.
     Apply(Login),
-    /// A message was delivered again, which is counted unless redeliveries of it are counted already. The result
-    /// is how many were counted before.
+    /// A message is marked as redelivered, unless redeliveries of it are already counted. The result is how
+    /// many redeliveries were counted before.
     MarkRedelivery(String),
-    /// A message was delivered again. The result is how often that has happened.
+    /// One more redelivery of a message is counted. The result is how many redeliveries are counted now.
     CountRedelivery(String),
     /// The count of a message's redeliveries is deleted. The result is how many counts were deleted.
     ForgetRedeliveries(String),
@@ -115,7 +115,7 @@ pub fn parse_url(url: &str) -> Result<SqliteConnectOptions, &'static str> {
         // With NORMAL in WAL mode, a loss of power could undo a commit after its message was acknowledged.
         .synchronous(SqliteSynchronous::Full)
         .busy_timeout(BUSY_TIMEOUT)
-        // While the database is slow, a log line for each statement would be a flood.
+        // While the database is slow, a line for each statement would flood the log.
         .disable_statement_logging())
 }
 
@@ -134,9 +134,9 @@ impl Database {
     /// content.
     ///
     /// # Errors
-    /// If the database can't be used now. Then none of the changes are made; but if it failed during the
-    /// commit itself, all of them may have been made. That does no harm, because a login that is applied
-    /// again is a duplicate.
+    /// If the database can't be used now. Then no change was made, unless the database failed during the
+    /// commit itself. In that case, all changes may have been made. That does no harm, because a login that
+    /// is applied again is a duplicate.
     pub async fn commit(&mut self, changes: &[Change]) -> anyhow::Result<Vec<Result<i64, Refused>>> {
         // Take the connection, so that it is not used again if it fails.
         let (mut connection, files) = match self.connection.take() {
@@ -144,7 +144,7 @@ impl Database {
             None => self.open().await?,
         };
         let answers = commit(&mut connection, changes).await.context("committing to the database")?;
-        // SQLite goes on writing to a file that was deleted.
+        // SQLite goes on writing to its file even after the file was deleted.
         ensure!(files == Files::of(&self.options), "the database's file was deleted or replaced");
         self.connection = Some((connection, files));
         Ok(answers)
@@ -153,7 +153,8 @@ impl Database {
     async fn open(&mut self) -> anyhow::Result<(SqliteConnection, Files)> {
         let file = self.options.get_filename();
         let opening = || format!("opening {}", file.display());
-        // A file that is missing later was deleted, and an empty history must not take its place.
+        // The file is made only at the first opening. If it is missing later, it was deleted, and an empty
+        // history must not take its place.
         if self.secret.is_none() {
             make(file).with_context(opening)?;
         }
@@ -162,13 +163,13 @@ impl Database {
             sqlx::query(table).execute(&mut connection).await.with_context(opening)?;
         }
         let secret = secret(&mut connection).await.with_context(opening)?;
-        ensure!(*self.secret.get_or_insert(secret) == secret, "{}: it is another history", file.display());
+        ensure!(*self.secret.get_or_insert(secret) == secret, "{} holds another history", file.display());
         Ok((connection, Files::of(&self.options)))
     }
 }
 
 /// Makes the file and its folder, if they are missing. Other users may not read who logged in when. SQLite
-/// gives the same mode to the files that it makes beside the database.
+/// gives the same mode to the files that it makes next to the database.
 fn make(file: &Path) -> io::Result<()> {
     if let Some(directory) = file.parent().filter(|directory| *directory != Path::new("")) {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
@@ -176,8 +177,8 @@ fn make(file: &Path) -> io::Result<()> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(file).map(drop)
 }
 
-/// The device and inode of the database and of its write-ahead log. They tell a file from another file that
-/// gets its name later.
+/// The device and inode of the database and of its write-ahead log. They distinguish a file from another file
+/// that has the same name later.
 #[derive(PartialEq, Eq)]
 struct Files([Option<(u64, u64)>; 2]);
 
@@ -208,7 +209,7 @@ async fn commit(
             transaction.commit().await?;
             Ok(answers.into_iter().map(Ok).collect())
         }
-        // Refusals are rare, so transactions without one are spared the savepoints.
+        // Savepoints are used only after a refusal, because refusals are rare.
         Err(error) if code_of_refusal(&error).is_some() => {
             transaction.rollback().await?;
             commit_but_refused(connection, changes).await
@@ -242,7 +243,7 @@ async fn commit_but_refused(
     Ok(answers)
 }
 
-/// Makes these changes. Returns the result of each.
+/// Makes these changes. Returns the result of each change.
 async fn apply(connection: &mut SqliteConnection, changes: &[Change]) -> sqlx::Result<Vec<i64>> {
     let logins = changes.iter().filter_map(|change| match change {
         Change::Apply(login) => Some(login),
@@ -253,7 +254,7 @@ async fn apply(connection: &mut SqliteConnection, changes: &[Change]) -> sqlx::R
     let mut answers = Vec::with_capacity(changes.len());
     for change in changes {
         answers.push(match change {
-            // If a login is there twice, only the first one was recorded.
+            // If a login is in `changes` twice, it was recorded only once, for its first change.
             Change::Apply(login) => recorded.remove(&login.message_id).into(),
             Change::MarkRedelivery(message_id) => mark_redelivery(connection, message_id).await?,
             Change::CountRedelivery(message_id) => {
@@ -283,9 +284,9 @@ async fn mark_redelivery(connection: &mut SqliteConnection, message_id: &str) ->
     sqlx::query_scalar(counted).bind(message_id).fetch_one(connection).await
 }
 
-/// Records logins, and counts those that were not recorded before. Either both happen or neither. Returns the ids of
-/// their messages. There are two statements for all logins, because each one is a round trip to the thread that runs
-/// SQLite, which costs more than the statement.
+/// Records logins, and counts those that were not recorded before. Either both happen or neither. Returns the
+/// message ids of the logins that were not recorded before. All logins share two statements, because each
+/// statement needs a round trip to the thread that runs SQLite, which costs more than the statement itself.
 async fn record(connection: &mut SqliteConnection, logins: &[&Login]) -> sqlx::Result<HashSet<String>> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let now = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);

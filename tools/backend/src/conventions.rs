@@ -1,9 +1,9 @@
-//! Checks exported spans, metrics and log records against OpenTelemetry's semantic conventions and against the
-//! tables in `docs/conventions.md`.
+//! Checks exported spans, metrics and log records against OpenTelemetry's semantic conventions and against
+//! the tables in `docs/conventions.md`.
 //!
-//! `registry.json` is an extract of the conventions' registry 1.45: the attributes and the metrics that this project
-//! exports, and the attributes of its kinds of spans. It has no deprecated names, so the check reports such
-//! names as unknown.
+//! `registry.json` is an extract of version 1.45 of the conventions' registry. It has the attributes and the
+//! metrics that this project exports, and the attributes of its kinds of spans. It has no deprecated names,
+//! so the check reports deprecated names as unknown.
 
 use opentelemetry_proto::tonic::{
     collector::{
@@ -35,7 +35,7 @@ struct Conventions {
     metrics: BTreeMap<String, Metric>,
     /// For each kind of span, the requirement level of each attribute, such as `required`.
     spans: BTreeMap<String, BTreeMap<String, String>>,
-    /// The kinds of spans that the page lists.
+    /// The kinds of spans that `docs/conventions.md` lists.
     #[serde(skip)]
     ours: Vec<SpanRow>,
     /// The attributes of each event of a span.
@@ -61,7 +61,7 @@ struct Metric {
     unit: String,
 }
 
-/// A row of the page's table of spans.
+/// A row of the table of spans in `docs/conventions.md`.
 struct SpanRow {
     what: &'static str,
     kind: &'static str,
@@ -70,7 +70,7 @@ struct SpanRow {
     sometimes: BTreeSet<&'static str>,
 }
 
-/// Returns the part of the page below this heading.
+/// Returns the part of `docs/conventions.md` below this heading.
 fn section(heading: &str) -> &'static str {
     let start = PAGE.find(&format!("\n## {heading}\n")).expect("the page has this heading");
     let section = &PAGE[start + 4..];
@@ -123,7 +123,7 @@ impl Conventions {
         let mut names = BTreeSet::new();
         for KeyValue { key, value, .. } in attributes {
             if !names.insert(key) {
-                said.push(format!("{key} is there twice"));
+                said.push(format!("{key} occurs twice"));
             }
             if !is_well_formed(key) {
                 said.push(format!("{key} has no namespace, or is not in lower case"));
@@ -133,7 +133,7 @@ impl Conventions {
                 continue;
             };
             if !allowed.is_empty() && !allowed.iter().any(|names| names.contains(&**key)) {
-                said.push(format!("{key} does not belong here"));
+                said.push(format!("{key} is not allowed here"));
             }
             let value = value.as_ref().and_then(|value| value.value.as_ref());
             let kind = match value {
@@ -179,7 +179,7 @@ fn text<'a>(attributes: &'a [KeyValue], key: &str) -> &'a str {
     }
 }
 
-/// Checks the spans of a request; returns a sentence for each fault.
+/// Checks the spans of a request, and returns a sentence for each fault.
 pub fn of_traces(request: &ExportTraceServiceRequest) -> Vec<String> {
     let mut faults = Vec::new();
     for spans in &request.resource_spans {
@@ -195,7 +195,7 @@ pub fn of_traces(request: &ExportTraceServiceRequest) -> Vec<String> {
     faults
 }
 
-/// Checks the data points of a request; returns a sentence for each fault.
+/// Checks the data points of a request, and returns a sentence for each fault.
 pub fn of_metrics(request: &ExportMetricsServiceRequest) -> Vec<String> {
     let mut faults = Vec::new();
     for metrics in &request.resource_metrics {
@@ -211,7 +211,7 @@ pub fn of_metrics(request: &ExportMetricsServiceRequest) -> Vec<String> {
     faults
 }
 
-/// Checks the log records of a request; returns a sentence for each fault.
+/// Checks the log records of a request, and returns a sentence for each fault.
 pub fn of_logs(request: &ExportLogsServiceRequest) -> Vec<String> {
     let mut faults = Vec::new();
     for logs in &request.resource_logs {
@@ -270,7 +270,7 @@ fn of_span(span: &Span) -> Vec<String> {
     let mut said = Vec::new();
     let what = kind_of(span);
     let Some(row) = CONVENTIONS.ours.iter().find(|row| row.what == what) else {
-        return vec!["there is no such span on the page".to_owned()];
+        return vec!["docs/conventions.md has no such span".to_owned()];
     };
     CONVENTIONS.attributes(&span.attributes, &[&row.always, &row.sometimes], &mut said);
     let required = CONVENTIONS.spans.get(what).into_iter().flatten();
@@ -289,23 +289,23 @@ fn of_span(span: &Span) -> Vec<String> {
     let status = span.status.clone().unwrap_or_default();
     let is_error = status.code() == StatusCode::Error;
     let error = of("error.type");
-    must(is_error != error.is_empty(), "error.type is there if the status is an error, and only then");
+    must(is_error != error.is_empty(), "error.type must be present if and only if the status is an error");
     must(
         error.is_empty() || !status.message.eq_ignore_ascii_case(error),
         "the description of the error repeats error.type",
     );
-    must(!has("server.port") || has("server.address"), "server.port is there without server.address");
+    must(!has("server.port") || has("server.address"), "server.port is present without server.address");
     must(
         has("http.request.method_original") == (of("http.request.method") == "_OTHER"),
-        "http.request.method_original belongs to the method _OTHER",
+        "http.request.method_original must be present if and only if the method is _OTHER",
     );
     must(
         has("rpc.method_original") == (of("rpc.method") == "_OTHER"),
-        "rpc.method_original belongs to the method _OTHER",
+        "rpc.method_original must be present if and only if the method is _OTHER",
     );
     let known_methods = &CONVENTIONS.attributes["http.request.method"].values;
     let original = of("http.request.method_original");
-    must(!known_methods.iter().any(|known| known == original), "a known method counts as _OTHER");
+    must(!known_methods.iter().any(|known| known == original), "a known method is reported as _OTHER");
 
     let is_named = match what {
         "HTTP server" => {
@@ -316,7 +316,7 @@ fn of_span(span: &Span) -> Vec<String> {
         "gRPC server" | "gRPC client" => span.name == of("rpc.method"),
         _ => row.names.contains(&span.name.as_str()),
     };
-    must(is_named, "this is not the name that such a span has");
+    must(is_named, "the name does not fit the kind of the span");
 
     let rpc_status = of("rpc.status_code");
     let has_peer = has("network.peer.address");
@@ -324,34 +324,34 @@ fn of_span(span: &Span) -> Vec<String> {
     match what {
         "HTTP server" => {
             let was_answered = has("http.response.status_code");
-            must(was_answered || is_error, "an answer has http.response.status_code");
+            must(was_answered || is_error, "a span without an error must have http.response.status_code");
         }
         "gRPC server" => {
             let faults =
                 ["UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"];
             must(is_error == faults.contains(&rpc_status), "the status does not fit rpc.status_code");
-            must(!has_own_error, "error.type of a gRPC server span is rpc.status_code");
+            must(!has_own_error, "error.type of a gRPC server span must be rpc.status_code");
         }
         "gRPC client" => {
             must(is_error == (rpc_status != "OK"), "the status does not fit rpc.status_code");
-            must(!has_own_error || !has_peer, "network.peer.* is there, but nothing was contacted");
+            must(!has_own_error || !has_peer, "network.peer.* is present, but no peer was contacted");
         }
         "RabbitMQ send" => {
             let (name, kind) = (of("messaging.operation.name"), of("messaging.operation.type"));
-            must((name, kind) == ("send", "send"), "the operation is send");
+            must((name, kind) == ("send", "send"), "the operation must be send");
             let is_spooled = of("throughline.publish.outcome") == "spooled";
             must(
                 !(is_spooled || is_error) || !has_peer,
-                "network.peer.* is there, but nothing was contacted",
+                "network.peer.* is present, but no peer was contacted",
             );
         }
         "RabbitMQ process" => {
             let (name, kind) = (of("messaging.operation.name"), of("messaging.operation.type"));
-            must((name, kind) == ("process", "process"), "the operation is process");
+            must((name, kind) == ("process", "process"), "the operation must be process");
         }
         _ => {}
     }
-    must(format!("{:?}", span.kind()).eq_ignore_ascii_case(row.kind), "the span is of another kind");
+    must(format!("{:?}", span.kind()).eq_ignore_ascii_case(row.kind), "the span has the wrong kind");
 
     for event in &span.events {
         let at = format!("event {}", event.name);
@@ -362,7 +362,7 @@ fn of_span(span: &Span) -> Vec<String> {
                 let missing = names.iter().filter(|name| find(&event.attributes, name).is_none());
                 of_event.extend(missing.map(|name| format!("{name} is missing")));
             }
-            None => of_event.push("there is no such event on the page".to_owned()),
+            None => of_event.push("docs/conventions.md has no such event".to_owned()),
         }
         said.extend(of_event.into_iter().map(|fault| format!("{at}: {fault}")));
     }
@@ -386,7 +386,7 @@ fn of_metric(metric: &metrics::Metric) -> Vec<String> {
             let is_ours = metric.name.starts_with("throughline.");
             let mut bounds = histogram.data_points.iter().map(|point| &point.explicit_bounds);
             if !is_ours && metric.unit == "s" && bounds.any(|bounds| *bounds != SECONDS) {
-                said.push("it has other buckets".to_owned());
+                said.push("its buckets are not those of the conventions".to_owned());
             }
             ("histogram", histogram.data_points.iter().map(|point| point.attributes.clone()).collect())
         }
@@ -406,8 +406,8 @@ fn of_metric(metric: &metrics::Metric) -> Vec<String> {
     said
 }
 
-/// Returns the kinds of spans, attributes and events that the page lists, but that these spans do not have. A
-/// page that lists too much is as wrong as a page that lists too little.
+/// Returns the kinds of spans, the attributes and the events that `docs/conventions.md` lists, but that occur
+/// in none of these spans. A table that lists too much is as wrong as a table that lists too little.
 pub fn unseen(spans: &[crate::trace::Span]) -> Vec<String> {
     let mut unseen = Vec::new();
     for row in &CONVENTIONS.ours {

@@ -173,7 +173,8 @@ async fn trace(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respo
     .await
 }
 
-/// `/api/traces`: returns the traces named by `traceID`, or else the traces that the other parameters describe.
+/// `/api/traces`: returns the traces named by `traceID`, or else the traces that the other parameters
+/// describe.
 async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -207,8 +208,8 @@ async fn search(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Returns how often each service calls each other service in the traces of the requested time. A call is a
-/// span whose parent belongs to another service.
+/// Returns how often each service calls each other service in the traces that start in the requested period.
+/// A call is a span whose parent belongs to another service.
 async fn dependencies(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let end = parameters.parsed("endTs", parameters::milliseconds)?.unwrap_or_else(parameters::now);

@@ -1,5 +1,5 @@
-//! Serves Jaeger's own page over this backend, beside this project's page. The crate `otlp-embedded` contains a
-//! build of Jaeger's page.
+//! Serves Jaeger's own page with the data of this backend, in addition to this project's page. The crate
+//! `otlp-embedded` contains a build of Jaeger's page.
 
 use super::{query, store::Store};
 use axum::{Router, http::StatusCode, middleware::map_response, response::Response};

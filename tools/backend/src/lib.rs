@@ -1,7 +1,7 @@
 //! The embedded trace backend. It receives OTLP, keeps the latest traces and their log records in memory, and
-//! answers Jaeger's queries. It counts metrics and drops them.
+//! answers Jaeger's queries. It counts the data points of metrics, and drops them.
 //!
-//! - [`ingest`]: OTLP over gRPC and HTTP, which the receiver also uses
+//! - [`ingest`]: OTLP over gRPC and HTTP, for the backend and for the receiver
 //! - `store`: the bounded store of `spans`; `size` calculates how much memory spans take
 //! - `query`: the router of all modules below
 //! - `jaeger`: Jaeger's query API; `tags` translates OTLP's attributes
@@ -10,7 +10,7 @@
 //! - `search`, `parameters`, `ids`: the parts of a query
 //! - `page`: this project's page; `jaeger_ui`: Jaeger's page, if the feature of that name is on
 //!
-//! Beside the backend are the modules for tests:
+//! The other modules are for tests:
 //!
 //! - [`receiver`]: an OTLP receiver that keeps everything it receives
 //! - [`trace`], [`metric`], [`log`]: spans, data points and log records as they were received
@@ -64,16 +64,16 @@ pub struct Backend {
     _runtime: Background,
 }
 
-/// Where a backend listens.
+/// The addresses at which a backend listens.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Addresses {
-    /// The address to receive OTLP/gRPC at.
+    /// The address at which to receive OTLP/gRPC.
     #[arg(long, default_value = "127.0.0.1:4317")]
     pub otlp_grpc: SocketAddr,
-    /// The address to receive OTLP/HTTP at.
+    /// The address at which to receive OTLP/HTTP.
     #[arg(long, default_value = "127.0.0.1:4318")]
     pub otlp_http: SocketAddr,
-    /// The address to answer queries at, and to show the page.
+    /// The address at which to answer queries and serve the page.
     #[arg(long, default_value = "127.0.0.1:16686")]
     pub query: SocketAddr,
 }
@@ -112,16 +112,16 @@ impl Backend {
     }
 
     /// Listens at these addresses, with a page that has controls. The page asks `GET /controls` for its
-    /// buttons, and sends `POST /controls/NAME` when a button is pressed. The router `controls` has these
+    /// buttons, and sends `POST /controls/NAME` when a button is pressed. The router `controls` has these two
     /// routes.
     ///
     /// # Errors
-    /// If an address is in use, which the error names, or if other machines could reach the page.
+    /// If an address is in use, or if other machines could reach the page. The error names the address.
     pub async fn start_with_controls(addresses: Addresses, controls: Router) -> Result<Self> {
         let query = addresses.query;
         ensure!(
             query.ip().is_loopback(),
-            "{query} is reached from other machines, so the page has no controls"
+            "other machines can reach {query}, so its page must not have controls"
         );
         Self::serve(addresses, Limits::default(), page::page_with_controls(controls))
     }
@@ -131,7 +131,7 @@ impl Backend {
         #[cfg(feature = "jaeger-ui")]
         let page = page.merge(jaeger_ui::routes(Arc::clone(&store)));
         // Queries run on blocking threads. If more than two queries ran at a time, each query would take
-        // longer, and all would use more memory.
+        // longer, and all queries together would use more memory.
         let runtime = Background::start(2, 2)?;
         let listen = |purpose: &str, address: SocketAddr| {
             runtime.listen(address).with_context(|| format!("{address}, for {purpose}"))
@@ -170,7 +170,8 @@ impl Backend {
         spans.collect()
     }
 
-    /// Returns a receiver of the ids of traces that get spans from now on. A slow receiver misses some ids.
+    /// Returns a channel that yields the ids of the traces that get spans from now on. A slow receiver misses
+    /// some ids.
     pub fn changes(&self) -> broadcast::Receiver<String> {
         self.store.changes()
     }

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 /// A log record, with fields from its resource and scope.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LogRecord {
-    /// The `service.name` of its resource.
+    /// The `service.name` of the record's resource.
     pub service: String,
-    /// The name of its instrumentation scope.
+    /// The name of the record's instrumentation scope.
     pub scope: String,
     /// The severity's name, such as `INFO`.
     pub severity: String,
@@ -17,9 +17,9 @@ pub struct LogRecord {
     pub severity_number: i32,
     /// The message, as text.
     pub body: String,
-    /// Its attributes, as text.
+    /// The record's own attributes, as text.
     pub attributes: BTreeMap<String, String>,
-    /// The attributes of its resource (the process that wrote it), as text.
+    /// The attributes of the record's resource (the process that wrote the record), as text.
     pub resource: BTreeMap<String, String>,
     /// The event's name, if the record is an event.
     pub event_name: String,

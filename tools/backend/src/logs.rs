@@ -28,8 +28,8 @@ use std::{
     sync::Arc,
 };
 
-/// The memory of a record and of its place in the trace's list, which has room to grow. The record's encoded
-/// contents are not included.
+/// The memory of a record and of its place in the trace's list, in bytes. The list has room to grow, so a
+/// place counts twice. The record's encoded contents are not included.
 const RECORD_BYTES: usize = size_of::<StoredRecord>() + 16 + 2 * size_of::<Arc<StoredRecord>>();
 
 /// The approximate memory of a trace's entries in the tables, in bytes.
@@ -52,8 +52,8 @@ pub struct LogStatistics {
     pub evicted: u64,
 }
 
-/// The records by trace. Records may arrive before or after the trace's spans, and are evicted separately from
-/// the spans.
+/// The records by trace. Records may arrive before or after the trace's spans, and are evicted separately
+/// from the spans.
 #[derive(Default)]
 pub(super) struct Logs {
     traces: HashMap<TraceId, TraceLogs>,
@@ -73,8 +73,8 @@ pub(super) struct StoredRecord {
     encoded: Box<[u8]>,
 }
 
-/// Returns the records of a request with their trace ids. The id is `None` if a record was written outside of a
-/// trace. OpenTelemetry treats an invalid id in the same way.
+/// Returns the records of a request with their trace ids. The id of a record that was written outside of a
+/// trace is `None`. An invalid id also becomes `None`, because OpenTelemetry treats it like a missing id.
 pub(super) fn stored_records(request: ExportLogsServiceRequest) -> Vec<(Option<TraceId>, StoredRecord)> {
     let scopes = request.resource_logs.into_iter().flat_map(|resource| resource.scope_logs);
     let records = scopes.flat_map(|scope| scope.log_records).map(|record| {
@@ -94,7 +94,8 @@ impl Logs {
         self.traces.get(&id).map(|logs| logs.records.clone()).unwrap_or_default()
     }
 
-    /// Stores the records that fit; returns the traces that got records.
+    /// Stores the records that belong to a trace and are within the trace's limits. Returns the traces that
+    /// got records.
     pub fn insert(
         &mut self,
         records: Vec<(Option<TraceId>, StoredRecord)>,
@@ -113,7 +114,7 @@ impl Logs {
                 self.traces.get(&id).map_or((0, TRACE_BYTES), |logs| (logs.records.len(), logs.bytes));
             if records >= limits.spans_of_a_trace() || taken + bytes > limits.bytes_of_a_trace() {
                 self.statistics.rejected += 1;
-                rejected.add("the records of its trace take a quarter of the store already");
+                rejected.add("the records of its trace already take a quarter of the store");
                 continue;
             }
             let logs = self.traces.entry(id).or_insert_with(|| {
@@ -186,7 +187,7 @@ fn time(record: &LogRecord) -> u64 {
     if record.time_unix_nano == 0 { record.observed_time_unix_nano } else { record.time_unix_nano }
 }
 
-/// Returns the severity's name as its source gives it or, if that is missing, the name for the severity's
+/// Returns the severity's name in the record or, if the record has no name, the name for the severity's
 /// number. Each name stands for four numbers.
 fn severity(record: &LogRecord) -> &str {
     const NAMES: [&str; 6] = ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"];

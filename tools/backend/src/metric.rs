@@ -13,11 +13,11 @@ use std::collections::BTreeMap;
 /// A data point, with fields from its metric, scope and resource.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metric {
-    /// The `service.name` of its resource.
+    /// The `service.name` of the metric's resource.
     pub service: String,
-    /// The attributes of its resource (the process that made it), as text.
+    /// The attributes of the metric's resource (the process that made the metric), as text.
     pub resource: BTreeMap<String, String>,
-    /// The name of its instrumentation scope.
+    /// The name of the metric's instrumentation scope.
     pub scope: String,
     /// The metric's name.
     pub name: String,

@@ -15,8 +15,8 @@ const CSS: &str = "text/css; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// The Content-Security-Policy, a second protection against text of a span that would run as code. The browser
-/// accepts scripts only from files, and text can't become markup (Trusted Types).
+/// The Content-Security-Policy. It is a second protection against a span whose text would run as code. The
+/// browser runs only scripts in files of this server, and text can't become markup (Trusted Types).
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; \
                       object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
@@ -63,7 +63,8 @@ const CONTROLS: [(&str, &str, &str); 2] = [
 const HEAD: &str = "<link rel=\"stylesheet\" href=\"/page/controls.css\">\n    \
                     <script type=\"module\" src=\"/page/controls.js\"></script>\n  ";
 
-/// The element in the HTML head that names the path of Jaeger's page, or nothing in a build without that page.
+/// The element in the HTML head that names the path of Jaeger's page, or nothing in a build without that
+/// page.
 const JAEGER: &str =
     if cfg!(feature = "jaeger-ui") { "<meta name=\"jaeger\" content=\"/jaeger\">\n  " } else { "" };
 
@@ -71,7 +72,7 @@ pub(super) fn page() -> Router {
     with_files(Router::new(), &FILES, JAEGER)
 }
 
-/// Returns the page with controls. The controls call these routes.
+/// Returns the page with controls. The controls call `routes`.
 pub(super) fn page_with_controls(routes: Router) -> Router {
     with_files(routes, &[&FILES[..], &CONTROLS].concat(), &format!("{HEAD}{JAEGER}"))
 }

@@ -16,7 +16,7 @@ const MAX_TRACES: usize = 1500;
 /// The parameters in the URL, after the `?`.
 pub(super) struct Parameters(Vec<(String, String)>);
 
-/// The status and the message of a query that is refused.
+/// The status and the message with which a query is refused.
 #[derive(Debug, PartialEq)]
 pub(super) struct Refusal(pub StatusCode, pub String);
 
@@ -57,7 +57,7 @@ impl Parameters {
     pub fn limit(&self, name: &str, default: usize) -> Result<usize, Refusal> {
         let limit = self.parsed(name, |value| match value.parse::<u32>() {
             Ok(1..) => value.parse::<usize>().map_err(|error| error.to_string()),
-            _ => Err("a number above zero is wanted".to_owned()),
+            _ => Err("a number above zero is required".to_owned()),
         })?;
         Ok(limit.unwrap_or(default).min(MAX_TRACES))
     }
@@ -86,7 +86,7 @@ pub(super) fn milliseconds(value: &str) -> Result<u64, String> {
 
 fn whole(value: &str, unit: u64) -> Result<u64, String> {
     let number: u64 = value.parse().map_err(|_| format!("'{value}' is not a number"))?;
-    // Times after the year 2554 don't fit into the number, and become the latest time that fits.
+    // Times after the year 2554 don't fit into 64 bits, and become the latest time that fits.
     Ok(number.saturating_mul(unit))
 }
 

@@ -19,7 +19,7 @@ pub(super) fn router(store: Arc<Store>, page: Router) -> Router {
         .merge(page)
 }
 
-/// Answers a query on a blocking thread, because a search takes long enough to delay incoming spans.
+/// Answers a query on a blocking thread, because a search takes so long that it would delay incoming spans.
 pub(super) async fn blocking(work: impl FnOnce() -> Result<Response, Refusal> + Send + 'static) -> Response {
     let failed = || Refusal(StatusCode::INTERNAL_SERVER_ERROR, "the query failed".to_owned());
     spawn_blocking(work).await.unwrap_or_else(|_| Err(failed())).into_response()

@@ -53,7 +53,8 @@ struct Received {
     requests: Vec<HeaderMap>,
     metrics_requests: Vec<HeaderMap>,
     logs_requests: Vec<HeaderMap>,
-    /// The responses to the next requests with spans, before such requests succeed again.
+    /// The refusals with which the receiver answers the next requests with spans. Afterwards, such requests
+    /// succeed again.
     refusals: Vec<Refusal>,
 }
 
@@ -147,8 +148,9 @@ impl Receiver {
         self.store.lock().refusals.extend(refusals);
     }
 
-    /// Waits until a trace looks like `expected` (see [`trace::tree`]); returns its spans. Blank lines
-    /// in `expected`, and indentation that all of its lines share, are ignored. `remote_parent` is the span id that the caller sent, or empty.
+    /// Waits until a trace looks like `expected` (see [`trace::tree`]), and returns its spans. Blank lines in
+    /// `expected`, and indentation that all of its lines share, are ignored. `remote_parent` is the span id
+    /// that the caller sent, or empty.
     ///
     /// # Panics
     /// If the trace does not look like `expected` in time. The message shows the trace.
@@ -172,10 +174,10 @@ impl Receiver {
         self.expect_tree_below("", trace_id, expected).await
     }
 
-    /// Waits for a log record that `wanted` accepts; returns the first such log record.
+    /// Waits for a log record that `wanted` accepts, and returns the first such log record.
     ///
     /// # Panics
-    /// If no such item arrives in time.
+    /// If no such log record arrives in time.
     pub async fn expect_log(&self, wanted: impl Fn(&LogRecord) -> bool) -> LogRecord {
         let seen = poll(PATIENCE, async || self.logs().into_iter().find(|record| wanted(record)));
         match seen.await {
@@ -184,10 +186,10 @@ impl Receiver {
         }
     }
 
-    /// Waits for a span that `wanted` accepts.
+    /// Waits for a span that `wanted` accepts, and returns the first such span.
     ///
     /// # Panics
-    /// If no such item arrives in time.
+    /// If no such span arrives in time.
     pub async fn expect_span(&self, wanted: impl Fn(&Span) -> bool) -> Span {
         let seen = poll(PATIENCE, async || self.spans().into_iter().find(|span| wanted(span)));
         match seen.await {

@@ -39,10 +39,12 @@ use tokio::{
 
 const DEFAULT_LIMIT: usize = 20;
 
-/// How long changes are collected before they are sent, so that each trace is sent at most four times a second.
+/// How long changes are collected before they are sent, so that each trace is sent at most four times per
+/// second.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The largest number of changed traces that are sent after a pause. Any other changed traces are not sent.
+/// The largest number of changed traces that are sent after a pause. If more traces have changed, the others
+/// are not sent.
 const MAX_CHANGED: usize = 100;
 
 /// The largest number of links to a trace in one response.
@@ -66,8 +68,8 @@ struct Summary<'a> {
     trace_id: String,
     root_service: &'a str,
     root_operation: &'a str,
-    /// The root's HTTP or gRPC status. A root without such a status has `error` if it failed, and otherwise an
-    /// empty text.
+    /// The root's HTTP or gRPC status. A root without such a status has `error` if it failed, and otherwise
+    /// an empty text.
     status: String,
     /// The trace's start, in microseconds since 1970.
     start_time: u64,
@@ -94,13 +96,14 @@ struct Link<'a> {
     span_id: String,
     service: &'a str,
     operation: &'a str,
-    /// The span id in the requested trace.
+    /// The id of the linked span in the requested trace.
     to: String,
 }
 
-/// Returns a part of the list of traces, from number `offset` on, and the total number of traces. By `sort`,
-/// the latest traces come first (the default), or the longest traces, or traces with errors. Unlike in Jaeger's
-/// search, the service is optional, and the limits on the duration apply to the whole trace.
+/// Returns a part of the list of traces, from number `offset` on, and the total number of traces. The
+/// parameter `sort` decides which traces come first: the latest (the default), the longest, or those with
+/// errors. Unlike in Jaeger's search, the service is optional, and the limits on the duration apply to the
+/// whole trace.
 async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Response {
     blocking(move || {
         let limit = parameters.limit("limit", DEFAULT_LIMIT)?;
@@ -129,7 +132,7 @@ async fn recent(State(store): State<Arc<Store>>, parameters: Parameters) -> Resp
     .await
 }
 
-/// Returns the links that spans of other traces have to this trace, those of the latest trace first.
+/// Returns the links that spans of other traces have to this trace. The links of the latest trace come first.
 async fn links(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Response {
     blocking(move || {
         let id = parameters::trace_id(&id).map_err(|error| Refusal::malformed(&error))?;
@@ -151,7 +154,8 @@ async fn links(State(store): State<Arc<Store>>, Path(id): Path<String>) -> Respo
     .await
 }
 
-/// Sends server-sent events: the summary of each trace that gets spans, log records, or links from other traces.
+/// Sends server-sent events: the summary of each trace that gets spans, log records, or links from other
+/// traces.
 async fn events(State(store): State<Arc<Store>>) -> Response {
     let (changes, page_changes) = (store.changes(), store.page_changes());
     let feed = Feed { store, changes, page_changes, changed: HashSet::new() };
@@ -162,9 +166,9 @@ async fn events(State(store): State<Arc<Store>>) -> Response {
     Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)).into_response()
 }
 
-/// The events of one client. An event is made only when the previous event has been written. If the client
-/// reads slowly, changed traces wait in `changed`, without duplicates. Beyond `MAX_CHANGED`, changed traces are
-/// dropped.
+/// The source of the events for one client. The next event is made only after the previous event has been
+/// written. If the client reads slowly, changed traces wait in `changed`, without duplicates. Beyond
+/// `MAX_CHANGED`, changed traces are dropped.
 struct Feed {
     store: Arc<Store>,
     changes: Receiver<String>,

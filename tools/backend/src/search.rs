@@ -46,8 +46,8 @@ impl Filter {
         }
         let to = parameters.parsed("end", parameters::microseconds)?;
         let lookback = parameters.parsed("lookback", |value| match value {
-            // Jaeger's page sends this value if the user has chosen a start and an end. The page sends these
-            // times too.
+            // Jaeger's page sends this value if the user has chosen a start and an end. In that case, the
+            // page also sends these two times.
             "custom" => Ok(u64::MAX),
             _ => parameters::duration(value),
         })?;
@@ -69,8 +69,8 @@ impl Filter {
         })
     }
 
-    /// Returns the latest traces that meet the criteria, at most `limit`. The search also ends when the traces
-    /// found so far have, together, more spans than one trace may have.
+    /// Returns the latest traces that meet the criteria, at most `limit`. The search also ends when the
+    /// traces found so far have, together, more spans than one trace may have.
     pub fn find(&self, store: &Store, limit: usize) -> Vec<Arc<Trace>> {
         let mut found = Vec::new();
         let mut spans = 0;

@@ -27,8 +27,8 @@ use std::{
 /// The service name of spans whose resource has no `service.name`. Jaeger uses the same name.
 const NO_SERVICE_NAME: &str = "OTLPResourceNoServiceName";
 
-/// The memory of a span and of its entry in the trace's table, which has room to grow. The span's data on the
-/// heap is not included.
+/// The memory of a span and of its entry in the trace's table, in bytes. The table has room to grow, so an
+/// entry takes more than its own size. The span's data on the heap is not included.
 const SPAN_BYTES: usize = size_of::<StoredSpan>() + 16 + 48;
 
 /// The largest size of a resource or a scope. The size is limited because a response repeats both for every
@@ -39,9 +39,9 @@ const MAX_ORIGIN_BYTES: usize = 64 * 1024;
 /// repeats both for every span.
 const MAX_SCOPE_NAME_BYTES: usize = 1024;
 
-/// A stored span and its origin. The fields that searches and summaries need are decoded, and the whole span is
-/// kept encoded. A decoded span would take about four times as much memory, in dozens of small allocations,
-/// which fragment the heap.
+/// A stored span and its origin. The fields that searches and summaries need are decoded, and the whole span
+/// is kept encoded. A decoded span would take about four times as much memory, in dozens of small
+/// allocations, which fragment the heap.
 pub(super) struct StoredSpan {
     pub id: SpanId,
     pub parent: Option<SpanId>,
@@ -54,7 +54,7 @@ pub(super) struct StoredSpan {
     pub end: u64,
     pub resource: Arc<Shared<Resource>>,
     pub scope: Arc<Shared<InstrumentationScope>>,
-    /// The spans that the span has links to. A link without valid ids is left out.
+    /// The trace id and the span id of each link. A link without valid ids is left out.
     pub links: Box<[(TraceId, SpanId)]>,
     encoded: Box<[u8]>,
     pub bytes: usize,
@@ -66,18 +66,19 @@ pub(super) struct DecodedSpan<'a> {
     pub span: Span,
 }
 
-/// The source of spans: a process.
+/// The resource of spans, which describes the process that made them.
 pub(super) struct Resource {
     pub service: String,
     pub resource: v1::Resource,
 }
 
-/// Data that the spans of a request share. The memory of this data is counted once, as long as any of the spans
-/// is stored.
+/// Data that the spans of a request share. The memory of this data is counted once, as long as any of the
+/// spans is stored.
 pub(super) struct Shared<T> {
     value: T,
     bytes: usize,
-    /// How many stored spans have this data. The count of an `Arc` would include the snapshots of queries.
+    /// How many stored spans have this data. The reference count of the `Arc` would also include the
+    /// snapshots of queries.
     spans: AtomicUsize,
 }
 
@@ -122,13 +123,13 @@ impl<T> Shared<T> {
         Arc::new(Self { value, bytes, spans: AtomicUsize::new(0) })
     }
 
-    /// Records that a stored span has this data. Returns how many bytes the store now holds more. The caller
+    /// Records that a stored span has this data. Returns how many more bytes the store now holds. The caller
     /// must hold the store's lock, as for [`Shared::release`].
     pub fn acquire(&self) -> usize {
         if self.spans.fetch_add(1, Relaxed) == 0 { self.bytes } else { 0 }
     }
 
-    /// Records that a span with this data was removed. Returns how many bytes the store now holds less.
+    /// Records that a span with this data was removed. Returns how many fewer bytes the store now holds.
     pub fn release(&self) -> usize {
         if self.spans.fetch_sub(1, Relaxed) == 1 { self.bytes } else { 0 }
     }

@@ -23,8 +23,8 @@ use tokio::sync::broadcast;
 /// The approximate memory of a trace's entries in the store's tables, in bytes.
 const TRACE_BYTES: usize = size_of::<Trace>() + 160;
 
-/// How much is stored. Beyond these limits, the oldest traces are evicted. No trace may take more than a
-/// quarter of a limit. Log records have the same limits, counted separately.
+/// How much the store may hold. Beyond these limits, the oldest traces are evicted. No trace may take more
+/// than a quarter of a limit. Log records have the same limits, counted separately.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// The largest number of spans.
@@ -62,9 +62,10 @@ pub struct Statistics {
     pub bytes: usize,
     /// Spans received so far.
     pub received: u64,
-    /// Received spans that were already stored, and so were not stored again.
+    /// Received spans that were not stored, because they were stored already.
     pub duplicates: u64,
-    /// Received spans that were refused, because their ids are invalid or their trace is too large.
+    /// Received spans that were refused, because an id is invalid, or because the trace, the resource or the
+    /// scope is too large.
     pub rejected: u64,
     /// Received spans that were stored and later evicted with their trace, to make room.
     pub evicted: u64,
@@ -138,12 +139,13 @@ impl Store {
         self.lock_logs().of_trace(id)
     }
 
-    /// Returns a receiver of the ids of traces that get spans from now on.
+    /// Returns a channel that yields the ids of the traces that get spans from now on.
     pub fn changes(&self) -> broadcast::Receiver<String> {
         self.changes.subscribe()
     }
 
-    /// Returns a receiver of the ids of traces that get log records, or links from other traces, from now on.
+    /// Returns a channel that yields the ids of the traces that get log records, or links from other traces,
+    /// from now on.
     pub fn page_changes(&self) -> broadcast::Receiver<String> {
         self.page_changes.subscribe()
     }
@@ -215,7 +217,7 @@ impl Contents {
         }
         let (spans, bytes) = trace.map_or((0, TRACE_BYTES), |trace| (trace.spans.len(), trace.bytes));
         if spans >= limits.spans_of_a_trace() || bytes + span.bytes > limits.bytes_of_a_trace() {
-            rejected.add("its trace takes a quarter of the store already");
+            rejected.add("its trace already takes a quarter of the store");
             return false;
         }
         let trace = self.traces.entry(id).or_insert_with(|| {
@@ -226,7 +228,7 @@ impl Contents {
         self.statistics.received += 1;
         self.statistics.spans += 1;
         self.statistics.bytes += span.bytes + span.resource.acquire() + span.scope.acquire();
-        // If a query has a snapshot of the trace at the moment, this copies the trace's table.
+        // If a query is holding a snapshot of the trace, this call copies the trace's table.
         let trace = Arc::make_mut(trace);
         trace.start = trace.start.min(span.start);
         trace.end = trace.end.max(span.end);

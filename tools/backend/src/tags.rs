@@ -30,7 +30,7 @@ enum Value<'a> {
     Float(f64),
 }
 
-/// Returns the span's attributes, then the tags that are fields in OTLP.
+/// Returns the tags of the span's attributes, then the tags of data that OTLP does not keep in attributes.
 pub(super) fn of_span<'a>(DecodedSpan { stored, span }: &'a DecodedSpan<'_>) -> Vec<Tag<'a>> {
     let scope = &stored.scope;
     let status = span.status.as_ref();
@@ -112,7 +112,7 @@ impl<'a> Tag<'a> {
             Some(any_value::Value::BytesValue(bytes)) => {
                 ("binary", Value::Text(BASE64_STANDARD.encode(bytes).into()))
             }
-            // Jaeger has no lists and no maps, so they are sent as JSON in a string.
+            // Jaeger has no lists and no maps, so lists and maps are sent as JSON in a string.
             Some(any_value::Value::ArrayValue(_) | any_value::Value::KvlistValue(_)) => {
                 ("string", Value::Text(json(attribute.value.as_ref()).to_string().into()))
             }

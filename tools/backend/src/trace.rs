@@ -32,7 +32,7 @@ pub struct Span {
     pub end: u64,
     /// The span's own attributes, as text.
     pub attributes: BTreeMap<String, String>,
-    /// The attributes of its resource (the process that made it), as text.
+    /// The attributes of the span's resource (the process that made the span), as text.
     pub resource: BTreeMap<String, String>,
     /// The name and the attributes of each event.
     pub events: Vec<(String, BTreeMap<String, String>)>,
@@ -42,7 +42,7 @@ pub struct Span {
     pub flags: u32,
     /// The W3C tracestate.
     pub trace_state: String,
-    /// The name of its instrumentation scope.
+    /// The name of the span's instrumentation scope.
     pub scope: String,
 }
 

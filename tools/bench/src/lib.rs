@@ -1,13 +1,14 @@
-//! The cost of traces, metrics and logs, measured on this machine with the three services as processes, a
+//! Measures on this machine what traces, metrics and logs cost. The three services run as processes, with a
 //! real broker, a collector that only counts, and a load generator.
 //!
 //! Each round starts every variant afresh. Then the variants have turns of a few seconds under the same load,
-//! in random order. During a turn, the other variants are idle. A lap is one turn of each variant. Variants are
-//! compared within a lap, because a machine (above all its disk) that is slower for a while is slower for all
-//! variants of the lap. Many laps show how reliable a figure is. The last variant repeats the first variant, so
-//! the distance of the last variant's ratios from 1 is the error of the method.
+//! in random order. During a turn, the other variants are idle. A lap is one turn of each variant. Variants
+//! are compared within a lap, because a machine or disk that is slow for a while slows all variants of the
+//! lap. Many laps show how reliable a figure is. The last variant repeats the first variant, so the distance
+//! of the last variant's ratios from 1 is the error of the method.
 //!
-//! `running` is a variant while it runs, `sink` its collector, and `load` the load generator.
+//! The module `running` has a variant while it runs, `sink` has its collector, and `load` has the load
+//! generator.
 
 mod load;
 mod running;
@@ -24,7 +25,7 @@ use tempfile::TempDir;
 /// How to measure.
 #[derive(Args)]
 pub struct Options {
-    /// Logins a second in the paced part.
+    /// Logins per second in the paced part.
     #[arg(long, default_value_t = 2000)]
     rate: u32,
     /// Simultaneous connections in the closed loop.
@@ -39,20 +40,20 @@ pub struct Options {
     /// Length of a turn, in seconds.
     #[arg(long, default_value_t = 2)]
     seconds: u64,
-    /// Keep all files of the broker and of the services in memory (/dev/shm), and start a RabbitMQ for this. A
-    /// disk's time to sync varies by more than the costs measured here.
+    /// Start a RabbitMQ, and keep all files of this broker and of the services in memory (/dev/shm). A disk's
+    /// time to sync varies by more than the costs measured here.
     #[arg(long)]
     in_memory: bool,
     /// Run only this part: paced or closed.
     #[arg(long)]
     only: Option<String>,
-    /// Instead, compare these services with another system that does the same work: the one in Go, in
-    /// tools/peers/go-zero.
+    /// Instead of measuring what tracing costs, compare these services with another system that does the same
+    /// work. The only such system is the one in Go, in tools/peers/go-zero.
     #[arg(long)]
     peer: Option<Peer>,
 }
 
-/// Another system, with which this one can be compared.
+/// Another system, with which this system can be compared.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Peer {
     GoZero,
@@ -61,8 +62,8 @@ enum Peer {
 /// A file system in memory.
 const MEMORY: &str = "/dev/shm";
 
-/// A configuration of the services, as environment variables. With every variant, the services write the same
-/// lines to standard error, two for each login.
+/// A configuration of the services, as environment variables. In every variant, the services in Rust write
+/// the same lines to standard error, two for each login.
 struct Variant {
     name: &'static str,
     variables: &'static [(&'static str, &'static str)],
@@ -89,7 +90,7 @@ const ALL_SIGNALS: Variant = Variant {
     name: "traces + metrics + logs",
     variables: &[
         ("OTEL_METRICS_EXPORTER", "otlp"),
-        // With this interval, there is one export in each turn of two seconds. The default is one export a
+        // With this interval, there is one export in each turn of two seconds. The default is one export per
         // minute.
         ("OTEL_METRIC_EXPORT_INTERVAL", "2000"),
         ("OTEL_LOGS_EXPORTER", "otlp"),
@@ -99,7 +100,7 @@ const ALL_SIGNALS: Variant = Variant {
     ..DISABLED
 };
 
-/// The variants that show what tracing costs. Each of them is compared with the first.
+/// The variants that show what tracing costs. Each other variant is compared with the first.
 const VARIANTS: &[Variant] = &[
     DISABLED,
     Variant { name: "sampled off", variables: &[("OTEL_TRACES_SAMPLER", "always_off")], ..DISABLED },
@@ -112,7 +113,7 @@ const VARIANTS: &[Variant] = &[
 
 const TRACED: Variant = Variant { name: "in Rust", variables: &[], spans: 6, ..DISABLED };
 
-/// The variants of `--peer go-zero`. Each of them is compared with the first.
+/// The variants of `--peer go-zero`. Each other variant is compared with the first.
 const PEERS: &[Variant] =
     &[TRACED, Variant { name: "in Go", in_go: true, ..TRACED }, Variant { name: "in Rust again", ..TRACED }];
 
@@ -123,7 +124,7 @@ struct Measured {
     rounds: Vec<Vec<Costs>>,
 }
 
-/// Measures all variants, and prints tables. If the other system can't be built, reports that on standard
+/// Measures all variants, and prints tables. If Go is needed but not available, reports that on standard
 /// error, and measures nothing.
 ///
 /// # Errors
@@ -231,7 +232,7 @@ fn print_tables(Measured { variants, laps, rounds }: &Measured) {
     }
     print(&format!(
         "\nas a multiple of {}\n{:<24}{:>22}{:>22}{:>22}{:>22}\n",
-        variants[0].name, "(of this, 95 % sure)", "logins/s", "p50", "p99", "CPU"
+        variants[0].name, "(95 % interval)", "logins/s", "p50", "p99", "CPU"
     ));
     for (i, variant) in variants.iter().enumerate().skip(1) {
         let of_laps =
@@ -258,8 +259,8 @@ struct Ratio {
 }
 
 impl Ratio {
-    /// Uses order statistics as the bounds, so that nothing need be assumed about the distribution of the
-    /// values.
+    /// Computes the median and its interval. The bounds of the interval are order statistics, so that nothing
+    /// need be assumed about the distribution of the values.
     fn of(values: impl Iterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.collect();
         values.sort_by(f64::total_cmp);

@@ -14,14 +14,14 @@ use tokio::{
 /// The body of every login.
 pub const BODY: &str = r#"{"mobile":"13800138000"}"#;
 
-/// The beginning of a load, when connections open and the caches refill after another variant's turn. Logins of
-/// this time count, but their latencies do not.
+/// The beginning of a load, when connections open and the caches refill after another variant's turn. Logins
+/// that start in this time are counted, but their latencies are not recorded.
 const LEAD_IN: Duration = Duration::from_millis(500);
 
 /// A load on the service.
 pub struct Load {
-    /// Logins a second over all connections, or `None` to send each login as soon as the previous one is
-    /// answered.
+    /// Logins per second over all connections. With `None`, each connection sends a login as soon as the
+    /// previous login is answered.
     pub rate: Option<u32>,
     /// The number of simultaneous connections.
     pub connections: usize,
@@ -76,7 +76,7 @@ impl Report {
         self.logins as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Returns a quantile of the latencies: this share of the logins took no longer.
+    /// Returns a quantile of the latencies, that is, the time that this share of the logins did not exceed.
     pub fn latency(&self, quantile: f64) -> Duration {
         let at = (self.latencies.len() as f64 * quantile) as usize;
         self.latencies.get(at).copied().unwrap_or_default()

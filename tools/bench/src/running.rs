@@ -1,4 +1,4 @@
-//! One variant while it runs: its services, its collector, and its names on the broker.
+//! A variant that is running: its services, its collector, and its queues and exchanges on the broker.
 
 use super::{
     Variant, cpu_time,
@@ -37,13 +37,13 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// The costs of one variant in one round.
 #[derive(Clone, Copy, Default)]
 pub struct Costs {
-    /// The CPU time of api, rpc and mq for each login after the warm-up, including the work after the login is
-    /// answered.
+    /// The CPU time per login of api, rpc and mq, measured after the warm-up. It includes the work that
+    /// follows the answer to the login.
     pub cpu: [Duration; 3],
     /// The memory of api, rpc and mq at the end of the round, in megabytes.
     pub resident: [f64; 3],
-    /// The time from the start of the first process to the answer to the first login. Services are asked every
-    /// ten milliseconds whether they have started.
+    /// The time from the start of the first process to the answer to the first login. The harness checks
+    /// every ten milliseconds whether the services have started.
     pub ready: Duration,
     /// How many logins were answered with 200 but are not in the history.
     pub lost_messages: u64,
@@ -73,7 +73,7 @@ pub struct Running {
     /// The directory of the services' files.
     _data: TempDir,
     logins: u64,
-    /// The logins of the warm-up.
+    /// The number of logins up to the end of the warm-up.
     warm_up: u64,
     cpu_of_warm_up: [Duration; 3],
     ready: Duration,
@@ -91,7 +91,7 @@ impl Running {
             None => TestBroker::rabbitmq().await?,
         };
         let data = TempDir::new_in(&place.directory)?;
-        let data_dir = data.path().to_str().context("the name of the directory")?;
+        let data_dir = data.path().to_str().context("the name of the directory is not UTF-8")?;
         broker.database = Database::new_in(data.path())?;
         let black_hole = TcpListener::bind("127.0.0.1:0")?;
         let collector = if variant.has_collector { sink.address } else { black_hole.local_addr()? };
@@ -106,7 +106,7 @@ impl Running {
         // A stalling disk makes a login slow, but it must not make a login fail.
         variables.extend(PATIENT);
         if !variant.has_collector {
-            // By default, a service that stops would wait longer for this silent collector.
+            // By default, a stopping service would wait longer for this silent collector.
             variables.push(("SHUTDOWN_TIMEOUT", "2s"));
         }
         variables.extend(variant.variables);
@@ -211,7 +211,10 @@ impl Running {
             "{missing} spans did not arrive, but {dropped} were reported as dropped"
         );
         let has_metrics = records > 0 && has_collector;
-        ensure!(has_metrics == (received_metrics > 0), "{received_metrics} metrics arrived");
+        ensure!(
+            has_metrics == (received_metrics > 0),
+            "metrics expected: {has_metrics}, metrics received: {received_metrics}"
+        );
         Ok(Costs {
             cpu: std::array::from_fn(|i| (cpu[i] - self.cpu_of_warm_up[i]) / logins),
             resident,

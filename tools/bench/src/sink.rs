@@ -72,7 +72,7 @@ impl Drop for Sink {
 }
 
 /// A request of any signal. Its spans, metrics or log records are left undecoded. The messages that contain
-/// them have the same tags in all three signals.
+/// these items have the same tags in all three signals.
 #[derive(Clone, PartialEq, Message)]
 struct Export {
     #[prost(message, repeated, tag = "1")]

@@ -7,11 +7,11 @@ use std::time::Duration;
 /// The type of a queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum QueueType {
-    /// The queue requeues a returned message without a limit.
+    /// The queue requeues a message without a limit.
     #[default]
     Classic,
-    /// The queue counts how often a message is returned, and can keep dead letters until another queue has
-    /// them. The queue is not replicated here, because there is only one node.
+    /// The queue counts how often each message is requeued, and can keep dead letters until another queue has
+    /// accepted them. The queue is not replicated here, because there is only one node.
     Quorum,
 }
 
@@ -30,9 +30,9 @@ pub enum Overflow {
 pub struct Arguments {
     /// `x-queue-type`: the type of the queue.
     pub queue_type: QueueType,
-    /// `x-delivery-limit`, for a quorum queue: how often a message may be returned.
+    /// `x-delivery-limit`, for a quorum queue: how often a message may be requeued.
     pub delivery_limit: Option<usize>,
-    /// `x-dead-letter-strategy`, for a quorum queue: whether it is `at-least-once`.
+    /// `x-dead-letter-strategy`, for a quorum queue: whether the strategy is `at-least-once`.
     pub at_least_once: bool,
     /// `x-message-ttl`: how long a message may wait.
     pub message_ttl: Option<Duration>,
@@ -40,8 +40,8 @@ pub struct Arguments {
     pub expires: Option<Duration>,
     /// `x-dead-letter-exchange`: the exchange that dead letters are published to.
     pub dead_letter_exchange: Option<ShortString>,
-    /// `x-dead-letter-routing-key`: the routing key of dead letters. If it is not set, dead letters keep their
-    /// own routing keys.
+    /// `x-dead-letter-routing-key`: the routing key of dead letters. If it is not set, dead letters keep
+    /// their own routing keys.
     pub dead_letter_routing_key: Option<ShortString>,
     /// `x-max-length`: how many messages may wait.
     pub max_length: Option<usize>,
@@ -114,22 +114,22 @@ impl Arguments {
         Ok(arguments)
     }
 
-    /// Returns how many times a message may be requeued, or `None` if there is no limit. A quorum queue that
-    /// names no limit has RabbitMQ 4's default.
+    /// Returns how many times a message may be requeued, or `None` if there is no limit. A quorum queue
+    /// without `x-delivery-limit` has RabbitMQ 4's default limit.
     pub fn most_returns(&self) -> Option<usize> {
         const DEFAULT: usize = 20;
         (self.queue_type == QueueType::Quorum).then(|| self.delivery_limit.unwrap_or(DEFAULT))
     }
 
-    /// Returns whether the queue keeps a dead letter until another queue has it. As in RabbitMQ, that needs a
-    /// quorum queue which refuses messages when it is full.
+    /// Returns whether the queue keeps a dead letter until another queue has accepted it. As in RabbitMQ,
+    /// this needs the strategy `at-least-once`, and a quorum queue that refuses new messages when it is full.
     pub fn keeps_dead_letters(&self) -> bool {
         self.queue_type == QueueType::Quorum
             && self.at_least_once
             && self.overflow == Some(Overflow::RejectPublish)
     }
 
-    /// Returns the name of the first argument that differs.
+    /// Returns the name of the first argument in which `other` differs.
     pub fn difference(&self, other: &Self) -> Option<&'static str> {
         [
             ("x-queue-type", self.queue_type == other.queue_type),
@@ -160,7 +160,8 @@ fn integer(value: &AMQPValue) -> Option<i64> {
     }
 }
 
-/// Returns the value as a short string; `None` if it is no string, is not UTF-8, or is longer than 255 bytes.
+/// Returns the value as a short string, or `None` if the value is not a string, is not UTF-8, or is longer
+/// than 255 bytes.
 pub fn string(value: &AMQPValue) -> Option<ShortString> {
     match value {
         AMQPValue::LongString(text) => ShortString::try_new(std::str::from_utf8(text.as_bytes()).ok()?).ok(),

@@ -16,7 +16,8 @@ use std::collections::{BTreeMap, HashMap};
 /// The highest channel number.
 pub const CHANNEL_MAX: u16 = 2047;
 
-/// A channel that is open, or that the broker has closed while the client has not sent `close-ok` yet.
+/// A channel that is open, or that the broker has closed, but for which the client has not sent `close-ok`
+/// yet.
 #[derive(Debug, Default)]
 pub struct Channel {
     /// Deliveries that the client has not acknowledged, by their delivery tag.
@@ -52,7 +53,7 @@ struct Confirms {
     pending: Vec<Confirm>,
 }
 
-/// A confirm of `count` messages, of which `last` is the last. All have the same outcome.
+/// A confirm of `count` consecutive messages with the same outcome. `last` is the number of the last message.
 #[derive(Debug)]
 struct Confirm {
     last: u64,
@@ -92,8 +93,8 @@ impl Channel {
         self.content.as_ref().map_or(0, Content::len)
     }
 
-    /// Removes and returns the deliveries that a tag settles: one delivery, all deliveries up to the tag, or
-    /// (tag 0) all deliveries.
+    /// Removes and returns the deliveries that a tag settles: one delivery or, with `multiple`, all
+    /// deliveries up to the tag. With `multiple` and tag 0, these are all deliveries of the channel.
     pub(super) fn take_unacked(&mut self, tag: u64, multiple: bool) -> Outcome<Vec<Unacked>> {
         if multiple && tag == 0 {
             return Ok(std::mem::take(&mut self.unacked).into_values().collect());

@@ -31,7 +31,7 @@ use tokio::{
 /// How long a client may take to finish the handshake, to answer `close`, or to hang up after `close-ok`.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Bytes to reserve for a read, and the largest capacity of an output buffer that is reused.
+/// The number of bytes to reserve for a read, and the largest capacity at which an output buffer is reused.
 const CHUNK: usize = 64 * 1024;
 
 /// The state that all connections share. No task awaits anything while it holds the lock.
@@ -177,7 +177,7 @@ struct Writer {
     wake: Arc<Notify>,
 }
 
-/// Why the broker stops reading for now.
+/// Why the broker pauses reading from a client.
 enum Pause {
     /// The next frame is incomplete.
     Input,
@@ -222,7 +222,7 @@ impl Connection {
     async fn run(mut self) -> io::Result<()> {
         let _forget = Forget { id: self.id, shared: self.shared.clone() };
         let Self { id, input, writer, shared, frame_max, heartbeat, drained } = &mut self;
-        // The future that reads is polled first, so that its answers are written at once.
+        // The future that reads is polled first, so that the other future writes the answers at once.
         let end = select! {
             biased;
             end = read(input, shared, *id, *frame_max, *heartbeat, drained) => end,
@@ -356,8 +356,8 @@ fn take(state: &mut VirtualHost, connection: ConnectionId, frame: Frame) -> Resu
 }
 
 impl Writer {
-    /// Writes the output as it arrives, as much as possible at once. The future can be dropped at any time,
-    /// because `written` counts the bytes that were written.
+    /// Writes the output as it arrives, as much as possible in each write. The future can be dropped at any
+    /// time, because `written` counts the bytes that are already written.
     async fn write(
         &mut self,
         shared: &Shared,
@@ -379,7 +379,8 @@ impl Writer {
                 if is_late && let Some(peer) = shared.lock().peers.get_mut(&id) {
                     peer.output.heartbeat();
                 }
-                // The future that reads runs first, so that one write and one confirm can answer more frames.
+                // After this yield, the future that reads runs first, so that one write and one confirm can
+                // answer several frames.
                 yield_now().await;
                 continue;
             }
@@ -392,7 +393,7 @@ impl Writer {
         }
     }
 
-    /// Takes the output that was appended since the last call, and returns whether there was any.
+    /// Takes the output that was appended since the last call. Returns false if there was none.
     fn refill(&mut self, shared: &Shared, id: ConnectionId, drained: &Notify) -> bool {
         let mut empty = std::mem::take(&mut self.frames);
         if empty.capacity() > CHUNK {

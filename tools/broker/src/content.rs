@@ -9,7 +9,8 @@ use amq_protocol::protocol::{BasicProperties, basic};
 /// The largest body of a message, in bytes, as in RabbitMQ 4.
 pub const MAX_BODY: u64 = 16 * 1024 * 1024;
 
-/// How many bytes of incomplete messages a connection may have at most, on all its channels together.
+/// The largest number of bytes of incomplete messages that one connection may have, on all its channels
+/// together.
 const MAX_ASSEMBLING: usize = 2 * MAX_BODY as usize;
 
 /// A message that is incomplete.
@@ -71,7 +72,7 @@ impl VirtualHost {
             return Ok(());
         }
         let Some(content) = channel.content.as_mut().filter(|content| content.size.is_none()) else {
-            return Err(Exception::unexpected_frame("a content header, but no content is due"));
+            return Err(Exception::unexpected_frame("a content header, but no content is expected"));
         };
         let longest = self.memory.longest_body();
         if size > longest {
@@ -96,10 +97,10 @@ impl VirtualHost {
         let Some((content, size)) =
             channel.content.as_mut().and_then(|content| content.size.map(|size| (content, size)))
         else {
-            return Err(Exception::unexpected_frame("a content body, but none is due"));
+            return Err(Exception::unexpected_frame("a content body, but no body is expected"));
         };
         if (content.body.len() + part.len()) as u64 > size {
-            return Err(Exception::unexpected_frame("a body that is longer than its header said"));
+            return Err(Exception::unexpected_frame("a body that is longer than its header announced"));
         }
         content.body.extend_from_slice(part);
         peer.assembling += part.len();

@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// The highest number of queues. It is limited because some operations go through all queues.
+/// The highest number of queues. The number is limited because some operations go through all queues.
 const MAX_QUEUES: usize = 10_000;
 
 impl VirtualHost {
@@ -107,7 +107,8 @@ impl VirtualHost {
         Ok(queue::DeclareOk { queue: name, message_count: count(messages), consumer_count: count(consumers) })
     }
 
-    /// Checks that an existing queue may be declared again with `declare`, or passively (`None`).
+    /// Checks that an existing queue may be declared again with `declare`. `None` stands for a passive
+    /// declaration.
     fn check_declared(
         &mut self,
         connection: ConnectionId,

@@ -173,7 +173,8 @@ impl VirtualHost {
         }
     }
 
-    /// Settles one delivery, all deliveries up to a tag, or (tag 0) all deliveries.
+    /// Settles one delivery or, with `multiple`, all deliveries up to a tag. With `multiple` and tag 0,
+    /// settles all deliveries of the channel.
     pub(super) fn settle(&mut self, at: ChannelId, tag: u64, multiple: bool, fate: Fate) -> Outcome {
         let Some(channel) = self.channel(at) else {
             return Ok(());
@@ -186,7 +187,7 @@ impl VirtualHost {
         Ok(())
     }
 
-    /// Settles these deliveries, and returns the queues that may be able to deliver now.
+    /// Settles these deliveries, and returns their queues, which may now be able to deliver more messages.
     fn settle_all(&mut self, at: ChannelId, settled: Vec<Unacked>, fate: Fate) -> BTreeSet<QueueId> {
         let mut queues = BTreeSet::new();
         for Unacked { queue: id, consumer, entry } in settled {
@@ -209,7 +210,7 @@ impl VirtualHost {
         queues
     }
 
-    /// Removes a channel: its unacknowledged deliveries are requeued, and its consumers are removed.
+    /// Removes a channel, requeues its unacknowledged deliveries, and removes its consumers.
     pub(super) fn close_channel(&mut self, at: ChannelId) {
         let Some(peer) = self.peers.get_mut(&at.connection) else { return };
         let Some(channel) = peer.channels.remove(&at.number) else { return };

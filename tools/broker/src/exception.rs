@@ -1,12 +1,13 @@
-//! The errors that close a channel or a connection: the reply codes of the specification (section 1.2), with
-//! texts that begin like those of RabbitMQ.
+//! The errors that close a channel or a connection. They have the reply codes of the specification (section
+//! 1.2), and their texts begin like RabbitMQ's.
 
 use amq_protocol::{
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     types::ShortString,
 };
 
-/// An error that is reported to the peer. A soft error closes the channel; a hard error closes the connection.
+/// An error that is reported to the peer. A soft error closes the channel; a hard error closes the
+/// connection.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Exception {
     kind: AMQPErrorKind,
@@ -53,12 +54,12 @@ impl Exception {
         Self::hard(AMQPHardError::COMMANDINVALID, text)
     }
 
-    /// Creates error 504: the frame is not allowed on this channel, or not in its current state.
+    /// Creates error 504: the frame is not allowed on this channel, or not in the channel's current state.
     pub fn channel_error(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::CHANNELERROR, text)
     }
 
-    /// Creates error 505: another frame is due at this point.
+    /// Creates error 505: the broker expected another frame at this point.
     pub fn unexpected_frame(text: impl Into<String>) -> Self {
         Self::hard(AMQPHardError::UNEXPECTEDFRAME, text)
     }
@@ -83,7 +84,8 @@ impl Exception {
         Self { method, ..self }
     }
 
-    /// Returns the class id and the method id of the method that caused the error, or zeros.
+    /// Returns the class id and the method id of the method that caused the error, or zeros if there is no
+    /// such method.
     pub fn method(&self) -> (u16, u16) {
         self.method
     }

@@ -14,12 +14,12 @@ pub enum Kind {
     Direct,
     /// Every binding matches.
     Fanout,
-    /// A binding matches if its key is a pattern that the routing key fits.
+    /// A binding matches if its key is a pattern that the routing key matches.
     Topic,
 }
 
 impl Kind {
-    /// Parses the type of a declaration.
+    /// Parses the exchange type in a declaration.
     pub fn parse(name: &str) -> Outcome<Self> {
         match name {
             "direct" => Ok(Self::Direct),
@@ -40,8 +40,8 @@ impl Kind {
     }
 }
 
-/// An exchange other than the default exchange. The default exchange needs no such value, because it routes by
-/// the names of the queues.
+/// An exchange other than the default exchange. The default exchange needs no such value, because it routes
+/// by the names of the queues.
 #[derive(Debug)]
 pub struct Exchange {
     /// The type, which decides how the exchange routes.
@@ -94,9 +94,9 @@ impl Exchange {
     }
 }
 
-/// Returns whether a routing key matches the pattern of a topic. Both are words separated by dots; `*` stands
-/// for any word, `#` for any number of words. It suffices to backtrack to the last `#`, so no pattern takes
-/// long to match.
+/// Returns whether a routing key matches a pattern of a topic exchange. Both are words separated by dots. In
+/// the pattern, `*` stands for any one word, and `#` stands for any number of words. The search needs to
+/// backtrack only to the last `#`, so no pattern takes long to match.
 fn matches(pattern: &str, routing_key: &str) -> bool {
     let pattern: Vec<&str> = pattern.split('.').collect();
     // The empty key has no words, rather than one empty word.

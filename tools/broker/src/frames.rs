@@ -1,4 +1,4 @@
-//! Frames as bytes: parsed from a peer's input, and appended to its output.
+//! Parses frames from the bytes that a peer sent, and appends frames to the output for a peer.
 //!
 //! Methods and tables use `amq-protocol`, which is lapin's codec. Its parser recurses for each nested table,
 //! so tables that are nested too deeply are refused before they are parsed.
@@ -15,12 +15,14 @@ use bytes::BytesMut;
 /// accept 0.
 pub const FRAME_MAX: usize = 131_072;
 
-/// The bytes that open a connection, and the answer to a peer that speaks another protocol (section 4.2.2).
+/// The bytes that open a connection. The broker also sends them to a peer that speaks another protocol
+/// (section 4.2.2).
 pub const PROTOCOL_HEADER: &[u8; 8] = b"AMQP\0\0\x09\x01";
 
-/// The bytes of a frame around its payload: type, channel and size before it, and the end mark after it
-/// (section 4.2.3).
+/// The number of bytes before the payload of a frame: the type, the channel and the size (section 4.2.3).
 const HEADER: usize = 7;
+
+/// The number of bytes of a frame without its payload. After the payload, there is only the end mark.
 const OVERHEAD: usize = HEADER + 1;
 
 /// A frame that a client may send.
@@ -61,7 +63,7 @@ pub fn take_frame(buffer: &mut BytesMut, frame_max: usize) -> Result<Option<Fram
         constants::FRAME_HEADER => header(channel, payload).map(Some),
         constants::FRAME_BODY => Ok(Some(Frame::Body(channel, payload.to_vec()))),
         constants::FRAME_HEARTBEAT if channel == 0 => Ok(Some(Frame::Heartbeat)),
-        _ => Err(Exception::frame_error(format!("no frame has type {kind} on channel {channel}"))),
+        _ => Err(Exception::frame_error(format!("a frame of type {kind} is not valid on channel {channel}"))),
     }
 }
 
@@ -71,8 +73,8 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
         return Err(malformed());
     };
     let id = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-    // The sizes of the arguments before the table: a number of bytes, a number of short strings, and again a
-    // number of bytes.
+    // The arguments before the table, as three numbers: first the number of bytes, then the number of short
+    // strings, then the number of bytes that follow these strings.
     let before_the_table = match id {
         (10, 11) => Some((0, 0, 0)),
         (40, 10) | (60, 20) => Some((2, 2, 1)),
@@ -98,9 +100,9 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
     }
 }
 
-/// Parses a content header. Well-formed properties pass unchanged even if their strings are not UTF-8 or their
-/// tables are nested too deep, as in RabbitMQ, which does not check them. This broker itself then ignores all
-/// properties of the message.
+/// Parses a content header. The broker passes well-formed properties on unchanged, even if their strings are
+/// not UTF-8 or their tables are nested too deep. RabbitMQ does the same, because it does not check them. For
+/// such a message, the broker itself ignores all properties.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     let malformed = || Exception::syntax_error("malformed content header");
     let (head, properties) = payload.split_at_checked(CONTENT_HEAD).ok_or_else(malformed)?;
@@ -112,7 +114,7 @@ fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     };
     if class != 60 {
         return Err(Exception::unexpected_frame(format!(
-            "a content header for class {class}, which has none"
+            "a content header for class {class}, which has no content"
         )));
     }
     let body_size = u64::from_be_bytes(*head.last_chunk().ok_or_else(malformed)?);
@@ -179,7 +181,7 @@ mod tests {
         AMQPClass::Queue(queue::AMQPMethod::Declare(declare))
     }
 
-    /// Makes `depth` nested tables, with an array in the innermost.
+    /// Makes `depth` nested tables, with an array in the innermost table.
     fn nested(depth: usize) -> FieldTable {
         let mut array = FieldArray::default();
         array.push(AMQPValue::LongInt(1));

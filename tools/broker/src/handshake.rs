@@ -39,7 +39,8 @@ pub struct Capabilities {
     /// Whether the client accepts `basic.cancel`, which the broker sends when the queue of a consumer is
     /// deleted.
     pub takes_cancel: bool,
-    /// Whether the client accepts `connection.blocked`, which the broker sends when it stops reading messages.
+    /// Whether the client accepts `connection.blocked`, which the broker sends when it stops reading
+    /// messages.
     pub takes_blocked: bool,
 }
 
@@ -113,7 +114,7 @@ impl Handshake {
                 put(output, Method::OpenOk(connection::OpenOk {}));
                 Ok(Self::Open(agreement))
             }
-            _ => Err(Exception::command_invalid("not what is due in a handshake")),
+            _ => Err(Exception::command_invalid("unexpected method during the handshake")),
         }
     }
 }
@@ -138,8 +139,8 @@ fn authenticate(start_ok: &connection::StartOk) -> Outcome<Capabilities> {
     })
 }
 
-/// Checks the limits that the client chose. A `channel_max` or `frame_max` of 0 means "no limit", which is more
-/// than the broker offers. So 0 is refused, as in RabbitMQ.
+/// Checks the limits that the client chose. A `channel_max` or `frame_max` of 0 means "no limit", which is
+/// more than the broker offers. So 0 is refused, as in RabbitMQ.
 fn agree(capabilities: Capabilities, tune_ok: &connection::TuneOk) -> Outcome<Agreement> {
     let &connection::TuneOk { channel_max, frame_max, heartbeat } = tune_ok;
     if !(1..=CHANNEL_MAX).contains(&channel_max) {

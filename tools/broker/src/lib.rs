@@ -1,16 +1,17 @@
-//! An AMQP 0-9-1 broker inside this process, for machines without RabbitMQ, and for tests that need a broker
-//! of their own. It is for development only, because no message survives the process.
+//! An AMQP 0-9-1 broker inside this process, for machines without RabbitMQ, and for tests that need a
+//! separate broker. It is for development only, because no message survives the process.
 //!
 //! For the services here and for ordinary clients, the broker behaves like RabbitMQ. The same conformance
-//! checks run on both brokers (`tests/broker_conformance/`). These features are refused with 540
+//! checks run on both brokers (`tests/broker_conformance/`). The broker refuses these features with 540
 //! NOT_IMPLEMENTED: transactions, headers exchanges, bindings between exchanges, the headers CC and BCC,
 //! priorities of messages and of consumers, single active consumers, a prefetch count for a whole channel,
-//! `basic.recover`, direct reply-to, the length of a queue in bytes, and streams. There is one virtual host, `/`, and
+//! `basic.recover`, `channel.flow`, `access.request`, the flag `immediate`, direct reply-to, a maximum length
+//! of a queue in bytes, the overflow `reject-publish-dlx`, and streams. There is one virtual host, `/`, and
 //! one user.
 //!
-//! A quorum queue behaves towards clients as RabbitMQ's does: it can keep dead letters until another queue has
-//! them, it counts how often a message is returned (without the header `x-delivery-count`), and it is always
-//! durable. But the queue is not replicated, because there is only this process.
+//! A quorum queue behaves towards clients as RabbitMQ's does. It can keep dead letters until another queue
+//! has accepted them, it counts how often each message is requeued, and it is always durable. It does not add
+//! the header `x-delivery-count`, and it is not replicated, because the broker is only one process.
 //!
 //! The broker's memory is bounded. A client that does not read gets no further deliveries. While the broker
 //! holds more than 256 MiB, it reads nothing from connections that publish, not even acknowledgements, and
@@ -146,7 +147,7 @@ async fn accept(listener: TcpListener, shared: Shared, is_up: watch::Receiver<bo
             let (shared, mut is_up) = (shared.clone(), is_up.clone());
             tokio::spawn(async move {
                 select! {
-                    // An error needs no report here, because the peer was told of it, or is gone.
+                    // An error needs no report here, because the client already knows of it, or is gone.
                     _ = serve(stream, shared) => {}
                     _ = is_up.wait_for(|is_up| !is_up) => {}
                 }
@@ -226,7 +227,7 @@ mod tests {
             assert!(count().await <= 11);
             sleep(Duration::from_millis(10)).await;
         }
-        // A connection that does not publish is served.
+        // The broker still serves a connection that does not publish.
         for _ in 0..MESSAGES {
             let got = loopback::poll(Duration::from_secs(10), async || {
                 consumer.basic_get("q".into(), BasicGetOptions { no_ack: true }).await.unwrap()

@@ -7,8 +7,9 @@ use std::sync::{
 };
 use tokio::sync::Notify;
 
-/// The total memory of messages, queues, bindings and so on. At `limit`, connections that publish are no longer
-/// read, as at RabbitMQ's watermark. At twice the limit, declarations are refused.
+/// The total memory of messages, queues, bindings and so on. When the memory reaches `limit`, the broker
+/// stops reading from connections that publish, as RabbitMQ does at its watermark. At twice the limit, the
+/// broker refuses declarations.
 #[derive(Debug)]
 pub struct Memory {
     held: AtomicUsize,
@@ -38,7 +39,8 @@ impl Memory {
         Held { memory: Arc::clone(self), bytes }
     }
 
-    /// Returns whether twice the limit is reached. Then declarations are refused, and dead letters are lost.
+    /// Returns whether twice the limit is reached. In this state, the broker refuses declarations and
+    /// publishes no dead letters. A dead letter is then lost, unless its queue keeps it.
     pub fn is_exhausted(&self) -> bool {
         self.held.load(Relaxed) / 2 >= self.limit
     }

@@ -35,7 +35,7 @@ pub enum Reason {
     Expired,
     /// The queue had reached its maximum length.
     MaxLen,
-    /// The message was returned more often than a quorum queue allows.
+    /// The message was requeued more often than its quorum queue allows.
     DeliveryLimit,
 }
 
@@ -65,9 +65,10 @@ impl Message {
         properties.is_ok_and(|(_, properties)| *properties.delivery_mode() == Some(2))
     }
 
-    /// Returns the message as its queue passes it to the dead-letter exchange. `x-death` records this death,
-    /// and `expiration` is removed, because otherwise the message would expire again in the next queue.
-    /// Returns `None` if the new properties cannot be encoded, or are too long for a frame.
+    /// Returns the message as its queue passes it to the dead-letter exchange. The header `x-death` records
+    /// this dead-lettering. The property `expiration` is removed, because otherwise the message would expire
+    /// again in the next queue. Returns `None` if the new properties cannot be encoded, or are too long for a
+    /// frame.
     pub fn after_death(
         &self,
         reason: Reason,
@@ -104,8 +105,9 @@ impl Message {
         by_itself.filter_map(|death| text(death, "queue").map(LongString::from)).collect()
     }
 
-    /// Adds this death to the headers. `x-death` has one entry for each queue and reason, the latest first. For
-    /// AMQP 0-9-1 clients, RabbitMQ 4 writes the same headers, and also `x-last-death-*`.
+    /// Adds this dead-lettering to the headers. `x-death` has one entry for each pair of queue and reason,
+    /// with the latest entry first. For AMQP 0-9-1 clients, RabbitMQ 4 writes the same headers, and also
+    /// `x-last-death-*`.
     fn headers_after_death(
         &self,
         reason: Reason,
@@ -164,7 +166,7 @@ pub fn expiration(properties: &BasicProperties) -> Outcome<Option<Duration>> {
     let Some(text) = properties.expiration() else {
         return Ok(None);
     };
-    // A sign is refused. A number that RabbitMQ's timers don't accept is also refused.
+    // A number with a sign is refused, and so is a number that RabbitMQ's timers don't accept.
     let is_number = text.as_str().bytes().all(|byte| byte.is_ascii_digit());
     match text.as_str().parse::<u32>() {
         Ok(milliseconds) if is_number => Ok(Some(Duration::from_millis(milliseconds.into()))),

@@ -11,8 +11,8 @@ use super::{
 use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, exchange, queue};
 
 impl VirtualHost {
-    /// Handles a frame that a client sent on a channel. Returns only errors that end the connection, because
-    /// an error of the channel closes the channel here.
+    /// Handles a frame that a client sent on a channel. Returns only errors that end the connection. For an
+    /// error that ends only the channel, this function closes the channel.
     pub fn channel_frame(&mut self, at: ChannelId, frame: Frame) -> Outcome {
         let method = match &frame {
             Frame::Method(_, method) => (method.get_amqp_class_id(), method.get_amqp_method_id()),
@@ -95,7 +95,7 @@ impl VirtualHost {
             return Ok(());
         }
         if channel.content.is_some() {
-            return Err(Exception::unexpected_frame("a method, but a message is not complete"));
+            return Err(Exception::unexpected_frame("a method, although a message is still incomplete"));
         }
         if let AMQPClass::Basic(basic::AMQPMethod::Publish(publish)) = method {
             return self.begin_publish(at, publish);

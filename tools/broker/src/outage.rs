@@ -6,9 +6,9 @@ use loopback::poll;
 use std::time::Duration;
 
 impl Broker {
-    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. Like
-    /// RabbitMQ with its disk, the broker keeps durable exchanges, durable queues, and the persistent messages
-    /// in durable queues. Deliveries that were not acknowledged return to their queues.
+    /// Stops as in a crash: connections end without `close`, and new connections are closed at once. The
+    /// broker keeps what RabbitMQ keeps on its disk: durable exchanges, durable queues, and the persistent
+    /// messages in durable queues. Deliveries that were not acknowledged return to their queues.
     pub async fn crash(&self) {
         /// The tasks of the connections end at once, unless the machine is busy.
         const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,8 +23,9 @@ impl Broker {
         self.is_up.send_replace(true);
     }
 
-    /// Raises or clears an alarm, as if the memory were full or free again. During an alarm, connections that
-    /// publish are not read, and the broker informs clients with `connection.blocked`.
+    /// Raises or clears an alarm, as if the memory had become full, or free again. During an alarm, the
+    /// broker does not read from connections that publish, and informs their clients with
+    /// `connection.blocked`.
     pub fn set_alarm(&self, on: bool) {
         self.shared.memory.set_alarm(on);
     }
@@ -36,7 +37,8 @@ impl Broker {
         }
     }
 
-    /// Refuses longer bodies from now on, as RabbitMQ does with its setting `max_message_size`.
+    /// Sets the largest body of a message, like RabbitMQ's setting `max_message_size`. The broker refuses
+    /// messages with a larger body.
     pub fn set_longest_body(&self, bytes: u64) {
         self.shared.memory.set_longest_body(bytes);
     }
@@ -46,7 +48,8 @@ impl VirtualHost {
     fn lose_what_is_transient(&mut self) {
         let transient = self.queues.iter().filter(|(_, queue)| !queue.durable).map(|(id, _)| *id).collect();
         self.delete_queues(&transient);
-        // A quorum queue writes every message to its disk.
+        // A quorum queue keeps all its messages, because RabbitMQ's quorum queues write every message to
+        // disk.
         let is_classic = |queue: &&mut Queue| queue.arguments.queue_type == QueueType::Classic;
         for queue in self.queues.values_mut().filter(is_classic) {
             queue.retain(Message::is_persistent);

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 
 /// The size in bytes at which the output is full. Until a full output is written, the connection gets no
 /// further deliveries, and no further frames are read from the connection. The output can exceed this size,
-/// because a reply or a delivery that has begun is still appended.
+/// because the broker still appends replies, and always appends a whole delivery.
 const ENOUGH: usize = 256 * 1024;
 
 /// The output of one connection.
@@ -15,7 +15,7 @@ const ENOUGH: usize = 256 * 1024;
 pub struct Output {
     frame_max: usize,
     frames: Vec<u8>,
-    /// The number of bytes that the writer took last, and may not have written yet.
+    /// The number of bytes that the writer took last, and may still be writing.
     in_flight: usize,
     /// Whether a consumer missed a delivery because the output was full.
     starved: bool,

@@ -1,4 +1,5 @@
-//! Incoming messages: from a publisher, or dead-lettered by a queue, through an exchange into queues.
+//! The way of a message through an exchange into queues. The message comes from a publisher, or from a queue
+//! that dead-letters it.
 
 use super::{
     content::Content,
@@ -23,7 +24,7 @@ pub struct DeadLetter {
     reason: Reason,
     exchange: ShortString,
     routing_key: Option<ShortString>,
-    /// Whether the queue keeps the message until another queue has it.
+    /// Whether the queue keeps the message until another queue has accepted it.
     is_kept: bool,
 }
 
@@ -32,8 +33,8 @@ pub struct DeadLetter {
 const KEPT_PAUSE: Duration = Duration::from_secs(1);
 
 impl VirtualHost {
-    /// Routes a complete message to its queues, and records its confirm right away, because the message then
-    /// needs no further work.
+    /// Routes a complete message to its queues, and then records its confirm at once, because nothing remains
+    /// to be done for the message.
     pub(super) fn publish(&mut self, at: ChannelId, content: Content) -> Outcome {
         let Content { publish, properties, raw_properties, body, .. } = content;
         if properties
@@ -92,7 +93,8 @@ impl VirtualHost {
 
     /// Returns the queues that a message goes to, or `None` if there is no such exchange.
     fn route(&self, exchange: &str, routing_key: &str) -> Option<Vec<QueueId>> {
-        /// How many alternate exchanges are followed, because they may form a long chain, or a loop.
+        /// The highest number of alternate exchanges to follow. It is limited because alternate exchanges may
+        /// form a long chain, or a loop.
         const MOST_ALTERNATES: usize = 16;
 
         if exchange.is_empty() {
@@ -130,7 +132,8 @@ impl VirtualHost {
         is_taken
     }
 
-    /// Delivers as many messages as a queue's consumers have room for, and removes expired and excess messages.
+    /// Delivers as many messages as a queue's consumers have room for, and removes expired and excess
+    /// messages.
     pub(super) fn push(&mut self, id: QueueId) {
         let now = Instant::now();
         self.expire(id, now);
@@ -163,8 +166,8 @@ impl VirtualHost {
         self.dead_letters.push_back(DeadLetter { entry, queue, reason, exchange, routing_key, is_kept });
     }
 
-    /// Makes the dead letters that were kept until `now` due again, and returns when the next dead letter will
-    /// be due. Dead letters of deleted queues are dropped.
+    /// Prepares the kept dead letters whose pause is over at `now` for another attempt, and returns when the
+    /// next pause will be over. Dead letters of deleted queues are dropped.
     pub(super) fn retry_kept(&mut self, now: Instant) -> Option<Instant> {
         while self.kept.front().is_some_and(|(due, _)| *due <= now) {
             let letter = self.kept.pop_front().map(|(_, letter)| letter);
@@ -174,8 +177,8 @@ impl VirtualHost {
         self.kept.front().map(|(due, _)| *due)
     }
 
-    /// Publishes a few dead letters. Their new queues may dead-letter them again at once, into ever more
-    /// queues. So the clock publishes the rest, and other connections get their turn in between.
+    /// Publishes at most a few dead letters, because their new queues may dead-letter them again at once,
+    /// into ever more queues. The clock publishes the rest, so that connections get their turn in between.
     pub(super) fn settle_dead_letters(&mut self) {
         const AT_ONCE: usize = 16;
 
@@ -196,7 +199,8 @@ impl VirtualHost {
                 let gone_through =
                     if *reason == Reason::Rejected { Vec::new() } else { message.queues_gone_through() };
                 let message = Arc::new(message);
-                // If the dead-letter exchange does not exist, the message is lost, as in RabbitMQ.
+                // If the dead-letter exchange does not exist, no queue takes the message. As in RabbitMQ, the
+                // message is then lost, unless its queue keeps it.
                 let queues = self.route(exchange.as_str(), message.routing_key.as_str()).unwrap_or_default();
                 is_taken = !queues.is_empty();
                 for id in queues {

@@ -23,7 +23,7 @@ pub struct Queue {
     pub owner: Option<ConnectionId>,
     /// The arguments of the queue's declaration.
     pub arguments: Arguments,
-    /// How many messages may wait, by the operator's policy.
+    /// How many messages may wait according to the operator's policy, if there is such a policy.
     pub longest: Option<usize>,
     /// The consumers. The first consumer is the next to get a delivery.
     pub consumers: VecDeque<Consumer>,
@@ -124,8 +124,8 @@ impl Queue {
         true
     }
 
-    /// Puts a delivered message back into its position in the queue. If the message was returned too often,
-    /// this function gives it to the caller instead.
+    /// Puts a delivered message back into its position in the queue. If the message was requeued too often,
+    /// this function returns the message as an error instead.
     pub fn requeue(&mut self, mut entry: Entry) -> Result<(), Entry> {
         entry.redelivered = true;
         entry.returns += 1;
@@ -147,14 +147,15 @@ impl Queue {
         Some(entry)
     }
 
-    /// Takes the oldest waiting message if it has expired. Only the head of the queue expires: an expired
-    /// message behind it is removed when it becomes the head, as in RabbitMQ.
+    /// Takes the oldest waiting message if it has expired. As in RabbitMQ, only the first message in the
+    /// queue expires. A later message that has expired is removed when it becomes the first message.
     pub fn take_expired(&mut self, now: Instant) -> Option<Entry> {
         self.ready.front()?.expires.filter(|expires| *expires <= now)?;
         self.take()
     }
 
-    /// Takes the oldest waiting message if the queue is too long and drops its head (`x-overflow`).
+    /// Takes the oldest waiting message if the queue is too long, unless its `x-overflow` is
+    /// `reject-publish`.
     pub fn take_excess(&mut self) -> Option<Entry> {
         let is_too_long = self.max_length().is_some_and(|most| self.ready.len() > most);
         if is_too_long && self.arguments.overflow != Some(Overflow::RejectPublish) {
@@ -173,7 +174,7 @@ impl Queue {
             && self.max_length().is_some_and(|most| self.ready.len() >= most)
     }
 
-    /// Removes the waiting messages that are not wanted.
+    /// Keeps only the waiting messages for which `wanted` returns true.
     pub fn retain(&mut self, wanted: impl Fn(&Message) -> bool) {
         self.ready.retain(|entry| wanted(&entry.message));
     }
@@ -183,7 +184,7 @@ impl Queue {
         std::mem::take(&mut self.ready).len()
     }
 
-    /// Returns when the head of the queue or the queue itself may expire next.
+    /// Returns when the first message in the queue, or the queue itself, may expire next.
     pub fn next_due(&self) -> Option<Instant> {
         let of_head = self.ready.front().and_then(|entry| entry.expires);
         let own = self

@@ -142,7 +142,7 @@ impl Raw {
     /// Returns the code with which the broker closes the connection.
     pub async fn closed_with(&mut self) -> Result<u16> {
         loop {
-            let frame = self.next().await?.context("the socket was closed without a word")?;
+            let frame = self.next().await?.context("the broker closed the socket without sending `close`")?;
             if let AMQPFrame::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) = frame {
                 self.connection(connection::AMQPMethod::CloseOk(connection::CloseOk {})).await?;
                 return Ok(close.reply_code);

@@ -1,8 +1,8 @@
 //! The state that all connections share: the connections, the exchanges, the queues, and the times at which
-//! messages or queues expire. The state knows no sockets. Frames for a peer are appended to the peer's output.
+//! messages or queues expire. The state has no sockets. Frames for a peer are appended to the peer's output.
 //!
-//! The other methods of [`VirtualHost`] are in `methods` (the methods of clients), `definitions` (exchanges and
-//! queues), `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
+//! The other methods of [`VirtualHost`] are in `methods` (the methods of clients), `definitions` (exchanges
+//! and queues), `content` and `publishing` (incoming messages) and `delivery` (outgoing messages).
 
 use super::{
     channel::Channel,
@@ -45,8 +45,8 @@ pub struct VirtualHost {
     pub(super) queues: HashMap<QueueId, Queue>,
     pub(super) queue_ids: HashMap<ShortString, QueueId>,
     pub(super) dead_letters: VecDeque<DeadLetter>,
-    /// Dead letters that no queue took, and that their own queues keep. Each has the time of the next attempt
-    /// to publish it.
+    /// Dead letters that no queue took, and that their original queues keep. Each dead letter has the time of
+    /// the next attempt to publish it.
     pub(super) kept: VecDeque<(Instant, DeadLetter)>,
     pub(super) memory: Arc<Memory>,
     due: BTreeSet<(Instant, QueueId)>,
@@ -59,7 +59,8 @@ pub struct VirtualHost {
 pub struct Peer {
     /// The frames that wait to be written to the client.
     pub output: Output,
-    /// Whether the client has published. Such a connection is not read while the memory is full.
+    /// Whether the client has published. The broker does not read from such a connection while the memory is
+    /// full.
     pub publishes: bool,
     /// The notifications that the client understands.
     pub capabilities: Capabilities,
@@ -114,8 +115,8 @@ impl VirtualHost {
         id
     }
 
-    /// Removes a connection: its unacknowledged deliveries are requeued, and the queues that only it may use
-    /// are deleted. Returns its remaining output.
+    /// Removes a connection, requeues its unacknowledged deliveries, and deletes its exclusive queues.
+    /// Returns its remaining output.
     pub fn disconnect(&mut self, connection: ConnectionId) -> Option<Output> {
         let numbers: Vec<u16> =
             self.peers.get(&connection).into_iter().flat_map(|peer| peer.channels.keys().copied()).collect();
@@ -182,7 +183,8 @@ impl VirtualHost {
     pub(super) fn schedule(&mut self, id: QueueId) {
         let Some(queue) = self.queues.get_mut(&id) else { return };
         let Some(next) = queue.next_due() else { return };
-        // An earlier check costs little, and most messages are consumed before they expire.
+        // If an earlier check is scheduled, it stays, because a check costs little, and most messages are
+        // consumed before they expire.
         if queue.due.is_some_and(|due| due <= next) {
             return;
         }

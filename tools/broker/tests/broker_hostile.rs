@@ -1,5 +1,5 @@
-//! Hostile and broken clients of the embedded broker: the broker reports an error to each of them or
-//! disconnects it, and no other client is harmed.
+//! Hostile and broken clients connect to the embedded broker. The broker reports an error to each such client
+//! or disconnects it. No other client is harmed.
 
 use amq_protocol::{
     frame::{AMQPContentHeader, AMQPFrame},
@@ -112,7 +112,7 @@ async fn random_frames_harm_nobody() -> Result<()> {
     Ok(())
 }
 
-/// Makes a random frame: valid, almost valid, or garbage.
+/// Makes a random frame, which is valid, almost valid, or garbage.
 fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
     let number = random.u16(0..4);
     let any =
@@ -249,7 +249,7 @@ async fn many_messages_that_are_begun_and_never_finished_end_the_connection() ->
     // The broker may close the connection while the test is still writing, so a write may fail.
     let _ = timeout(PATIENCE, begun).await?;
     assert_eq!(raw.closed_with().await?, 506);
-    healthy.works("messages without an end").await
+    healthy.works("messages that are never finished").await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -266,7 +266,8 @@ async fn a_consumer_that_does_not_read_gets_no_more_than_fits() -> Result<()> {
     for _ in 0..MESSAGES {
         publish(&healthy.channel, "", "q", &body).await?;
     }
-    // The messages that the consumer did not read wait in the queue: 40 MB minus the sockets' buffers.
+    // The consumer has read nothing, so only as much of the 40 MB as fits into the sockets' buffers has left
+    // the queue.
     let waiting = declare(&healthy.channel, "q", &[]).await?;
     assert!(waiting > MESSAGES / 2, "{waiting}");
     healthy.works("a consumer that does not read").await?;
@@ -297,7 +298,7 @@ async fn a_client_that_asks_and_does_not_read_is_not_read_either() -> Result<()>
         loop {
             raw.send(&many).await?;
             sent += many.len();
-            anyhow::ensure!(sent < 200_000_000, "it takes whatever comes");
+            anyhow::ensure!(sent < 200_000_000, "the broker never stops reading");
         }
     };
     let stuck: Result<Result<()>, _> = timeout(Duration::from_secs(2), stuck).await;
@@ -323,7 +324,7 @@ async fn dead_letters_that_multiply_leave_others_their_turn() -> Result<()> {
         .channel
         .exchange_declare("all".into(), ExchangeKind::Fanout, options, FieldTable::default())
         .await?;
-    // Each queue dead-letters every message to all queues at once, so the copies multiply without end.
+    // Each queue dead-letters every message to all queues at once, so the copies multiply endlessly.
     for i in 0..16 {
         let name = format!("q{i}");
         let arguments = [

@@ -1,4 +1,4 @@
-//! The broker of a run, which can be killed, started again and blocked. It may be a cluster.
+//! The broker of a run, which can be killed, started again and blocked. The broker may be a cluster.
 
 use ::broker::Broker as Embedded;
 use anyhow::{Context, Result, bail};
@@ -15,7 +15,7 @@ pub enum Kind {
     Embedded,
     /// A RabbitMQ node that this program starts.
     Rabbitmq,
-    /// Three such nodes that form a cluster.
+    /// A cluster of three RabbitMQ nodes that this program starts.
     Cluster,
 }
 
@@ -25,7 +25,7 @@ pub enum Broker {
     Embedded(Embedded),
     /// RabbitMQ nodes, each as a process.
     Rabbitmq {
-        /// The nodes. They form a cluster.
+        /// The nodes. If there are several, they form a cluster.
         nodes: Vec<Node>,
         /// The index of the node that new connections reach.
         current: usize,
@@ -57,7 +57,7 @@ impl Broker {
         })
     }
 
-    /// Returns the address that new connections lead to.
+    /// Returns the address for new connections.
     pub fn address(&self) -> SocketAddr {
         match self {
             Self::Embedded(broker) => broker.address(),
@@ -84,7 +84,7 @@ impl Broker {
     pub async fn up(&mut self) -> Result<()> {
         match self {
             Self::Embedded(broker) => broker.restart(),
-            // After a crash of all nodes, each waits for the others.
+            // The nodes start at the same time, because each waits for the others after a crash of all nodes.
             Self::Rabbitmq { nodes, .. } => drop(try_join_all(nodes.iter_mut().map(Node::up)).await?),
         }
         Ok(())
@@ -102,24 +102,24 @@ impl Broker {
         Ok(())
     }
 
-    /// Returns the node that new connections lead to.
+    /// Returns the node for new connections.
     ///
     /// # Errors
     /// If the broker is embedded.
     pub fn node(&self) -> Result<&Node> {
         match self {
-            Self::Embedded(_) => bail!("the embedded broker is no node of RabbitMQ"),
+            Self::Embedded(_) => bail!("the embedded broker is not a RabbitMQ node"),
             Self::Rabbitmq { nodes, current } => Ok(&nodes[*current]),
         }
     }
 
-    /// Lets new connections lead to the next node. Returns the address of that node, and the previous node.
+    /// Chooses the next node for new connections. Returns the address of this node, and the previous node.
     ///
     /// # Errors
     /// If the broker is embedded.
     pub fn move_on(&mut self) -> Result<(SocketAddr, &mut Node)> {
         match self {
-            Self::Embedded(_) => bail!("the embedded broker is no node of RabbitMQ"),
+            Self::Embedded(_) => bail!("the embedded broker is not a RabbitMQ node"),
             Self::Rabbitmq { nodes, current } => {
                 let before = *current;
                 *current = (before + 1) % nodes.len();
@@ -128,7 +128,7 @@ impl Broker {
         }
     }
 
-    /// Lets new connections lead to the node that has the leader of a queue.
+    /// For new connections, chooses the node that has the leader of a queue.
     ///
     /// # Errors
     /// If there is no such queue, or the broker is embedded.
@@ -140,7 +140,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Opens a connection for the test, which bypasses the proxies and so their faults.
+    /// Opens a connection for the test itself. The connection bypasses the proxies and so their faults.
     ///
     /// # Errors
     /// If the broker can't be reached.

@@ -40,7 +40,7 @@ pub enum Service {
     Mq,
 }
 
-/// Runs the control of a service until it is killed.
+/// Runs the control in place of a service, until the control is killed.
 ///
 /// # Errors
 /// If the control can't start.
@@ -180,7 +180,7 @@ async fn open_database() -> Result<SqliteConnection> {
     Ok(database)
 }
 
-#[expect(clippy::print_stderr, reason = "it has no log, as it has no telemetry")]
+#[expect(clippy::print_stderr, reason = "the control has no telemetry, and so no log")]
 fn say(text: &str) {
     eprintln!("{text}");
 }

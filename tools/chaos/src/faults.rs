@@ -18,24 +18,25 @@ pub enum Fault {
     BrokerRestart,
     /// The connections of a link are reset.
     Reset,
-    /// A link goes silent. Later, the bytes that were sent arrive, or the connections are reset.
+    /// A link goes silent. Later, the bytes that were sent in the meantime arrive, or the connections are
+    /// reset.
     HalfOpen,
     /// The broker raises its memory alarm and accepts no messages (connection.blocked).
     BrokerBlocked,
-    /// Everything to and from the broker arrives late.
+    /// All data to and from the broker arrive late.
     BrokerSlow,
     /// api is killed after the broker has confirmed a login, but before api has answered it.
     CrashAfterConfirm,
-    /// mq is killed after it has processed a login, but before the broker has the acknowledgement.
+    /// mq is killed after it has processed a login, but before the broker has received the acknowledgement.
     CrashBeforeAck,
     /// Two messages are published: one is unreadable, and the database refuses the other.
     Poison,
     /// api can't write to its disk while the broker is away.
     DiskFull,
-    /// The queue is deleted while it has a consumer. The queue must be empty, because messages in it would be
+    /// The main queue is deleted while it has a consumer. It must be empty, because messages in it would be
     /// lost.
     QueueDeleted,
-    /// The queue is deleted, and the delays of retries end before it is declared again.
+    /// The main queue is deleted, and is declared again only after the delays of waiting retries have ended.
     QueueDeletedWithRetries,
     /// The collector goes silent.
     CollectorSilent,
@@ -44,30 +45,30 @@ pub enum Fault {
     /// Callers send large but valid contexts for an unknown user, requests that they don't finish, and requests
     /// whose connection they reset.
     HostileCaller,
-    /// One body is too large for api, and another body for mq. A context is too long for a frame of api, and a
-    /// header for a frame of mq.
+    /// One body is too large for api, and another body is too large for mq. One context is too long for a
+    /// frame of api, and one header is too long for a frame of mq.
     MessageTooLarge,
-    /// The broker stops answering both services, for longer than a confirm and a heartbeat may take.
+    /// The broker stops answering both services, until confirms and heartbeats are overdue.
     SilentBroker,
-    /// A stranger's queue is bound to the exchange instead of the main queue.
+    /// Another program's queue is bound to the exchange in place of the main queue.
     Tap,
-    /// The folder of mq's database is moved away, and comes back.
+    /// The folder of mq's database is moved away, and moved back later.
     DatabaseGone,
-    /// mq is killed 22 times in a row, each time after it has processed a login, but before the broker has the
-    /// acknowledgement.
+    /// mq is killed 22 times in a row, each time after it has processed a login, but before the broker has
+    /// received the acknowledgement.
     KillMqOften,
     /// The broker is killed while messages wait for a retry.
     BrokerRestartWithRetries,
-    /// Second instances of all services run beside the first, which are then killed. The spool of the killed api
-    /// is drained.
+    /// One service after the other gets a second instance. Both instances run for a while, and then the first
+    /// is killed. The spool of the killed api is drained.
     TwoOfEach,
-    /// The default queue type of the virtual host becomes quorum, and then classic. After each change, api and mq
-    /// are killed and started again. This needs RabbitMQ.
+    /// The default queue type of the virtual host becomes quorum, and then classic. After each change, api
+    /// and mq are killed and started again. This needs RabbitMQ.
     DefaultTypeChanged,
     /// The node with the leader of the main queue is killed, and comes back. This needs a cluster.
     LeaderKilled,
-    /// The node with the leader of the main queue freezes, while the services are connected to another node. This
-    /// needs a cluster.
+    /// The node with the leader of the main queue freezes, while the services are connected to another node.
+    /// This needs a cluster.
     LeaderFrozen,
     /// The nodes are stopped and started again, one after the other. This needs a cluster.
     RollingRestart,
@@ -95,18 +96,18 @@ pub enum Link {
     ApiUsercenter,
 }
 
-/// A fault that is still to be injected.
+/// A fault as it is planned.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
     /// The kind of fault.
     pub fault: Fault,
     /// How long the system runs undisturbed before the fault.
     pub pause: Duration,
-    /// How long the fault lasts, for kinds of fault that last.
+    /// How long the fault lasts, if faults of this kind have a duration.
     pub hold: Duration,
-    /// The link that fails, for kinds of fault that concern a link.
+    /// The link that fails, if faults of this kind concern one link.
     pub link: Link,
-    /// Whether a silent link is reset in the end.
+    /// Whether the connections of a silent link are reset at the end of the fault.
     pub resets: bool,
 }
 
@@ -145,8 +146,8 @@ impl Iterator for Plan {
         let mut between = |from: u64, to: u64| Duration::from_millis(self.rng.u64(from..to));
         let pause = between(200, 1500);
         let hold = match fault {
-            // A silent link is detected after 4 seconds, so some of these faults are detected and others are
-            // not.
+            // The services detect a silent link after 4 seconds, so they detect only the longer ones of these
+            // faults.
             Fault::HalfOpen => between(2000, 7000),
             // After 5 seconds, the other nodes have chosen another leader.
             Fault::LeaderFrozen => between(5000, 15000),

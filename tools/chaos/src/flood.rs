@@ -37,7 +37,7 @@ const MOST_MEMORY: usize = 32 * 1024;
 pub struct Flooded {
     /// The verdict on the honest logins.
     pub verdict: Verdict,
-    /// The hostile requests that were sent.
+    /// The number of hostile requests that were sent.
     pub hostile: usize,
     /// The median p99 of the laps with the flood, divided by the median p99 of the laps without it. The first
     /// ratio is for a flood from one caller, the second for a flood from fifty callers.
@@ -92,7 +92,7 @@ impl Flooded {
     }
 }
 
-/// Runs laps with and without a flood, `seconds` of each, and prints the results.
+/// Runs laps with a flood for `seconds` seconds in all and laps without it for as long. Prints the results.
 ///
 /// # Errors
 /// If the run can't be carried out.
@@ -156,8 +156,9 @@ async fn carry_out(options: &Options, seconds: u64, system: &mut System) -> Resu
     let flooded = Flooded { verdict, hostile, slower, memory };
     let Verdict { attempted, answered, .. } = flooded.verdict;
     say(&format!(
-        "p99 with the flood, as a multiple of p99 without: {:.2} on one connection, {:.2} on fifty\n\
-         {answered} of {attempted} honest logins were answered with 200, beside {hostile} hostile requests",
+        "p99 with the flood, divided by p99 without it: {:.2} on one connection, {:.2} on fifty\n\
+         {answered} of {attempted} honest logins were answered with 200, while {hostile} hostile requests \
+         were sent",
         slower[0], slower[1],
     ));
     for unexpected in &flooded.verdict.unexpected {

@@ -85,7 +85,7 @@ impl History {
         Ok(())
     }
 
-    /// Makes the database refuse all logins, or take them again.
+    /// Makes the database refuse all logins, or accept them again.
     ///
     /// # Errors
     /// If the database can't be written.

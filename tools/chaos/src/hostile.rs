@@ -1,6 +1,6 @@
 //! A hostile caller. It sends valid requests with contexts as large as HTTP allows, for an unknown user.
-//! Between them it sends requests that it does not finish, and resets connections. The caller must not harm any
-//! login, and every answer to it must be a refusal.
+//! Between these requests, it sends requests that it does not finish, and it resets connections. The hostile
+//! caller must not harm any login, and api must answer it with refusals only.
 
 use anyhow::{Context, Result};
 use harness::client::read_status;
@@ -23,7 +23,7 @@ use tokio::{
 /// How long a caller waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How many connections with an unfinished request a caller holds.
+/// The number of connections with an unfinished request that a caller keeps open.
 const MOST_HELD: usize = 10;
 
 const HEAD: &str = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
@@ -44,10 +44,10 @@ pub struct Sent {
     pub wrong: BTreeSet<String>,
 }
 
-/// What a hostile caller does, in this order, again and again.
+/// The attacks of a hostile caller, which repeats them in this order.
 #[derive(Clone, Copy)]
 enum Attack {
-    /// A large but valid context, on a connection that is kept.
+    /// A large but valid context, on a connection that stays open.
     LargeContext,
     /// The first half of a request's headers.
     HalfHead,
@@ -58,7 +58,7 @@ enum Attack {
 }
 
 impl Hostile {
-    /// Starts this many callers, which together send `rate` requests a second.
+    /// Starts this many callers, which together send `rate` requests per second.
     pub fn start(api: SocketAddr, callers: u32, rate: u32) -> Self {
         let is_over = Arc::new(AtomicBool::new(false));
         let beat = Duration::from_secs(1) * callers / rate.max(1);
@@ -91,7 +91,7 @@ async fn call(
 ) -> Sent {
     let (mut sent, mut kept, mut held) = (Sent::default(), None, VecDeque::new());
     let attacks = [Attack::LargeContext, Attack::HalfHead, Attack::Reset, Attack::HalfBody];
-    // The callers begin with different attacks, so that every kind of attack is sent at any time.
+    // The callers begin with different attacks, so that attacks of every kind occur at the same time.
     for attack in attacks.iter().cycle().skip(number % attacks.len()) {
         sleep_until(due).await;
         due = Instant::now().max(due + beat);
@@ -125,13 +125,16 @@ impl Attack {
                 connection.write_all(request.as_bytes()).await.context("sending a large context")?;
                 let status = read_status(&mut connection, &mut Vec::new()).await;
                 let status = status.context("reading the answer to a large context")?;
-                anyhow::ensure!(status == 401, "an unknown user was answered {status}");
+                anyhow::ensure!(status == 401, "a login of an unknown user was answered {status}");
                 *kept = Some(connection);
             }
             Self::HalfHead | Self::HalfBody => {
                 let end = if matches!(self, Self::HalfBody) { &UNKNOWN[..UNKNOWN.len() - 9] } else { "x-sl" };
                 let mut connection = connect(api).await?;
-                connection.write_all(format!("{HEAD}{end}").as_bytes()).await.context("sending a half")?;
+                connection
+                    .write_all(format!("{HEAD}{end}").as_bytes())
+                    .await
+                    .context("sending half a request")?;
                 held.push_back(connection);
                 if held.len() > MOST_HELD {
                     held.pop_front();

@@ -26,12 +26,12 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// How long to wait for a trap to withhold its frame, or for a queue to become empty.
+/// How long to wait until a proxy withholds a frame, or until a queue becomes empty.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The result of injecting a fault.
 pub struct Injected {
-    /// What happened although it must not happen.
+    /// Descriptions of everything that must not happen but did.
     pub wrong: Vec<String>,
     /// How the fault differed from the planned fault, or `None` if it did not differ.
     pub note: Option<&'static str>,
@@ -43,7 +43,7 @@ impl From<Option<&'static str>> for Injected {
     }
 }
 
-/// The parts of the system that faults are injected into.
+/// The system that faults are injected into, with the logins and the other messages of the run.
 pub struct Target<'a> {
     pub system: &'a mut System,
     pub load: &'a Load,
@@ -95,7 +95,7 @@ impl Target<'_> {
             }
             Fault::Poison => self.poison.publish(self.system, self.history).await?,
             Fault::DiskFull => {
-                // api's disk has room for only a few logins.
+                // With this limit, api's disk has room for only a few more logins.
                 let limit = self.system.spool_size() + 16;
                 self.system.kill(Service::Api).await?;
                 self.system.api_broker.refuse();
@@ -204,7 +204,7 @@ impl Target<'_> {
                 }
             }
         }
-        // The control answers every request and processes every message.
+        // With the control, wrong answers don't count, because the control does not refuse such requests.
         wrong.retain(|_| !self.system.is_control);
         Ok(Injected { wrong, note: None })
     }
@@ -222,7 +222,7 @@ impl Target<'_> {
         self.system.start_service(service, None).await
     }
 
-    /// Binds a new queue to the exchange, in place of the main queue.
+    /// Binds a new queue to the exchange for the time `hold`, in place of the main queue.
     async fn tap(&self, hold: Duration) -> Result<()> {
         let (connection, channel) = self.system.broker.connect().await?;
         let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
@@ -239,7 +239,8 @@ impl Target<'_> {
         Ok(())
     }
 
-    /// Kills a service when a frame to or from it has been withheld, at the latest after `PATIENCE`.
+    /// Waits until a frame to or from a service has been withheld, for at most `PATIENCE`. Then kills the
+    /// service and starts it again.
     async fn crash_at(
         &mut self,
         sprung: oneshot::Receiver<()>,
@@ -248,17 +249,17 @@ impl Target<'_> {
         let sprung = matches!(timeout(PATIENCE, sprung).await, Ok(Ok(())));
         self.system.kill(service).await?;
         for link in [&self.system.api_broker, &self.system.mq_broker] {
-            // Restoring the link also removes a trap whose frame didn't come.
+            // Restoring the link also removes the trap if its frame didn't come.
             link.restore();
         }
         self.system.start_service(service, None).await?;
-        Ok((!sprung).then_some("killed without the frame that it was to be killed at"))
+        Ok((!sprung).then_some("killed although the awaited frame did not come"))
     }
 
-    /// Deletes the queue once it is empty and no message can enter it any more, not even from a retry queue.
-    /// With `hold`, messages are then published to a retry queue, and the main queue stays deleted for this
-    /// long after the delay of these messages. With the control, only the queue itself is checked, because the
-    /// control loses logins and has no dead letters.
+    /// Deletes the main queue once it is empty and no message can enter it any more, not even from a retry
+    /// queue. With `hold`, then publishes messages to a retry queue. The main queue stays deleted until the
+    /// delay of these messages has ended and the time `hold` has passed. With the control, checks only
+    /// whether the main queue is empty, because the control loses logins and has no dead letters.
     async fn delete_queue(&mut self, hold: Option<Duration>) -> Result<Option<&'static str>> {
         self.load.pause().await;
         let (connection, channel) = self.system.broker.connect().await?;
@@ -285,7 +286,7 @@ impl Target<'_> {
         }
         connection.close(200, "done".into()).await?;
         self.load.resume();
-        Ok((!is_empty).then_some("not deleted: it did not get empty"))
+        Ok((!is_empty).then_some("not deleted, because the queue did not become empty"))
     }
 }
 
@@ -293,10 +294,10 @@ impl Target<'_> {
 pub async fn messages(channel: &Channel, queue: &ShortString) -> Result<u32> {
     let passive = QueueDeclareOptions { passive: true, ..Default::default() };
     let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
-    Ok(declared.with_context(|| format!("asking for {queue}"))?.message_count())
+    Ok(declared.with_context(|| format!("asking how many messages are in {queue}"))?.message_count())
 }
 
-/// How long after the end of a fault the system worked again.
+/// The time from the end of a fault until the system worked again.
 pub struct Recovery {
     /// From the end of the fault until the first 200 answer to a login that was sent after the fault.
     pub answered: Duration,

@@ -8,7 +8,7 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// The trace id that a login sends. The effect of the login is found by this id.
+/// The trace id that is sent with a login. By this id, the test finds the login's effect.
 pub type TraceId = u128;
 
 /// A login that was sent.
@@ -18,7 +18,7 @@ pub struct Login {
     pub trace: TraceId,
     /// When the login was sent.
     pub begun: Instant,
-    /// When its outcome was known.
+    /// When the outcome of the login was known.
     pub ended: Instant,
     /// The outcome of the login.
     pub outcome: Outcome,
@@ -59,7 +59,7 @@ pub struct Verdict {
     pub lost: Vec<TraceId>,
     /// The number of effects beyond the first effect of each login.
     pub duplicated: u64,
-    /// Everything else that happened although it must not happen, in words.
+    /// Descriptions of everything else that must not happen but did.
     pub unexpected: Vec<String>,
 }
 
@@ -100,7 +100,8 @@ impl Ledger {
         answered.map(|login| login.trace).filter(|trace| !history.has(*trace)).collect()
     }
 
-    /// Compares the outcomes with the history. `others` are the traces of messages that are not logins.
+    /// Compares the outcomes with the history. `others` are the traces of messages that the
+    /// test published itself.
     pub fn verdict(&self, history: &History, others: &HashSet<TraceId>, excuses: &[Excuse]) -> Verdict {
         let logins = self.lock();
         let mut verdict = Verdict { attempted: logins.len(), ..Verdict::default() };
@@ -125,9 +126,7 @@ impl Ledger {
             }
         }
         for (status, count) in without_excuse {
-            verdict
-                .unexpected
-                .push(format!("{count} logins answered {status} with nothing amiss but the broker"));
+            verdict.unexpected.push(format!("{count} logins were answered {status}, which no fault excuses"));
         }
         // If the counts exceed the rows of the history, some logins were counted more often than recorded.
         verdict.duplicated += history.counted().saturating_sub(history.rows());
@@ -189,8 +188,8 @@ mod tests {
         history
     }
 
-    /// Makes a ledger of logins 1, 2, 3, … with these outcomes. From `start` on, one login follows another, and
-    /// each lasts a second.
+    /// Makes a ledger of logins 1, 2, 3, … with these outcomes. From `start` on, a login begins each second
+    /// and lasts 0.9 seconds.
     fn ledger(start: Instant, outcomes: &[Outcome]) -> Ledger {
         let ledger = Ledger::default();
         for (i, outcome) in outcomes.iter().enumerate() {

@@ -1,13 +1,13 @@
 //! `cargo dev chaos` tests that no login is lost. It sends many logins while it injects faults in an order
-//! that a seed determines. At the end, it compares each login's
-//! answer with the login's effect in mq's database.
+//! that a seed determines. At the end, it compares the answer to each login with the login's effect in mq's
+//! database.
 //!
 //! - [`faults`]: the kinds of fault and their order; `inject`: how each fault is injected
 //! - `system`: the services with a proxy on each link; [`broker`]: the broker, embedded or RabbitMQ
 //! - `load`: the logins; `poison`: messages that can't be processed; `hostile`: hostile callers
 //! - [`flood`]: honest logins with and without a flood of hostile callers
 //! - `ledger`: how logins were answered; `history`: which logins took effect; `spans`: the trees of spans
-//! - [`control`]: api and mq as in the Go original, which the test must find to lose logins
+//! - [`control`]: an api and an mq that work like the Go original, and so lose logins
 
 pub mod broker;
 pub mod control;
@@ -42,28 +42,29 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-/// How long after the end of a fault logins may stay unanswered, or without effect.
+/// The longest time from the end of a fault until logins are answered and take effect again.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(45);
 
-/// At the end of a run, logins without effect count as lost when nothing has changed for this long.
+/// At the end of a run, the test waits for logins without effect until nothing has changed for this long. The
+/// answered logins that are still without effect then count as lost.
 const QUIET: Duration = Duration::from_secs(15);
 
 /// How to test.
 #[derive(Args, Clone)]
 pub struct Options {
-    /// Logins to attempt, at least; the run continues until every kind of fault has occurred.
+    /// The least number of logins to send. The run also continues until every kind of fault has occurred.
     #[arg(long, default_value_t = 20_000)]
     pub logins: usize,
-    /// Logins a second, at most.
+    /// The largest number of logins per second.
     #[arg(long, default_value_t = 400)]
     pub rate: u32,
-    /// Callers at the same time.
+    /// The number of callers that send logins at the same time.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub callers: u32,
     /// Send logins for at most this many seconds.
     #[arg(long, default_value_t = 1800)]
     pub seconds: u64,
-    /// The seed that decides the order, the times and the durations of the faults; random by default.
+    /// The seed that decides the order, the times and the durations of the faults. By default, it is random.
     #[arg(long)]
     pub seed: Option<u64>,
     /// The faults to inject, comma-separated; by default, all faults that the chosen broker supports.
@@ -72,12 +73,13 @@ pub struct Options {
     /// The broker to use; `rabbitmq` starts a node for this run, and `cluster` starts three.
     #[arg(long, value_enum, default_value = "embedded")]
     pub broker: Kind,
-    /// Test the way of the Go original instead: no confirms, and messages acknowledged on receipt. The test
-    /// must then find lost logins.
+    /// Instead of api and mq, test substitutes that work like the Go original. Their api publishes without
+    /// confirms, and their mq acknowledges messages on receipt. The test must then find lost logins.
     #[arg(long)]
     pub control: bool,
-    /// Instead of injecting faults, send 50 logins a second, for this many seconds with a flood of hostile
-    /// requests and as many without, in turns. No login may fail, and the p99 may grow by at most half.
+    /// Instead of injecting faults, send 50 logins per second, in turns with and without a flood of hostile
+    /// requests. In all, the flood is on for this many seconds, and off for as many. No login may fail, and
+    /// the flood may raise the p99 by at most half.
     #[arg(long, conflicts_with_all = ["control", "faults"])]
     pub flood: Option<u64>,
     /// Keep the logs and data of the services, whatever the verdict is.
@@ -89,23 +91,21 @@ pub struct Options {
 pub struct Outcome {
     /// The verdict on the logins.
     pub verdict: Verdict,
-    /// How many of the trees of spans are whole.
+    /// The numbers of whole, partial and wrong trees of spans.
     judged: Judged,
     events: Vec<Event>,
     elapsed: Duration,
 }
 
-/// Runs the test, and prints its progress and its results. The exit code is 0 if nothing was lost, duplicated
-/// or unexpected. With the control, it is 0 if something was lost. The exit code is 2 if the broker is not
-/// installed, or does not support one of the faults.
+/// Runs the test, and prints its progress and its results. The exit code is 0 if no login was lost or
+/// duplicated, and nothing unexpected happened. With the control, the exit code is 0 if a login was lost. The
+/// exit code is 2 if the broker is not installed, or does not support one of the faults.
 ///
 /// # Errors
 /// If the test can't be carried out.
 pub async fn run(mut options: Options) -> Result<ExitCode> {
     if !options.broker.is_installed() {
-        say(
-            "RabbitMQ is not installed here (apt-get install rabbitmq-server); --broker embedded needs nothing",
-        );
+        say("RabbitMQ is not installed: run `apt-get install rabbitmq-server`, or use --broker embedded");
         return Ok(ExitCode::from(2));
     }
     if let Some(fault) = options.faults.iter().find(|fault| !fault.exists_on(options.broker)) {
@@ -176,7 +176,7 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
         let begun = Instant::now();
         let mut target =
             Target { system, load: &load, ledger: &ledger, history: &mut history, poison: &mut poison };
-        let injected = target.inject(&step).await.with_context(|| format!("bringing about {step}"))?;
+        let injected = target.inject(&step).await.with_context(|| format!("injecting {step}"))?;
         unexpected.extend(injected.wrong);
         let healed = Instant::now();
         let recovery = target.recover(healed, ledger.len(), RECOVERY_LIMIT).await?;
@@ -192,12 +192,12 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
         events.push(event);
     }
     if events.len() < round {
-        say(&format!("the time was up after {} of {round} kinds of fault", events.len()));
+        say(&format!("the time limit was reached after {} of {round} kinds of fault", events.len()));
     }
     load.stop().await;
 
     settle(system, &ledger, &poison, &mut history).await?;
-    // The control only logs poison and drops it.
+    // The control only logs poison messages and drops them.
     if !options.control {
         // mq retries the logins that the database refuses, which takes time.
         unexpected.extend(poison.judge(system, &history, RECOVERY_LIMIT).await?);
@@ -208,7 +208,7 @@ async fn carry_out(options: &Options, plan: Plan, system: &mut System, start: In
     let mut verdict = ledger.verdict(&history, &others, &excuses);
     let judged = system.collector.judge(&ledger.traces().chain(others).collect());
     if judged.wrong > 0 {
-        unexpected.push(format!("{} traces are not as they should be", judged.wrong));
+        unexpected.push(format!("{} traces have a wrong tree of spans", judged.wrong));
     }
     verdict.unexpected.extend(unexpected);
     Ok(Outcome { verdict, judged, events, elapsed: start.elapsed() })

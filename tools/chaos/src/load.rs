@@ -1,6 +1,6 @@
-//! The load: logins at a steady rate over many connections. Each login has a separate trace. A login that can't
-//! be sent, because api can't be reached, is not an attempt. Every login that was sent is recorded, whatever
-//! its outcome.
+//! The load: logins at a steady rate over many connections. Each login has a separate trace. If a login can't
+//! be sent, because api can't be reached, it does not count as attempted. Every login that was sent is
+//! recorded, whatever its outcome.
 
 use super::ledger::{Ledger, Login, Outcome, TraceId};
 use anyhow::{Result, ensure};
@@ -41,7 +41,7 @@ struct Shared {
 }
 
 impl Load {
-    /// Starts this many callers, which together send `rate` logins a second.
+    /// Starts this many callers, which together send `rate` logins per second.
     pub fn start(address: watch::Receiver<SocketAddr>, ledger: Arc<Ledger>, callers: u32, rate: u32) -> Self {
         let shared = Arc::new(Shared {
             address,
@@ -59,7 +59,7 @@ impl Load {
         Self { shared, callers: tasks }
     }
 
-    /// Sends no more logins, and waits until all logins that were sent have an outcome.
+    /// Stops sending logins for now, and waits until all logins that were sent have an outcome.
     pub async fn pause(&self) {
         self.shared.is_paused.send_replace(true);
         while self.shared.in_flight.load(SeqCst) > 0 {
@@ -67,7 +67,7 @@ impl Load {
         }
     }
 
-    /// Sends logins again.
+    /// Continues to send logins after [`Load::pause`].
     pub fn resume(&self) {
         self.shared.is_paused.send_replace(false);
     }
@@ -104,7 +104,7 @@ async fn call(shared: Arc<Shared>, beat: Duration, mut due: Instant) {
     }
 }
 
-/// Sends a login whose context is longer than a frame of api, so that api must leave out its baggage.
+/// Sends a login whose context is longer than a frame of api, so that api must leave out the baggage.
 pub async fn log_in_with_large_baggage(address: SocketAddr, ledger: &Ledger) {
     let baggage = format!("baggage: k={}\r\n", "v".repeat(8100));
     log_in(None, address, &baggage, &mut Vec::new(), ledger).await;
@@ -126,7 +126,7 @@ pub async fn send_too_large_body(address: SocketAddr) -> Result<()> {
         connection.write_all(head.as_bytes()).await?;
         connection.write_all(&vec![b' '; LENGTH]).await?;
         let status = read_status(&mut connection, &mut Vec::new()).await?;
-        ensure!(status == 413, "a body that is too large was answered {status}");
+        ensure!(status == 413, "a request with a body that is too large was answered {status}");
         Ok(())
     };
     timeout(PATIENCE, sent).await?
@@ -143,7 +143,7 @@ async fn log_in(
     let mut connection = match connection {
         Some(connection) => connection,
         None => {
-            // If api can't be reached, nothing was sent, so this is not an attempt.
+            // If api can't be reached, nothing was sent, so this login is not recorded.
             let connection = timeout(PATIENCE, TcpStream::connect(address)).await.ok()?.ok()?;
             connection.set_nodelay(true).ok()?;
             connection

@@ -20,7 +20,7 @@ use std::{
 };
 use uuid::Uuid;
 
-/// The poison messages that were published, and those found in the dead-letter queue, by message id.
+/// The poison messages that were published, and the dead letters that were found, by message id.
 #[derive(Default)]
 pub struct Poison {
     published: BTreeMap<String, TraceId>,
@@ -87,7 +87,7 @@ impl Poison {
         Ok(())
     }
 
-    /// Empties the dead-letter queue; returns whether all poison has been found there by now.
+    /// Empties the dead-letter queue. Returns whether all poison messages have been found there so far.
     ///
     /// # Errors
     /// If the queue can't be read.
@@ -120,10 +120,10 @@ impl Poison {
         let mut wrong = Vec::new();
         if missing > 0 {
             let all = self.published.len();
-            wrong.push(format!("{missing} of {all} messages that were poison are no dead letters"));
+            wrong.push(format!("{missing} of {all} poison messages did not become dead letters"));
         }
         if strange > 0 {
-            wrong.push(format!("{strange} dead letters were no poison"));
+            wrong.push(format!("{strange} dead letters were not poison messages"));
         }
         let owed = self.owed(history);
         if owed > 0 {
@@ -162,7 +162,7 @@ async fn publish(
         .basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties)
         .await?
         .await?;
-    ensure!(published == Confirmation::Ack(None), "the broker did not take the message");
+    ensure!(published == Confirmation::Ack(None), "the broker did not accept the message");
     connection.close(200, "done".into()).await?;
     Ok(message_id)
 }

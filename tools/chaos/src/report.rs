@@ -1,4 +1,5 @@
-//! The output of a run: a line for each fault as it happens, then a table by kind of fault, then the verdict.
+//! The output of a run: a line for each fault when it has ended, then a table of the kinds of fault, then the
+//! verdict.
 
 use super::{Options, Outcome, broker::Kind, faults::Step, inject::Recovery};
 use std::{collections::BTreeMap, time::Duration};
@@ -7,7 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 pub struct Event {
     /// The planned fault.
     pub step: Step,
-    /// When the fault began, from the start of the run.
+    /// The time from the start of the run to the start of the fault.
     pub at: Duration,
     /// How long the fault lasted.
     pub lasted: Duration,
@@ -23,7 +24,7 @@ pub fn begin(options: &Options, round: usize) {
     let faults = 4 * round as u64;
     let load = options.logins as u64 / u64::from(options.rate.max(1));
     say(&format!(
-        "{}, seed {}: {} logins at {} a second, {round} kinds of fault; about {} s, {} s at most",
+        "{}, seed {}: {} logins at {} per second, {round} kinds of fault; about {} s, at most {} s",
         broker(options.broker),
         options.seed.unwrap_or_default(),
         thousands(options.logins),
@@ -95,8 +96,8 @@ pub fn print(options: &Options, outcome: &Outcome) {
         say(&format!("{name:<11}{value}"));
     }
     say(&format!(
-        "{} logins took effect though nobody was told so; {} traces are whole, {} lack spans of a process that \
-         was killed, {} are wrong",
+        "{} logins took effect without being answered 200; {} traces are whole, {} lack the producer span or \
+         the consumer span, {} are wrong",
         thousands(verdict.applied_unasked),
         thousands(judged.whole),
         thousands(judged.partial),
@@ -109,10 +110,10 @@ pub fn print(options: &Options, outcome: &Outcome) {
         say(&format!("lost: trace {trace:032x}"));
     }
     let conclusion = match (options.control, verdict.is_clean(), verdict.lost.is_empty()) {
-        (true, _, false) => "the control loses logins, as it should: this test can tell".to_owned(),
-        (true, _, true) => "the control lost nothing: with these faults the test can't tell".to_owned(),
+        (true, _, false) => "the control lost logins, as expected: this test detects lost logins".to_owned(),
+        (true, _, true) => "the control lost nothing: with these faults, the test proves nothing".to_owned(),
         (false, true, _) => "nothing was lost".to_owned(),
-        (false, false, _) => format!("NOT AS PROMISED; to repeat it: {}", command(options)),
+        (false, false, _) => format!("NOT AS PROMISED; to repeat the run: {}", command(options)),
     };
     say(&format!("{conclusion}, in {} on {}", seconds(*elapsed), broker(options.broker)));
 }

@@ -1,5 +1,5 @@
-//! A collector that judges the trees of traces. It keeps only the ids of the producer spans and the parents of
-//! the consumer spans.
+//! A collector that checks whether each trace is the right tree of spans. It keeps only the ids of the
+//! producer spans and the parent ids of the consumer spans.
 
 use super::ledger::TraceId;
 use anyhow::Result;
@@ -31,24 +31,24 @@ pub struct Collector {
 #[derive(Clone, Default)]
 struct Trees(Arc<Mutex<HashMap<TraceId, Tree>>>);
 
-/// The span ids of a trace that decide whether its tree is right.
+/// The span ids by which the tree of a trace is judged.
 #[derive(Default)]
 struct Tree {
     producers: Vec<u64>,
-    /// The parents of the consumer spans.
+    /// The parent ids of the consumer spans.
     parents: Vec<u64>,
 }
 
-/// How many trees are right.
+/// The numbers of whole, partial and wrong trees.
 #[derive(Debug, Default)]
 pub struct Judged {
-    /// Traces with a producer span in which every consumer span is a child of a producer span.
+    /// Traces with producer and consumer spans in which every consumer span is a child of a producer span.
     pub whole: usize,
-    /// Traces without a producer span or a consumer span, because a process was killed before it sent the
-    /// span.
+    /// Traces that lack the producer span or the consumer span. For example, a process was killed before it
+    /// sent the span, or the test itself published the message, without a span.
     pub partial: usize,
-    /// Traces with a consumer span that belong to no login, and traces in which a consumer span is not a child
-    /// of a producer span.
+    /// Traces that have a consumer span but belong to no message of the run. Also traces with a producer span
+    /// in which a consumer span is the child of another span.
     pub wrong: usize,
 }
 
@@ -66,7 +66,7 @@ impl Collector {
         Ok(Self { address, trees, _runtime: runtime })
     }
 
-    /// Judges the trees of these traces, and counts trees of other traces as wrong.
+    /// Judges the trees of these traces. Every other trace with a consumer span counts as wrong.
     pub fn judge(&self, traces: &HashSet<TraceId>) -> Judged {
         let trees = self.trees.lock();
         let mut judged = Judged::default();
@@ -114,8 +114,9 @@ impl Sink for Trees {
     fn traces(&self, _: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status> {
         let scopes = request.resource_spans.iter().flat_map(|resource| &resource.scope_spans);
         for span in scopes.flat_map(|scope| &scope.spans) {
-            self.take_span(span)
-                .ok_or_else(|| Status::invalid_argument("ids of 16 and 8 bytes are expected"))?;
+            self.take_span(span).ok_or_else(|| {
+                Status::invalid_argument("a trace id must have 16 bytes, and a span id 8 bytes")
+            })?;
         }
         Ok(Rejected::default())
     }

@@ -19,7 +19,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::{sync::watch, time::sleep};
 
-/// How long a message waits for its last attempt.
+/// How long a message waits in the last retry queue, before its last attempt.
 pub const LAST_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// A service.
@@ -52,7 +52,8 @@ pub struct System {
     /// api's current address.
     pub api_address: watch::Sender<SocketAddr>,
     services: [Option<Process>; 3],
-    /// The number of the api instance that runs now. Each instance that replaces another has its own spool.
+    /// The number of the current api instance. An instance that replaces another has a new number and its own
+    /// spool.
     api: usize,
     directory: TempDir,
     /// Whether the control replaces api and mq.
@@ -74,7 +75,7 @@ impl Service {
 }
 
 impl System {
-    /// Starts everything, and waits until a login would succeed.
+    /// Starts all parts, and waits until a login would succeed.
     ///
     /// # Errors
     /// If a part doesn't start.
@@ -112,14 +113,14 @@ impl System {
         Ok(system)
     }
 
-    /// Starts a service. `limit` is the largest size of its files in kilobytes.
+    /// Starts a service. `limit` is the largest size of each file that the service writes, in kilobytes.
     ///
     /// # Errors
     /// If the service doesn't start.
     pub async fn start_service(&mut self, service: Service, limit: Option<u64>) -> Result<()> {
         let amqp_url = |link: &Proxy| {
-            // A frozen link is detected within two heartbeats, so within 4 seconds. The frames are too short
-            // for the largest context.
+            // A frozen link is detected within two heartbeats, so within 4 seconds. With this `frame_max`,
+            // frames are too short for the largest context.
             format!("amqp://guest:guest@{}/%2f?heartbeat=2&frame_max=8192", link.address)
         };
         let link = if service == Service::Api { &self.api_broker } else { &self.mq_broker };
@@ -128,14 +129,15 @@ impl System {
             ("USERCENTER_URL", format!("http://{}", self.api_usercenter.address)),
             ("API_DATA_DIR", self.spool().display().to_string()),
             ("MQ_DATABASE_URL", format!("sqlite://{}", self.database().display())),
-            // Half of the time-out is for the disk. With a shorter time-out, a stalled disk would look like a
-            // broker that refuses logins.
+            // Publishing may take 2.5 times this long, so that a login without a confirm can still go to the
+            // disk. With the default of 1 s, api would refuse logins if the disk stalled while the broker is
+            // away.
             ("PUBLISH_TIMEOUT", "2s".to_owned()),
             ("API_DEADLINE", "9s".to_owned()),
             // A message that always fails must soon become a dead letter.
             ("MQ_RETRY_DELAYS", format!("200ms,{}s", LAST_RETRY_DELAY.as_secs())),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{}", self.collector_link.address)),
-            // The spans that a killed process has not sent yet are lost, so there should be few of them.
+            // A killed process loses the spans that it has not sent yet. With this delay, they are few.
             ("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned()),
             // A log line for each login would be of no use.
             ("RUST_LOG", "info,api::login=warn,mq::processing=warn".to_owned()),
@@ -182,9 +184,9 @@ impl System {
         Ok(())
     }
 
-    /// Starts a second instance of a service, lets both run for `hold`, and kills the first. If the service is
-    /// api, the broker is unreachable meanwhile. Afterwards, the logins in the first instance's spool are
-    /// published.
+    /// Starts a second instance of a service, lets both instances run for `hold`, and kills the first. If the
+    /// service is api, neither instance can reach the broker until the first is killed. Afterwards, the
+    /// logins in the first instance's spool are published.
     ///
     /// # Errors
     /// If the second instance does not start, or the spool can't be drained.
@@ -213,7 +215,7 @@ impl System {
         Ok(())
     }
 
-    /// Connects the services to the next node of a cluster; returns the node that they were connected to.
+    /// Connects the services to the next node of a cluster, and returns the previous node.
     ///
     /// # Errors
     /// If the broker is embedded.
@@ -253,7 +255,7 @@ impl System {
         Ok(ended)
     }
 
-    /// Stops all services with SIGTERM; returns the services that did not end with success.
+    /// Stops all services with SIGTERM. Returns a message about each service that did not end successfully.
     ///
     /// # Errors
     /// If a log can't be kept.
@@ -282,7 +284,7 @@ impl System {
     /// # Errors
     /// If the service does not run.
     pub fn memory(&self, service: Service) -> Result<usize> {
-        let process = self.services[service as usize].as_ref().context("it does not run")?;
+        let process = self.services[service as usize].as_ref().context("the service does not run")?;
         let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
         Ok(line.trim().trim_end_matches(" kB").parse()?)

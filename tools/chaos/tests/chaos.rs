@@ -1,9 +1,11 @@
-//! A short run of the test behind `cargo dev chaos`: the services pass it, and the control does not.
+//! Short runs of the test behind `cargo dev chaos`. The services must pass the test, and the control, which
+//! treats logins as the Go original does, must fail it.
 
 use chaos::{self, Options, broker::Kind, faults::Fault, flood};
 
-/// A few seconds of load with the worst faults: a crash of the publisher and of the consumer, each at its worst
-/// moment, and an outage of the broker.
+/// Returns the options for a few seconds of load with the worst faults. These faults are a crash of the
+/// publisher, crashes of the consumer, and an outage of the broker. Two of the crashes come at the worst
+/// moment.
 fn short(is_control: bool) -> Options {
     Options {
         logins: 500,

@@ -2,7 +2,8 @@
 
 use std::{env, fs, net::TcpListener, path::Path};
 
-/// A usual port, the part that listens on it, and the variable that is set if this part runs elsewhere.
+/// The usual ports. Each has the name of the part that listens on it, and the variable that is set if this
+/// part runs elsewhere.
 const PORTS: [(u16, &str, &str); 7] = [
     (8888, "api", ""),
     (50051, "usercenter", ""),
@@ -16,7 +17,8 @@ const PORTS: [(u16, &str, &str); 7] = [
 /// Checks that the usual ports are free.
 ///
 /// # Errors
-/// If ports are in use. The error names the ports, and the processes that use them if these are known.
+/// If ports are in use. The error names these ports, and the processes that use them, as far as they are
+/// known.
 pub fn check_ports() -> Result<(), String> {
     let is_elsewhere = |variable: &str| env::var_os(variable).is_some_and(|value| !value.is_empty());
     let taken: Vec<_> = PORTS
@@ -28,14 +30,14 @@ pub fn check_ports() -> Result<(), String> {
         .collect();
     if let Some((port, _, user)) = taken.iter().find(|(.., user)| user.starts_with("devstack ")) {
         return Err(format!(
-            "another `cargo dev` runs: {user} uses port {port}; stop it, or run `cargo dev --free-ports`"
+            "another `cargo dev` is running: {user} uses port {port}; stop it, or run `cargo dev --free-ports`"
         ));
     }
     let taken: Vec<_> =
         taken.iter().map(|(port, part, user)| format!("port {port} ({part}) is in use by {user}")).collect();
     match taken.is_empty() {
         true => Ok(()),
-        false => Err(format!("{}: stop what uses it, or run `cargo dev --free-ports`", taken.join(", "))),
+        false => Err(format!("{}: free the ports, or run `cargo dev --free-ports`", taken.join(", "))),
     }
 }
 

@@ -7,10 +7,10 @@ use std::{
     process::{Command, ExitCode},
 };
 
-#[expect(clippy::print_stderr, reason = "it tells what is missing")]
+#[expect(clippy::print_stderr, reason = "this program says what is missing")]
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args_os().skip(1).collect();
-    // Only the whole system, which has no subcommand, uses the usual ports.
+    // Only `cargo dev` without a subcommand, which runs the whole system, uses the usual ports.
     let usual_ports = arguments.iter().all(|argument| argument == "--logs");
     let checked = check_rust().and_then(|()| check_compiler());
     if let Err(error) = checked.and_then(|()| if usual_ports { dev::check_ports() } else { Ok(()) }) {
@@ -58,7 +58,7 @@ fn check_compiler() -> Result<(), String> {
 
 /// Returns what `program --version` prints.
 fn said_by(program: &str) -> Result<String, String> {
-    // `CC` may have arguments.
+    // `CC` may contain arguments.
     let mut words = program.split_whitespace();
     let output = Command::new(words.next().unwrap_or_default()).args(words).arg("--version").output();
     match output {

@@ -6,8 +6,8 @@ use harness::{client::Client, trace::Span};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Returns the spans of a trace that have reached Jaeger at the URL `jaeger` so far. If Jaeger doesn't know
-/// the trace, returns no spans.
+/// Returns the spans of a trace that Jaeger has received so far. `jaeger` is Jaeger's URL. If Jaeger doesn't
+/// know the trace, returns no spans.
 ///
 /// # Errors
 /// If there is no response, if its status is neither 200 nor 404, or if it has no list `data`.

@@ -19,7 +19,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
-/// Run the whole system on this machine: three services, a broker, a trace backend with a page.
+/// Run the whole system on this machine: three services, a broker, and a trace backend with a page.
 #[derive(Parser)]
 #[command(name = "cargo dev", args_conflicts_with_subcommands = true)]
 struct Arguments {
@@ -33,26 +33,25 @@ struct Arguments {
 enum Tool {
     /// Log in to a running system, and check its traces against the contract.
     Verify(verify::Options),
-    /// Run the embedded broker alone, until a signal.
+    /// Run only the embedded broker, until a signal ends it.
     Broker {
         /// Where to listen.
         #[arg(long, default_value = "127.0.0.1:5672")]
         listen: SocketAddr,
     },
-    /// Run the embedded trace backend alone, until a signal.
+    /// Run only the embedded trace backend, until a signal ends it.
     Backend(Addresses),
-    /// Kill, cut, freeze, fill and poison the system under load, and count the lost logins.
+    /// Inject faults into the system under load, and count the lost logins.
     Chaos(chaos::Options),
     /// Run the control, which `chaos --control` starts in place of api and mq.
     #[command(hide = true, subcommand)]
     Control(chaos::control::Service),
-    /// Measure the cost of traces, and of traces with metrics and logs, in the three services on a real broker
-    /// under load.
+    /// Measure what traces, metrics and logs cost in the three services, under load and on a real broker.
     Bench(bench::Options),
 }
 
 #[tokio::main]
-#[expect(clippy::print_stderr, reason = "this is where it tells what failed")]
+#[expect(clippy::print_stderr, reason = "here the program says what failed")]
 async fn main() -> ExitCode {
     let Arguments { tool, dev } = Arguments::parse();
     let done = |()| ExitCode::SUCCESS;
@@ -71,7 +70,7 @@ async fn main() -> ExitCode {
     })
 }
 
-#[expect(clippy::print_stdout, reason = "who starts it wants to know where it listens")]
+#[expect(clippy::print_stdout, reason = "the user needs to know the address")]
 async fn broker(listen: SocketAddr) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let broker = Broker::start_at(listen).await?;
@@ -80,7 +79,7 @@ async fn broker(listen: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "who starts it wants to know where it listens")]
+#[expect(clippy::print_stdout, reason = "the user needs to know the address")]
 async fn backend(addresses: Addresses) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let backend = Backend::start_at(addresses).await?;

@@ -198,7 +198,7 @@ fn differences(case: &Case, answer: &Answer, spans: &[Span]) -> String {
         if is_complete(&expected) && !is_complete(&found) {
             out.push_str(
                 "mq_consumer_msg must be below send_msg_mq, as it is with MQ_RELATION=parent or both. With \
-                 MQ_RELATION=link it is in a trace of its own, which is not checked.\n",
+                 MQ_RELATION=link, mq_consumer_msg is in a trace of its own, which is not checked.\n",
             );
         }
     }

@@ -105,7 +105,7 @@ async fn every_span_that_ended_is_exported_dropped_or_waiting_at_any_moment() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_for_a_collector_that_never_answers_are_counted_and_take_no_more_memory() -> Result<()> {
-    // The kernel accepts connections to this port, but nobody ever reads from them.
+    // The kernel accepts connections to this port, but no program ever reads from them.
     let black_hole = TcpListener::bind("127.0.0.1:0")?;
     let endpoint = format!("http://{}", black_hole.local_addr()?);
     let mut variables = METRICS.to_vec();
@@ -134,7 +134,7 @@ async fn spans_for_a_collector_that_never_answers_are_counted_and_take_no_more_m
     Ok(())
 }
 
-/// Returns the resident memory, in kB.
+/// Returns the resident memory of a process, in kB.
 fn resident(process: &Process) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("VmRSS")?;

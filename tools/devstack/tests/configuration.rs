@@ -1,5 +1,5 @@
-//! Configuration alone turns tracing on, and decides how spans are sampled and exported. docs/configuration.md
-//! names the test for each setting.
+//! Configuration alone turns tracing on, and decides how spans are sampled and exported.
+//! `docs/configuration.md` names the test for each setting.
 
 use anyhow::Result;
 use harness::{
@@ -14,7 +14,7 @@ const REMOTE_PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens() -> Result<()> {
-    // This port is taken, so a service that tried to listen would exit with 1.
+    // This port is taken, so a service that tried to listen on it would exit with 1.
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let listen = taken.local_addr()?.to_string();
     // A duration of 500,000,000,000 years can be parsed, but it can't be added to a time.
@@ -59,7 +59,7 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
         ("LOG_FORMAT", "xml"),
         ("RUST_LOG", "api=loud"),
         ("SHUTDOWN_TIMEOUT", "soon"),
-        // The delay is as long as the time-out.
+        // The default of SHUTDOWN_TIMEOUT is also 8s, but the delay must be shorter than the time-out.
         ("SHUTDOWN_DELAY", "8s"),
         ("API_MAX_CONNECTIONS", "0"),
         ("API_SPOOL_MAX_ENTRIES", "0"),
@@ -99,7 +99,8 @@ async fn what_cannot_be_honoured_ends_every_service_with_2_before_anything_opens
             let output = Process::command(service, &variables)?.output().await?;
             let said = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(2), "{service} with {variable}={value}: {said}");
-            // clap's message names the flag, which is the variable's name or the end of that name.
+            // A message from clap names the flag instead. The flag is the variable's name, or the end of that
+            // name.
             let kebab = variable.to_ascii_lowercase().replace('_', "-");
             let names_flag = said.split("--").skip(1).any(|rest| {
                 let flag =
@@ -220,7 +221,8 @@ async fn samplers_decide_at_the_root_or_follow_the_parent() -> Result<()> {
     Ok(())
 }
 
-/// Reads the flags in the header `traceparent`. (Their second bit says that the trace id is random.)
+/// Returns whether the flags in the header `traceparent` say that the trace is sampled. (The second bit of
+/// the flags says that the trace id is random.)
 fn is_sampled(answer: &Answer) -> bool {
     answer.header("traceparent").ends_with(['1', '3'])
 }
@@ -235,7 +237,7 @@ async fn a_ratio_samples_about_so_many_traces_and_each_of_them_whole() -> Result
         sampled += usize::from(is_sampled(&stack.login(KNOWN_MOBILE, &[]).await?));
     }
     stack.stop().await?;
-    // The number is outside this range with a probability of one in ten million.
+    // The probability that the number is outside this range is one in ten million.
     assert!((24..=76).contains(&sampled), "{sampled}");
     assert_eq!(stack.receiver.spans().len(), 6 * sampled);
     Ok(())
@@ -399,8 +401,8 @@ async fn limits_hold_on_every_span() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_of_the_size_and_age_that_is_asked_for() -> Result<()> {
-    // No batch is due for an hour. But a batch is full after one span in api, and after two spans in the other
-    // services.
+    // No batch is due for an hour. But a batch is full after one span in api, and after two spans in the
+    // other services.
     let variables = [
         ("*", "OTEL_BSP_SCHEDULE_DELAY", "3600000"),
         ("*", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2"),

@@ -23,23 +23,23 @@ use tokio::{
     try_join,
 };
 
-/// A login must be answered within this time during an attack. The time is long enough for a busy machine, but
-/// shorter than the ten seconds after which a silent connection is closed.
+/// The time within which a login must be answered during an attack. The time is long enough for a busy
+/// machine, but shorter than the ten seconds after which a silent connection is closed.
 const LOGIN_PATIENCE: Duration = Duration::from_secs(9);
 
-/// The time after which a client that sends no headers, or reads no answers, must be cut off. api allows only
-/// ten seconds. By default, hyper would allow thirty seconds for the headers.
+/// The time within which api must cut off a client that sends no headers or reads no answers. api allows such
+/// a client only ten seconds. By default, hyper would allow thirty seconds for the headers.
 const SILENT: Duration = Duration::from_secs(20);
 
-/// The time after which a client that doesn't begin to speak HTTP/2 must be cut off. The services allow only
-/// three seconds. tonic alone would wait for ever.
+/// The time within which a service must cut off a client that doesn't begin to speak HTTP/2. The services
+/// allow such a client only three seconds. tonic alone would wait for ever.
 const SILENT_HTTP2: Duration = Duration::from_secs(12);
 
 /// How long a body may take to arrive. With this limit, no slow connection is closed before the logins are
 /// done.
 const BODY: (&str, &str, &str) = ("api", "API_DEADLINE", "9s");
 
-/// All connections of a test come from one address.
+/// All connections of a test come from one address, so api must allow this many connections from one address.
 const ONE_ADDRESS: (&str, &str, &str) = ("api", "API_MAX_CONNECTIONS_PER_ADDRESS", "10000");
 
 /// The number of slow clients that a service must survive.
@@ -53,12 +53,12 @@ fn as_many_as_possible() -> Result<usize> {
     // have other open files.
     let possible = limit.saturating_sub(300).min(MANY);
     if possible < MANY {
-        eprintln!("ulimit -n is {limit}: only {possible} connections of {MANY} are tried");
+        eprintln!("ulimit -n is {limit}: only {possible} of {MANY} connections are tried");
     }
     Ok(possible)
 }
 
-/// Opens `count` connections, and sends `first(i)` on the `i`th.
+/// Opens `count` connections, and sends `first(i)` on the `i`th connection.
 async fn open(
     address: SocketAddr,
     count: usize,
@@ -73,7 +73,7 @@ async fn open(
             stream.write_all(first.as_bytes()).await?;
             io::Result::Ok(stream)
         });
-        // No more connections are opened at once than the queue of a listening socket holds.
+        // At any time, fewer connections are being opened than the queue of a listening socket can hold.
         while opening.len() >= 200 {
             opened.extend(opening.join_next().await.transpose()?.transpose()?);
         }
@@ -84,7 +84,7 @@ async fn open(
     Ok(opened)
 }
 
-/// Sends a byte a second on each stream, until the other end stops accepting it.
+/// Sends one byte per second on each stream, for ever. Streams that the other end has closed are skipped.
 async fn drip(streams: &[TcpStream]) {
     let mut second = interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -96,7 +96,7 @@ async fn drip(streams: &[TcpStream]) {
     }
 }
 
-/// Waits until the other end has closed all streams, for at most this time.
+/// Waits until the other end has closed all streams, but no longer than `limit`.
 async fn all_closed(streams: &[TcpStream], limit: Duration) -> Result<()> {
     let mut rest = [0; 4096];
     let is_open = |read: io::Result<usize>| match read {
@@ -111,15 +111,15 @@ async fn all_closed(streams: &[TcpStream], limit: Duration) -> Result<()> {
     timeout(limit, closed).await.with_context(|| format!("connections are still open after {limit:?}"))
 }
 
-/// Returns the resident memory, in KiB.
+/// Returns the resident memory of a service, in KiB.
 fn memory(service: &Process) -> Result<usize> {
     let status = fs::read_to_string(format!("/proc/{}/status", service.id()))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
-/// Logs in repeatedly, alternately on a new connection and on a kept connection. Returns how long each login
-/// took, sorted.
+/// Logs in `count` times, alternately on a new connection and on a kept connection. Returns the sorted
+/// durations of the logins.
 async fn logins(stack: &Stack, count: usize) -> Result<Vec<Duration>> {
     let (kept, url) = (Client::new(), stack.login_url());
     let mut took = Vec::new();
@@ -172,8 +172,8 @@ async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<(
     let (p50, p99) =
         (|took: &[Duration]| took[took.len() / 2], |took: &[Duration]| took[took.len() * 99 / 100]);
     println!(
-        "{count} slow connections, opened in {took_opening:.1?}; a login alone: p50 {:.1?}, p99 {:.1?}; \
-         among them: p50 {:.1?}, p99 {:.1?}; memory {memory_alone} -> {memory_among_many} KiB",
+        "{count} slow connections, opened in {took_opening:.1?}; logins before: p50 {:.1?}, p99 {:.1?}; \
+         logins meanwhile: p50 {:.1?}, p99 {:.1?}; memory {memory_alone} -> {memory_among_many} KiB",
         p50(&alone),
         p99(&alone),
         p50(&among_many),
@@ -181,7 +181,7 @@ async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<(
     );
     // A slow connection may cost at most 20 KiB.
     assert!(memory_among_many < memory_alone + 20 * count, "{memory_alone} -> {memory_among_many} KiB");
-    println!("all were cut off {cut_off:.1?} after the first was opened");
+    println!("all connections were cut off within {cut_off:.1?} after the first one was opened");
     logins(&stack, 10).await?;
     Ok(())
 }
@@ -220,7 +220,7 @@ async fn beyond_the_bound_the_connection_that_waited_longest_makes_room() -> Res
     for _ in 0..20 {
         silent.push(TcpStream::connect(stack.api.address).await?);
     }
-    // If api made no room, the login would wait until the silent connections are closed, after ten seconds.
+    // If api made no room, the login would wait until api closes the silent connections after ten seconds.
     let start = Instant::now();
     logins(&stack, 1).await?;
     let left = LOGIN_PATIENCE.checked_sub(start.elapsed()).context("the login was held up")?;
@@ -238,7 +238,7 @@ async fn connect_from(source: [u8; 4], to: SocketAddr) -> Result<TcpStream> {
     Ok(socket.connect(to).await?)
 }
 
-/// Returns whether the other side has not closed this connection.
+/// Returns whether the other side has left this connection open.
 fn is_open(stream: &TcpStream) -> bool {
     stream.try_read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
@@ -268,7 +268,8 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
     all_closed(&[silent.remove(0)], LOGIN_PATIENCE).await.context("the first")?;
     assert!(silent.iter().all(is_open));
 
-    // If all connections of an address have requests, a new connection is refused.
+    // If each allowed connection of an address has an unfinished request, api refuses a new connection from
+    // this address.
     let mut busy = Vec::new();
     for _ in 0..5 {
         let mut stream = connect_from([127, 0, 0, 2], api).await?;
@@ -277,11 +278,11 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
         busy.push(stream);
     }
     let refused = connect_from([127, 0, 0, 2], api).await?;
-    all_closed(&[refused], LOGIN_PATIENCE).await.context("it is not refused")?;
+    all_closed(&[refused], LOGIN_PATIENCE).await.context("the new connection is not refused")?;
     assert!(busy.iter().all(is_open));
     logins(&stack, 10).await?;
     assert!(is_open(&other));
-    // The requests of this address are still answered.
+    // api still answers the five unfinished requests when their bodies are complete.
     for stream in &mut busy {
         stream.write_all(&LOGIN[LOGIN.len() - 24..]).await?;
         assert_eq!(timeout(LOGIN_PATIENCE, read_status(stream, &mut buffer)).await??, 200);
@@ -350,12 +351,13 @@ async fn without_file_descriptors_the_service_waits_and_says_so_once() -> Result
 
     let silent = open(stack.api.address, 50, |_| "").await?;
     stack.api.said("can't accept connections").await?;
-    // Every ten seconds api closes some silent connections. When all are gone, there is room again.
+    // The test closes the silent connections. Otherwise, api would close only a few of them every ten
+    // seconds.
     drop(silent);
     let answered = poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.ok().filter(|answer| answer.status == 200)
     });
-    answered.await.context("no answer any more")?;
+    answered.await.context("api no longer answers a login")?;
     let said = stack.api.output();
     assert_eq!(said.matches("can't accept connections").count(), 1, "{said}");
     Ok(())
@@ -366,7 +368,7 @@ async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
     let stack = Stack::start(&[]).await?;
     let mut deaf = TcpStream::connect(stack.api.address).await?;
     let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1000);
-    // Writes until the buffers on both sides are full, and then until the other side closes the connection.
+    // Writes until the buffers on both sides are full, and then waits until api closes the connection.
     let cut_off = async {
         loop {
             if let Err(error) = deaf.write_all(&request).await {
@@ -374,7 +376,7 @@ async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
             }
         }
     };
-    timeout(SILENT, cut_off).await.context("it may go on for ever")?;
+    timeout(SILENT, cut_off).await.context("the client is not cut off")?;
     logins(&stack, 1).await?;
     Ok(())
 }

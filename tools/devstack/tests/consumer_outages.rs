@@ -1,4 +1,5 @@
-//! The broker is away, cut off, frozen or short of memory. mq stays up, reports the outage, and resumes.
+//! If the broker is away, cut off, frozen or short of memory, mq stays up, reports the outage, and resumes
+//! afterwards.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -12,11 +13,12 @@ use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
 use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
-/// Starts all services, with a proxy between mq and the broker, by which the test disturbs their connections.
+/// Starts all services, with a proxy between mq and the broker. The test uses the proxy to disturb mq's
+/// connections.
 async fn with_proxy(database: &Database) -> Result<(Stack, Proxy)> {
     let broker = TestBroker::connect().await?;
     let (proxy, url) = broker.proxy()?;
-    // mq notices a frozen network after two heartbeats.
+    // mq notices a frozen network after two heartbeat intervals, so the test sets the shortest interval.
     let url = format!("{url}?heartbeat=1");
     let variables = [("mq", "AMQP_URL", url.as_str()), ("mq", "MQ_DATABASE_URL", &database.url)];
     Ok((Stack::start_on(broker, &variables).await?, proxy))
@@ -47,7 +49,7 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
     proxy.restore();
     stack.mq.becomes(true).await?;
 
-    // However often mq tries to connect, it says only once that it can't.
+    // However often mq tries to connect, it logs only once that it can't connect.
     let complaints = || stack.mq.output().matches("can't connect to the broker").count();
     let earlier = complaints();
     proxy.refuse();
@@ -76,7 +78,7 @@ async fn after_cuts_a_frozen_network_and_an_absence_it_resumes_and_nothing_is_lo
         };
         stack.receiver.expect_span(is_it).await;
     }
-    // mq logs a line or two for each outage, not for each attempt.
+    // mq logs one or two lines for each outage, not for each attempt to connect.
     let output = stack.mq.output();
     let complaints = output.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
     assert!(complaints.count() <= 12, "{output}");
@@ -90,7 +92,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
 
     let database = Database::new()?;
     let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", "none")];
-    // An alarm affects every client, so the test does not raise it on a broker that other tests use.
+    // An alarm affects every client of a broker, so the test raises the alarm on a broker of its own.
     let mut stack = Stack::start_on(TestBroker::embedded().await?, &variables).await?;
     stack.mq.said("the database is available").await?;
     database.poison(BAD).await?;
@@ -100,7 +102,7 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
         let properties = BasicProperties::default().with_message_id(format!("{i}").into());
         stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
     }
-    // A declaration that is answered on the same channel shows that the broker has all messages.
+    // The broker answers this declaration, on the same channel, only after it has received all messages.
     let (queue, passive) =
         (&stack.broker.topology.queue, QueueDeclareOptions { passive: true, ..Default::default() });
     let queue =
@@ -110,8 +112,8 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     stack.broker.set_alarm(true);
     let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("MQ_RETRY_DELAYS", "none")];
     let mq = stack.another("mq", &variables).await?;
-    // This is more than the number of messages that may be unacknowledged at a time, so mq must have
-    // acknowledged some messages.
+    // More messages are applied than may be unacknowledged at a time, so mq must have acknowledged some of
+    // them.
     let applied =
         poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()? == (199, 199)).then_some(()));
     assert!(applied.await.is_some(), "{:?}\n{}", database.logins(KNOWN_MOBILE).await, mq.output());
@@ -119,19 +121,19 @@ async fn while_the_broker_takes_no_messages_those_that_do_not_fail_are_applied_a
     let is_bad = |span: &&harness::trace::Span| span.attributes["messaging.message.id"] == "3";
     assert_eq!(stack.receiver.spans().iter().find(is_bad), None);
 
-    // Without an alarm, mq would give up a confirm that takes this long.
+    // Without an alarm, mq would not wait this long for a confirm.
     sleep(Duration::from_secs(6)).await;
     stack.broker.set_alarm(false);
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("3"));
-    // The dead letter was published only once, although it had to wait.
+    // The dead letter was published only once, although mq had to wait until the alarm was over.
     stack.receiver.expect_span(|span| is_bad(&span)).await;
     let queue = stack.broker.topology.dead_letter_queue.as_str();
     let another = stack.broker.channel.basic_get(queue.into(), Default::default()).await?;
     assert_eq!(another, None);
 
-    // If the alarm is over before the next message fails, that message's dead letter is not published twice
-    // either.
+    // If the alarm is over before the next message fails, the dead letter of this message is not published
+    // twice either.
     stack.broker.set_alarm(true);
     let told = poll(PATIENCE, async || stack.broker.is_blocked().then_some(())).await;
     assert!(told.is_some());
@@ -151,7 +153,7 @@ async fn while_it_waits_for_its_database_mq_notices_that_its_connection_is_gone(
     let (stack, proxy) = with_proxy(&database).await?;
     let lock = database.lock().await?;
     stack.login(KNOWN_MOBILE, &[]).await?;
-    // mq has received the message, which waits for the database.
+    // mq has received the message, and is waiting for the database.
     stack.mq.said("the database is unavailable").await?;
     proxy.cut();
     stack.mq.said("lost the connection to the broker").await?;
@@ -191,7 +193,9 @@ async fn the_pauses_grow_while_each_connection_is_lost_at_once() -> Result<()> {
             let consuming = stack.mq.output().lines().filter(|line| line.contains("consuming")).count();
             (consuming > lost).then_some(())
         });
-        again.await.with_context(|| format!("lost {lost} times:\n{}", stack.mq.output()))?;
+        again
+            .await
+            .with_context(|| format!("mq does not consume again after cut {lost}:\n{}", stack.mq.output()))?;
     }
     // Each pause lasts at least half of its nominal time. The pauses become short again only after a
     // connection that lasted longer than two seconds.

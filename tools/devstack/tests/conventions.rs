@@ -23,11 +23,11 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore, time::timeout};
 use tonic::{Code, transport::Channel};
 use tonic_prost::ProstCodec;
 
-/// The mobile number of a second known user. api answers this user's logins with 200, but mq's database refuses
-/// to record them.
+/// The mobile number of a second known user. api answers this user's logins with 200, but mq's database
+/// refuses to record them.
 const POISONED: &str = "13800138001";
 
-/// Exports all three signals, metrics at an interval short enough for a test.
+/// Makes the services export all three signals, with an interval for metrics that is short enough for a test.
 const ALL_SIGNALS: [(&str, &str, &str); 3] = [
     ("*", "OTEL_METRICS_EXPORTER", "otlp"),
     ("*", "OTEL_METRIC_EXPORT_INTERVAL", "200"),
@@ -37,7 +37,7 @@ const ALL_SIGNALS: [(&str, &str, &str); 3] = [
 const LOGIN: &str = "POST /usercenter/v1/user/login SERVER";
 const LOOKUP: &str = "usercenter.v1.Usercenter/GetUserByMobile";
 
-/// Describes how a span ended, as one line of the lists in these tests.
+/// Describes a span and how it ended, in the form of the lines that these tests expect.
 fn ended(span: &Span) -> String {
     let Span { service, name, kind, attributes, .. } = span;
     let status = ["http.response.status_code", "rpc.status_code", "throughline.message.outcome"];
@@ -47,12 +47,12 @@ fn ended(span: &Span) -> String {
     format!("{service} {name} {kind}{status}{error}")
 }
 
-/// Waits until the receiver has a span that ended like this.
+/// Waits until the receiver has a span that [`ended`] describes by `line`.
 async fn expect(stack: &Stack, line: &str) {
     stack.receiver.expect_span(|span| ended(span) == line).await;
 }
 
-/// Checks the telemetry that the receiver has got. The services must have ended.
+/// Checks the telemetry that the receiver has received. The services must have ended before this call.
 fn assert_no_faults(stack: &Stack) {
     let faults = stack.receiver.faults();
     assert!(faults.is_empty(), "{faults:#?}");
@@ -62,7 +62,7 @@ fn assert_no_faults(stack: &Stack) {
     }
 }
 
-/// Calls a method of usercenter, with a message that never arrives.
+/// Calls a method of usercenter, but never sends the request message.
 async fn call(channel: &Channel, path: &'static str) -> Result<(), tonic::Status> {
     let mut client = tonic::client::Grpc::new(channel.clone());
     client.ready().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
@@ -128,7 +128,7 @@ async fn logins_and_their_messages() -> Result<Stack> {
         call(&channel, "/usercenter.v1.Usercenter/None").await.expect_err("a refusal").code(),
         Code::Unimplemented
     );
-    // Calls are cut off before their message is complete, until one such call has reached usercenter.
+    // The client cuts off calls that have sent no message, until one of these calls has reached usercenter.
     let cancelled = format!("usercenter {LOOKUP} SERVER CANCELLED");
     let is_cancelled = poll(PATIENCE, async || {
         let _ =
@@ -138,8 +138,8 @@ async fn logins_and_their_messages() -> Result<Stack> {
     });
     is_cancelled.await.with_context(|| format!("{:#?}", stack.receiver.spans()))?;
 
-    // The messages: one that always fails, one without a context that is sent twice (once with headers that
-    // are too long), and one that is not JSON.
+    // Three messages follow. The first message always fails. The second message has no trace context, and is
+    // published twice, once with headers that are too long. The third message is not JSON.
     assert_eq!(stack.login(POISONED, &[]).await?.status, 200);
     expect(&stack, "mq mq_consumer_msg CONSUMER dead_letter error.type=refused_by_database").await;
     let mut long = FieldTable::default();
@@ -240,7 +240,7 @@ async fn calls_that_fail() -> Result<Stack> {
     expect(&stack, &format!("api {LOGIN} error.type=cancelled")).await;
     permits.add_permits(1000);
 
-    // The circuit opens after 20 calls.
+    // The circuit opens after 20 calls, because all of them fail.
     let circuit_open = format!("api {LOOKUP} CLIENT UNAVAILABLE error.type=circuit_open");
     let overloaded = format!("api {LOGIN} 503 error.type=overloaded");
     let is_refused = poll(PATIENCE, async || {
@@ -248,7 +248,7 @@ async fn calls_that_fail() -> Result<Stack> {
         let ended: Vec<_> = stack.receiver.spans().iter().map(ended).collect();
         (ended.contains(&circuit_open) && ended.contains(&overloaded)).then_some(())
     });
-    is_refused.await.context("neither the circuit nor the bound of requests refused anything")?;
+    is_refused.await.context("the circuit or the bound on requests in flight refused nothing")?;
     stack.stop().await?;
 
     assert_no_faults(&stack);

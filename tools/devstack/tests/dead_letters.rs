@@ -34,7 +34,8 @@ async fn dead_letters(stack: &Stack, arguments: &[&str]) -> Result<Said> {
     Ok(Said { out: text(&output.stdout), err: text(&output.stderr), code: output.status.code() })
 }
 
-/// Logs in so that the message becomes a dead letter. Returns the message's trace id and message id.
+/// Logs in, and waits until the login's message becomes a dead letter. Returns the message's trace id and
+/// message id.
 async fn dead_login(stack: &Stack) -> Result<(String, String)> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let trace_id = answer.trace_id();
@@ -108,7 +109,7 @@ async fn a_replay_is_a_span_in_the_trace_and_the_login_is_applied() -> Result<()
     assert_eq!(last.attributes["throughline.message.outcome"], "applied");
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
 
-    // The other dead letter is still in the queue, until all dead letters are replayed.
+    // The other dead letter stays in the queue until all dead letters are replayed.
     let list = dead_letters(&stack, &["list"]).await?;
     assert!(list.out.contains(&other_trace) && !list.out.contains(&trace_id), "{}", list.out);
     assert_eq!(dead_letters(&stack, &["replay", "--all"]).await?.code, Some(0));
@@ -139,15 +140,15 @@ async fn reading_leaves_order_and_content_of_the_queue_as_they_were() -> Result<
     let stack = Stack::start(&[]).await?;
     let queue = stack.broker.topology.dead_letter_queue.as_str();
     let mut published = Vec::new();
-    // A quorum queue sorts messages that come back because a connection ends by the text of their numbers, so
-    // there are more than nine.
+    // When a connection ends, its unacknowledged messages go back to a quorum queue in the order of their
+    // numbers as text, in which 10 comes before 9. So this test needs more than nine messages.
     for i in 0..12 {
         let mut headers = FieldTable::default();
         headers.insert("x-mine".into(), AMQPValue::LongInt(i));
-        // One message has no id, because another producer sent it. Another message has an id that would clear
-        // the terminal.
+        // One message has no id, like a message from another producer. Another message has an id that would
+        // clear the terminal.
         let id = ["a", "b", "", "\x1b[2J"].get(i as usize).copied().unwrap_or("e");
-        // From priority 5 on, RabbitMQ 4 delivers a message before others.
+        // RabbitMQ 4 delivers messages of priority 5 or more before others, so these priorities are lower.
         let properties = BasicProperties::default().with_headers(headers).with_priority(i as u8 % 5);
         let properties = if id.is_empty() { properties } else { properties.with_message_id(id.into()) };
         let body = format!("body {i}").into_bytes();
@@ -164,7 +165,7 @@ async fn reading_leaves_order_and_content_of_the_queue_as_they_were() -> Result<
     assert_eq!(dead_letters(&stack, &["replay", "nobody"]).await?.code, Some(1));
     for (properties, body) in published {
         let letter = stack.dead_letter().await?;
-        // RabbitMQ's quorum queues count deliveries in a header.
+        // RabbitMQ's quorum queues add this header, in which they count deliveries.
         let mut headers = letter.properties.headers().clone().context("headers")?.inner().clone();
         headers.remove("x-delivery-count");
         let letter = (letter.properties.clone().with_headers(headers.into()), &letter.data);

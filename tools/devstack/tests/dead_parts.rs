@@ -42,7 +42,7 @@ async fn listen() -> Result<(TcpListener, SocketAddr)> {
 /// Returns the error with which `service` ends when `module` panics.
 async fn error(module: &'static str, service: impl Future<Output = Result<()>>) -> Result<String> {
     *FAULTY.lock().unwrap_or_else(PoisonError::into_inner) = module;
-    let ended = timeout(PATIENCE, service).await.context("it goes on")?;
+    let ended = timeout(PATIENCE, service).await.context("the service does not end")?;
     Ok(ended.err().context("no error")?.to_string())
 }
 

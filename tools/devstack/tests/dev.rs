@@ -40,9 +40,9 @@ struct Dev {
     child: Child,
     said: Arc<Mutex<String>>,
     reader: JoinHandle<()>,
-    /// The other end of `cargo dev`'s terminal, if it has one.
+    /// The other end of `cargo dev`'s terminal, if `cargo dev` runs in a terminal.
     terminal: Option<File>,
-    /// An environment variable that all processes of this `cargo dev` inherit, with a unique value.
+    /// An environment variable with a unique value, which all processes of this `cargo dev` inherit.
     mark: String,
     api: String,
     page: String,
@@ -60,7 +60,7 @@ fn devstack(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
 
 impl Dev {
     async fn start(variables: &[(&str, &str)]) -> Result<Self> {
-        // This builds the services first, so that the build does not count as time to wait for output.
+        // This builds the services first, so that the time limit for the output does not include the build.
         Process::command("api", &[])?;
         let mut dev = Self::spawn(devstack(&["--free-ports"], variables))?;
         dev.get_ready().await?;
@@ -93,7 +93,8 @@ impl Dev {
         Self::spawn_with(command, None)
     }
 
-    /// Starts the command, and reads what it says from `output` or from its standard output.
+    /// Starts the command, and reads what it prints from `output`. If `output` is `None`, reads from the
+    /// command's standard output.
     fn spawn_with(mut command: Command, output: Option<Box<dyn AsyncRead + Send + Unpin>>) -> Result<Self> {
         let mark = format!("DEV_TEST_MARK={}", uuid::Uuid::new_v4());
         let (variable, value) = mark.split_once('=').context("a variable")?;
@@ -126,13 +127,13 @@ impl Dev {
         Ok(self.terminal.as_mut().context("a terminal")?.write_all(key.as_bytes())?)
     }
 
-    /// Waits until `cargo dev` has printed `text` this many times.
+    /// Waits until `cargo dev` has printed `text` at least `times` times.
     async fn says_times(&self, text: &str, times: usize) -> Result<()> {
         let found = poll(PATIENCE, async || (self.said().matches(text).count() >= times).then_some(())).await;
-        found.with_context(|| format!("it did not say {text:?} {times} times, but:\n{}", self.said()))
+        found.with_context(|| format!("{text:?} is not in the output {times} times:\n{}", self.said()))
     }
 
-    /// Waits until it has ended with this exit code, and until none of its processes is left.
+    /// Waits until `cargo dev` has ended and none of its processes is left. Checks the exit code.
     async fn ends(&mut self, code: Option<i32>) -> Result<()> {
         let exit = timeout(PATIENCE, self.child.wait()).await.with_context(|| self.said())??;
         assert_eq!(exit.code(), code, "{}", self.said());
@@ -145,7 +146,7 @@ impl Dev {
         self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Returns the first word after `label`.
+    /// Returns the first word after `label` in the output.
     fn after(&self, label: &str) -> Option<String> {
         let said = self.said();
         let (_, rest) = said.split_once(label)?;
@@ -154,7 +155,7 @@ impl Dev {
 
     async fn says(&self, text: &str) -> Result<()> {
         let found = poll(PATIENCE, async || self.said().contains(text).then_some(())).await;
-        found.with_context(|| format!("it did not say {text:?}, but:\n{}", self.said()))
+        found.with_context(|| format!("{text:?} is not in the output:\n{}", self.said()))
     }
 
     async fn login(&self) -> Result<Answer> {
@@ -175,7 +176,11 @@ impl Dev {
         let is_it = |pid: &&String| {
             fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name)
         };
-        Ok(children.iter().find(is_it).with_context(|| format!("there is no {name}"))?.parse()?)
+        Ok(children
+            .iter()
+            .find(is_it)
+            .with_context(|| format!("`cargo dev` has no child process {name}"))?
+            .parse()?)
     }
 
     async fn verify(&self, patience: &str) -> Result<Output> {
@@ -196,7 +201,7 @@ impl Drop for Dev {
     }
 }
 
-/// Returns the command lines of the processes that have this variable.
+/// Returns the command lines of all processes that have the environment variable `mark`.
 fn processes_with(mark: &str) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -228,8 +233,8 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
     dev.says("mq_consumer_msg").await?;
     let said = dev.said();
     let (_, drawings) = said.split_once(&url).context("the drawing")?;
-    // The lines of late spans begin with a plus. The comparison leaves out the bars' widths, which don't matter, and
-    // the durations, which vary.
+    // The lines of late spans begin with a plus. The comparison leaves out this plus, the widths of the bars,
+    // and the durations, because they vary.
     let lines = drawings.lines().skip(1).filter(|line| line.contains(['█', '▏']));
     let name = |line: &str| {
         let words = line.split_whitespace().filter(|word| *word != "+");
@@ -254,7 +259,7 @@ async fn it_runs_everything_draws_the_trace_and_leaves_no_process() -> Result<()
     assert!(!said.contains('\x1b'), "{said}");
 
     signal("INT", dev.child.id().context("it has ended")?).await?;
-    // The services have 4 s; then `cargo dev` kills those that still run.
+    // The services have 4 s to end. Then `cargo dev` kills the services that are still running.
     dev.ends(Some(0)).await?;
     let address = dev.api.replace("http://localhost", "127.0.0.1");
     assert!(std::net::TcpListener::bind(&address).is_ok(), "{address} is in use");
@@ -266,7 +271,7 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     let mut dev = Dev::start_in_terminal(80).await?;
     dev.says("Keys: ").await?;
     dev.press("m")?;
-    dev.says("mq has stopped; m starts it").await?;
+    dev.says("mq has stopped; press m to start it").await?;
     dev.press("l")?;
     dev.says("login: 200 OK").await?;
     dev.says(", 5 spans").await?;
@@ -276,10 +281,10 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     let late = dev.said();
     let (_, late) = late.split_once("(1 new)").context("the late span")?;
     assert_eq!(late.matches("\n+ ").count(), 1, "{late}");
-    assert!(!late.contains(" local "), "a span that is drawn already and above no late one: {late}");
+    assert!(!late.contains(" local "), "`local` is drawn again, but no late span is below it: {late}");
 
     dev.press("u")?;
-    dev.says("usercenter has stopped; u starts it").await?;
+    dev.says("usercenter has stopped; press u to start it").await?;
     dev.press("l")?;
     dev.says("login: 503 Service Unavailable").await?;
     dev.says("UNAVAILABLE").await?;
@@ -287,8 +292,12 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     dev.says_times("usercenter is ready, after ", 2).await?;
 
     for (key, part, stopped) in [
-        ("b", "the broker", "the broker has stopped; b starts it"),
-        ("t", "the trace backend", "the trace backend has stopped, and its traces are gone; t starts it"),
+        ("b", "the broker", "the broker has stopped; press b to start it"),
+        (
+            "t",
+            "the trace backend",
+            "the trace backend has stopped, and its traces are gone; press t to start it",
+        ),
     ] {
         dev.press(key)?;
         dev.says(stopped).await?;
@@ -298,9 +307,9 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
 
     signal("KILL", dev.service("api")?).await?;
     dev.says("api has ended by itself (signal: 9 (SIGKILL)). Its last lines:\n").await?;
-    dev.says("\na starts api again\n").await?;
+    dev.says("\nPress a to start api again\n").await?;
     dev.press("l")?;
-    dev.says("Connection refused (os error 111); if api is stopped, a starts it").await?;
+    dev.says("Connection refused (os error 111); if api is stopped, press a to start it").await?;
     dev.press("a")?;
     dev.says_times("api is ready, after ", 2).await?;
 
@@ -323,8 +332,7 @@ async fn keys_stop_and_start_the_parts_and_log_in() -> Result<()> {
     Ok(())
 }
 
-/// Presses a button of the page. The request has the `Host` and the `Origin` that a request of the page would
-/// have.
+/// Presses a button of the page. The request has the same `Host` and `Origin` as a request from the page.
 async fn press(dev: &Dev, button: &str) -> Result<Value> {
     let client = Client::new();
     let url = format!("{}/controls/{button}", dev.page);
@@ -340,7 +348,8 @@ async fn labels(dev: &Dev) -> Result<Vec<String>> {
     Ok(buttons.map(|button| button["label"].as_str().unwrap_or_default().to_owned()).collect())
 }
 
-/// Waits until the page shows a trace for which `is_it` holds, and returns it.
+/// Waits until the page shows the trace that `press` names, and `is_it` holds for this trace. Returns the
+/// trace. `press` is the answer to the press of a button.
 async fn trace_of(dev: &Dev, press: &Value, is_it: impl Fn(&str) -> bool) -> Result<Value> {
     let id = press["traceID"].as_str().with_context(|| press.to_string())?;
     let url = format!("{}/api/traces/{id}", dev.page);
@@ -348,7 +357,7 @@ async fn trace_of(dev: &Dev, press: &Value, is_it: impl Fn(&str) -> bool) -> Res
         let answer = Client::new().get(&url).await.ok()?.json();
         is_it(&answer.to_string()).then_some(answer)
     });
-    found.await.with_context(|| format!("no such trace {id}; it said:\n{}", dev.said()))
+    found.await.with_context(|| format!("trace {id} is not as expected; the output:\n{}", dev.said()))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -412,7 +421,7 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
     };
     let own = format!("host: localhost:{port}\r\n");
     let refused = [
-        // Another site sends the request.
+        // Pages of other sites send these requests.
         format!("{own}origin: http://evil.example\r\n"),
         format!("{own}origin: http://localhost:1\r\n"),
         format!("{own}origin: https://localhost:{port}\r\n"),
@@ -420,9 +429,10 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
         format!("{own}origin: http://127.0.0.1:{port}\r\n"),
         format!("{own}origin: null\r\n"),
         format!("{own}origin: http://localhost:{port}\r\norigin: http://evil.example\r\n"),
-        // This request has no origin, but a browser sends its origin with every press.
+        // This request has no origin, but a browser sends the page's origin with every press of a button.
         own.clone(),
-        // The domain name of another site resolves to 127.0.0.1.
+        // The host of these requests is not the page's. (The domain name of another site may resolve to
+        // 127.0.0.1.)
         format!("host: evil.example:{port}\r\norigin: http://evil.example:{port}\r\n"),
         "host: evil.example\r\norigin: http://evil.example\r\n".to_owned(),
         "host: localhost\r\norigin: http://localhost\r\n".to_owned(),
@@ -454,7 +464,7 @@ async fn no_page_of_another_site_presses_a_button_and_the_backend_alone_has_none
     Ok(())
 }
 
-/// Writes a shell script that stands in for another program.
+/// Writes a shell script that stands in for another program. Returns the path of the script.
 fn script(directory: &Path, name: &str, lines: &str) -> Result<String> {
     let path = directory.join(name);
     fs::write(&path, format!("#!/bin/sh\n{lines}\n"))?;
@@ -466,7 +476,8 @@ fn script(directory: &Path, name: &str, lines: &str) -> Result<String> {
 async fn a_signal_while_it_builds_ends_the_build_too() -> Result<()> {
     let directory = tempfile::TempDir::new()?;
     let built = directory.path().join("started");
-    // A stand-in for cargo, whose compiler runs for ten minutes.
+    // This script stands in for cargo. It starts a process that stands in for a compiler, and that runs for
+    // ten minutes.
     let cargo = script(directory.path(), "cargo", &format!("sleep 600 & : >{}; wait", built.display()))?;
     for end in ["INT", "TERM", "HUP", "KILL"] {
         let mut dev = Dev::spawn(devstack(&["--free-ports"], &[("CARGO", &cargo)]))?;
@@ -514,7 +525,8 @@ async fn a_broken_amqp_url_is_refused_in_one_line_without_its_password() -> Resu
     Ok(())
 }
 
-/// Runs the first step of `cargo dev` with these variables; returns its exit code and what it says.
+/// Runs the first step of `cargo dev` with these variables. Returns the exit code and the output of the first
+/// step.
 async fn first_step(arguments: &[&str], variables: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
     let mut command = Command::new(harness::process::binary("dev")?);
     command.args(arguments).env_remove("CC").env_remove("RUSTC").envs(variables.iter().copied());
@@ -551,8 +563,8 @@ async fn what_is_missing_is_told_before_anything_is_built_with_the_command_that_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
     let _guard = USUAL_PORTS.lock().await;
-    // This devstack uses the usual port of the trace page. (The usual ports of usercenter and mq are ephemeral
-    // ports of Linux, so any connection of the last minute may occupy them.)
+    // This devstack uses the usual port of the trace page. (The usual ports of usercenter and mq are
+    // ephemeral ports of Linux, so a connection that ended in the last minute may still occupy one of them.)
     let arguments =
         ["backend", "--query", "127.0.0.1:16686", "--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"];
     let first = Dev::spawn(devstack(&arguments, &[]))?;
@@ -564,8 +576,8 @@ async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
         (
             Some(1),
             format!(
-                "error: another `cargo dev` runs: devstack (process {process}) uses port 16686; stop it, or run \
-                 `cargo dev --free-ports`\n"
+                "error: another `cargo dev` is running: devstack (process {process}) uses port 16686; stop it, or \
+                 run `cargo dev --free-ports`\n"
             )
         )
     );
@@ -582,7 +594,7 @@ async fn are_gone(pids: [u32; 3]) -> Result<()> {
     Ok(())
 }
 
-/// Ends `cargo dev` by `end`; then its services must be gone.
+/// Starts `cargo dev`, ends it by `end`, and waits until its services are gone.
 async fn nothing_is_left_after(end: impl AsyncFnOnce(&mut Dev) -> Result<()>) -> Result<()> {
     let mut dev = Dev::start(&[]).await?;
     let services = [dev.service("api")?, dev.service("rpc")?, dev.service("mq")?];
@@ -624,14 +636,14 @@ fn said_by(output: &Output) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_tells_whether_a_system_keeps_the_contract() -> Result<()> {
-    // With `both`, Jaeger returns no other reference to the parent than the link.
+    // With `both`, the link is the only reference to the parent that Jaeger returns.
     let dev = Dev::start(&[("MQ_RELATION", "both")]).await?;
     let verified = dev.verify("60").await?;
     let said = said_by(&verified);
     assert!(verified.status.success(), "{said}");
     assert!(said.ends_with("all as it should be\n"), "{said}");
 
-    // Without the consumer, its span is missing from the tree.
+    // Without mq, the consumer span is missing from the tree.
     signal("KILL", dev.service("mq")?).await?;
     dev.says("mq has ended by itself (signal: 9 (SIGKILL)). Its last lines:\n").await?;
     dev.says("consuming").await?;
@@ -679,7 +691,7 @@ async fn a_broker_and_a_collector_elsewhere_are_used_and_their_secrets_not_shown
     let answer = dev.login().await?;
     receiver.expect_tree(&answer.trace_id(), harness::stack::LOGIN_TREE).await;
     let said = dev.said();
-    assert!(said.contains(&format!("{}, by AMQP_URL", broker.address())), "{said}");
+    assert!(said.contains(&format!("{}, from AMQP_URL", broker.address())), "{said}");
     assert!(!said.contains("guest"), "{said}");
     Ok(())
 }

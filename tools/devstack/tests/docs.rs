@@ -81,7 +81,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
     ];
     for file in shared.into_iter().chain(services) {
         let source = fs::read_to_string(root().join(file))?;
-        // Only the part before the unit tests counts, because their strings would be found as well.
+        // The unit tests are left out, because the search would also find the strings in these tests.
         let source = source.split("#[cfg(test)]").next().unwrap_or_default();
         for variable in between(source, "\"", '"').filter(|name| is_variable(name)) {
             let specific = variable.replace("OTEL_EXPORTER_OTLP_TRACES", "…_TRACES");
@@ -110,7 +110,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
 fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
     let page = fs::read_to_string(root().join("docs/layers.md"))?;
     let source = fs::read_to_string(root().join("tools/devstack/tests/layers.rs"))?;
-    // Some blocks are indented in the source file.
+    // The comparison ignores indentation, because some blocks are indented in the source file.
     let source: Vec<_> = source.lines().map(str::trim).collect();
     let blocks: Vec<_> =
         page.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
@@ -122,7 +122,7 @@ fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
     Ok(())
 }
 
-/// A row of the list is `| number | [path](path) | lines | sentence |`.
+/// A row of the reading list is `| number | [path](path) | lines | sentence |`.
 #[test]
 fn the_reading_list_is_what_it_says() -> Result<()> {
     let readme = fs::read_to_string(root().join("README.md"))?;
@@ -141,7 +141,7 @@ fn the_reading_list_is_what_it_says() -> Result<()> {
         assert_eq!(name, path, "{row}");
         let text = fs::read_to_string(root().join(path)).with_context(|| path.to_owned())?;
         let told: usize = told.parse().with_context(|| row.to_owned())?;
-        assert_eq!(told, text.lines().count(), "the README tells another number of lines for {path}");
+        assert_eq!(told, text.lines().count(), "README.md states a wrong number of lines for {path}");
         total += told;
     }
     assert!((5..=12).contains(&files), "the list has {files} files");
@@ -182,7 +182,7 @@ fn the_map_quotes_the_files_that_it_links() -> Result<()> {
         let linked = between(row, "](", ')').map(|link| fs::read_to_string(root().join(link)));
         let linked = linked.collect::<Result<String, _>>().with_context(|| row.to_owned())?;
         for quote in in_backticks(row).flat_map(|code| code.split('…')) {
-            assert!(linked.contains(quote), "{quote} is in no file of {row}");
+            assert!(linked.contains(quote), "{quote} is in none of the files that this row links: {row}");
             quotes += 1;
         }
     }
@@ -242,7 +242,11 @@ fn the_page_on_adding_names_the_files_that_it_changes_and_its_diffs_fit() -> Res
                 let old: String = old.collect();
                 // The old lines must occur only once, because otherwise a diff could be applied at the wrong
                 // place.
-                assert_eq!(source.matches(&format!("{old}\n")).count(), 1, "{path} has changed:{old}");
+                assert_eq!(
+                    source.matches(&format!("{old}\n")).count(),
+                    1,
+                    "these lines must occur exactly once in {path}:{old}"
+                );
                 hunks += 1;
             }
         }
@@ -255,8 +259,8 @@ fn in_backticks(line: &str) -> impl Iterator<Item = &str> {
     line.split('`').skip(1).step_by(2)
 }
 
-/// The first layer of the images builds only the dependencies, from manifests without their sources. cargo refuses a
-/// manifest that names a target whose file is missing.
+/// The first layer of the Docker images builds only the dependencies, from manifests without their sources.
+/// cargo refuses a manifest that names a target whose file is missing.
 #[test]
 fn the_dockerfile_has_every_manifest_and_a_file_for_each_target_that_one_names() -> Result<()> {
     let dockerfile = fs::read_to_string(root().join("deploy/Dockerfile"))?;

@@ -71,7 +71,7 @@ async fn an_unknown_user_gets_401_and_is_an_error_of_the_client_only() -> Result
     Ok(())
 }
 
-/// A request's headers and body, and the status and kind of its answer.
+/// A request's headers and body, and the HTTP status and the kind of problem of its answer.
 type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, u16, &'a str);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -182,7 +182,7 @@ async fn by_http_1_1_a_request_has_exactly_one_host() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
-    // usercenter needs a fixed port, so that it can listen there again.
+    // usercenter needs a fixed port, so that its next instance can listen on the same port.
     let listen = format!("127.0.0.1:{}", free_port()?);
     let mut stack = Stack::start(&[("rpc", "USERCENTER_LISTEN", &listen)]).await?;
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
@@ -198,7 +198,7 @@ async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     assert_server_span(&spans, 503);
 
-    // By now, the old connection is gone, and the span says why there is no new one.
+    // By now, the old connection is gone, and the span says why api could not open a new connection.
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let spans = stack.receiver.expect_tree(&answer.trace_id(), tree).await;
     let call = spans.iter().find(|span| span.kind == "CLIENT").expect("the call");
@@ -217,8 +217,8 @@ async fn usercenter_down_is_503_and_back_up_is_200() -> Result<()> {
     Ok(())
 }
 
-/// Starts a usercenter that begins its answers and never ends them. It sends the `grpc-timeout` of each call to
-/// `timeouts`.
+/// Starts a usercenter that begins its answers and never ends them. The usercenter sends the `grpc-timeout`
+/// of each call to `timeouts`. Returns the URL of the usercenter.
 async fn begins_and_stalls(timeouts: mpsc::UnboundedSender<String>) -> Result<String> {
     let call = async move |headers: HeaderMap| {
         let timeout = headers.get("grpc-timeout").and_then(|timeout| timeout.to_str().ok());

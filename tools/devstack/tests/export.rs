@@ -30,7 +30,8 @@ use tonic::{
 const WARNING: &str = "spans can't be exported";
 const REJECTED: &str = "spans were rejected";
 
-/// Reads from the last line of a service's log how many spans ended, were exported, and were dropped.
+/// Finds the last line with counts in a service's log. Returns how many spans ended, were exported, and were
+/// dropped.
 fn counts(output: &str) -> Result<[u64; 3]> {
     let line = output.lines().rfind(|line| line.contains("ended=")).context("no counts")?;
     let number = |key: &str| {
@@ -42,7 +43,7 @@ fn counts(output: &str) -> Result<[u64; 3]> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_collector_requests_go_on_with_one_warning_and_spans_flow_when_it_comes() -> Result<()> {
-    // Nobody listens at this address yet.
+    // No collector is listening at this address yet.
     let address = (Ipv4Addr::LOCALHOST, free_port()?).into();
     let endpoint = format!("http://{address}");
     let variables = [
@@ -141,7 +142,8 @@ async fn what_the_collector_refuses_in_part_again_and_again_is_counted_with_one_
     Ok(())
 }
 
-/// A collector that refuses twice, with details that are not base64, then accepts. It counts the requests.
+/// Starts a collector that refuses the first two requests, and accepts all later requests. The details of the
+/// refusals are not base64. Returns the URL of the collector, and the count of the requests.
 async fn collector_with_strange_details() -> Result<(String, Arc<AtomicUsize>)> {
     let asked = Arc::new(AtomicUsize::new(0));
     let counter = asked.clone();
@@ -151,7 +153,7 @@ async fn collector_with_strange_details() -> Result<(String, Arc<AtomicUsize>)> 
             head = head.header("grpc-status", "14").header("grpc-status-details-bin", "!");
             return head.body(Body::empty()).expect("a response");
         }
-        // The answer is a message of zero bytes.
+        // The body of the answer is only the five-byte prefix of an empty message.
         let ok =
             HeaderMap::from_iter([(HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"))]);
         let message = Full::new(Bytes::from_static(&[0; 5])).with_trailers(async { Some(Ok(ok)) });
@@ -180,7 +182,7 @@ async fn a_refusal_with_strange_details_does_not_end_the_export() -> Result<()> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_never_answers_delays_neither_requests_nor_the_end() -> Result<()> {
-    // The kernel accepts connections to this port, but nobody ever reads from them.
+    // The kernel accepts connections to this port, but no program ever reads from them.
     let black_hole = TcpListener::bind("127.0.0.1:0")?;
     let endpoint = format!("http://{}", black_hole.local_addr()?);
     let variables = [
@@ -235,7 +237,7 @@ async fn a_collector_that_never_answers_is_given_up_after_the_timeout_that_is_se
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_comes_back_while_a_service_ends_gets_all_spans() -> Result<()> {
-    // Closes each connection, and counts them.
+    // This collector closes each connection at once, and counts the connections.
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let address = listener.local_addr()?;
     let closed = Arc::new(AtomicUsize::new(0));
@@ -254,8 +256,8 @@ async fn a_collector_that_comes_back_while_a_service_ends_gets_all_spans() -> Re
     stack.api.said(WARNING).await?;
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
-    // One attempt makes at most four connections. More than 12 connections after the signal
-    // show that there were several attempts.
+    // One attempt to export makes at most four connections. More than 12 connections after the signal show
+    // that there were several attempts.
     let before = closed.load(SeqCst);
     let attempts = poll(PATIENCE, async || (closed.load(SeqCst) > before + 12).then_some(()));
     attempts.await.with_context(|| format!("{} connections", closed.load(SeqCst) - before))?;
@@ -298,7 +300,8 @@ fn niceness(id: u32) -> Result<Vec<(String, i32)>> {
     let tasks = fs::read_dir(format!("/proc/{id}/task"))?;
     let stats = tasks.map(|task| Ok(fs::read_to_string(task?.path().join("stat"))?));
     let threads = stats.map(|stat: Result<String>| {
-        // The niceness is field 19, counted from 1; the name in parentheses is field 2 (proc_pid_stat(5)).
+        // Counted from 1, the niceness is field 19, and the name in parentheses is field 2
+        // (proc_pid_stat(5)).
         let stat = stat?;
         let (name, fields) = stat.split_once(") ").context("no name")?;
         let niceness = fields.split(' ').nth(16).context("no niceness")?.parse()?;
@@ -316,7 +319,7 @@ async fn threads_that_export_let_requests_pass() -> Result<()> {
     ])
     .await?;
     let own = niceness(std::process::id())?[0].1;
-    // The lowest priority is 19.
+    // The highest niceness, which means the lowest priority, is 19.
     let lowered = (own + 10).min(19);
     stack.login(KNOWN_MOBILE, &[]).await?;
     let found = poll(PATIENCE, async || {
@@ -325,7 +328,8 @@ async fn threads_that_export_let_requests_pass() -> Result<()> {
             let those = threads.iter().filter(move |(name, _)| name.starts_with("OpenTelemetry") == exports);
             those.map(|(_, niceness)| *niceness).collect::<Vec<_>>()
         });
-        // There is a thread for each signal, and a thread for the connections.
+        // Four threads export: one thread for each of the three signals, and one thread for the connections
+        // of all exporters.
         (exporting == [lowered; 4] && serving.iter().all(|niceness| *niceness == own)).then_some(())
     });
     found.await.with_context(|| format!("{:?}", niceness(stack.api.id())))

@@ -1,5 +1,5 @@
-//! A login makes one trace in every mixture of these services and of the same services in Go. The services in
-//! Go use go-zero, and their message is that of the original.
+//! A login makes one trace in every mixture of these services and the same services in Go. The services in Go
+//! use the framework go-zero, and publish the same message as the original, a login example for go-zero.
 
 use anyhow::{Context, Result, ensure};
 use harness::{
@@ -36,7 +36,8 @@ async fn every_mixture_of_the_two_systems_makes_one_trace() -> Result<()> {
 }
 
 async fn mixture_makes_one_trace(in_go: &[&str]) -> Result<()> {
-    // Of the four mixtures with api in Go, two publish the message as the original does, and two with confirms.
+    // In two of the four mixtures with api in Go, api publishes the message without confirms, as the original
+    // does. In the other two mixtures, api publishes the message with confirms.
     let confirms = if in_go.contains(&"rpc") { "true" } else { "false" };
     let variables = [("*", "BAGGAGE_SPAN_ATTRIBUTES", "tenant"), ("api", "CONFIRMS", confirms)];
     let stack = Stack::start_mixed(TestBroker::connect().await?, in_go, &variables).await?;
@@ -50,7 +51,7 @@ async fn mixture_makes_one_trace(in_go: &[&str]) -> Result<()> {
     let answer = stack.login(KNOWN_MOBILE, &headers).await?;
     assert_eq!((answer.status.as_u16(), answer.trace_id().as_str()), (200, TRACE), "{in_go:?}");
 
-    // go-zero names the span of a request by its route only.
+    // go-zero names the span of an HTTP request after the route only, without the method.
     let api_is_in_go = in_go.contains(&"api");
     let tree = if api_is_in_go { LOGIN_TREE.replace("POST /", "/") } else { LOGIN_TREE.to_owned() };
     let spans = stack.receiver.expect_tree_below(PARENT, TRACE, &tree).await;
@@ -73,11 +74,11 @@ async fn mixture_makes_one_trace(in_go: &[&str]) -> Result<()> {
         let line = stack.rpc.said("deadline_ms").await?;
         let left = line.split_once(r#""deadline_ms":"#).and_then(|(_, rest)| rest.split([',', '}']).next());
         let left: i64 = left.context("deadline_ms")?.parse()?;
-        // The deadline is the caller's, of 30 seconds. The server's own would be 40 seconds.
+        // usercenter in Go applies the caller's deadline of 30 seconds. Its own deadline would be 40 seconds.
         assert!((1..=30_000).contains(&left), "{in_go:?}: {line}");
     }
-    // Both messages were applied. The unsampled message came first, so its spans would have been exported
-    // first.
+    // Both messages are applied. The unsampled message came first, so its spans would have been exported
+    // before the spans that the receiver has.
     let applied = poll(PATIENCE, async || {
         let logins = stack.broker.database.logins(KNOWN_MOBILE).await.ok()?;
         (logins == (2, 2)).then_some(())
@@ -102,7 +103,8 @@ async fn the_deadline_of_a_caller_in_go_arrives_as_grpc_timeout() -> Result<()> 
     Ok(())
 }
 
-/// Waits for the consumer spans of this many messages; returns their outcomes and the sources of their contexts.
+/// Waits until the receiver has the consumer spans of `count` messages. Returns the outcome of each message
+/// and the source of its trace context.
 async fn consumed(stack: &Stack, count: usize) -> Result<Vec<(String, String)>> {
     let attribute = |span: &Span, key: &str| span.attributes.get(key).cloned().unwrap_or_default();
     let all = poll(PATIENCE, async || {
@@ -113,7 +115,7 @@ async fn consumed(stack: &Stack, count: usize) -> Result<Vec<(String, String)>> 
         });
         Some(spans.collect::<Vec<_>>()).filter(|all| all.len() == count)
     });
-    all.await.with_context(|| format!("{count} messages were not consumed:\n{}", stack.mq.output()))
+    all.await.with_context(|| format!("there are not {count} consumer spans:\n{}", stack.mq.output()))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -164,7 +166,7 @@ async fn a_consumer_in_go_is_refused_by_a_queue_of_another_history() -> Result<(
     let variables =
         [("AMQP_URL", &*broker.url), ("AMQP_PREFIX", &broker.prefix), ("MQ_DATABASE_URL", &database)];
     let started = go_zero::start("mq", &variables).await;
-    let refusal = format!("{:#}", started.err().context("it consumes all the same")?);
+    let refusal = format!("{:#}", started.err().context("the consumer in Go is not refused")?);
     assert!(refusal.contains("PRECONDITION_FAILED"), "{refusal}");
     Ok(())
 }

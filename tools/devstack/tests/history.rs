@@ -1,5 +1,5 @@
-//! Messages are delivered at least once and applied exactly once, even if they are delivered twice, if mq dies
-//! in between, or if the database makes them wait.
+//! Messages are delivered at least once and applied exactly once, even if they are delivered twice, if mq is
+//! killed while it processes them, or if they must wait for the database.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -29,7 +29,7 @@ async fn stack() -> Result<(Stack, Database)> {
     Ok((stack, database))
 }
 
-/// Waits for at least `count` consumer spans. Returns their outcomes in the order of their start.
+/// Waits for at least `count` consumer spans. Returns their outcomes in the order in which the spans started.
 async fn outcomes(stack: &Stack, count: usize) -> Vec<String> {
     let spans = consumers(stack, count).await;
     spans
@@ -52,7 +52,8 @@ async fn a_message_that_comes_twice_is_applied_once() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_an_id_the_producer_span_and_the_content_tell_messages_apart() -> Result<()> {
     let (stack, database) = stack().await?;
-    // Logins of three people are published in one span, one of them twice, and one more login in another span.
+    // Logins of three people are published in one span, and the login of the first person is published twice
+    // in this span. One more login of the first person is published in another span.
     let other = "13800138001";
     for (span, mobile) in [
         ("00f067aa0ba902b7", KNOWN_MOBILE),
@@ -72,7 +73,7 @@ async fn without_an_id_the_producer_span_and_the_content_tell_messages_apart() -
     assert_eq!(seen, ["applied", "applied", "applied", "applied", "duplicate"]);
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (2, 2));
     assert_eq!(database.logins(other).await?, (1, 1));
-    // Messages without any id can't be recognized as duplicates. An empty id is no id.
+    // Messages without any id can't be recognized as duplicates. An empty id counts as no id.
     for _ in 0..2 {
         stack.publish(BasicProperties::default(), BODY).await?;
         stack.publish(BasicProperties::default().with_message_id("".into()), BODY).await?;
@@ -82,7 +83,7 @@ async fn without_an_id_the_producer_span_and_the_content_tell_messages_apart() -
     Ok(())
 }
 
-/// Returns the consumer spans in the order of their start, once there are `count`.
+/// Waits for at least `count` consumer spans. Returns them in the order in which they started.
 async fn consumers(stack: &Stack, count: usize) -> Vec<Span> {
     let seen = poll(PATIENCE, async || {
         let mut spans = stack.receiver.spans();
@@ -100,7 +101,8 @@ async fn logins_that_come_soon_after_a_commit_gather_and_a_lone_one_does_not_wai
     stack.publish(BasicProperties::default().with_message_id("alone".into()), BODY).await?;
     let alone = &consumers(&stack, 1).await[0];
     assert_eq!(of(alone, "throughline.chunk.pause_ms"), 0, "{alone:#?}");
-    // Messages that come all the time also come within a second of a commit.
+    // The test publishes one message after another, so some messages arrive less than a second after a
+    // commit.
     let gathered = poll(PATIENCE, async || {
         stack.publish(BasicProperties::default(), BODY).await.ok()?;
         let spans = consumers(&stack, 1).await;
@@ -117,7 +119,7 @@ async fn messages_that_are_redelivered_once_are_processed_together() -> Result<(
     for i in 0..64 {
         stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
     }
-    // The test takes all messages and returns them, like a consumer whose connection was cut.
+    // The test takes all messages and returns them to the queue, like a consumer whose connection was cut.
     let queue = stack.broker.topology.queue.as_str();
     let mut last = None;
     while let Some(got) = stack.broker.channel.basic_get(queue.into(), BasicGetOptions::default()).await? {
@@ -127,7 +129,7 @@ async fn messages_that_are_redelivered_once_are_processed_together() -> Result<(
     let _mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
     let spans = consumers(&stack, 64).await;
     let overlapping = spans.windows(2).filter(|pair| pair[1].start < pair[0].end).count();
-    assert!(overlapping > 32, "{overlapping} of 63 began before the one before was over");
+    assert!(overlapping > 32, "only {overlapping} of 63 spans began before the previous span ended");
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (64, 64));
     let counts = "SELECT COUNT(*) FROM redelivery_count";
     let counts: i64 = sqlx::query_scalar(counts).fetch_one(&mut database.connect().await?).await?;
@@ -143,7 +145,8 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
     let (mut stack, database) = stack().await?;
     database.hang(DEADLY).await?;
     stack.mq.stop().await?;
-    // It is the first message, so that it is in the first chunk each time, however large that is.
+    // The deadly message is the first message, so it is in the first chunk each time, however large the chunk
+    // is.
     let deadly = format!(r#"{{"Msg":"{DEADLY}"}}"#);
     stack.publish(BasicProperties::default(), deadly.as_bytes()).await?;
     let publish =
@@ -155,12 +158,12 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
     let mut connection = database.connect().await?;
     sqlx::query("PRAGMA busy_timeout = 0").execute(&mut connection).await?;
     let highest = "SELECT COALESCE(MAX(redeliveries), 0) FROM redelivery_count";
-    // At the first delivery, mq counts nothing. At the second, mq marks all messages of the chunk, and processes
-    // them together again. From the third on, mq processes each message alone, those with the fewest
-    // redeliveries first.
+    // At the first delivery, mq counts nothing. At the second delivery, mq marks all messages of the chunk as
+    // redelivered, and processes them together again. From the third delivery on, mq processes these messages
+    // one at a time, beginning with the messages that have the fewest redeliveries.
     for expected in 0..=3 {
         if expected == 3 {
-            // When mq acknowledges this new message, it must not acknowledge those before it.
+            // When mq acknowledges this new message, it must not acknowledge the earlier messages.
             publish("new").await?;
         }
         let mut mq = stack.another("mq", &variables).await?;
@@ -175,7 +178,8 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
         reached.await.with_context(|| format!("{seen} instead of {expected}:\n{}", mq.output()))?;
         mq.kill().await?;
     }
-    // This count stands for the other kills, which the test leaves out.
+    // mq gives up a message that has more than 20 redeliveries. The test sets the count to 20 instead of
+    // killing mq so often.
     let update = "UPDATE redelivery_count SET redeliveries = 20 WHERE redeliveries = 3";
     sqlx::query(update).execute(&mut connection).await?;
     let _mq = stack.another("mq", &variables).await?;
@@ -183,13 +187,13 @@ async fn a_message_without_id_and_context_that_kills_mq_each_time_is_given_up_an
     let headers = letter.properties.headers().as_ref().context("headers")?.inner();
     assert_eq!(headers["x-dead-letter-reason"], AMQPValue::LongString("redelivered_too_often".into()));
     let all = async || (database.logins(KNOWN_MOBILE).await.ok()? == (10, 10)).then_some(());
-    poll(PATIENCE, all).await.context("another message is stopped")?;
+    poll(PATIENCE, all).await.context("not all other messages are applied")?;
     let all = async || {
         let count =
             sqlx::query_scalar("SELECT COUNT(*) FROM redelivery_count").fetch_one(&mut connection).await;
         (count.ok() == Some(0_i64)).then_some(())
     };
-    poll(PATIENCE, all).await.context("a count is left")
+    poll(PATIENCE, all).await.context("a count of redeliveries is left")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -217,15 +221,15 @@ async fn killed_again_and_again_under_load_it_applies_each_login_once() -> Resul
         stack.publish(BasicProperties::default().with_message_id(format!("{i}").into()), BODY).await?;
     }
     let variables = [("MQ_DATABASE_URL", database.url.as_str()), ("RUST_LOG", "info,mq::processing=warn")];
-    // Over a slow network, mq gets few messages at a time. So some messages are left for the last kill, however
-    // late the kills come.
+    // Over a slow network, mq gets few messages at a time. So some messages are left for the last kill,
+    // however late the kills come.
     let (slow, slow_url) = stack.broker.proxy()?;
     slow.slow_down(Duration::from_millis(50));
     let slowly = [&variables[..], &[("AMQP_URL", slow_url.as_str()), ("MQ_PREFETCH", "16")]].concat();
     let mut killed_at = Vec::new();
     for i in 0..KILLS {
         let mut mq = stack.another("mq", &slowly).await?;
-        // Each kill interrupts mq at its work, a little later each time.
+        // Each kill interrupts mq while it is applying messages, a little later than the kill before.
         let before = database.logins(KNOWN_MOBILE).await?.0;
         let begun =
             poll(PATIENCE, async || (database.logins(KNOWN_MOBILE).await.ok()?.0 > before).then_some(()));
@@ -292,7 +296,8 @@ async fn a_database_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let folder = directory.path().join("data");
     std::fs::write(&folder, "")?;
     let url = format!("sqlite://{}/mq.db", folder.display());
-    // If the broker outlives a test run, a queue with a fixed prefix would belong to an earlier run's history.
+    // If the broker outlives a test run, a queue with a fixed prefix would belong to the history of an
+    // earlier run.
     let prefix = format!("test.{}.", uuid::Uuid::new_v4().simple());
     let mq = stack.another("mq", &[("MQ_DATABASE_URL", &url), ("AMQP_PREFIX", &prefix)]).await?;
     mq.said("the database is unavailable").await?;
@@ -307,7 +312,7 @@ async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so
     let (stack, database) = stack().await?;
     stack.login(KNOWN_MOBILE, &[]).await?;
     consumers(&stack, 1).await;
-    // The folder is moved away, and mq notices that without a message.
+    // The folder is moved away, and mq notices that even while no message arrives.
     let file = database.file();
     let folder = file.parent().context("a folder")?;
     let kept = folder.with_extension("kept");
@@ -316,11 +321,11 @@ async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so
     stack.mq.said("the database's file was deleted or replaced").await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 200);
-    // A new database does not take its place.
+    // mq opens a new database in the same place, but does not use it instead of the old one.
     std::fs::create_dir(folder)?;
     std::fs::write(&file, "")?;
     let opened = poll(PATIENCE, async || (std::fs::metadata(&file).ok()?.len() > 0).then_some(()));
-    opened.await.context("mq does not open it")?;
+    opened.await.context("mq does not open the new database")?;
     assert!(!stack.mq.is_healthy().await?);
     assert_eq!(consumers(&stack, 1).await.len(), 1);
 
@@ -355,7 +360,7 @@ async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_t
     let claim = format!("{}.history", stack.broker.topology.queue);
     assert!(said.contains("ERROR") && said.contains(&claim), "{said}");
     refused.becomes(false).await?;
-    // The refused mq does not consume even when the other instances are away.
+    // The refused mq does not consume, even while no other mq is running.
     stack.mq.kill().await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     let mq = stack.another("mq", &[("MQ_DATABASE_URL", &database.url)]).await?;
@@ -366,7 +371,7 @@ async fn an_mq_with_another_history_consumes_nothing_and_says_why_and_one_with_t
     assert_eq!((database.logins(KNOWN_MOBILE).await?, another.logins(KNOWN_MOBILE).await?), ((1, 1), (0, 0)));
     assert!(!refused.output().contains(" consuming"), "{}", refused.output());
 
-    // If the history is lost, the operator gives the queue to another one.
+    // If the history of a queue is lost, an operator deletes the claim, and the queue gets another history.
     let options = ExchangeDeleteOptions::default();
     let channel = &stack.broker.channel;
     channel.exchange_delete(claim.as_str().into(), options).await?;

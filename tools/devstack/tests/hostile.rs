@@ -1,4 +1,4 @@
-//! Hostile or broken peers: each gets an answer or a closed connection, and no other peer is harmed.
+//! A hostile or broken peer gets an answer or a closed connection, and no other peer is harmed.
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -20,7 +20,7 @@ async fn assert_unharmed(stack: &Stack, after: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
-    // Two cases wait for this deadline.
+    // Two of the cases end only at this deadline, because their bodies never arrive completely.
     let stack = Stack::start(&[("api", "API_DEADLINE", "5s")]).await?;
     let login = "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
     let body = r#"{"mobile":"13800138000"}"#;
@@ -85,14 +85,14 @@ async fn malformed_http_is_refused_and_harms_nobody() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_legal_context_is_cut_at_a_member_and_opens_no_circuit() -> Result<()> {
     let stack = Stack::start(&[("*", "BAGGAGE_SPAN_ATTRIBUTES", "first,last")]).await?;
-    // 8.3 kB of tracestate, and 7.7 kB of baggage.
+    // `tracestate` has 8.3 kB, and `baggage` has 7.7 kB.
     let member = format!("k00={}", "\"".repeat(256));
     let tracestate =
         (0..32).map(|i| member.replace("k00", &format!("k{i:02}"))).collect::<Vec<_>>().join(",");
     let baggage = format!("first=1,k={},last=1", "v".repeat(7700));
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let headers = [("traceparent", parent), ("tracestate", &tracestate), ("baggage", &baggage)];
-    // The circuit opens after 20 calls of which half failed.
+    // If half of the calls failed, the circuit would open after 20 calls.
     for _ in 0..40 {
         let refused = stack.login("13900139000", &headers).await?;
         assert_eq!(refused.status, 401, "{:?}", refused.json());
@@ -138,7 +138,7 @@ async fn malformed_grpc_is_answered_with_a_status_and_leaves_closed_spans() -> R
         (known, ("grpc-timeout", "yesterday"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "0"),
         (known, ("grpc-timeout", "0n"), b"\0\0\0\0\x0d\x0a\x0b13800138000", "4"),
         (known, ("traceparent", "00-garbage"), b"\0\0\0\0\x02\x0a\x00", "3"),
-        // This is not gRPC, so it gets the HTTP status 415.
+        // This request is not gRPC, so it gets the HTTP status 415, and no gRPC status.
         (known, ("content-type", "text/html"), b"", ""),
         ("made.Up/Method", ("x", "1"), b"\0\0\0\0\0", "12"),
         ("usercenter.v1.Usercenter/MadeUp", ("x", "1"), b"\0\0\0\0\0", "12"),

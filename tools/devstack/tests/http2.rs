@@ -1,5 +1,5 @@
-//! Broken and hostile HTTP/2, byte by byte, sent to usercenter and to mq's health checks. The connection ends,
-//! the service lives, and its memory stays bounded.
+//! usercenter and the health checks of mq receive broken and hostile HTTP/2 frames. Only the connection that
+//! sends such frames may end. The services continue to serve, and their memory stays bounded.
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use tonic::{Code, transport::Channel};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-// The frame types of RFC 9113, section 6.
+// The frame types of RFC 9113, section 6, and the flag `END_HEADERS`.
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
@@ -56,15 +56,16 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
         |each: &dyn Fn(u32) -> Vec<u8>| (0..50_000).flat_map(|i| each(2 * i + 1)).collect::<Vec<_>>();
     let headers = |payload: &[u8]| frame(HEADERS, END_HEADERS, 1, payload);
     let cases = [
-        // Each case has the bytes sent after the preface and settings, and whether they end the connection.
+        // Each case has a name, the bytes that are sent after the preface and the settings, and whether these
+        // bytes end the connection.
         ("no frame at all", b"\xff".repeat(100), true),
         ("a frame larger than allowed", frame(DATA, 0, 1, &[0; 20_000]), true),
         ("settings of an odd length", frame(SETTINGS, 0, 0, b"odd"), true),
-        ("a window of zero", frame(WINDOW_UPDATE, 0, 0, &[0; 4]), true),
+        ("a window update of zero", frame(WINDOW_UPDATE, 0, 0, &[0; 4]), true),
         ("a window that overflows", frame(WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0xff, 0xff]), true),
         ("data for a stream that is not open", frame(DATA, 0, 1, b"x"), true),
-        ("a stream of the server's", frame(HEADERS, END_HEADERS, 2, POST), true),
-        ("headers that are no HPACK", headers(b"\xff\xff\xff\xff\xff\xff"), true),
+        ("a stream id that only the server may use", frame(HEADERS, END_HEADERS, 2, POST), true),
+        ("headers that are not HPACK", headers(b"\xff\xff\xff\xff\xff\xff"), true),
         ("an index that is not in the table", headers(b"\xbe"), true),
         (
             "headers cut short by another frame",
@@ -137,7 +138,7 @@ async fn what_is_not_grpc_is_refused_and_a_message_that_is_too_large_has_its_own
         let request = Request::builder().method(method).uri(&url).header("content-type", content_type);
         let answer = client.request(request.body(Empty::new())?).await?;
         assert_eq!(answer.status(), status, "{method} {content_type}");
-        // A gRPC answer has its own status, which reports the missing message here.
+        // A gRPC answer has a gRPC status. Here, this status reports that the request message is missing.
         assert_eq!(answer.headers().contains_key("grpc-status"), status == 200, "{method} {content_type}");
     }
     let channel = Channel::from_shared(format!("http://{}", stack.rpc.address))?.connect().await?;

@@ -1,6 +1,6 @@
-//! A connection that becomes silent is abandoned, although no HTTP/2 pings are sent. A gRPC server in Go
-//! closes a connection with `too_many_pings` if pings come more often than every five minutes (gRPC's
-//! proposal A8).
+//! The clients in the services stop using a connection that becomes silent, although they send no HTTP/2
+//! pings. By default, a gRPC server in Go closes a connection with `too_many_pings` if pings come more often
+//! than every five minutes (gRPC's proposal A8).
 
 use anyhow::Result;
 use futures_util::future::try_join_all;
@@ -18,7 +18,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-// Frame types of RFC 9113, section 6.
+// The frame types of RFC 9113, section 6.
 const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
@@ -52,7 +52,8 @@ impl Silent {
         Ok(Self { url, connections })
     }
 
-    /// Returns how many connections there were, and how many frames of this type arrived on all of them.
+    /// Returns the number of connections so far, and how many frames of type `kind` arrived on all of them
+    /// together.
     fn counts(&self, kind: u8) -> (usize, usize) {
         let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         (connections.len(), connections.iter().flatten().filter(|of| **of == kind).count())
@@ -84,8 +85,8 @@ async fn a_usercenter_that_does_not_answer_gets_no_ping_and_no_flood_of_connecti
     assert_eq!(usercenter.counts(PING).1, 0);
     assert!(answers.iter().all(|answer| answer.status == 504), "{}", stack.api.output());
     let (connections, calls) = usercenter.counts(HEADERS);
-    // After two seconds without an answer, a new call gets another connection. All calls begin before that,
-    // unless this machine is very slow.
+    // After two seconds without an answer, a new call gets another connection. All ten calls begin within the
+    // two seconds, unless the machine is very slow.
     assert!(calls == 10 && connections <= 2, "{calls} calls on {connections} connections");
     Ok(())
 }
@@ -108,7 +109,7 @@ async fn a_collector_that_does_not_answer_gets_no_ping() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
     let receiver = Receiver::start().await?;
-    // The first connections lead through both proxies. Later connections will bypass `vanishing`.
+    // The first connections go through both proxies. Later connections will bypass `vanishing`.
     let vanishing = Proxy::start(receiver.grpc)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);

@@ -81,20 +81,21 @@ where
         let outcome = self.inner.call(request);
         Box::pin(async move {
             let outcome = outcome.await;
-            // Nobody may be listening any more.
+            // Sending fails if the receiver of the times is gone.
             let _ = times.send((name, began.elapsed()));
             outcome
         })
     }
 }
 
-/// Makes layers with these names, and the receiver of their times.
+/// Makes a layer for each name, and the receiver of the times from all these layers.
 fn timed<const N: usize>(names: [&'static str; N]) -> ([TimedLayer; N], Receiver<(&'static str, Duration)>) {
     let (times, received) = mpsc::channel();
     (names.map(|name| TimedLayer { name, times: times.clone() }), received)
 }
 
-/// Checks that requests ended in the layers of these names, in this order: inner layers before outer ones.
+/// Checks that requests ended in the layers with these names, in this order. A request ends in the inner
+/// layer before it ends in the outer layer.
 fn assert_ended(times: &Receiver<(&'static str, Duration)>, names: &[&str]) {
     let ended: Vec<_> = times.try_iter().collect();
     assert_eq!(ended.iter().map(|(name, _)| *name).collect::<Vec<_>>(), names);

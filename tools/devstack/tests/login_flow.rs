@@ -18,7 +18,8 @@ fn span<'a>(spans: &'a [Span], service: &str, name: &str) -> &'a Span {
     spans.iter().find(|span| span.service == service && span.name == name).expect(name)
 }
 
-/// Returns the attributes without those whose values vary from run to run, which must be present.
+/// Returns the attributes whose values are the same in each run. Checks that the span also has all attributes
+/// in `varying`, whose values vary from run to run.
 fn stable(span: &Span, varying: &[&str]) -> BTreeMap<String, String> {
     let mut attributes = span.attributes.clone();
     for key in varying {
@@ -246,7 +247,7 @@ async fn baggage_of_the_caller_reaches_the_consumer() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_message_is_what_the_contract_says() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
-    // The message stays in the queue until another mq is started.
+    // mq is stopped, so the message stays in the queue until the test starts another mq.
     stack.mq.stop().await?;
 
     let headers = [("traceparent", REMOTE_PARENT), ("tracestate", "vendor=a"), ("baggage", "tenant=blue")];
@@ -280,14 +281,14 @@ async fn the_message_is_what_the_contract_says() -> Result<()> {
     {
         assert_eq!(headers[name], AMQPValue::LongString(value.into()));
     }
-    // The time of publishing is in this header in milliseconds, and in AMQP's own property in seconds.
+    // This header has the time of publishing in milliseconds. AMQP's property `timestamp` has it in seconds.
     let AMQPValue::LongLongInt(published) = headers[proto::headers::PUBLISHED_AT] else {
         panic!("{headers:?}");
     };
     let during = |time: i64| (producer.start / 1_000_000..=producer.end / 1_000_000).contains(&(time as u64));
     assert!(during(published), "{published}");
     assert_eq!(*properties.timestamp(), Some(published as u64 / 1000));
-    // RabbitMQ adds this header to messages that it delivers from a quorum queue.
+    // RabbitMQ adds the header `x-delivery-count` to messages that it delivers from a quorum queue.
     let ours = headers.keys().filter(|name| name.as_str() != "x-delivery-count");
     assert_eq!(ours.count(), 4, "{headers:?}");
     Ok(())
@@ -323,7 +324,7 @@ async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
         stack.login(KNOWN_MOBILE, &[("authorization", "Bearer s3cr3t"), ("cookie", "s3cr3t")]).await?;
     assert_eq!(login.status, 200);
     let token = login.json()["accessToken"].as_str().unwrap().to_owned();
-    // These requests have the number in places where it does not belong.
+    // These requests have the mobile number in places where it does not belong.
     let url = format!("http://{}/users/{KNOWN_MOBILE}?mobile={KNOWN_MOBILE}", stack.api.address);
     let number_in_headers = [("user-agent", KNOWN_MOBILE), ("x-request-id", KNOWN_MOBILE)];
     let ready = format!("http://{}/readyz", stack.api.address);
@@ -346,7 +347,7 @@ async fn no_span_log_or_answer_holds_personal_data_or_secrets() -> Result<()> {
     let text = |answer: &Answer| format!("{:?}\n{}", answer.headers, String::from_utf8_lossy(&answer.body));
     // Only the answer to the login may contain the token.
     let answers = others.iter().map(text).collect::<String>() + &text(&login).replacen(&token, "", 1);
-    assert!(spans.contains("REDACTED") && logs.contains("logged in"), "something must be there to look at");
+    assert!(spans.contains("REDACTED") && logs.contains("logged in"), "there are no spans or logs to check");
     assert!(answers.contains("accessToken") && answers.contains("problem+json"), "{answers}");
     for private in
         [KNOWN_MOBILE, bytes.trim_matches(['[', ']']), "13800138009", "s3cr3t", "this-is-a-secret", &token]

@@ -53,8 +53,8 @@ async fn a_reader_that_stops_reading_holds_up_neither_requests_nor_the_end() -> 
     let signal = async |signal: &str| Command::new("kill").args([signal, &reader]).status().await;
     signal("-STOP").await?;
 
-    // At this level a login writes more than 100 lines, so these logins write more than the pipe and
-    // the queue can hold.
+    // At this level, one login writes more than 100 lines, so these logins write more than the pipe and the
+    // queue can hold.
     let url = format!("http://{}/usercenter/v1/user/login", api.address);
     let body = format!("{{\"mobile\":\"{KNOWN_MOBILE}\"}}");
     let json = [("content-type", "application/json")];
@@ -65,7 +65,7 @@ async fn a_reader_that_stops_reading_holds_up_neither_requests_nor_the_end() -> 
     api.signal("TERM").await?;
     let exit = poll(PATIENCE, async || api.exited()).await;
     signal("-CONT").await?;
-    assert!(exit.context("it does not end")?.success());
+    assert!(exit.context("api does not end")?.success());
     Ok(())
 }
 
@@ -79,7 +79,7 @@ async fn a_standard_output_that_is_closed_or_full_harms_no_request() -> Result<(
         ("OTEL_BSP_SCHEDULE_DELAY", "50"),
     ];
     let stack = Stack::start(&[]).await?;
-    // In the first case, nobody reads the pipe any more. In the second case, the disk is full.
+    // In the first case, no program reads the pipe any more. In the second case, the disk is full.
     let closed = r#"mkfifo "$PIPE"; : <"$PIPE" & exec "$0" >"$PIPE""#;
     for script in [closed, r#"exec "$0" >/dev/full"#] {
         let directory = TempDir::new()?;

@@ -1,4 +1,4 @@
-//! How the consumer treats messages: those of these services, those from other languages, and garbage.
+//! How the consumer treats messages from api, messages from clients in other languages, and garbage.
 
 use amqp::properties::UNREADABLE;
 use anyhow::{Context, Result};
@@ -151,7 +151,7 @@ async fn malformed_properties_never_cost_a_message_its_processing() -> Result<()
         AMQPValue::ShortShortInt(-7),
         AMQPValue::ShortInt(-7),
         AMQPValue::LongLongInt(i64::MIN),
-        // NaN is missing here, because RabbitMQ itself can't read it.
+        // NaN is missing from this list, because RabbitMQ itself can't read it.
         AMQPValue::Float(f32::MIN_POSITIVE),
         AMQPValue::Double(f64::MAX),
         AMQPValue::DecimalValue(DecimalValue { scale: 255, value: u32::MAX }),
@@ -191,7 +191,7 @@ fn properties_that_fill_the_stack() -> Vec<u8> {
     properties
 }
 
-/// No client library would publish such a message, but RabbitMQ accepts it unchanged.
+/// No client library would publish a message with unreadable properties, but RabbitMQ accepts it unchanged.
 #[tokio::test(flavor = "multi_thread")]
 async fn properties_that_cannot_be_read_are_a_dead_letter_and_stop_nothing() -> Result<()> {
     let mut stack = Stack::start(&[]).await?;
@@ -229,7 +229,8 @@ async fn consumed(stack: &Stack, id: &str) -> Span {
     stack.receiver.expect_span(of_message).await
 }
 
-/// A producer with a larger frame size can publish such a message, and brokers deliver it.
+/// A producer whose frame size is larger than the consumer's can publish a message with such long headers,
+/// and brokers deliver it.
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothing() -> Result<()> {
     let broker = TestBroker::connect().await?;
@@ -243,7 +244,7 @@ async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothi
     for id in ["one", "two", "three"] {
         publish(&stack, id, FieldTable::default(), br#"{"Msg":"13800138000"}"#).await?;
     }
-    // The first message lost a header, but neither its trace nor its login.
+    // The first message lost a header, but mq still finds its trace, and applies its login.
     let span = consumed(&stack, "long").await;
     assert_eq!((span.status, span.parent_span_id.as_str()), ("UNSET", "00f067aa0ba902b7"));
     assert_eq!(span.attributes["throughline.message.headers_left_out"], "true");
@@ -253,7 +254,7 @@ async fn headers_longer_than_a_frame_of_the_consumer_are_left_out_and_stop_nothi
         assert!(!span.attributes.contains_key("throughline.message.headers_left_out"));
     }
 
-    // Headers that just fit leave no room for the headers of a dead letter.
+    // Headers that only just fit into a frame leave no room for the headers that mq adds to a dead letter.
     headers.insert("x-long".into(), AMQPValue::LongString("x".repeat(3900).into()));
     publish(&stack, "bad", headers, b"not json").await?;
     let letter = stack.dead_letter().await?;
@@ -271,7 +272,7 @@ async fn a_context_longer_than_a_frame_of_the_producer_costs_no_login() -> Resul
     let broker = TestBroker::connect().await?;
     let url = format!("{}?frame_max=4096", broker.url);
     let stack = Stack::start_on(broker, &[("api", "AMQP_URL", &url)]).await?;
-    // There are many members, so that some members remain wherever the baggage is cut.
+    // The baggage has many members, so that some of them remain wherever it is cut.
     let baggage = (0..80).map(|i| format!("k{i:02}={}", "x".repeat(97))).collect::<Vec<_>>().join(",");
     let tracestate = format!("a={0},b={0}", "x".repeat(247));
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";

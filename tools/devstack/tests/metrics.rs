@@ -1,4 +1,4 @@
-//! Metrics of the three services as a collector receives them; no caller can create a new series.
+//! Metrics of the three services, as a collector receives them. No caller can create a new series.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -13,7 +13,7 @@ use lapin::BasicProperties;
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::net::TcpStream;
 
-/// Exports metrics by OTLP, at an interval short enough for a test.
+/// The variables for exporting metrics over OTLP, at an interval short enough for a test.
 const OTLP: [(&str, &str, &str); 2] =
     [("*", "OTEL_METRICS_EXPORTER", "otlp"), ("*", "OTEL_METRIC_EXPORT_INTERVAL", "200")];
 
@@ -110,7 +110,7 @@ async fn the_spool_a_retry_and_a_dead_letter_are_in_the_metrics() -> Result<()> 
     let (mut stack, proxy) = Stack::start_with_proxy(&variables).await?;
     proxy.refuse();
     assert_eq!(stack.login(KNOWN_MOBILE, &[]).await?.status, 200);
-    // A login takes about 180 bytes.
+    // A login takes about 180 bytes in the spool.
     for (name, least) in [("entries", 1.0), ("size", 100.0), ("age", 1.0)] {
         expect(&stack, "api", &format!("throughline.spool.{name}"), &[], least).await;
     }
@@ -157,7 +157,7 @@ async fn prometheus_and_standard_output_have_the_same_metrics() -> Result<()> {
     stack.login(KNOWN_MOBILE, &[]).await?;
     let line = stack.api.said("metrics for Prometheus").await?;
     let address = line.split_once("address=").context("address")?.1;
-    // Connections without a request don't keep other clients out.
+    // Connections that send no request don't keep other clients out.
     let silent = (0..100).map(|_| TcpStream::connect(address));
     let _silent = futures_util::future::try_join_all(silent).await?;
     let answer = Client::new().get(&format!("http://{address}/metrics")).await?;

@@ -15,10 +15,10 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-/// Runs `{service} health` against the running service; returns whether it is healthy.
+/// Runs `{service} health` against the running service. Returns whether the service is healthy.
 async fn probe(service: &Process) -> Result<bool> {
     let address = service.address.to_string();
-    // A probe exports no telemetry, and logs nothing about that.
+    // No collector listens at this address. A probe exports no telemetry, so it must not log a failed export.
     let mut probe = Process::command(service.name, &[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")])?;
     let Output { status, stdout, stderr } = probe.args(["health", "--listen", &address]).output().await?;
     let (stdout, stderr) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
@@ -131,7 +131,7 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
                 assert!(!line.contains('\x1b'), "{line}");
             }
         }
-        // A line outside a request has no trace id.
+        // A log line that belongs to no request has no trace id.
         let line = stack.api.said("connected to the broker").await?;
         assert!(!line.contains("trace_id"), "{line}");
         if format == "json" {
@@ -147,7 +147,7 @@ async fn log_lines_carry_the_ids_of_their_span_as_text_and_as_json() -> Result<(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_filter_filters_logs_and_never_spans() -> Result<()> {
-    // The harness reads the address from a log line, so a few info lines must remain.
+    // The harness reads each service's address from a log line, so a few info lines must remain.
     let quiet = "off,api=info,api::login=off,rpc=info,mq=info,mq::processing=off";
     let stack = Stack::start(&[("*", "RUST_LOG", quiet)]).await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;

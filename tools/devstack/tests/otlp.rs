@@ -1,4 +1,5 @@
-//! Export by OTLP: each protocol with each compression, TLS, and servers that are not OTLP collectors.
+//! Export over OTLP. The tests cover each protocol with each compression, TLS, and servers that are not OTLP
+//! collectors.
 
 use anyhow::{Result, ensure};
 use harness::{
@@ -54,7 +55,7 @@ async fn a_login_arrives_by_each_protocol_with_each_compression() -> Result<()> 
         for headers in receiver.requests() {
             assert_eq!(headers["content-type"], content_type);
             assert_eq!(headers["api-key"], "k v");
-            // Over gRPC, tonic's own name follows.
+            // Over gRPC, tonic's own name follows the exporter's name.
             let agent = headers["user-agent"].to_str()?.split(['/', ' ']).next().unwrap_or_default();
             agents.insert(agent.to_owned());
             encodings.insert(headers.get(encoding).map_or("none", |name| name.to_str().unwrap()).to_owned());
@@ -69,8 +70,8 @@ async fn a_login_arrives_by_each_protocol_with_each_compression() -> Result<()> 
     Ok(())
 }
 
-/// Puts TLS in front of the receiver, and returns the URL that leads through it. With `client_ca`, clients
-/// must have a certificate from that authority.
+/// Starts a TLS front for the receiver. Returns the front and its URL. If there is a `client_ca`, clients
+/// must have a certificate from this authority.
 fn front(
     receiver: &Receiver,
     protocol: &str,
@@ -104,7 +105,7 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
             ("rpc", "OTEL_EXPORTER_OTLP_CLIENT_KEY", &bad.key),
             ("rpc", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", &good.certificate),
             ("rpc", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY", &good.key),
-            // mq trusts the system's authorities.
+            // mq trusts the system's authorities, which SSL_CERT_FILE replaces.
             ("mq", "SSL_CERT_FILE", &ca),
         ])
         .await?;
@@ -114,9 +115,10 @@ async fn a_login_arrives_by_tls_on_both_sides() -> Result<()> {
     Ok(())
 }
 
-/// Logs in several times while each service exports to a collector that accepts no spans. `expected` has,
-/// for api, rpc and mq, the collector's address and other texts. The service's warning must contain all of them.
-/// Logins must be as fast as usual. Each service must warn once and count its spans exactly.
+/// Logs in several times while each service exports to a collector that accepts no spans. The elements of
+/// `expected` are for api, rpc and mq, in this order. Each element has the collector's address and some
+/// texts, and the service's warning must contain all of them. Logins must be as fast as usual. Each service
+/// must warn once and count its spans exactly.
 async fn each_warns_once(mut stack: Stack, expected: [(SocketAddr, &[&str]); 3]) -> Result<()> {
     const LOGINS: u64 = 5;
 
@@ -240,7 +242,7 @@ async fn a_file_that_cannot_be_used_ends_a_service_with_2_and_a_line_that_names_
     Ok(())
 }
 
-/// A server that answers every connection with `answer`, whatever the client sends.
+/// Starts a server that answers every connection with `answer`, whatever the client sends.
 async fn parrot(answer: &'static str) -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
@@ -260,9 +262,9 @@ async fn parrot(answer: &'static str) -> Result<SocketAddr> {
 #[tokio::test(flavor = "multi_thread")]
 async fn when_ports_of_grpc_and_http_are_mixed_up_one_warning_guesses_so() -> Result<()> {
     let receiver = Receiver::start().await?;
-    // This is the first frame of a gRPC server (SETTINGS). A real server sends it before it reads the request,
-    // and then resets the connection. On a busy machine, hyper's client then lets about one request in a
-    // hundred wait until its time-out.
+    // This stand-in for a gRPC server sends only a SETTINGS frame, which is the first frame of such a server.
+    // A real server sends this frame before it reads the request, and then resets the connection. On a busy
+    // machine, about one request in a hundred of hyper's client would then wait until its time-out.
     let http2 = parrot("\0\0\0\u{4}\0\0\0\0\0").await?;
     // The receiver's HTTP port also accepts HTTP/2, but most collectors' HTTP ports do not.
     let http1 = parrot("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await?;

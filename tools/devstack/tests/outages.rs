@@ -1,5 +1,5 @@
-//! The broker fails in every possible way. Logins are still answered. Their messages reach the broker later, in
-//! order, each in the trace of its login.
+//! The broker fails in every possible way. Logins are still answered. Their messages reach the broker later,
+//! in order, each in the trace of its login.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -24,19 +24,19 @@ async fn login(stack: &Stack) -> Result<Answer> {
     Ok(answer)
 }
 
-/// Waits until the trace is complete. Returns its producer span.
+/// Waits until the login's trace is complete. Returns its producer span.
 async fn delivered(stack: &Stack, login: &Answer) -> Span {
     let spans = stack.receiver.expect_tree(&login.trace_id(), LOGIN_TREE).await;
     spans.into_iter().find(|span| span.kind == "PRODUCER").expect("a producer span")
 }
 
-/// Returns the producer span of a login, delivered or not.
+/// Returns the producer span of a login, whether or not the login has been delivered.
 async fn producer(stack: &Stack, login: &Answer) -> Span {
     let trace = login.trace_id();
     stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "PRODUCER").await
 }
 
-/// Returns why the login was spooled, from its producer span. The span's status must not be an error.
+/// Returns why the login of this producer span was spooled. The span's status must not be an error.
 fn why_spooled(producer: &Span) -> &str {
     assert_eq!(producer.attributes["throughline.publish.outcome"], "spooled", "{producer:#?}");
     assert_eq!(producer.status, "UNSET");
@@ -61,12 +61,12 @@ async fn ready(stack: &Stack) -> Result<(u16, Value)> {
     Ok((answer.status.as_u16(), body))
 }
 
-/// Waits until api is ready, and reports these values of `broker` and `spooled`. (usercenter has one second to
-/// answer api.)
+/// Waits until `/readyz` says that api is ready, with these values of `broker` and `spooled`. A single try
+/// may fail, because usercenter has only one second to answer api.
 async fn ready_with(stack: &Stack, broker: bool, spooled: u64) -> Result<()> {
     let expected = json!({"usercenter": true, "broker": broker, "topology": true, "spool": true, "spooled": spooled, "stopping": false});
     let told = poll(PATIENCE, async || (ready(stack).await.ok()? == (200, expected.clone())).then_some(()));
-    told.await.with_context(|| format!("does not become {expected}:\n{}", stack.api.output()))
+    told.await.with_context(|| format!("/readyz does not answer {expected}:\n{}", stack.api.output()))
 }
 
 /// Waits until the spool is empty and the broker confirms the next login.
@@ -76,8 +76,8 @@ async fn normal_again(stack: &Stack) -> Result<()> {
     Ok(())
 }
 
-/// Returns the trace ids of the messages in the queue, in order; a duplicate counts only once. The messages
-/// stay in the queue.
+/// Returns the trace ids of the messages in the queue, in order and without duplicates. The messages stay in
+/// the queue.
 async fn trace_ids(broker: &TestBroker) -> Result<Vec<String>> {
     let (queue, options) = (broker.topology.queue.as_str(), BasicGetOptions::default());
     let (mut trace_ids, mut messages) = (Vec::new(), Vec::new());
@@ -175,7 +175,7 @@ async fn a_connection_that_is_cut_under_load_costs_nothing() -> Result<()> {
     normal_again(&stack).await?;
     for login in &logins {
         let trace = login.trace_id();
-        // A login whose confirm was cut off is delivered twice.
+        // A login whose confirm was cut off is delivered twice, so its trace may have two consumer spans.
         stack.receiver.expect_span(|span| span.trace_id == trace && span.kind == "CONSUMER").await;
     }
     Ok(())
@@ -217,10 +217,11 @@ async fn a_login_does_not_wait_for_a_round_of_the_spool_that_another_one_will_fo
         login(&stack).await?;
     }
     let confirm = proxy.withhold(Side::Server, BASIC_ACK);
-    // This lets everything pass again. (`restore` would also forget what to withhold.)
+    // This call lets all bytes pass again. `restore` would also make the proxy forget which method to
+    // withhold.
     proxy.slow_down(Duration::ZERO);
     timeout(PATIENCE, confirm).await.context("no round")??;
-    // The first round publishes one login, so api doesn't know yet whether this round is the last.
+    // The first round publishes only one login, so api doesn't know yet whether the spool has more logins.
     let behind = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &behind).await), "behind_spool");
     proxy.cut();
@@ -237,7 +238,7 @@ async fn a_broker_that_is_short_of_memory_gets_logins_when_it_takes_them_again()
     for _ in 0..5 {
         logins.push(login(&stack).await?);
     }
-    stack.api.said("the broker takes no messages now").await?;
+    stack.api.said("the broker is not taking messages at the moment").await?;
     assert_eq!(ready(&stack).await?.1["broker"], false);
 
     stack.broker.set_alarm(false);
@@ -267,7 +268,7 @@ async fn what_is_deleted_on_the_broker_is_declared_again_by_the_publisher() -> R
     assert_eq!(trace_ids(&stack.broker).await?, [login.trace_id()]);
     let dead = stack.broker.topology.dead_letter_queue.as_str();
     stack.broker.channel.basic_get(dead.into(), BasicGetOptions::default()).await?;
-    // lapin would log a returned message with its body.
+    // lapin itself would log a returned message with its body, but the log filter always drops such a line.
     assert!(!stack.api.output().contains("BasicReturnMessage"), "{}", stack.api.output());
     Ok(())
 }
@@ -282,14 +283,15 @@ async fn logins_that_a_full_queue_refuses_are_kept_and_offered_again_without_a_w
     login(&stack).await?;
     let refused = login(&stack).await?;
     assert_eq!(why_spooled(&producer(&stack, &refused).await), "nacked");
-    // api connects again each time, and the broker refuses the login again. api is connected only for a moment,
-    // so this test checks only the spool.
+    // Each time api connects again, the broker refuses the login again. api stays connected only for a
+    // moment, so this test checks only `spooled`, and not `broker`.
     stack.api.said("the broker refused the message").await?;
     assert_eq!(ready(&stack).await?.1["spooled"], 1);
     assert!(complaints(&stack).len() < 5, "{:#?}", complaints(&stack));
-    // The first connection was useful, and the second was not. The loss of later connections is not logged.
+    // The first connection published a login, and the second published none. api logs the loss of these two
+    // connections. It does not log the loss of later connections, because they publish nothing either.
     let losses = || stack.api.output().matches("lost the connection to the broker").count();
-    poll(PATIENCE, async || (losses() == 2).then_some(())).await.context("the second loss is not told")?;
+    poll(PATIENCE, async || (losses() == 2).then_some(())).await.context("the second loss is not logged")?;
 
     stack.broker.set_longest_queue(None);
     let _mq = stack.another("mq", &[]).await?;
@@ -322,7 +324,7 @@ async fn a_login_whose_time_is_over_while_the_broker_is_silent_says_so_in_every_
 #[tokio::test(flavor = "multi_thread")]
 async fn logins_share_one_connection_to_the_broker() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[]).await?;
-    // From now on, any new connection leads nowhere.
+    // From now on, every new connection through the proxy fails.
     proxy.lead_to("127.0.0.1:1".parse()?);
     for _ in 0..20 {
         let answer = stack.login(KNOWN_MOBILE, &[]).await?;

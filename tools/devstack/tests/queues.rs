@@ -1,5 +1,5 @@
-//! The queues on the broker: their types and arguments, what they keep, and a broker that holds them
-//! differently.
+//! The queues on the broker. The tests cover the queues' types and arguments, the messages that the queues
+//! must keep, and a broker on which a queue has other arguments than expected.
 
 use anyhow::{Context, Result};
 use chaos::broker::{Broker, Kind};
@@ -21,10 +21,11 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// The number of another known user, whose logins fail.
+/// The mobile number of another known user, whose logins fail after `Database::poison`.
 const POISONED: &str = "13800138001";
 
-/// If no queue takes a dead letter, RabbitMQ publishes it again after three minutes.
+/// How long to wait for a dead letter. If no queue accepts a dead letter, RabbitMQ publishes it again only
+/// after three minutes.
 const DEAD_LETTER_PATIENCE: Duration = Duration::from_secs(240);
 
 fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
@@ -39,7 +40,7 @@ fn text(text: &str) -> AMQPValue {
     AMQPValue::LongString(text.into())
 }
 
-/// Opens a connection for one declaration, because a refused one closes its channel.
+/// Opens a connection for one declaration, because a refused declaration closes its channel.
 async fn connect(stack: &Stack) -> Result<(Connection, Channel)> {
     let server = amqp::connection::parse_url(&stack.broker.url).map_err(anyhow::Error::msg)?;
     let connection = amqp::connection::connect(&server, "test").await?;
@@ -59,7 +60,7 @@ async fn delete(stack: &Stack, queue: &str) -> Result<()> {
     Ok(())
 }
 
-/// Deletes what services with this prefix have declared.
+/// Deletes the queues and the exchange that services with this prefix have declared.
 async fn delete_all(stack: &Stack, prefix: &str) -> Result<()> {
     let (_connection, channel) = connect(stack).await?;
     for queue in ["mq.user_login", "mq.user_login.dead", "mq.user_login.retry.1s"] {
@@ -89,7 +90,7 @@ async fn applied(database: &Database, mobile: &str, logins: i64, mq: &Process) -
         .with_context(|| format!("mq of {}", mq.address))
 }
 
-/// Returns an answer to `GET /readyz`.
+/// Returns the status and the body of api's answer to `GET /readyz`.
 async fn ready(stack: &Stack, api: &Process) -> Result<(u16, serde_json::Value)> {
     let answer = stack.client.get(&format!("http://{}/readyz", api.address)).await?;
     Ok((answer.status.as_u16(), answer.json()))
@@ -112,7 +113,7 @@ async fn every_queue_has_its_type_and_arguments_whatever_the_default_of_the_virt
         ]
     };
     let ttl = [("x-message-ttl", AMQPValue::LongLongInt(1000))];
-    // A declaration succeeds only if all arguments are those of the queue.
+    // Declaring a queue again succeeds only if all arguments are those of the existing queue.
     let dead = format!("{queue}.dead");
     declare(&stack, queue, table(&[&quorum[..], &dead_letters_to(&dead)].concat())).await?;
     declare(&stack, &dead, table(&quorum)).await?;
@@ -130,8 +131,8 @@ async fn every_queue_has_its_type_and_arguments_whatever_the_default_of_the_virt
     declare(&stack, &format!("{queue}.dead"), table(&classic)).await?;
     let arguments = [&classic[..], &dead_letters_to(&queue)[..2], &ttl].concat();
     declare(&stack, &format!("{queue}.retry.1s"), table(&arguments)).await?;
-    // Earlier versions declared classic queues without their type. That is the same on RabbitMQ, unless the
-    // virtual host's default is another type.
+    // Earlier versions of the services declared classic queues without `x-queue-type`. On RabbitMQ, such a
+    // declaration means the type `classic`, unless the virtual host's default is another type.
     drop(mq);
     delete_all(&stack, &prefix).await
 }
@@ -145,7 +146,7 @@ async fn what_waits_for_a_retry_is_kept_while_the_main_queue_is_missing() -> Res
     let (_connection, channel) = connect(&stack).await?;
     let queue = stack.broker.topology.queue.clone();
     channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
-    // mq publishes a failed message to this queue.
+    // The test publishes to the queue in which mq lets a failed message wait for its retry.
     let retry = stack.broker.topology.retry_queue(Duration::from_secs(1));
     publish(&channel, &retry, KNOWN_MOBILE, "waiting").await?;
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
@@ -185,7 +186,7 @@ async fn a_message_that_is_returned_more_than_20_times_is_not_dropped() -> Resul
     Ok(())
 }
 
-/// This test kills the broker, so it has one for itself.
+/// This test kills the broker, so it uses a broker of its own.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_killed_while_messages_wait_for_a_retry_loses_none() -> Result<()> {
     const LOGINS: i64 = 200;
@@ -195,7 +196,7 @@ async fn a_broker_that_is_killed_while_messages_wait_for_a_retry_loses_none() ->
     let mut broker = Broker::start(kind).await?;
     let database = Database::new()?;
     let url = format!("amqp://guest:guest@{}/%2f", broker.address());
-    // Most delays end while the broker is away.
+    // Most retry delays end while the broker is down.
     let delays = "3s,3s,3s,3s,3s,3s,3s,3s,3s,3s,3s,3s";
     let variables = [("mq", "MQ_DATABASE_URL", &*database.url), ("mq", "MQ_RETRY_DELAYS", delays)];
     let mut stack = Stack::start_on(TestBroker::at(url).await?, &variables).await?;
@@ -212,10 +213,10 @@ async fn a_broker_that_is_killed_while_messages_wait_for_a_retry_loses_none() ->
     poll(PATIENCE, waiting).await.context("not every login has failed once")?;
     broker.down().await?;
     stack.mq.kill().await?;
-    // The delay of each message is over when the broker is back.
+    // When the broker is up again, the delay of every message is over.
     tokio::time::sleep(Duration::from_secs(4)).await;
     broker.up().await?;
-    // The broker still knows whose history the queue belongs to.
+    // The broker still knows which history the queue belongs to.
     let another = Database::new()?;
     let refused = stack.another("mq", &[("MQ_DATABASE_URL", &another.url)]).await?;
     refused.said("belongs to another history").await?;
@@ -248,7 +249,7 @@ async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_unt
     });
     not_ready.await.context("api is ready")?;
     assert!(!mq.is_healthy().await?);
-    // A login is taken all the same, and kept.
+    // api still accepts a login, and keeps it in the spool.
     let url = format!("http://{}/usercenter/v1/user/login", api.address);
     let body = serde_json::json!({ "mobile": KNOWN_MOBILE }).to_string();
     let headers = [("content-type", "application/json")];
@@ -260,7 +261,7 @@ async fn a_queue_that_the_broker_holds_differently_is_an_error_on_both_sides_unt
     let is_ready = poll(PATIENCE, async || (ready(&stack, &api).await.ok()?.0 == 200).then_some(()));
     is_ready.await.context("api is not ready")?;
     assert!(mq.is_healthy().await?);
-    // Each attempt failed, but not each of them was logged.
+    // Every attempt to declare the queue failed, but each service logged only one error.
     for service in [&api, &mq] {
         assert_eq!(service.output().matches("ERROR").count(), 1, "{}", service.output());
     }
@@ -286,7 +287,7 @@ async fn a_retry_queue_that_the_broker_holds_differently_is_an_error_and_mq_is_n
     delete_all(&stack, &prefix).await
 }
 
-/// Binds a queue of the test's connection to the exchange.
+/// Declares a queue that belongs to the test's connection, and binds it to the exchange. Returns its name.
 async fn tap(stack: &Stack, routing_key: &str, arguments: &[(&str, AMQPValue)]) -> Result<String> {
     let (channel, tap) = (&stack.broker.channel, format!("{}tap", stack.broker.prefix));
     let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::durable() };
@@ -298,7 +299,7 @@ async fn tap(stack: &Stack, routing_key: &str, arguments: &[(&str, AMQPValue)]) 
     Ok(tap)
 }
 
-/// The first host accepts connections and says nothing, and the second one ends.
+/// The first host accepts connections but never answers, and the second host stops during the test.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_hosts_of_the_broker_are_tried_in_turn() -> Result<()> {
     let silent = std::net::TcpListener::bind("127.0.0.1:0")?;
@@ -307,12 +308,13 @@ async fn the_hosts_of_the_broker_are_tried_in_turn() -> Result<()> {
     let hosts = format!("@{},{},", silent.local_addr()?, second.address());
     let url = third.url.replacen('@', &hosts, 1);
     let stack = Stack::start_on(third, &[("*", "AMQP_URL", &url)]).await?;
-    // Returns the ports in the spans of a login that the broker confirmed at once.
+    // Logs in. If the broker confirms the login at once, returns the ports that the producer span and the
+    // consumer span show for the broker.
     let confirming_ports = async || {
         let answer = stack.login(KNOWN_MOBILE, &[]).await.ok()?;
         assert_eq!(answer.status, 200);
         let spans = stack.receiver.expect_tree(&answer.trace_id(), LOGIN_TREE).await;
-        let span = |kind| spans.iter().find(|span| span.kind == kind).expect("it is in the tree");
+        let span = |kind| spans.iter().find(|span| span.kind == kind).expect("the span is in the tree");
         let is_confirmed = span("PRODUCER").attributes["throughline.publish.outcome"] == "confirmed";
         is_confirmed
             .then(|| ["PRODUCER", "CONSUMER"].map(|kind| span(kind).attributes["server.port"].clone()))
@@ -335,10 +337,10 @@ async fn a_queue_that_is_replaced_while_mq_is_away_is_bound_again() -> Result<()
     proxy.refuse();
     stack.mq.said("lost the connection").await?;
     delete(&stack, &topology.queue).await?;
-    // Like api, this declares the queue and does not bind it.
+    // Like api, this call declares the queue without binding it.
     topology.declare(&stack.broker.channel, &[]).await?;
     proxy.restore();
-    // Before mq binds the queue, the broker drops the message.
+    // Until mq binds the queue again, the broker drops every message, so the test publishes repeatedly.
     let is_applied = poll(PATIENCE, async || {
         let properties = BasicProperties::default().with_message_id("through the exchange".into());
         let body = format!(r#"{{"Msg":"{KNOWN_MOBILE}"}}"#);
@@ -348,7 +350,8 @@ async fn a_queue_that_is_replaced_while_mq_is_away_is_bound_again() -> Result<()
     is_applied.await.with_context(|| stack.mq.output())
 }
 
-/// Logs in, and waits for the whole trace. The broker must have confirmed the login at once.
+/// Logs in, and waits for the whole trace. The broker must have confirmed the login at once. Returns the
+/// trace id.
 async fn confirmed(stack: &Stack) -> Result<String> {
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 200);
@@ -400,14 +403,14 @@ async fn a_copy_of_each_login_is_for_other_consumers_whose_queues_hold_up_nothin
         assert!(traceparent.to_string().contains(login), "{traceparent:?}");
     }
 
-    // A missing exchange concerns only the copies.
+    // If the exchange is missing, only the copies are lost.
     let (channel, exchange) = (&stack.broker.channel, stack.broker.topology.exchange.as_str());
     channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await?;
     let told = async || {
         confirmed(&stack).await.ok()?;
         stack.api.output().contains("copies of logins were not published").then_some(())
     };
-    poll(PATIENCE, told).await.context("the missing exchange is not told")?;
+    poll(PATIENCE, told).await.context("the missing exchange is not logged")?;
     assert!(!stack.api.output().contains("lost the connection"), "{}", stack.api.output());
     Ok(())
 }
@@ -423,7 +426,7 @@ async fn an_opening_that_hangs_is_given_up_and_the_next_one_does_not_bind_again(
     confirmed(&stack).await?;
     let hung = proxy.withhold(Side::Server, DECLARE_OK);
     proxy.cut();
-    // One of the services waits for this answer.
+    // One of the services is now waiting for the withheld answer.
     tokio::time::timeout(PATIENCE, hung).await??;
     let mut bound = proxy.withhold(Side::Client, BIND);
     let is_back = async || {
@@ -431,7 +434,7 @@ async fn an_opening_that_hangs_is_given_up_and_the_next_one_does_not_bind_again(
         (is_ready && stack.mq.is_healthy().await.ok()?).then_some(())
     };
     poll(PATIENCE, is_back).await.context("a service does not come back")?;
-    // Without the bound, the service would wait until heartbeats are missing.
+    // Without a time limit for opening a connection, the service would wait until it misses heartbeats.
     let said =
         |service: &Process| service.output().contains("did not answer all steps of opening the connection");
     assert!(said(&stack.api) || said(&stack.mq), "{}\n{}", stack.api.output(), stack.mq.output());

@@ -32,7 +32,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tonic::{Code, Request, Status, transport::Channel};
 use tonic_prost::ProstCodec;
 
-/// Starts the services, with api calling `fake`.
+/// Starts the services. api calls `fake` instead of usercenter.
 async fn stack(fake: &StandIn, variables: &[(&str, &str)]) -> Result<Stack> {
     let mut all = vec![("api", "USERCENTER_URL", fake.url.as_str())];
     all.extend(variables.iter().map(|(name, value)| ("api", *name, *value)));
@@ -98,7 +98,10 @@ async fn what_is_safe_to_repeat_is_tried_again_and_one_span_tells_of_each_attemp
         assert!(attributes["throughline.retry.pause_ms"].parse::<u64>()? > 0);
     }
     let told = fake.calls();
-    assert!(told.is_sorted_by(|earlier, later| earlier > later), "less time for each attempt: {told:?}");
+    assert!(
+        told.is_sorted_by(|earlier, later| earlier > later),
+        "an attempt has no less time than the one before: {told:?}"
+    );
     Ok(())
 }
 
@@ -172,7 +175,8 @@ async fn the_circuit_opens_lets_a_probe_pass_and_closes() -> Result<()> {
     // api didn't contact usercenter.
     assert!(!refused.attributes.contains_key("network.peer.address"), "{refused:#?}");
 
-    // When the circuit is half-open, one call passes and fails. Then no call passes for another pause.
+    // When the circuit is half-open, one call passes and fails. Then no call passes until another pause is
+    // over.
     let probed = poll(PATIENCE, async || {
         stack.login(KNOWN_MOBILE, &[]).await.expect("an answer");
         (fake.calls().len() > OPENS_AFTER).then(Instant::now)
@@ -217,8 +221,8 @@ async fn more_requests_than_may_be_in_flight_are_refused_at_once_and_the_others_
 
 const METHOD: &str = "/usercenter.v1.Usercenter/GetUserByMobile";
 
-/// Makes a call whose message never arrives, so that it stays in flight. (tonic's own channel would end the
-/// call at its `grpc-timeout`.)
+/// Makes a call whose request message never arrives, so that the call stays in flight. The call does not use
+/// tonic's own channel, because this channel would end the call at its `grpc-timeout`.
 async fn stalled(rpc: SocketAddr, traceparent: &str, timeout: Option<&str>) -> Result<(), Status> {
     let client: Client<HttpConnector, tonic::body::Body> =
         Client::builder(TokioExecutor::new()).http2_only(true).build_http();
@@ -241,7 +245,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     let rpc = stack.rpc.address;
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let in_flight = tokio::spawn(async move {
-        // This call is refused if one of the calls below arrives first.
+        // If one of the calls below arrives first, this call is refused, and is made again.
         while let Err(status) = stalled(rpc, parent, None).await {
             assert_eq!(status.code(), Code::Unavailable);
         }
@@ -257,7 +261,7 @@ async fn usercenter_refuses_more_calls_than_may_be_in_flight_and_stays_healthy()
     let healthy = poll(PATIENCE, async || serving::health::probe(rpc).await.ok());
     healthy.await.expect("usercenter is busy, not unwell");
 
-    // api also reports the overload, after its attempts.
+    // api also reports the overload after all of its attempts have failed.
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_problem(&answer, 503, "usercenter-unavailable");
     let refusal = "usercenter usercenter.v1.Usercenter/GetUserByMobile SERVER ERROR error.type=UNAVAILABLE";
@@ -305,8 +309,8 @@ fn header_map(fields: Fields) -> HeaderMap {
     fields.iter().copied().map(field).collect()
 }
 
-/// Starts the services, and a server that gives this answer to every call of api. If there are trailers, the
-/// answer's message is a user.
+/// Starts the services, and a stand-in for usercenter that gives this answer to every call from api. If there
+/// are trailers, the answer's message is a user.
 async fn answered(status: u16, headers: Fields, trailers: Fields) -> Result<Stack> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
@@ -329,7 +333,7 @@ async fn answered(status: u16, headers: Fields, trailers: Fields) -> Result<Stac
 #[tokio::test(flavor = "multi_thread")]
 async fn the_code_of_a_status_stands_and_what_a_caller_can_cause_opens_no_circuit() -> Result<()> {
     const GRPC: (&str, &str) = ("content-type", "application/grpc");
-    // A message that is not UTF-8, and details that are not base64.
+    // This status message is not UTF-8 when it is decoded, and these details are not base64.
     const MESSAGE: (&str, &str) = ("grpc-message", "caf%E9");
     const DETAILS: (&str, &str) = ("grpc-status-details-bin", "%%%");
     const OK: (&str, &str) = ("grpc-status", "0");
@@ -346,7 +350,7 @@ async fn the_code_of_a_status_stands_and_what_a_caller_can_cause_opens_no_circui
     ];
     for (status, headers, trailers, expected, kind) in cases {
         let stack = answered(status, headers, trailers).await?;
-        // The circuit opens after 20 calls of which half failed.
+        // The circuit would open after 20 calls if half of them failed.
         for _ in 0..40 {
             let answer = stack.login(KNOWN_MOBILE, &[]).await?;
             match expected {
@@ -372,8 +376,8 @@ async fn a_caller_over_http_cannot_shorten_the_deadline_and_open_the_circuit() -
 async fn a_peer_that_vanishes_without_a_word_is_looked_for_again() -> Result<()> {
     let fake = StandIn::start(|_| Reply::User).await?;
     let address = fake.url.trim_start_matches("http://").parse()?;
-    // api's first connection goes through `network` and then `vanishing` to the fake. Later connections go from
-    // `network` directly to the fake.
+    // api's first connection goes through `network` and then `vanishing` to the fake. Later connections go
+    // from `network` directly to the fake.
     let vanishing = Proxy::start(address)?;
     let network = Proxy::start(vanishing.address)?;
     let url = format!("http://{}", network.address);

@@ -1,4 +1,5 @@
-//! A failing message: its attempts, as its trace shows them, and its end as a dead letter.
+//! Messages that fail. Each attempt is a span in the message's trace, and the last attempt makes the message
+//! a dead letter.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -15,10 +16,10 @@ use lapin::{
 };
 use std::time::Duration;
 
-/// The number of another known user, whose logins fail.
+/// The mobile number of another known user, whose logins fail after `Database::poison`.
 const POISONED: &str = "13800138001";
 
-/// The tree of a login whose message fails `failures` times.
+/// Returns the tree of a login whose message fails `failures` times.
 fn tree(failures: usize) -> String {
     let failed = "            mq mq_consumer_msg CONSUMER ERROR error.type=refused_by_database\n";
     LOGIN_TREE.replace("        mq mq_consumer_msg CONSUMER\n", &failed[4..].repeat(failures))
@@ -53,7 +54,7 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
     let (stack, database) = poisoned("200ms,500ms,5s").await?;
     let answer = stack.login(POISONED, &[]).await?;
     assert_eq!(answer.status, 200);
-    // Other messages are not delayed.
+    // The failing message does not delay other messages.
     let other = stack.login(KNOWN_MOBILE, &[]).await?;
     let others = stack.receiver.expect_tree(&other.trace_id(), LOGIN_TREE).await;
 
@@ -88,7 +89,7 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
 
     assert_eq!(database.logins(POISONED).await?, (0, 0));
     assert_eq!(database.logins(KNOWN_MOBILE).await?, (1, 1));
-    // The mobile number is in the database's error text.
+    // The database's error text contains the mobile number, but neither the log nor the spans may contain it.
     assert!(!stack.mq.output().contains(POISONED), "{}", stack.mq.output());
     assert!(!format!("{:?}", stack.receiver.spans()).contains(POISONED));
     Ok(())
@@ -96,7 +97,8 @@ async fn every_attempt_is_a_span_in_the_trace_and_the_last_one_makes_a_dead_lett
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_succeeds_at_a_later_attempt_is_applied_once() -> Result<()> {
-    // The message fails until the database is repaired, however long that takes on this machine.
+    // There are enough retries for the message to fail until the database is repaired, even on a slow
+    // machine.
     let (stack, database) = poisoned(&["500ms"; 16].join(",")).await?;
     let answer = stack.login(POISONED, &[]).await?;
     let trace = answer.trace_id();
@@ -159,7 +161,7 @@ async fn queues_that_are_deleted_are_declared_again() -> Result<()> {
     stack.dead_letter().await?;
     stack.mq.said("can't publish a message; still trying").await?;
 
-    // The consumed queue is deleted as well.
+    // Next, the queue that mq consumes is deleted.
     let options = QueueDeleteOptions::default();
     stack.broker.channel.queue_delete(topology.queue.as_str().into(), options).await?;
     stack.mq.said("the broker cancelled the consumer").await?;
@@ -175,12 +177,14 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     let (mut stack, database) = poisoned("60s").await?;
     stack.mq.stop().await?;
     database.make_deadly(POISONED).await?;
-    // The message behind the deadly message is delivered just as often, until mq processes it.
+    // The harmless message is behind the deadly message in the queue, so it is redelivered just as often
+    // until mq processes it.
     for (id, mobile) in [("deadly", POISONED), ("harmless", KNOWN_MOBILE)] {
         let properties = BasicProperties::default().with_message_id(id.into());
         stack.publish(properties, format!(r#"{{"Msg":"{mobile}"}}"#).as_bytes()).await?;
     }
-    // The first delivery and 20 redeliveries end the process. The next redelivery is one too many.
+    // The first delivery and each of 20 redeliveries kill the process. At the next redelivery, mq makes the
+    // message a dead letter without processing it.
     let variables = [("MQ_DATABASE_URL", &*database.url), ("MQ_RETRY_DELAYS", "60s")];
     for delivery in 1..=21 {
         let died = match stack.another_by(Database::BOUND_FILES, "mq", &variables).await {
@@ -202,7 +206,8 @@ async fn what_kills_the_process_each_time_is_a_dead_letter_in_the_end() -> Resul
     );
     let letter = stack.dead_letter().await?;
     assert_eq!(letter.properties.message_id().as_ref().map(|id| id.as_str()), Some("deadly"));
-    // The harmless message is applied. Both messages have a result, so no count is left.
+    // The harmless message is applied. Both messages have an outcome, so the database has no redelivery
+    // count.
     let mut connection = database.connect().await?;
     let all = async || {
         let counts = sqlx::query_scalar("SELECT COUNT(*) FROM redelivery_count");
@@ -252,7 +257,8 @@ async fn hostile_headers_of_ours_do_no_harm() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_that_leave_no_room_for_ours_are_left_out() -> Result<()> {
-    /// Properties must fit into one frame, which has 128 KiB by default.
+    /// The length of a header that almost fills a frame. The properties of a message must fit into one frame,
+    /// which has 128 KiB by default.
     const LONG: usize = 131_072 - 64;
 
     let stack = Stack::start(&[]).await?;

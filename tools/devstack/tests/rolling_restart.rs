@@ -29,11 +29,12 @@ use tokio::{
 const RESTARTS: usize = 12;
 
 /// The delay is longer than the balancer needs to notice that an instance is not ready. The balancer checks
-/// each instance twenty times a second, and waits at most a second for an answer.
+/// each instance twenty times per second, and waits at most one second for an answer.
 const SHUTDOWN_DELAY: (&str, &str) = ("SHUTDOWN_DELAY", "2s");
 
-/// The number of callers, and the interval between two logins of a caller.
+/// The number of callers.
 const CALLERS: usize = 8;
+/// The interval between two logins of one caller.
 const BEAT: Duration = Duration::from_millis(100);
 
 /// An instance of a service, which can be restarted at the same address.
@@ -45,7 +46,7 @@ struct Instance {
 impl Instance {
     async fn start(name: &'static str, variables: &BTreeMap<&'static str, String>) -> Result<Self> {
         let mut variables = variables.clone();
-        // mq is not behind a balancer.
+        // mq needs no delay, because it is not behind a balancer.
         if name != "mq" {
             variables.insert(SHUTDOWN_DELAY.0, SHUTDOWN_DELAY.1.to_owned());
         }
@@ -164,7 +165,7 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     for turn in turns.iter().cycle().take(RESTARTS) {
         let instance = &mut instances[*turn];
         instance.restart().await?;
-        // A deployment also waits until the new instance is ready before it continues.
+        // Like a deployment, the test continues only when the new instance is ready.
         if instance.process.name == "mq" {
             instance.process.said("consuming").await?;
         } else {
@@ -183,8 +184,8 @@ async fn rolling_restarts_under_load_fail_no_request_and_lose_no_event_and_no_sp
     for trace in &answered {
         receiver.expect_tree(trace, LOGIN_TREE).await;
     }
-    // The services stop in the order in which a request passes them. Then all spans have been sent, so a
-    // message that was processed twice would show in the trees.
+    // The services stop in the order in which a request passes through them. After that, all spans have been
+    // sent, so a message that was processed twice would have one more span in its tree.
     for index in [4, 5, 0, 1, 2, 3] {
         let exit = instances[index].process.stop().await?;
         assert!(exit.success(), "{exit}");

@@ -1,5 +1,5 @@
-//! SIGTERM and SIGINT: no answered request loses a span, no work in progress is dropped, and the exit code is
-//! 0.
+//! When a service gets SIGTERM or SIGINT, no answered request loses a span, no work in progress is dropped,
+//! and the exit code is 0.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -75,7 +75,8 @@ impl Load {
     }
 }
 
-/// Under load, stops the process that `service` picks. Then the traces of all answered logins must be complete.
+/// Under load, stops the process that `service` picks. Then the traces of all answered logins must be
+/// complete.
 async fn stop_under_load(signal: &str, service: impl Fn(&mut Stack) -> &mut Process) -> Result<()> {
     let variables =
         [("*", "RUST_LOG", "info,api::login=warn,mq::processing=warn"), ("*", "SHUTDOWN_TIMEOUT", "50s")];
@@ -143,8 +144,8 @@ async fn a_request_in_flight_is_answered_and_a_new_connection_refused() -> Resul
     stack.api.signal("TERM").await?;
     stack.api.said("finishing requests in flight").await?;
     assert!(Client::new().get(&format!("http://{}/healthz", stack.api.address)).await.is_err());
-    // There are permits for several attempts, because api retries a call if this process is too busy to answer
-    // api's ping.
+    // There are permits for several attempts, because api retries a call if this process is too busy to
+    // answer api's ping.
     permits.add_permits(10);
     assert_eq!(in_flight.await??.status, 200);
     assert!(stack.api.exit().await?.success());
@@ -210,10 +211,10 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     let mut stack = Stack::start(&[("*", "SHUTDOWN_DELAY", "12s"), ("*", "SHUTDOWN_TIMEOUT", "50s")]).await?;
     let (client, readyz) = (Client::new(), format!("http://{}/readyz", stack.api.address));
     let ready = async |status: u16| {
-        // usercenter has one second to answer api.
+        // A single try may fail, because usercenter has only one second to answer api.
         let told =
             poll(PATIENCE, async || client.get(&readyz).await.ok().filter(|answer| answer.status == status));
-        told.await.with_context(|| format!("api does not say {status}"))
+        told.await.with_context(|| format!("/readyz does not answer {status}"))
     };
     let rpc = stack.rpc.address;
     ready(200).await?;
@@ -221,8 +222,8 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
         .await
         .context("usercenter is not ready")?;
 
-    // usercenter is told to stop first. An instance that stops must not make api unready, because there may be
-    // other instances.
+    // usercenter is told to stop first. An instance of usercenter that is stopping must not make api unready,
+    // because there may be other instances.
     stack.rpc.signal("TERM").await?;
     let unready = poll(PATIENCE, async || serving::health::probe(rpc).await.is_err().then_some(()));
     unready.await.context("usercenter says that it is ready")?;
@@ -246,9 +247,9 @@ async fn in_the_delay_a_service_serves_on_and_says_that_it_is_not_ready() -> Res
     Ok(())
 }
 
-/// These peers would delay the shutdown if a service waited until their connections end. One sends nothing. Two
-/// have sent half of a request's headers. One never reads, so it answers no HTTP/2 ping. One has an open `Watch`
-/// call of the health service.
+/// These peers would delay the shutdown if a service waited until their connections end. One sends nothing.
+/// Two have sent half of a request's headers. One never reads, so it answers no HTTP/2 ping. One has an open
+/// `Watch` call of the health service.
 #[tokio::test(flavor = "multi_thread")]
 async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
     let mut stack = Stack::start(&[("*", "SHUTDOWN_TIMEOUT", "2m")]).await?;
@@ -261,7 +262,7 @@ async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
     kept.write_all(b"GET /healthz HTTP/1.1\r\nhost: ").await?;
     let start = Instant::now();
     assert!(stack.api.stop().await?.success());
-    // The headers of a request may take 10 s.
+    // If api waited for the headers of these requests, it would wait for up to 10 s.
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     assert!(!stack.api.output().contains("cut off"), "{}", stack.api.output());
 
@@ -275,7 +276,7 @@ async fn peers_that_wait_for_nothing_hold_no_service_up() -> Result<()> {
 
         let start = Instant::now();
         assert!(service.stop().await?.success());
-        // HTTP/2 pings would need 40 s to detect that a peer doesn't read, and work in progress may take 72 s.
+        // HTTP/2 pings need 40 s to detect that a peer doesn't read, and work in progress may take 72 s.
         assert!(start.elapsed() < Duration::from_secs(20), "{}: {:?}", service.name, start.elapsed());
         assert!(!service.output().contains("cut off"), "{}", service.output());
     }
@@ -302,7 +303,7 @@ async fn one_deadline_bounds_everything_even_if_nothing_ends_by_itself() -> Resu
     let in_flight = in_hand(&stack, &usercenter).await?;
     for service in [&mut stack.api, &mut stack.rpc, &mut stack.mq] {
         let start = Instant::now();
-        // Every other time-out is an hour.
+        // Every other time-out is one hour, so only `SHUTDOWN_TIMEOUT` can end the service in time.
         let exit = service.stop().await?;
         let took = start.elapsed();
         assert!(exit.success(), "{}: {exit}", service.name);

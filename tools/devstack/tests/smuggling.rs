@@ -1,5 +1,5 @@
-//! Ambiguous requests, which two servers could understand differently. Each request gets one documented answer,
-//! and a second request that is hidden inside it is never served (RFC 9112, sections 6.3 and 11.2).
+//! Ambiguous requests, which two servers could understand differently. Each request gets one documented
+//! answer, and a second request that is hidden inside it is never served (RFC 9112, sections 6.3 and 11.2).
 
 use anyhow::Result;
 use harness::{
@@ -12,7 +12,7 @@ const LOGIN: &str =
     "POST /usercenter/v1/user/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
 const BODY: &str = r#"{"mobile":"13800138000"}"#;
 
-/// The hidden request. If it were served, the answer would be 200 and `alive`.
+/// The hidden request. If it were served, the answer would be 200 with the body `alive`.
 const HIDDEN: &str = "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -22,8 +22,8 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
     let whole = format!("content-length: {}\r\n", BODY.len());
     let as_body = format!("0\r\n\r\n{HIDDEN}");
     for (name, request, expected) in [
-        // Some servers would use `content-length`, and others would use the chunks. The chunks take precedence
-        // (section 6.3), and api reads nothing more from the connection.
+        // Some servers would use `content-length`, and others would use the chunks. The chunks take
+        // precedence (section 6.3), and api reads nothing more from the connection.
         ("CL.TE", format!("{LOGIN}content-length: {}\r\n{chunked}\r\n{as_body}", as_body.len()), "400"),
         ("TE.CL", format!("{LOGIN}{chunked}content-length: 4\r\n\r\n22\r\n{HIDDEN}\r\n0\r\n\r\n"), "400"),
         ("TE.TE", format!("{LOGIN}{chunked}transfer-encoding: x\r\n\r\n{as_body}"), "400"),
@@ -59,11 +59,7 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
             format!("{LOGIN}{chunked}\r\n10000000000000000\r\n{BODY}\r\n0\r\n\r\n{HIDDEN}"),
             "400",
         ),
-        (
-            "a chunk size that is none",
-            format!("{LOGIN}{chunked}\r\n-1\r\n{BODY}\r\n0\r\n\r\n{HIDDEN}"),
-            "400",
-        ),
+        ("an invalid chunk size", format!("{LOGIN}{chunked}\r\n-1\r\n{BODY}\r\n0\r\n\r\n{HIDDEN}"), "400"),
         (
             "a chunk that is longer than its size",
             format!("{LOGIN}{chunked}\r\n1\r\n{BODY}\r\n0\r\n\r\n{HIDDEN}"),
@@ -74,9 +70,9 @@ async fn a_hidden_request_is_never_served() -> Result<()> {
             format!("{LOGIN}{chunked}\r\n2;x\nxx\r\n{{}}\r\n0\r\n\r\n{HIDDEN}"),
             "400",
         ),
-        ("extensions without end", format!("{LOGIN}{chunked}\r\n1;{}\r\n{BODY}", "x".repeat(100_000)), "400"),
+        ("endless extensions", format!("{LOGIN}{chunked}\r\n1;{}\r\n{BODY}", "x".repeat(100_000)), "400"),
         (
-            "trailers without end",
+            "endless trailers",
             format!("{LOGIN}{chunked}\r\n0\r\n{}\r\n", format!("x: {}\r\n", "y".repeat(1000)).repeat(1000)),
             "400",
         ),
@@ -118,7 +114,7 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             format!("{}transfer-encoding: chunked\r\n\r\n{chunks}", LOGIN.replace("HTTP/1.1", "HTTP/1.0")),
             &["400"],
         ),
-        // The host in the target takes precedence over the header (RFC 9112, section 3.2.2). No answer here
+        // The host in the target takes precedence over `host` (RFC 9112, section 3.2.2). No answer here
         // depends on the host.
         ("absolute form", HIDDEN.replace("/healthz", "http://other.example/healthz"), &["200"]),
         ("a method that is unknown", HIDDEN.replace("GET", "SMUGGLE"), &["405"]),
@@ -132,7 +128,7 @@ async fn unusual_requests_that_have_one_meaning_are_served_by_it() -> Result<()>
             &["200"],
         ),
         ("expect", format!("{LOGIN}{whole}expect: 100-continue\r\n\r\n{BODY}"), &["100", "200"]),
-        // The answer does not depend on the body, so the caller is not asked to send it.
+        // The answer does not depend on the body, so api does not ask the caller to send it.
         (
             "expect at an unknown path",
             format!("{}{whole}expect: 100-continue\r\n\r\n", LOGIN.replace("/login", "/logout")),
@@ -170,7 +166,7 @@ async fn what_a_caller_sends_breaks_no_line_of_a_log_and_no_header() -> Result<(
         let variables =
             [("*", "LOG_FORMAT", format), ("*", "RUST_LOG", "debug"), ("*", "BAGGAGE_SPAN_ATTRIBUTES", "k")];
         let mut stack = Stack::start(&variables).await?;
-        // If this mark stands at the beginning of a line or a header, it was injected there.
+        // If a log line or a header begins with this mark, the caller has injected it.
         let mark = format!("x-evil-{}", Uuid::new_v4().simple());
         let injected = format!("\r\n{mark}: yes\r\n\x1b[31m\x07\u{9b}31m\u{2028}\0");
         let as_json = serde_json::json!({ "mobile": injected, &injected: injected }).to_string();

@@ -1,4 +1,4 @@
-//! The example of hand-written spans, run as a program.
+//! Runs the example of hand-written spans as a program, and checks its spans and its log.
 
 use anyhow::Result;
 use harness::{process, receiver::Receiver};

@@ -1,5 +1,5 @@
-//! The spool, which is the file that keeps logins while the broker is away. The tests cover a full spool, a
-//! full disk, a spool in use, a damaged spool, and a spool whose process died.
+//! The spool is the file that keeps logins while the broker is away. The tests cover a full spool, a full
+//! disk, a spool in use, a damaged spool, and a spool whose process died.
 
 use anyhow::{Context, Result};
 use harness::{
@@ -31,7 +31,7 @@ async fn drained(stack: &Stack) -> Result<()> {
     empty.await.with_context(|| format!("not drained:\n{}", stack.api.output()))
 }
 
-/// Replaces api by an instance that has these variables and reaches the broker through a proxy.
+/// Replaces api with an instance that has these variables and reaches the broker through a proxy.
 async fn behind_proxy(stack: &mut Stack, variables: &[(&str, &str)]) -> Result<Proxy> {
     let (proxy, url) = stack.broker.proxy()?;
     let variables = [&[("AMQP_URL", url.as_str())], variables].concat();
@@ -63,7 +63,7 @@ async fn a_full_spool_refuses_logins_and_says_so_until_there_is_room() -> Result
     }
     stack.api.said("the spool is full").await?;
     assert_eq!(stack.api.output().matches("the spool is full").count(), 1);
-    // usercenter has one second to answer, so a single try may fail.
+    // A single try may fail, because usercenter has only one second to answer api.
     let said = poll(PATIENCE, async || {
         let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
         let mut body = ready.json();
@@ -143,7 +143,7 @@ async fn a_disk_that_is_full_refuses_logins_until_it_has_room_and_loses_none() -
             stack.login(KNOWN_MOBILE, &headers).await.ok()?;
             spool_is(false).await
         });
-        unready.await.context("it is ready")?;
+        unready.await.context("api is still ready")?;
     }
 
     limit_files(&stack.api, "unlimited").await?;
@@ -207,8 +207,8 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
     let variables = [("API_DATA_DIR", &*data.path().to_string_lossy())];
     let answered = Arc::new(Mutex::new(HashSet::new()));
     let mut spooled_at_the_end = 0;
-    // api is killed while the broker is available, while the broker is away, while the spool is drained, and
-    // in between.
+    // api is killed while the broker is available, while the broker is away, while the spool is being
+    // drained, and at moments in between.
     for round in 0..12_u64 {
         let proxy = behind_proxy(&mut stack, &variables).await?;
         let before = answered.lock().unwrap().len();
@@ -230,7 +230,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
         stack.api.kill().await?;
         load.end().await?;
     }
-    assert!(spooled_at_the_end > 0, "it has never died with anything in the spool");
+    assert!(spooled_at_the_end > 0, "api was never killed while the spool had entries");
 
     let _proxy = behind_proxy(&mut stack, &variables).await?;
     drained(&stack).await?;
@@ -241,7 +241,7 @@ async fn a_process_that_is_killed_again_and_again_loses_nothing_that_was_answere
         lost = answered.difference(&database.traces().await.ok()?).count();
         (lost == 0).then_some(())
     });
-    all.await.with_context(|| format!("{lost} of {} answered are not in the history", answered.len()))
+    all.await.with_context(|| format!("{lost} of {} answered logins are not in the history", answered.len()))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,7 +272,7 @@ async fn a_service_that_is_stopped_without_a_broker_keeps_its_spool_for_the_next
     Ok(())
 }
 
-/// Starts api with this directory. Returns its exit code and its log.
+/// Runs api with this directory until api exits. Returns the exit code and the log.
 async fn ends(directory: &str, variables: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
     let basics = [
         ("API_DATA_DIR", directory),
@@ -301,7 +301,7 @@ async fn a_spool_that_cannot_be_opened_is_a_failure_that_says_why() -> Result<()
     fs::write(&file, "no spool")?;
     let (code, said) = ends(&directory, &[]).await?;
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("the file is damaged, or no spool"), "{said}");
+    assert!(said.contains("the file is damaged, or is not a spool"), "{said}");
     assert!(!said.contains("panicked"), "{said}");
 
     let (code, said) = ends(&file.to_string_lossy(), &[]).await?;
@@ -310,7 +310,7 @@ async fn a_spool_that_cannot_be_opened_is_a_failure_that_says_why() -> Result<()
     Ok(())
 }
 
-/// Runs `api spool` with these variables; returns its exit code, its standard output and its log.
+/// Runs `api spool {command}` with these variables. Returns the exit code, the standard output and the log.
 async fn operate(command: &str, variables: &[(&str, &str)]) -> Result<(Option<i32>, String, String)> {
     let variables = [&[("OTEL_TRACES_EXPORTER", "none")], variables].concat();
     let output = Process::command("api", &variables)?.args(["spool", command]).output().await?;
@@ -386,7 +386,7 @@ async fn the_bytes_of_the_spool_are_bounded_as_well() -> Result<()> {
         let login = stack.login(KNOWN_MOBILE, &[]).await.ok()?;
         (login.status == 503).then_some(login)
     });
-    let refused = refused.await.context("it takes everything")?;
+    let refused = refused.await.context("the spool never becomes full")?;
     assert_eq!(refused.json()["type"], "urn:throughline:problem:spool-full");
     assert!(spooled(&stack).await.is_some_and(|entries| (1..5).contains(&entries)));
     Ok(())
@@ -413,7 +413,7 @@ async fn a_login_that_the_broker_does_not_accept_is_set_aside_and_stops_no_other
     assert_eq!(stack.api.output().matches("the broker does not accept a login").count(), 1);
     // Waits until the other logins are removed from the spool.
     let kept = poll(PATIENCE, async || (spooled(&stack).await? == 1).then_some(()));
-    kept.await.context("it is not kept")?;
+    kept.await.context("the long login is not kept")?;
     stack.api.kill().await?;
 
     // The operator raises the broker's limit, and starts api again.
@@ -429,7 +429,8 @@ async fn a_login_that_the_broker_does_not_accept_is_set_aside_and_stops_no_other
 async fn a_context_takes_its_own_room_in_the_spool_and_little_more() -> Result<()> {
     let (stack, proxy) = Stack::start_with_proxy(&[("api", "API_SPOOL_MAX_BYTES", "20000")]).await?;
     proxy.refuse();
-    // Each of these characters takes two bytes in JSON, and four if JSON is stored in JSON.
+    // Each quotation mark takes two bytes in a JSON string, and four bytes if that JSON is stored in another
+    // JSON string.
     let tracestate = (10..42).map(|i| format!("k{i}={}", "\"".repeat(12))).collect::<Vec<_>>().join(",");
     let baggage = format!("k=v;{}", "\"".repeat(7000));
     let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -443,7 +444,7 @@ async fn a_context_takes_its_own_room_in_the_spool_and_little_more() -> Result<(
     drained(&stack).await
 }
 
-/// Returns whether `/readyz` says that the spool takes logins.
+/// Returns whether `/readyz` says that the spool accepts logins.
 async fn takes(stack: &Stack) -> Option<bool> {
     let ready = stack.client.get(&format!("http://{}/readyz", stack.api.address)).await.ok()?;
     ready.json()["spool"].as_bool()

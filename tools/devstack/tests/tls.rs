@@ -1,5 +1,5 @@
-//! TLS between api and usercenter, and to the broker: with good certificates a login works as without TLS, and
-//! with bad certificates the log says what is wrong.
+//! TLS between api and usercenter, and between the services and the broker. With good certificates, a login
+//! works as it does without TLS. With bad certificates, the log says what is wrong.
 
 use anyhow::{Context, Result, ensure};
 use harness::{
@@ -49,8 +49,8 @@ async fn with_tls_on_both_sides_of_everything_a_login_is_one_trace_as_ever() -> 
     variables.extend(to_usercenter(&good).into_iter().map(|(name, value)| ("api", name, value)));
     variables.extend(to_broker(&good).into_iter().map(|(name, value)| ("*", name, value)));
     variables.extend([("*", "AMQP_URL", amqp_url.as_str()), ("api", "USERCENTER_CA", &ca)]);
-    // For the broker's certificate, api trusts the system's authorities, and mq trusts the authorities in a
-    // file.
+    // To verify the broker's certificate, api uses the system's authorities, which SSL_CERT_FILE replaces,
+    // and mq uses the authorities in AMQP_CA.
     variables.extend([("api", "SSL_CERT_FILE", ca.as_str()), ("mq", "AMQP_CA", &ca)]);
 
     let mut stack = Stack::start_on(broker, &variables).await?;
@@ -62,8 +62,8 @@ async fn with_tls_on_both_sides_of_everything_a_login_is_one_trace_as_ever() -> 
     stack.stop().await
 }
 
-/// The log lines about failed TLS connections: api's to usercenter, and api's and mq's to the broker.
-/// `Said::with` checks the address in each line.
+/// The log lines about failed TLS connections: api's line about usercenter, and the lines of api and mq about
+/// the broker. `Said::with` checks the address in each line.
 struct Said {
     api_of_usercenter: String,
     usercenter: Process,
@@ -73,7 +73,8 @@ struct Said {
 
 impl Said {
     /// Starts usercenter and the broker with the certificate `servers`. If there is a `client_ca`, usercenter
-    /// and the broker ask for a client certificate.
+    /// and the broker ask for a client certificate. api and mq show the certificate `client`, if there is
+    /// one. A login must fail.
     async fn with(
         certificates: &Certificates,
         servers: &Files,
@@ -163,7 +164,7 @@ async fn usercenter_asks_itself_for_its_health_by_tls_whatever_the_certificate()
         };
         let output = asks(&files).await?;
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // A probe that has another certificate refuses this server.
+        // A probe that is configured with another certificate refuses this server.
         assert_eq!(asks(&other).await?.status.code(), Some(1));
         assert!(serving::health::probe(rpc.address).await.is_err(), "without TLS");
     }
@@ -186,7 +187,8 @@ async fn connections_that_do_not_finish_the_handshake_are_cut_off_and_hold_up_no
     }
     assert!(healthy(rpc.address, &files).await?, "a health check was held up");
     for mut connection in connections {
-        let closed = timeout(PATIENCE, connection.read(&mut [0; 64])).await.context("it is still open")?;
+        let closed =
+            timeout(PATIENCE, connection.read(&mut [0; 64])).await.context("the connection is still open")?;
         assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
     }
     Ok(())
@@ -238,7 +240,7 @@ async fn a_file_that_cannot_be_used_ends_the_service_with_2_and_a_line_that_name
     ];
     for (service, variables, expected) in cases {
         let mut command = Process::command(service, variables)?;
-        // A service that tried to listen on this port would exit with 1.
+        // This port is in use. A service that tried to listen on it would exit with 1.
         for listen in ["API_LISTEN", "USERCENTER_LISTEN", "MQ_LISTEN"] {
             command.env(listen, &taken);
         }

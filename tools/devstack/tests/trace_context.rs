@@ -1,10 +1,10 @@
-//! W3C Trace Context over real sockets. These are the cases of the W3C group's own test suite
-//! (github.com/w3c/trace-context, folder `test`, June 2026: level 2), each from the HTTP request to the
-//! consumer span. For the cases that differ in level 2, the tests also check the headers that the next process
-//! gets.
+//! W3C Trace Context over real sockets. The cases are those of the W3C group's own test suite for level 2, as
+//! of June 2026 (github.com/w3c/trace-context, folder `test`). The tests follow each case from the HTTP
+//! request to the consumer span. For the cases that level 2 changed, the tests also check the headers that
+//! the next process receives.
 //!
-//! The login tests show that several calls of a service share one trace and have different span ids. The
-//! propagator's unit tests cover more kinds of malformed headers, and the limits.
+//! The login tests show that several calls by one service share one trace and have different span ids. The
+//! propagator's unit tests cover the limits and more kinds of malformed headers.
 
 use anyhow::{Context, Result};
 use axum::{Router, http::HeaderMap};
@@ -33,7 +33,8 @@ const PARENT: &str = "00-12345678901234567890123456789012-1234567890123456-01";
 enum Expect {
     /// The service starts a new trace.
     NewTrace,
-    /// The trace is the caller's, and the consumer span has this tracestate (empty if it must be discarded).
+    /// The consumer span is in the caller's trace and has this tracestate. The tracestate is empty if the
+    /// caller's must be discarded.
     SameTrace(String),
 }
 use Expect::{NewTrace, SameTrace};
@@ -72,8 +73,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
         let ids: Vec<_> = traceparent.split('-').collect();
         let [version, trace_id, span_id, flags] = ids[..] else { panic!("{case}: {traceparent}") };
         assert_eq!((version, trace_id.len(), span_id.len()), ("00", 32, 16), "{case}");
-        // Most cases have the same trace id. So spans are found by the id of their parent, beginning with the
-        // span id in this answer.
+        // Most cases have the same trace id, so the test finds each span by its parent's id. It begins with
+        // the span id in the answer's `traceparent`.
         let child = |kind: &'static str, parent: String| {
             let is_it = move |span: &Span| span.kind == kind && span.parent_span_id == parent;
             stack.receiver.expect_span(is_it)
@@ -98,8 +99,8 @@ async fn every_case_of_the_w3c_suite_holds_from_the_request_to_the_consumer() ->
     Ok(())
 }
 
-/// Returns the trace headers of the next message, by name. Capitalized names, such as `Traceparent`, come from
-/// the message's body. mq must be stopped.
+/// Returns the trace headers of the next message, by name. Capitalized names, such as `Traceparent`, come
+/// from the message's body. mq must be stopped.
 async fn next_message(stack: &Stack) -> Result<HashMap<String, String>> {
     let queue = stack.broker.topology.queue.as_str();
     let get = async || {
@@ -209,7 +210,7 @@ async fn the_random_flag_goes_as_far_as_the_trace_and_is_set_in_new_ones() -> Re
     Ok(())
 }
 
-/// Returns the cases: the name in the suite, the header lines and the expected effect.
+/// Returns the cases. Each case has its name in the suite, its header lines and the expected effect.
 fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
     let mut cases = Vec::new();
     let mut add = |case, lines: &[&str], expected| {
@@ -306,7 +307,7 @@ fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
         ("tracestate_key_illegal_characters", vec!["foo =1"], ""),
         ("tracestate_key_illegal_characters", vec!["FOO=1"], ""),
         ("tracestate_key_illegal_characters", vec!["foo.bar=1"], ""),
-        // Keys with two @ are sent on, but the SDK does not show them on a span.
+        // mq also receives keys with two @, but the SDK does not show them on a span.
         ("tracestate_key_illegal_vendor_format", vec!["foo@=1,bar=2"], "foo@=1,bar=2"),
         ("tracestate_key_illegal_vendor_format", vec!["@foo=1,bar=2"], ""),
         ("tracestate_key_illegal_vendor_format", vec!["foo@@bar=1,bar=2"], "bar=2"),
@@ -317,7 +318,7 @@ fn cases() -> Vec<(&'static str, Vec<String>, Expect)> {
         ("tracestate_key_length_limit", vec![&long(256, 0)], &long(256, 0)),
         ("tracestate_key_length_limit", vec![&long(257, 0)], ""),
         ("tracestate_key_length_limit", vec![&long(242, 1)], &long(242, 1)),
-        // Keys with more than 13 characters after the @ are sent on, but the SDK does not show them on a
+        // mq also receives keys with more than 13 characters after the @, but the SDK does not show them on a
         // span.
         ("tracestate_key_length_limit", vec!["foo=1", &long(241, 14), "bar=2"], "foo=1,bar=2"),
         ("tracestate_key_length_limit", vec!["foo=1", &long(1, 15), "bar=2"], "foo=1,bar=2"),

@@ -4,7 +4,7 @@
 //! The balancer distributes connections, so it treats HTTP/1.1 and gRPC alike. Each new connection goes to the
 //! next ready instance in turn. If this instance refuses the connection, the balancer tries the next instance.
 //! If no instance is ready, the balancer tries all instances, because an instance that is not quite ready is
-//! better than none.
+//! better than no instance.
 
 use anyhow::Result;
 use loopback::{background::Background, client::Client};

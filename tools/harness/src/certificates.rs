@@ -16,7 +16,7 @@ pub struct Certificates {
     unknown: CertifiedIssuer<'static, KeyPair>,
 }
 
-/// What is right or wrong with a certificate.
+/// Whether a certificate is valid, or which fault it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Valid for `localhost`, 127.0.0.1 and ::1, for servers and for clients.
@@ -34,7 +34,7 @@ pub enum Kind {
 pub struct Files {
     /// The path of the certificate.
     pub certificate: String,
-    /// The path of its key.
+    /// The path of the certificate's key.
     pub key: String,
 }
 

@@ -1,4 +1,5 @@
-//! mq's database, which a test reads and makes fail from outside, because mq itself has no hook for that.
+//! mq's database. A test reads this database and makes it fail, both from outside, because mq itself has no
+//! hook for that.
 
 use anyhow::Result;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, sqlite::SqliteConnectOptions};
@@ -23,7 +24,7 @@ impl Database {
         Self::new_in(&env::temp_dir())
     }
 
-    /// Does the same in this directory.
+    /// Makes a place for a database in the directory `parent`. mq creates the database itself.
     ///
     /// # Errors
     /// If the directory can't be created.
@@ -78,7 +79,8 @@ impl Database {
         Ok(())
     }
 
-    /// Makes every login of `mobile` take for ever, so that mq can be killed while it processes one.
+    /// Makes every login of `mobile` take for ever, so that a test can kill mq while mq is processing such a
+    /// login.
     ///
     /// # Errors
     /// If the database can't be used.
@@ -96,7 +98,7 @@ impl Database {
         Ok(())
     }
 
-    /// Makes logins succeed again.
+    /// Makes logins succeed again after [`Database::poison`].
     ///
     /// # Errors
     /// If the database can't be used.

@@ -1,5 +1,5 @@
-//! The same system in Go, on the framework go-zero (`tools/peers/go-zero`). Each of its services takes the same
-//! variables as the service in Rust that it replaces.
+//! The three services in Go, on the framework go-zero (`tools/peers/go-zero`). Each service in Go takes the
+//! same variables as the service in Rust that it replaces.
 
 use crate::{
     PATIENCE, free_port, poll,
@@ -15,8 +15,8 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-/// Returns whether Go and the modules are available. If not, a line on standard error says what is not checked,
-/// even if the test's output is captured.
+/// Returns whether Go and the modules are available. If not, prints a line on standard error that says what
+/// is not checked. The line appears even if the test's output is captured.
 pub fn is_available() -> bool {
     let download = go(&["mod", "download"]).stdin(Stdio::null()).output();
     let why = match download {
@@ -29,10 +29,10 @@ pub fn is_available() -> bool {
     false
 }
 
-/// Starts the service in Go that stands in for the service `name` in Rust, on a free port, with the variables
-/// of the service in Rust. `CONFIRMS=false` makes api publish without confirms, as the original does.
-/// `TRACING_DISABLED=true` makes api publish without a trace context. Returns once the service listens or, if
-/// it is mq, consumes.
+/// Starts the service in Go that replaces the service `name` in Rust, on a free port. `variables` are the
+/// variables of the service in Rust. In addition, `CONFIRMS=false` makes api publish without confirms, as the
+/// original does, and `TRACING_DISABLED=true` makes api publish without a trace context. Returns once the
+/// service listens or, if it is mq, consumes.
 ///
 /// # Errors
 /// If the services can't be built, or if this service doesn't start; the error contains its output.
@@ -42,7 +42,7 @@ pub async fn start(name: &'static str, variables: &[(&str, &str)]) -> Result<Pro
     let after_scheme = |name: &str| of(name).rsplit("://").next().unwrap_or_default();
     let server = amqp::connection::parse_url(of("AMQP_URL")).map_err(anyhow::Error::msg)?;
     let broker = &server.uri().authority;
-    // The services in Go put the virtual host into a URL.
+    // The virtual host is escaped, because the services in Go put it into a URL.
     let vhost = server.uri().vhost.replace('/', "%2f");
     let (broker_port, port) = (broker.port.to_string(), free_port()?);
     let (listen, port_text) = (format!("127.0.0.1:{port}"), port.to_string());
@@ -90,7 +90,7 @@ pub fn binaries() -> Result<&'static Path> {
     static BINARIES: OnceLock<Result<PathBuf, String>> = OnceLock::new();
 
     let build = || -> Result<PathBuf> {
-        // The binaries are beside the directories in which cargo puts the services.
+        // The binaries in Go are in a directory beside the directories in which cargo puts the services.
         let target = process::binary("api")?;
         let target = target.ancestors().nth(2).context("the target directory")?.join("go-zero");
         fs::create_dir_all(&target)?;

@@ -43,10 +43,10 @@ pub struct Process {
     pub address: SocketAddr,
     child: Child,
     output: Output,
-    /// How many lines [`Process::new_lines`] has returned so far.
+    /// The number of lines of output up to the last call of [`Process::new_lines`].
     told: usize,
     readers: JoinSet<()>,
-    /// The directory of the service's data, unless the variables name another.
+    /// The directory of the service's data, unless the variables name another directory.
     _data: Option<TempDir>,
 }
 
@@ -60,7 +60,7 @@ struct Output(Arc<Mutex<Lines>>);
 #[derive(Default)]
 struct Lines {
     kept: VecDeque<String>,
-    /// How many lines there were in all, including dropped lines.
+    /// The number of all lines so far, including dropped lines.
     count: usize,
 }
 
@@ -74,8 +74,8 @@ impl Process {
         Self::start_with_data(name, Self::command(name, variables)?, variables).await
     }
 
-    /// Does the same as [`Process::start`], by a shell that runs this script with the service's binary as
-    /// `$0`.
+    /// Starts a service as [`Process::start`] does, but through a shell that runs this script. In the script,
+    /// `$0` is the service's binary.
     ///
     /// # Errors
     /// As for [`Process::start`].
@@ -147,7 +147,7 @@ impl Process {
         Ok(Self::isolated(binary(name)?, variables))
     }
 
-    /// Returns the command of a shell that runs this script with the service's binary as `$0`.
+    /// Returns the command of a shell that runs this script. In the script, `$0` is the service's binary.
     ///
     /// # Errors
     /// If the services can't be built.
@@ -214,10 +214,10 @@ impl Process {
         line.with_context(|| format!("{} did not say {text:?}:\n{}", self.name, self.output()))
     }
 
-    /// Asks the service for its health, as `mq health` and `rpc health` do.
+    /// Asks the service for its health, by the command `health` of the service's binary.
     ///
     /// # Errors
-    /// If the service can't be asked.
+    /// If the command can't be run.
     pub async fn is_healthy(&self) -> Result<bool> {
         let address = self.address.to_string();
         let probe = Self::command(self.name, &[])?.args(["health", "--listen", &address]).output().await?;
@@ -227,13 +227,13 @@ impl Process {
     /// Waits until the service is healthy or, if `healthy` is `false`, until it is not healthy.
     ///
     /// # Errors
-    /// If that does not happen in time.
+    /// If the service's health does not change in time.
     pub async fn becomes(&self, healthy: bool) -> Result<()> {
         let reached = poll(PATIENCE, async || (self.is_healthy().await.ok()? == healthy).then_some(())).await;
-        reached.with_context(|| format!("health does not become {healthy}:\n{}", self.output()))
+        reached.with_context(|| format!("is_healthy does not become {healthy}:\n{}", self.output()))
     }
 
-    /// Sends a signal, named as for `kill`.
+    /// Sends the signal with this name, as the command `kill` does.
     ///
     /// # Errors
     /// If the process has ended.
@@ -301,7 +301,7 @@ impl Output {
     }
 }
 
-/// Makes a directory for the service's data, and puts it into the command's variables.
+/// Makes a directory for the service's data, and puts the directory's path into the command's variables.
 fn data_of(command: &mut Command) -> Result<TempDir> {
     let data = TempDir::new()?;
     command.env("API_DATA_DIR", data.path());

@@ -1,6 +1,7 @@
 //! A TCP proxy that a test puts between two programs, and that fails in the ways in which networks fail: it
 //! resets connections, refuses them, slows them down, or keeps them open and passes nothing. On a link that
-//! speaks AMQP, it can also withhold a certain method, so that a crash happens at an exactly known moment.
+//! speaks AMQP, the proxy can also withhold a certain method, so that a test can kill a service at an exactly
+//! known moment.
 
 use anyhow::Result;
 use bytes::{Bytes, BytesMut};
@@ -45,7 +46,7 @@ pub type MethodId = (u16, u16);
 /// `basic.ack`, with which a client settles deliveries and the broker confirms messages.
 pub const BASIC_ACK: MethodId = (60, 80);
 
-/// How many bytes are carried at once.
+/// The number of bytes for which the proxy makes room before each read.
 const PIECE: usize = 16 * 1024;
 
 struct Link {
@@ -89,8 +90,8 @@ impl Proxy {
         Self::start_link(address, target, false)
     }
 
-    /// Does the same as [`Proxy::start`] for AMQP. Passes only whole frames, and can
-    /// [withhold](Proxy::withhold) a frame.
+    /// Listens as [`Proxy::start`] does, for connections that speak AMQP. This proxy passes only whole
+    /// frames, and can [withhold](Proxy::withhold) a frame.
     ///
     /// # Errors
     /// If there is no free port.
@@ -135,22 +136,23 @@ impl Proxy {
         self.link.mode.send_replace(Mode::Frozen);
     }
 
-    /// Delays everything by `latency`. Bytes that arrive while earlier bytes wait pass together with the
-    /// earlier bytes.
+    /// Delays all bytes by `latency`, except for bytes that arrive while earlier bytes are already waiting.
+    /// These later bytes pass together with the earlier bytes.
     pub fn slow_down(&self, latency: Duration) {
         self.link.mode.send_replace(Mode::Slow(latency));
     }
 
-    /// Passes everything again. The bytes that were sent into a frozen connection arrive, as they do when
-    /// packets get through again.
+    /// Passes all bytes again. The bytes that were sent into a frozen connection now arrive, as they do on a
+    /// network that works again. A trap that [`Proxy::withhold`] has set is removed.
     pub fn restore(&self) {
         self.link.mode.send_replace(Mode::Open);
         lock(&self.link.trap).take();
     }
 
-    /// Waits for a method from one side and withholds it, together with everything after it on that
-    /// connection in that direction, until the connection is cut. The returned receiver gets a value when the
-    /// proxy has the method, and gets none if the proxy is [restored](Proxy::restore) first.
+    /// Sets a trap for the next frame with this method from one side. The proxy withholds this frame, and
+    /// everything after it on that connection in that direction, until the connection is cut. The returned
+    /// receiver gets a value when the proxy has withheld the frame. If the proxy is
+    /// [restored](Proxy::restore) first, the receiver gets no value.
     pub fn withhold(&self, from: Side, method: MethodId) -> oneshot::Receiver<()> {
         let (sprung, answer) = oneshot::channel();
         *lock(&self.link.trap) = Some(Trap { from, method, sprung });
@@ -202,7 +204,7 @@ async fn carry(client: &mut TcpStream, link: &Link) -> io::Result<()> {
         ended = pump(Side::Server, server_read, client_write, link) => ended,
     };
     if carried.is_ok() {
-        // An orderly end of one side is passed on to the other.
+        // If one side has ended in an orderly way, the proxy passes this end on to the other side.
         server.shutdown().await?;
     }
     carried
@@ -215,7 +217,7 @@ async fn pump(from: Side, mut read: ReadHalf<'_>, mut write: WriteHalf<'_>, link
         frames.buffer.reserve(PIECE);
         let count = read.read_buf(&mut frames.buffer).await?;
         link.pass().await?;
-        // Bytes that arrived during the pause also pass. The next read finds an error or the end.
+        // Bytes that arrived during the pause also pass. The next read reports an error or the end.
         let _ = read.try_read_buf(&mut frames.buffer);
         if count == 0 {
             return write.write_all(&frames.buffer).await;

@@ -21,7 +21,7 @@ const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 /// How long a node may take to start. Even without load, Erlang and RabbitMQ need seconds.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// A RabbitMQ node. When it is dropped, the node is killed and its data deleted.
+/// A RabbitMQ node. When this value is dropped, the node is killed and its data are deleted.
 pub struct Node {
     /// The address that the node listens on for AMQP while it is up.
     pub address: SocketAddr,
@@ -29,7 +29,7 @@ pub struct Node {
     pub name: String,
     directory: TempDir,
     distribution_port: u16,
-    /// The leader of a process group, to which the script and the processes that it starts belong.
+    /// The start script. It leads a process group, to which all processes of the node belong.
     process: Option<Child>,
 }
 
@@ -165,11 +165,11 @@ impl Node {
     /// Sets the default queue type of the virtual host `/`.
     ///
     /// # Errors
-    /// If the node refuses.
+    /// If the node refuses the queue type.
     pub async fn set_default_queue_type(&self, queue_type: &str) -> Result<()> {
         let option = ["--default-queue-type", queue_type];
         if self.control(&[&["update_vhost_metadata", "/"], &option[..]].concat()).await.is_err() {
-            // RabbitMQ 3.10 has no such command.
+            // RabbitMQ 3.10 does not have this command.
             let change = format!("fun(Old) -> Old#{{default_queue_type => <<\"{queue_type}\">>}} end");
             let update = format!("fun() -> rabbit_vhost:update_metadata(<<\"/\">>, {change}) end");
             self.control(&["eval", &format!("rabbit_misc:execute_mnesia_transaction({update}).")]).await?;
@@ -206,7 +206,7 @@ impl Node {
             // This directory has the node's Erlang cookie.
             .env("HOME", self.directory.path())
             .env("RABBITMQ_NODENAME", &self.name)
-            // If the queue of a dead letter was missing, RabbitMQ tries again after five seconds instead of
+            // If the queue for a dead letter was missing, RabbitMQ tries again after five seconds instead of
             // three minutes.
             .env(
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",

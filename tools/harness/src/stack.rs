@@ -39,7 +39,7 @@ pub const LOGIN_TREE: &str = "
         mq mq_consumer_msg CONSUMER
 ";
 
-/// A mobile number of the demo directory.
+/// The mobile number of a user whom usercenter knows.
 pub const KNOWN_MOBILE: &str = "13800138000";
 
 /// The running services, their broker and their receiver.
@@ -58,11 +58,13 @@ pub struct Stack {
     pub client: Client,
 }
 
-/// The variables that a test sets: the service (or `*` for all), the name and the value.
+/// The variables that a test sets. Each has the name of its service (or `*` for all services), its own name
+/// and its value.
 pub type Variables<'a> = &'a [(&'a str, &'a str, &'a str)];
 
 impl Stack {
-    /// Starts everything, each service on a free port, with names on the broker that no other test uses.
+    /// Starts all parts, each service on a free port. The names of the queues and exchanges are used by no
+    /// other test.
     ///
     /// # Errors
     /// If a part doesn't start.
@@ -78,7 +80,8 @@ impl Stack {
         Self::start_mixed(broker, &[], variables).await
     }
 
-    /// Does the same as [`Stack::start_on`], with the services `in_go` of the system on go-zero.
+    /// Starts the services and the receiver as [`Stack::start_on`] does. The services named in `in_go` are
+    /// those in Go ([`go_zero`]).
     ///
     /// # Errors
     /// If a part doesn't start.
@@ -111,7 +114,7 @@ impl Stack {
         Ok(Self { api, rpc, mq, receiver, broker, client: Client::new() })
     }
 
-    /// Starts everything, with a proxy between api and the broker.
+    /// Starts all parts as [`Stack::start`] does, with a proxy between api and the broker.
     ///
     /// # Errors
     /// If a part doesn't start.
@@ -130,8 +133,8 @@ impl Stack {
         self.another_by("exec \"$0\"", name, variables).await
     }
 
-    /// Does the same as [`Stack::another`], by a shell that runs this script with the service's binary as
-    /// `$0`.
+    /// Starts another instance of a service, through a shell that runs this script. In the script, `$0` is
+    /// the service's binary.
     ///
     /// # Errors
     /// If the instance doesn't start.
@@ -160,7 +163,7 @@ impl Stack {
         self.post(&body, headers).await
     }
 
-    /// Posts this body, as JSON, to the login.
+    /// Posts this body to the URL of the login, with the content type of JSON.
     ///
     /// # Errors
     /// If there is no response.
@@ -169,7 +172,7 @@ impl Stack {
         self.client.send(Method::POST, &self.login_url(), &headers, body.to_owned()).await
     }
 
-    /// Publishes any message, with the exchange and routing key that `api` uses.
+    /// Publishes a message of any content, with the exchange and routing key that `api` uses.
     ///
     /// # Errors
     /// If the broker refuses the message.
@@ -280,7 +283,7 @@ pub struct TestBroker {
 }
 
 impl TestBroker {
-    /// Connects to the broker and makes up a prefix.
+    /// Connects to the broker at `AMQP_URL`, or starts an embedded broker. Makes up a prefix for this test.
     ///
     /// # Errors
     /// If there is no broker at `AMQP_URL`.
@@ -306,7 +309,7 @@ impl TestBroker {
     /// If there is no broker at that URL.
     pub async fn rabbitmq() -> Result<Self> {
         let url = env::var("AMQP_URL").unwrap_or_else(|_| amqp::connection::DEFAULT_URL.to_owned());
-        Self::at(url).await.context("start RabbitMQ here, or name one by AMQP_URL")
+        Self::at(url).await.context("start RabbitMQ here, or set AMQP_URL to the URL of a RabbitMQ")
     }
 
     /// Connects to the broker at `url`.
@@ -330,7 +333,8 @@ impl TestBroker {
         Ok(Self { url, prefix, topology, retry_delays, channel, database, connection, embedded })
     }
 
-    /// Starts a proxy in front of the broker; returns it with the URL that leads through it.
+    /// Starts a proxy in front of the broker. Returns the proxy, and the URL by which clients connect through
+    /// it.
     ///
     /// # Errors
     /// If no port is free, or if the broker's name has no address.
@@ -338,7 +342,7 @@ impl TestBroker {
         self.proxy_by(Proxy::start)
     }
 
-    /// Does the same as [`TestBroker::proxy`], with a proxy that knows AMQP and can withhold a frame.
+    /// Starts a proxy as [`TestBroker::proxy`] does, but one that knows AMQP and can withhold a frame.
     ///
     /// # Errors
     /// As for [`TestBroker::proxy`].
@@ -371,7 +375,7 @@ impl TestBroker {
         address.context("the broker has no address")
     }
 
-    /// Returns the broker's URL with another address.
+    /// Returns the broker's URL, with `address` in place of the broker's address.
     ///
     /// # Errors
     /// If the broker's URL is malformed.
@@ -406,7 +410,7 @@ impl TestBroker {
         self.embedded.as_ref().expect("an embedded broker").set_longest_queue(messages);
     }
 
-    /// Returns whether the broker has told the test's connection that it accepts no messages.
+    /// Returns whether the broker has told the test's connection that it is accepting no messages.
     pub fn is_blocked(&self) -> bool {
         self.connection.status().blocked()
     }
@@ -419,7 +423,7 @@ impl Drop for TestBroker {
         }
         let clean_up = async {
             let server = amqp::connection::parse_url(&self.url).map_err(anyhow::Error::msg)?;
-            // Opens a new connection, because the test may have broken its own.
+            // Opens a new connection, because the test may have broken its own connection.
             let connection = amqp::connection::connect(&server, "test clean-up").await?;
             let channel = connection.create_channel().await?;
             let Topology { exchange, queue, dead_letter_queue, .. } = &self.topology;

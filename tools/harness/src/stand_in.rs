@@ -50,12 +50,13 @@ impl StandIn {
         let url = format!("http://{}", listener.local_addr()?);
         let stand_in = Self { url, script: Arc::new(Mutex::new(Box::new(script))), calls: Arc::default() };
         let routes = Routes::new(UsercenterServer::new(stand_in.clone())).into_axum_router();
-        // This is not tonic's server, because tonic's would also respond, on its own, at the caller's deadline.
+        // The stand-in does not use tonic's server, because that server responds by itself at the caller's
+        // deadline.
         tokio::spawn(axum::serve(listener, routes).into_future());
         Ok(stand_in)
     }
 
-    /// From now on, responds as this script says.
+    /// Makes the stand-in respond as this script says from now on.
     pub fn follow(&self, script: impl FnMut(usize) -> Reply + Send + 'static) {
         *lock(&self.script) = Box::new(script);
     }

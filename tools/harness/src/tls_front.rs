@@ -27,8 +27,8 @@ pub struct TlsFront {
 }
 
 impl TlsFront {
-    /// Listens on a free port, for connections to `target`. If `client_ca` is the file of an authority, only
-    /// clients with a certificate of that authority can connect.
+    /// Listens on a free port, for connections to `target`. If `client_ca` is the certificate file of an
+    /// authority, only clients with a certificate of that authority can connect.
     ///
     /// # Errors
     /// If a file can't be read.
@@ -48,7 +48,7 @@ impl TlsFront {
         let certificate = CertificateDer::from_pem_file(&files.certificate)?;
         let mut config =
             builder.with_single_cert(vec![certificate], PrivateKeyDer::from_pem_file(&files.key)?)?;
-        // gRPC insists on ALPN. A client that offers neither of these protocols connects without ALPN.
+        // gRPC insists on ALPN. A client that offers no protocols, as for AMQP, connects without ALPN.
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let runtime = Background::start(1, 1)?;
         let listener = runtime.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;

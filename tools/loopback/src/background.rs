@@ -46,7 +46,7 @@ impl Deref for Background {
     type Target = Runtime;
 
     fn deref(&self) -> &Runtime {
-        self.0.as_ref().expect("it is taken in `drop` only")
+        self.0.as_ref().expect("only `drop` takes the runtime")
     }
 }
 

@@ -1,6 +1,6 @@
 //! Servers and clients on localhost, for all tools.
 //!
-//! - [`poll`]: asks until there is an answer; [`PATIENCE`]: how long a test may wait for an answer
+//! - [`poll`]: calls a function until it returns a value; [`PATIENCE`]: how long a test may wait for that
 //! - [`free_port`]: a port for a process that is about to start
 //! - [`background`]: servers on a runtime of their own
 //! - [`client`]: a small HTTP client
@@ -16,7 +16,7 @@ use std::{
 };
 use tokio::time::{Instant, sleep};
 
-/// How long a test waits for an event that must happen, on a busy machine with a slow disk.
+/// How long a test waits for an event that must happen. This is enough on a busy machine with a slow disk.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Calls `ask` again and again until it returns an answer, for at most `limit`.
@@ -35,7 +35,7 @@ pub async fn poll<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -
 
 /// Finds a free port for a process that will soon bind it. The port is below the range that the system uses for
 /// outgoing connections (`ip_local_port_range`), so that no connection gets the port first. Each process starts
-/// its search at another port.
+/// its search at a different port.
 ///
 /// # Errors
 /// If no free port is found.

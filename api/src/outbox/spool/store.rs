@@ -20,13 +20,14 @@ pub const FILE: &str = "spool.redb";
 /// The entries by their number. An entry with a lower number is older.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
 
-/// The size of the pages kept in memory, in bytes. It is small, because entries are read only once.
+/// The total size in bytes of the pages that are kept in memory. It is small, because entries are read only
+/// once.
 const CACHE: usize = 4 * 1024 * 1024;
 
 /// The time between attempts to open the file after a failure. Each attempt reads the whole file.
 pub const RETRY: Duration = Duration::from_secs(1);
 
-/// The most that the spool may hold. The file may take more than twice the bytes.
+/// The most that the spool may hold. The file may be several times as large.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
     /// The most messages.
@@ -41,11 +42,11 @@ pub enum OpenSpoolError {
     /// The directory or the file can't be made or read.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// Another process uses the file. Each service needs a directory of its own.
+    /// Another process uses the file. Each instance needs its own directory.
     #[error("another process uses it")]
     InUse,
-    /// The file does not hold what was written to it.
-    #[error("the file is damaged, or no spool: {0}")]
+    /// The content of the file is damaged, or is not a spool.
+    #[error("the file is damaged, or is not a spool: {0}")]
     Damaged(String),
 }
 
@@ -57,11 +58,11 @@ pub struct Store {
     database: Option<Database>,
     /// The device and inode of the file that was last opened.
     file: (u64, u64),
-    /// When the file was last opened.
+    /// The time of the last attempt to open the file.
     opened: Instant,
     held: Held,
     last: u64,
-    /// The entries that are not removed with others.
+    /// The entries that [`Store::change`] must not remove.
     set_aside: BTreeSet<u64>,
 }
 
@@ -102,8 +103,8 @@ impl Store {
         self.set_aside.insert(number);
     }
 
-    /// Appends the messages, and removes the entries up to `through`. All of this is on disk when it returns.
-    /// The result says for each message whether there was room for it.
+    /// Appends the messages, and removes the entries up to `through`. All of this is on disk when the
+    /// function returns. The result says for each message whether there was room for it.
     ///
     /// # Errors
     /// If a change failed. Then nobody knows which of the changes were made.
@@ -114,8 +115,8 @@ impl Store {
     ) -> Result<Vec<bool>, redb::Error> {
         let messages: Vec<_> = messages.collect();
         if self.is_gone() {
-            // As long as the file is open, its entries can still be published and removed. When no entry is
-            // left, a new file takes its place.
+            // As long as the missing file is open, its entries can still be published and removed. When no
+            // entry is left, a new file takes its place.
             self.try_change(&[], through)?;
             if self.held.entries > 0 {
                 let gone = io::Error::other(format!("{} was deleted or replaced", self.path.display()));
@@ -187,7 +188,7 @@ impl Store {
     }
 
     /// Takes the database, which the caller puts back unless something fails. After a failure, opens the file
-    /// anew.
+    /// again.
     fn opened(&mut self) -> Result<Database, redb::Error> {
         if let Some(database) = self.database.take() {
             return Ok(database);
@@ -241,7 +242,8 @@ fn open_error(error: DatabaseError) -> OpenSpoolError {
     }
 }
 
-/// Returns how much is in the file, and the highest number. This also checks that all entries can be read.
+/// Returns how much is in the file, and the highest number of an entry. Also checks that all entries can be
+/// read.
 fn count(database: &Database) -> Result<(Held, u64), redb::Error> {
     let mut held = Held::default();
     let mut last = 0;
@@ -440,7 +442,7 @@ mod tests {
             }
         }
 
-        /// Damage leads to an error or does no harm, but never leads to a panic.
+        /// Damage to the file causes an error or does no harm, but never causes a panic.
         #[test]
         fn a_damaged_file_is_no_panic(at in prop_oneof![0.0..1.0f64, 0.0..0.01f64], length in 1..5000usize, byte: u8) {
             let directory = TempDir::new().unwrap();

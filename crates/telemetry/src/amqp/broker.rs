@@ -73,14 +73,14 @@ impl ContextSource {
 static INSTANCE: LazyLock<String> = LazyLock::new(|| Uuid::new_v4().simple().to_string().split_off(24));
 
 impl Broker {
-    /// `client_id` is the connection's name on the broker. Spans add some digits to the name, because all
-    /// instances of a service have the same name there.
+    /// Describes a broker with one host. `client_id` is the connection's name on the broker. Spans add some
+    /// digits to the name, because all instances of a service have the same name there.
     pub fn new(uri: &AMQPUri, client_id: &'static str) -> Self {
         Self::of_hosts(slice::from_ref(uri), Arc::default(), client_id)
     }
 
-    /// Describes a broker with one or more hosts. `current` is the index of the connected host. An index beyond
-    /// the end of the list starts again at the first host.
+    /// Describes a broker with one or more hosts. `current` is the index of the connected host. An index
+    /// beyond the end of the list counts from the first host again.
     pub fn of_hosts(hosts: &[AMQPUri], current: Arc<AtomicUsize>, client_id: &'static str) -> Self {
         let host = |uri: &AMQPUri| (uri.authority.host.clone(), uri.authority.port.into());
         Self {

@@ -18,7 +18,7 @@ impl ConfigError {
     }
 }
 
-/// Looks up variables by name. Tests pass a function of their own.
+/// Looks up variables by name. Tests pass their own function.
 pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
 
 impl Environment<'_> {
@@ -27,7 +27,7 @@ impl Environment<'_> {
         let Some(value) = (self.0)(variable) else {
             return Ok(None);
         };
-        let value = value.into_string().map_err(|_| ConfigError::new(variable, "is not UTF-8"))?;
+        let value = value.into_string().map_err(|_| ConfigError::new(variable, "the value is not UTF-8"))?;
         Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
     }
 

@@ -122,7 +122,7 @@ impl Config {
     /// `OTEL_RESOURCE_ATTRIBUTES` say otherwise.
     ///
     /// # Errors
-    /// If a variable has a value that is unknown, malformed, or contradicts another.
+    /// If a variable has a value that is unknown or malformed, or that contradicts another variable.
     pub fn from_env(service_name: &'static str, service_version: &'static str) -> Result<Self, ConfigError> {
         Self::read(service_name, service_version, &Environment(&|name| env::var_os(name)))
     }
@@ -142,7 +142,7 @@ impl Config {
                 None => None,
                 Some((variable, value)) => Some(parse(variable, &value, "a number of characters")?),
             },
-            // The specification's default queue of 2,048 spans overflows at 2,000 logins a second.
+            // The specification's default queue of 2,048 spans overflows at 2,000 logins per second.
             batch: batch(env, "OTEL_BSP_", [5_000, 16_384])?,
             baggage_attributes: match env.get("BAGGAGE_SPAN_ATTRIBUTES")? {
                 None => Vec::new(),
@@ -212,8 +212,8 @@ fn exporters(env: &Environment) -> Result<Vec<Exporter>, ConfigError> {
     exporter_names(env, VARIABLE, "otlp")?.iter().map(exporter).collect()
 }
 
-/// Returns the exporters that a variable names, each once, and an empty list for `none`. `default` is the
-/// value of an unset variable.
+/// Returns the exporters that a variable names, each only once. For `none`, returns an empty list. `default`
+/// is the value of an unset variable.
 fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Vec<String>, ConfigError> {
     let mut names = env.list(variable, default)?;
     if names.iter().any(|name| name == "none") {

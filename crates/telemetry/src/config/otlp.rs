@@ -21,7 +21,7 @@ pub(crate) enum Signal {
 /// `OTEL_EXPORTER_OTLP_PROTOCOL`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protocol {
-    /// Only with the feature `otlp-grpc`.
+    /// OTLP over gRPC, which needs the feature `otlp-grpc`.
     Grpc,
     HttpProtobuf,
     HttpJson,
@@ -36,7 +36,7 @@ pub(crate) struct OtlpConfig {
     /// The longest time for one request.
     pub timeout: Duration,
     pub compression: Option<Compression>,
-    /// For an `https` endpoint.
+    /// The TLS configuration, for an `https` endpoint.
     pub tls: Option<Box<tls::Client>>,
 }
 
@@ -48,7 +48,7 @@ impl fmt::Debug for OtlpConfig {
 }
 
 impl Signal {
-    /// Returns the names of the signal's own variable and of the general one.
+    /// Returns the names of the signal's own variable and of the general variable.
     fn variables(self, name: &str) -> [String; 2] {
         let signal = match self {
             Self::Traces => "TRACES",

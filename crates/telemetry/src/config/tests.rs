@@ -1,4 +1,4 @@
-//! Tests which configuration the variables result in.
+//! Tests which configuration results from the variables.
 
 use super::*;
 use std::ffi::OsString;

@@ -84,7 +84,7 @@ impl AwaitsBody for GrpcSpan {
 }
 
 /// Ends the span. If a client refuses a call, there is no status from a server, so the `error.type` is the
-/// reason. On a server, the `error.type` is the status, and the reason is the description.
+/// reason for the refusal. On a server, the `error.type` is the status, and the reason is the description.
 impl Drop for GrpcSpan {
     fn drop(&mut self) {
         let (code, reason) = self.outcome.unwrap_or_else(|| {

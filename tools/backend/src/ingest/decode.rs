@@ -22,8 +22,8 @@ use opentelemetry_proto::tonic::{
 use std::mem::size_of;
 use tonic::Status;
 
-/// The limit on the memory of a request's decoded messages, without their texts, which can't be larger than the
-/// request. The limit is a hundred times the memory of a usual batch from an SDK.
+/// The limit on the memory of a request's decoded messages, without their texts, which can't be larger than
+/// the request. The limit is a hundred times the memory of a usual batch from an SDK.
 const MAX_DECODED_BYTES: usize = 128 * 1024 * 1024;
 
 /// How deep messages may be nested, which is also prost's limit.
@@ -38,9 +38,9 @@ pub(super) fn protobuf<E: Export>(message: &[u8]) -> Result<E, Status> {
 }
 
 pub(super) fn json<E: Export>(text: &[u8]) -> Result<E, Status> {
-    // Each bracket may begin a message, and any message may be of the largest type. Each comma ends a value.
-    // The tree of JSON values, which is parsed first, takes about twice as much memory as this count, for a
-    // moment.
+    // This calculation assumes that each opening bracket begins a message of the largest type. Each comma
+    // ends a value. For a moment, the tree of JSON values, which is parsed first, takes about twice as much
+    // memory as calculated here.
     let count = |of: fn(&u8) -> bool| text.iter().filter(|byte| of(byte)).count();
     let largest = size_of::<Span>().max(size_of::<ExponentialHistogramDataPoint>());
     let messages = count(|byte| matches!(byte, b'{' | b'[')) * largest;
@@ -58,7 +58,7 @@ fn too_much() -> Status {
 pub(super) struct Kind {
     /// The memory of a decoded message of this type, in bytes.
     bytes: usize,
-    /// The numbers of the fields that hold such messages, and their types.
+    /// The numbers of the fields that hold such messages, and the types of these messages.
     fields: &'static [(usize, &'static Kind)],
 }
 
@@ -123,7 +123,7 @@ fn fits(mut message: &[u8], kind: &Kind, budget: &mut usize, depth: usize) -> bo
             return false;
         };
         *budget = left;
-        // The decoder refuses messages that are nested deeper than `MAX_DEPTH`.
+        // The count ends at `MAX_DEPTH`, because the decoder refuses messages that are nested deeper.
         if depth > 0 && !inner.fields.is_empty() && !fits(bytes, inner, budget, depth - 1) {
             return false;
         }

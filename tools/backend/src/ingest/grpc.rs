@@ -1,5 +1,5 @@
-//! OTLP over gRPC. The services are written by hand. The generated services would decode a message before its
-//! size can be checked, and would respond INTERNAL to a malformed message.
+//! OTLP over gRPC. The services are written by hand, because generated services would decode a message before
+//! its decoded size can be checked, and would respond INTERNAL to a malformed message.
 
 use super::{Export, MAX_BYTES, Sink, decode, response};
 use bytes::Buf;
@@ -31,8 +31,8 @@ pub async fn serve(listener: TcpListener, sink: impl Sink) {
         .add_service(Service(sink.clone(), PhantomData::<ExportTraceServiceRequest>))
         .add_service(Service(sink.clone(), PhantomData::<ExportMetricsServiceRequest>))
         .add_service(Service(sink, PhantomData::<ExportLogsServiceRequest>))
-        // Without this setting, the end of a response would wait up to 40 ms, until the client has acknowledged
-        // the beginning of the response.
+        // Without this setting, the end of a response would wait up to 40 ms, until the client has
+        // acknowledged the beginning of the response.
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     // The server ends only with its runtime. Then nobody is left who could handle an error.
     drop(server.await);
@@ -68,7 +68,7 @@ impl<S: Sink, E: Export + Clone> tower::Service<http::Request<Body>> for Service
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         if request.uri().path().rsplit('/').next() != Some("Export") {
-            return Box::pin(ready(Ok(Status::unimplemented("there is only Export").into_http())));
+            return Box::pin(ready(Ok(Status::unimplemented("the only method is Export").into_http())));
         }
         let service = self.clone();
         Box::pin(async move {

@@ -23,8 +23,8 @@ use std::{
 };
 use tonic::{Code, Status};
 
-/// The largest window of a zstd frame, as an exponent of two. This exponent means 8 MiB, which RFC 9659 allows
-/// in HTTP. By zstd's own default, a frame of a few bytes can allocate 128 MiB.
+/// The largest window of a zstd frame, as an exponent of two. This exponent means 8 MiB, which RFC 9659
+/// allows in HTTP. With zstd's own default, a frame of a few bytes can make the decoder allocate 128 MiB.
 const MAX_WINDOW_LOG: u32 = 23;
 
 /// Returns the routes `/v1/traces`, `/v1/metrics` and `/v1/logs`.
@@ -104,7 +104,7 @@ fn read(decoder: impl Read) -> io::Result<Vec<u8>> {
 }
 
 fn too_large() -> Status {
-    Status::resource_exhausted(format!("a request may have {MAX_BYTES} bytes"))
+    Status::resource_exhausted(format!("a request may have at most {MAX_BYTES} bytes"))
 }
 
 /// The encoding of a request and of its response.
@@ -114,7 +114,7 @@ enum Encoding {
     Json,
 }
 
-/// The used fields of `google.rpc.Status`, which is the body of an error in OTLP/HTTP.
+/// The fields of `google.rpc.Status` that are used here. This message is the body of an error in OTLP/HTTP.
 #[derive(Clone, PartialEq, Message)]
 struct RpcStatus {
     #[prost(int32, tag = "1")]

@@ -1,8 +1,9 @@
 //! Reads OTLP's JSON in all forms that proto3's JSON mapping allows. The serde derivation of the generated
 //! messages accepts only one form of each value, so all other forms are first converted to this form.
 //!
-//! A member's name and its JSON type determine the form, because fields that share both also share the form. A
-//! malformed value is left unchanged, so that the derivation refuses it.
+//! A member's name and its JSON type decide how its value is converted, because members with the same name
+//! and the same JSON type also need the same conversion. A malformed value is left unchanged, so that the
+//! derivation refuses it.
 
 use base64::{
     Engine,
@@ -20,12 +21,12 @@ use serde::{
 };
 use serde_json::{Error, Value};
 
-/// Members with floating-point numbers, which may be strings: `"1.5"`, `"NaN"`, `"-Infinity"`.
+/// Members with floating-point numbers, which may be written as strings: `"1.5"`, `"NaN"`, `"-Infinity"`.
 const DOUBLES: [&str; 8] =
     ["doubleValue", "asDouble", "sum", "min", "max", "explicitBounds", "zeroThreshold", "quantile"];
 
-/// Members with integers, which may be strings, or have an exponent or a fraction of zeros: `"7"`, `7e0`,
-/// `7.0`.
+/// Members with integers, which may be written as strings, with an exponent, or with a fraction of zeros:
+/// `"7"`, `7e0`, `7.0`.
 const INTEGERS: [&str; 20] = [
     "intValue",
     "asInt",
@@ -62,7 +63,7 @@ const REQUIRED: [(&str, &[&str]); 7] = [
     ("entityRefs", &["schemaUrl", "type", "idKeys", "descriptionKeys"]),
 ];
 
-/// Reads a message; an error names the malformed member.
+/// Reads a message. An error names the malformed member.
 pub(super) fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
     let value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     let message = Member { name: "", value: &value };
@@ -130,7 +131,7 @@ impl<'a> IntoDeserializer<'a, Error> for Member<'a> {
     }
 }
 
-/// Returns the default value, for a missing member of this name.
+/// Returns the value that stands for a missing member with this name.
 fn empty(name: &str) -> &'static Value {
     static TEXT: Value = Value::String(String::new());
     static LIST: Value = Value::Array(Vec::new());

@@ -1,5 +1,5 @@
-//! Receives OTLP over gRPC and HTTP, with gzip, zstd or no compression. A [`Sink`] accepts the signals. It is
-//! the backend's store, or the receiver of tests.
+//! Receives OTLP over gRPC and HTTP, with gzip, zstd or no compression. A [`Sink`] accepts the received
+//! signals. The sink is the backend's store, or the store of the receiver for tests.
 
 mod decode;
 mod grpc;
@@ -23,7 +23,8 @@ use prost::Message;
 use serde::de::DeserializeOwned;
 use tonic::Status;
 
-/// The largest request, compressed or not. A batch of 512 spans has some hundred kilobytes.
+/// The largest size of a request in bytes, both before and after it is decompressed. A batch of 512 spans has
+/// a few hundred kilobytes.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 
 /// Accepts the received signals. Each method gets a request with its headers, and returns how many items are
@@ -35,7 +36,7 @@ pub trait Sink: Clone + Send + Sync + 'static {
     /// If the sink refuses the request.
     fn traces(&self, headers: HeaderMap, request: ExportTraceServiceRequest) -> Result<Rejected, Status>;
 
-    /// Accepts data points; the default implementation drops them.
+    /// Accepts data points. The default implementation drops them.
     ///
     /// # Errors
     /// If the sink refuses the request.
@@ -43,7 +44,7 @@ pub trait Sink: Clone + Send + Sync + 'static {
         Ok(Rejected::default())
     }
 
-    /// Accepts log records; the default implementation drops them.
+    /// Accepts log records. The default implementation drops them.
     ///
     /// # Errors
     /// If the sink refuses the request.
@@ -58,7 +59,7 @@ trait Export: Message + Default + DeserializeOwned + 'static {
     const PATH: &'static str;
     /// The signal's service name in OTLP/gRPC.
     const SERVICE: &'static str;
-    /// The name in JSON of the field with the number of rejected items.
+    /// The JSON name of the field that holds the number of rejected items.
     const REJECTED: &'static str;
     /// The messages that the request may contain.
     const KIND: &'static decode::Kind;
@@ -102,11 +103,11 @@ impl Export for ExportLogsServiceRequest {
 /// Returns the response for any signal. In protobuf, the responses of the three signals differ only in their
 /// names.
 fn response(rejected: &Rejected) -> ExportTraceServiceResponse {
-    // If no items are rejected, the field must be missing. A present field, even one with zero rejected items,
-    // would say that something is wrong.
+    // If no items are rejected, the field must be missing. A present field, even one with zero rejected
+    // items, would say that something is wrong.
     let partial_success = (rejected.count > 0).then(|| ExportTracePartialSuccess {
         rejected_spans: i64::try_from(rejected.count).unwrap_or(i64::MAX),
-        error_message: format!("the first of them: {}", rejected.reason),
+        error_message: format!("the first rejected item: {}", rejected.reason),
     });
     ExportTraceServiceResponse { partial_success }
 }

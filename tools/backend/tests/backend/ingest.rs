@@ -1,5 +1,5 @@
-//! OTLP's three encodings, with compression and without. A malformed request gets an error as the protocol
-//! defines it.
+//! OTLP's three encodings, with compression and without. A malformed request gets the error that the protocol
+//! defines.
 
 use crate::{Fixture, GZIP, JSON, PROTOBUF, ZSTD, request, span, trace_id};
 use anyhow::{Context, Result};
@@ -36,8 +36,8 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().expect("written to memory")
 }
 
-/// Returns a request with a span in OTLP/JSON, which has ids in hexadecimal, and 64-bit integers as strings
-/// or numbers.
+/// Returns a request with a span in OTLP/JSON. In this encoding, ids are hexadecimal, and 64-bit integers are
+/// strings or numbers.
 fn json_request(trace: u128) -> String {
     json!({ "resourceSpans": [{
         "resource": { "attributes": [{ "key": "service.name", "value": { "stringValue": "shop" } }] },
@@ -56,7 +56,8 @@ fn json_request(trace: u128) -> String {
     .to_string()
 }
 
-/// Returns seven million empty spans of two bytes each. Decoded, they would take two gigabytes.
+/// Returns an encoded request with seven million empty spans, each of two bytes. When they are decoded, the
+/// spans would take two gigabytes.
 fn empty_spans() -> Vec<u8> {
     let field = |number: u8, bytes: &[u8]| {
         let mut field = vec![number << 3 | 2];
@@ -67,14 +68,14 @@ fn empty_spans() -> Vec<u8> {
     field(1, &field(2, &field(2, b"").repeat(7_000_000)))
 }
 
-/// Frames a message as gRPC does: a flag that says whether the message is compressed, its length, the
-/// message.
+/// Frames a message as gRPC does. The frame begins with a flag that says whether the message is compressed.
+/// The message's length and the message follow.
 fn framed(compressed: bool, message: &[u8]) -> Vec<u8> {
     let length = u32::try_from(message.len()).expect("small").to_be_bytes();
     [&[u8::from(compressed)], &length[..], message].concat()
 }
 
-/// Sends a body over gRPC; returns the `grpc-status` of the response.
+/// Sends a body over gRPC. Returns the `grpc-status` of the response.
 async fn grpc_status(backend: &Backend, header: (&'static str, &str), body: Vec<u8>) -> Result<String> {
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
     let method = "opentelemetry.proto.collector.trace.v1.TraceService/Export";
@@ -172,7 +173,7 @@ async fn malformed_http_is_answered_with_a_status_in_the_requests_own_encoding()
         ("no zstd", &[PROTOBUF, ZSTD], valid.clone(), 400, 3),
         ("a zstd window beyond what HTTP allows", &[PROTOBUF, ZSTD], wide, 400, 3),
         (
-            "too large without zstd",
+            "too large once unzipped, zstd",
             &[PROTOBUF, ZSTD],
             zstd::encode_all(&vec![0; MAX_BYTES + 1][..], 0)?,
             413,
@@ -242,7 +243,7 @@ async fn malformed_grpc_is_an_invalid_argument() -> Result<()> {
         ("well-formed, with gzip", gzip_header, framed(true, &zipped), "0"),
         ("no protobuf", none, framed(false, b"\xff\xff\xff"), "3"),
         ("half a message", none, framed(false, &valid[..valid.len() - 1]), "3"),
-        ("less than it says", none, framed(false, &valid)[..20].to_vec(), "3"),
+        ("shorter than its length says", none, framed(false, &valid)[..20].to_vec(), "3"),
         ("nothing", none, Vec::new(), "3"),
         ("an unknown flag", none, b"\x07\0\0\0\0".to_vec(), "3"),
         ("no gzip", gzip_header, framed(true, &valid), "3"),
@@ -259,7 +260,7 @@ async fn malformed_grpc_is_an_invalid_argument() -> Result<()> {
     }
     assert_eq!(fixture.backend.statistics().spans, 1);
 
-    // Calls another method of the service.
+    // The service has no method `Import`.
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
     let method = "opentelemetry.proto.collector.trace.v1.TraceService/Import";
     let request = Request::post(format!("http://{}/{method}", fixture.backend.addresses().otlp_grpc))
@@ -286,7 +287,7 @@ async fn spans_with_invalid_ids_are_rejected_and_counted_and_the_others_stored()
             Span { span_id: vec![3; 8], parent_span_id: vec![0; 8], ..good },
         ]
     };
-    let message = "the first of them: its trace id or span id is invalid";
+    let message = "the first rejected item: its trace id or span id is invalid";
 
     let mut grpc =
         TraceServiceClient::connect(format!("http://{}", fixture.backend.addresses().otlp_grpc)).await?;

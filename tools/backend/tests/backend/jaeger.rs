@@ -1,4 +1,4 @@
-//! Whole documents from Jaeger's query API.
+//! Whole response documents of Jaeger's query API.
 
 use crate::{Fixture, MILLISECOND, NOON, assert_answer, attribute, envelope, refusal, span, text, trace_id};
 use anyhow::Result;

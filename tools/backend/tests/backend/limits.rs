@@ -17,7 +17,7 @@ fn with_text(span: Span, bytes: usize) -> Span {
 #[tokio::test(flavor = "multi_thread")]
 async fn late_spans_join_their_trace_and_spans_sent_again_are_stored_once() -> Result<()> {
     let fixture = Fixture::start().await?;
-    // The child comes first, and other traces come in between.
+    // The child arrives before its root, and spans of other traces arrive in between.
     fixture.export("mq", [span(1, 2, 1, "child")]).await?;
     fixture.export("api", (10..200).map(|trace| span(trace, 1, 0, "other"))).await?;
     fixture.export("api", [span(1, 1, 0, "root")]).await?;
@@ -114,7 +114,7 @@ async fn everything_that_a_span_brings_is_counted() -> Result<()> {
     {
         fixture.export("shop", [span]).await?;
         let grown = grown(fixture.backend.statistics().bytes);
-        // The span's name is stored twice, once for searches.
+        // The span's name is stored twice. One copy is in the encoded span, and the other is for searches.
         let expected = if name == "name" { 2 * MEGABYTE } else { MEGABYTE };
         assert!((expected..expected + 3000).contains(&grown), "{name}: {grown}");
     }
@@ -122,7 +122,7 @@ async fn everything_that_a_span_brings_is_counted() -> Result<()> {
     let padding = "x".repeat(20_000);
     fixture.export(&padding, (10..20).map(|id| span(1, id, 0, "child"))).await?;
     let grown = grown(fixture.backend.statistics().bytes);
-    // The service's name is stored twice, once as an attribute.
+    // The service's name is stored twice. One of the copies is an attribute of the resource.
     assert!((2 * 20_000..2 * 20_000 + 5000).contains(&grown), "{grown}");
     Ok(())
 }
@@ -153,7 +153,7 @@ async fn what_every_answer_would_repeat_is_bounded() -> Result<()> {
 async fn no_trace_takes_more_than_a_quarter_of_the_store() -> Result<()> {
     let fixture = Fixture::with_limits(Limits { spans: 100, bytes: 4 * MEGABYTE }).await?;
     fixture.export("shop", [span(1, 1, 0, "old")]).await?;
-    let reason = "the first of them: its trace takes a quarter of the store already";
+    let reason = "the first rejected item: its trace already takes a quarter of the store";
     for (trace, spans, rejected) in [
         (2, (1..=40).map(|id| span(2, id, 0, "one of many")).collect::<Vec<_>>(), 15),
         (3, (1..=4).map(|id| with_text(span(3, id, 0, "large"), 300_000)).collect(), 1),

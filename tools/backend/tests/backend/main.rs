@@ -1,4 +1,4 @@
-//! Tests the embedded trace backend from outside: sends OTLP and reads Jaeger's responses.
+//! Tests the embedded trace backend from outside. The tests send OTLP, and read responses in Jaeger's format.
 
 mod hostile;
 mod ingest;
@@ -64,7 +64,7 @@ impl Fixture {
     }
 }
 
-/// Returns the trace id of this number, as Jaeger writes it.
+/// Writes a number as a trace id, in the form that Jaeger uses.
 fn trace_id(number: u128) -> String {
     format!("{number:032x}")
 }
@@ -84,7 +84,7 @@ fn assert_answer(answer: &Answer, status: u16, body: &serde_json::Value) {
     assert_eq!(&answer.json(), body);
 }
 
-/// Returns the numbers of the traces in a response, in their order.
+/// Returns the trace ids in a response as numbers, in the order of the response.
 fn numbers(answer: &Answer) -> Vec<u128> {
     assert_eq!(answer.status, 200, "{answer:?}");
     let json = answer.json();

@@ -20,7 +20,7 @@ use tokio::{
 struct Events(Lines<BufReader<TcpStream>>);
 
 impl Events {
-    /// Connects; returns once the backend has subscribed the client.
+    /// Connects, and returns once the backend has subscribed the client.
     async fn of(fixture: &Fixture) -> Result<Self> {
         let mut connection = TcpStream::connect(fixture.backend.addresses().query).await?;
         connection.write_all(b"GET /api/events HTTP/1.1\r\nhost: backend\r\n\r\n").await?;
@@ -96,7 +96,7 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
     };
     fixture.export("shop", [at(3, 30, "buy"), at(1, 10, "buy")]).await?;
     fixture.export("bank", [at(2, 20, "pay"), at(4, 40, "look")]).await?;
-    // Adds a span of less than a millisecond within the second trace.
+    // This span of trace 2 lasts less than a millisecond, so it does not make the trace longer.
     let short = Span {
         span_id: 2_u64.to_be_bytes().into(),
         end_time_unix_nano: NOON + 2 * MILLISECOND + 1,
@@ -120,7 +120,7 @@ async fn the_latest_traces_of_all_services_come_first_and_can_be_selected() -> R
         ("tags=%7B%22n%22%3A%221%22%7D", &[3, 1]),
         ("tag=user:ann&tag=n:0", &[4, 2]),
         ("minDuration=30ms", &[4, 3]),
-        // The duration of the whole trace counts, not that of a span.
+        // The duration of the whole trace counts, and not the duration of one span.
         ("maxDuration=10ms", &[1]),
         ("minDuration=20ms&maxDuration=30ms", &[3, 2]),
         ("start=1769860800003000", &[4, 3]),
@@ -154,7 +154,7 @@ async fn each_client_is_told_of_a_changed_trace_once_for_many_changes() -> Resul
         fixture.export("shop", [span(1, id, id - 1, "step")]).await?;
     }
     for client in &mut clients {
-        // A trace gets one event for each pause of 250 ms, however many changes there are.
+        // A client gets at most one event about a trace every 250 ms, however often the trace changes.
         let mut told = 1;
         while client.next().await?["spans"] != 20 {
             told += 1;
@@ -165,8 +165,8 @@ async fn each_client_is_told_of_a_changed_trace_once_for_many_changes() -> Resul
     for client in &mut clients {
         let mut summary = client.next().await?;
         while summary["traceID"] == json!(trace_id(1)) {
-            // The last event already showed the last change of trace 1, but one more event of this trace may
-            // follow.
+            // The last event already showed the last change of trace 1, but one more event about this trace
+            // may follow.
             summary = client.next().await?;
         }
         assert_eq!(
@@ -205,7 +205,7 @@ async fn of_more_changes_than_a_client_is_told_some_are_lost_and_not_kept() -> R
         Ok(())
     };
     timeout(PATIENCE, told_of_last).await??;
-    // 100 events come for each pause of 250 ms.
+    // A client gets at most 100 events every 250 ms.
     let pauses = start.elapsed().as_millis() / 250 + 1;
     assert!((1..=100 * pauses).contains(&told), "{told} in {pauses} pauses");
     assert!(matches!(changes.recv().await, Err(RecvError::Lagged(_))));

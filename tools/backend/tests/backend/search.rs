@@ -12,8 +12,8 @@ use opentelemetry_proto::tonic::{
 };
 use serde_json::json;
 
-/// Makes a backend with three traces of `shop`, a second apart, and one trace of `bank`. The name of a trace is
-/// its number.
+/// Starts a backend with the traces 1, 2 and 3, which begin one second apart. Each trace has a span of
+/// `shop`, and trace 1 also has a span of `bank`.
 async fn searchable() -> Result<Fixture> {
     let fixture = Fixture::start().await?;
     let second = 1000 * MILLISECOND;
@@ -129,9 +129,9 @@ async fn what_is_missing_is_404_and_what_is_malformed_is_400() -> Result<()> {
         ("", "parameter 'service' is required"),
         ("service=", "parameter 'service' is required"),
         ("traceID=g", "cannot parse traceID param: a trace id has 1 to 32 hexadecimal digits"),
-        ("service=shop&limit=0", "unable to parse param 'limit': a number above zero is wanted"),
-        ("service=shop&limit=-1", "unable to parse param 'limit': a number above zero is wanted"),
-        ("service=shop&limit=x", "unable to parse param 'limit': a number above zero is wanted"),
+        ("service=shop&limit=0", "unable to parse param 'limit': a number above zero is required"),
+        ("service=shop&limit=-1", "unable to parse param 'limit': a number above zero is required"),
+        ("service=shop&limit=x", "unable to parse param 'limit': a number above zero is required"),
         ("service=shop&start=yesterday", "unable to parse param 'start': 'yesterday' is not a number"),
         (
             "service=shop&start=99999999999999999999",

@@ -45,8 +45,8 @@ fn zipped(how: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     }
 }
 
-/// Sends a request over each transport in each encoding and compression. Each of the nine requests must succeed
-/// without rejected items.
+/// Sends a request over each transport in each encoding and compression. Each of the nine requests must
+/// succeed without rejected items.
 async fn send_in_every_way<R>(
     (http, grpc): (SocketAddr, SocketAddr),
     (path, service): (&str, &str),
@@ -153,7 +153,7 @@ fn metrics() -> ExportMetricsServiceRequest {
     }
 }
 
-/// Returns a record in span 2 of trace 1.
+/// Returns a log record that belongs to span 2 of trace 1.
 fn record(body: &str) -> LogRecord {
     LogRecord {
         time_unix_nano: NOON,
@@ -272,7 +272,7 @@ async fn the_logs_of_a_trace_are_answered_by_their_time_whenever_they_came() -> 
     let fixture = Fixture::start().await?;
     let addresses = fixture.backend.addresses();
     let later = LogRecord { time_unix_nano: NOON + 2 * MILLISECOND, ..record("later") };
-    // The time of this event is unknown, and its severity has no name.
+    // This record has no time of its own, and its severity has no name.
     let observed = LogRecord {
         time_unix_nano: 0,
         severity_number: 17,
@@ -303,7 +303,7 @@ async fn the_logs_of_a_trace_are_answered_by_their_time_whenever_they_came() -> 
     assert_eq!(records[sent], expected(noon + 1000, "", "ERROR", ""));
     assert_eq!(records[sent + 1], expected(noon + 2000, "0000000000000002", "WARN", "later"));
     assert_eq!(records.as_array().map(Vec::len), Some(11));
-    // Jaeger's own response doesn't contain the log records.
+    // The response of Jaeger's own API doesn't contain the log records.
     let trace = fixture.get(&format!("/api/traces/{}", trace_id(1))).await?.json();
     assert_eq!(trace["data"][0]["spans"][0]["logs"], json!([]));
 
@@ -323,7 +323,7 @@ async fn logs_are_bounded_by_number_and_bytes_and_of_one_trace_to_a_quarter() ->
     let fixture = Fixture::with_limits(Limits { spans: 100, bytes: 1_000_000 }).await?;
     let body = fixture.export_logs((0..30).map(|_| of_trace(1, "many"))).await?;
     let partial = ExportTraceServiceResponse::decode(body)?.partial_success.expect("a partial success");
-    let reason = "the first of them: the records of its trace take a quarter of the store already";
+    let reason = "the first rejected item: the records of its trace already take a quarter of the store";
     assert_eq!((partial.rejected_spans, partial.error_message.as_str()), (5, reason));
     for trace in 2..=5 {
         fixture.export_logs((0..25).map(|_| of_trace(trace, "many"))).await?;

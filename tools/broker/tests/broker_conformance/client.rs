@@ -142,7 +142,7 @@ impl Client {
         Ok(self.channel.basic_consume(queue.into(), tag.into(), options, FieldTable::default()).await?)
     }
 
-    /// Returns the numbers of waiting messages and of consumers.
+    /// Returns the queue's numbers of waiting messages and of consumers.
     pub async fn counts(&self, queue: &str) -> Result<(u32, u32)> {
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         let channel = self.connection.create_channel().await?;
@@ -188,7 +188,7 @@ impl Client {
         let error = operation(other.channel.clone()).await.expect_err("an error");
         assert_eq!(code(&error), expected, "{error}");
         let closed = poll(PATIENCE, async || (!other.connection.status().connected()).then_some(())).await;
-        assert!(closed.is_some(), "the connection is still there");
+        assert!(closed.is_some(), "the connection is still open");
         Ok(())
     }
 }
@@ -231,7 +231,7 @@ pub fn body(delivery: &Delivery) -> &str {
     std::str::from_utf8(&delivery.data).expect("text")
 }
 
-/// Returns the reply code.
+/// Returns the AMQP reply code of an error.
 pub fn code(error: &Error) -> u16 {
     match error.kind() {
         ErrorKind::ProtocolError(error) => error.get_id(),

@@ -1,7 +1,8 @@
 //! Times to live and dead letters.
 //!
-//! For AMQP 0-9-1 clients, RabbitMQ 4 writes `x-death` as 3.10 does. RabbitMQ 4 also adds `x-last-death-*`, and
-//! ignores an `x-death` that a publisher has set. No check here covers these two differences.
+//! For AMQP 0-9-1 clients, RabbitMQ 4 writes `x-death` as RabbitMQ 3.10 does. RabbitMQ 4 also adds
+//! `x-last-death-*`, and ignores an `x-death` that a publisher has set. No check here covers these two
+//! differences.
 
 use crate::client::{Client, bind, body, long_string, next};
 use anyhow::{Context, Result};
@@ -142,7 +143,7 @@ async fn a_queue_that_nobody_uses_is_gone_after_its_time() -> Result<()> {
     });
     let (client, queue, consumer) = consumed.await.context("no consumer")?;
     tokio::time::sleep(std::time::Duration::from_millis(900)).await;
-    assert!(client.has_queue(&queue).await?, "it has a consumer");
+    assert!(client.has_queue(&queue).await?, "the queue has a consumer");
     client.channel.basic_cancel(consumer.tag(), Default::default()).await?;
     // RabbitMQ counts even a passive declaration as use, so the pauses between the checks exceed `x-expires`.
     let gone = poll(PATIENCE, async || {
@@ -249,7 +250,8 @@ async fn without_its_exchange_a_dead_letter_is_lost_and_nobody_harmed() -> Resul
 #[tokio::test]
 async fn a_message_that_dies_again_is_counted() -> Result<()> {
     let client = Client::connect().await?;
-    // A rejected message waits in the second queue, and expires from there back to the first, as in a retry.
+    // As in a retry, a rejected message waits in the second queue. When it expires there, it goes back to the
+    // first queue as a dead letter.
     let (queue, retry) = (client.name("q"), client.name("retry"));
     client
         .queue(
@@ -287,8 +289,8 @@ async fn a_message_that_dies_again_is_counted() -> Result<()> {
 async fn a_message_that_goes_round_with_nobody_rejecting_it_is_dropped() -> Result<()> {
     let client = Client::connect().await?;
     let (one, two, seen) = (client.name("one"), client.name("two"), client.queue("seen", &[]).await?);
-    // Each queue dead-letters to the exchange with the other queue's routing key, and `seen` gets every dead
-    // letter.
+    // Each queue sends its dead letters to the exchange, with the other queue's name as the routing key.
+    // `seen` gets every dead letter.
     let exchange = client.exchange("x", ExchangeKind::Topic, &seen, &["#"]).await?;
     for (name, next) in [("one", &two), ("two", &one)] {
         client

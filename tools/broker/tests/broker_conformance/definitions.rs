@@ -216,7 +216,7 @@ async fn declaring_again_changes_nothing_and_otherwise_is_a_406() -> Result<()> 
     assert_eq!((again.name().as_str(), again.message_count()), (queue.as_str(), 1));
 
     let other_ttl = [("x-message-ttl", AMQPValue::LongInt(1))];
-    // `durable` makes no difference for an exclusive queue, because it is deleted with its connection anyway.
+    // `durable` makes no difference for an exclusive queue, because the queue is deleted with its connection.
     declare(&client.channel, &queue, QueueDeclareOptions { durable: true, ..exclusive() }, &ttl).await?;
     let auto_delete = QueueDeclareOptions { auto_delete: true, ..exclusive() };
     for (options, arguments) in [(exclusive(), &other_ttl[..]), (exclusive(), &[]), (auto_delete, &ttl)] {
@@ -427,7 +427,7 @@ async fn a_queue_is_deleted_unless_it_is_used_or_not_empty_and_that_matters() ->
     let consumer = client.consume(&queue, "c").await?;
     assert_eq!(delete(if_unused).await?, Err(406));
     client.channel.basic_cancel(consumer.tag(), Default::default()).await?;
-    // The count of deleted messages excludes those that the consumer got.
+    // The count of deleted messages excludes the messages that the consumer got.
     assert_eq!(delete(if_unused).await?, Ok(0));
     // Deleting a queue that does not exist succeeds.
     assert_eq!(delete(QueueDeleteOptions::default()).await?, Ok(0));

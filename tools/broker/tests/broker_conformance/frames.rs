@@ -109,7 +109,7 @@ async fn a_negotiation_beyond_what_was_offered_is_refused() -> Result<()> {
     ] {
         let mut raw = Raw::connect(&client.url).await?;
         raw.log_in(tune_ok.clone()).await?;
-        // RabbitMQ may close the socket without sending `close`; then only its log has the reason.
+        // RabbitMQ may close the socket without sending `close`. Then only RabbitMQ's log has the reason.
         let code = raw.closed_with().await.unwrap_or(530);
         assert_eq!((code, raw.next().await?), (530, None), "{tune_ok:?}");
     }
@@ -158,7 +158,7 @@ async fn a_broker_gives_signs_of_life_and_cuts_a_client_that_gives_none() -> Res
     let mut heartbeats = 0;
     while let Some(frame) = raw.next_within(PATIENCE).await? {
         heartbeats += usize::from(frame == AMQPFrame::Heartbeat);
-        assert!(start.elapsed() < PATIENCE, "it is not cut");
+        assert!(start.elapsed() < PATIENCE, "the connection is not cut");
     }
     assert!(heartbeats > 0);
     assert!(start.elapsed() > Duration::from_millis(4500), "{:?}", start.elapsed());

@@ -1,4 +1,4 @@
-//! Queues with a maximum length, messages that are too large, and clients that are too slow.
+//! Queues with a maximum length.
 
 use crate::client::{Client, body, long_string};
 use anyhow::Result;

@@ -64,7 +64,7 @@ async fn bodies_of_any_size_arrive_whole() -> Result<()> {
     let client = Client::connect().await?;
     client.confirm().await?;
     let queue = client.queue("q", &[]).await?;
-    // The sizes are near the limits of one frame and of two frames, and the last size needs many frames.
+    // Some of the sizes are near the limits of one frame and of two frames. The last size needs many frames.
     for size in [0, 1, 131_063, 131_064, 131_065, 262_128, 5_000_000] {
         let sent: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
         client.publish("", &queue, &sent, BasicProperties::default()).await?;

@@ -1,6 +1,6 @@
 //! The buttons on the trace page. They are served at the page's own address, which is on localhost. A page of
-//! another site can't press them, because each request must name that address as its `Host` (against DNS
-//! rebinding) and as its `Origin` (against cross-site request forgery).
+//! another site can't press them, because each request must name the trace page's address as its `Host`
+//! (against DNS rebinding) and as its `Origin` (against cross-site request forgery).
 
 use super::{
     logins::{self, Logins},
@@ -65,7 +65,7 @@ async fn own_page_only(State(port): State<u16>, request: Request, next: Next) ->
     match is_own {
         true => next.run(request).await,
         false => {
-            (StatusCode::FORBIDDEN, "only the page at this address has these controls\n").into_response()
+            (StatusCode::FORBIDDEN, "only the page at this address may use these controls\n").into_response()
         }
     }
 }
@@ -85,8 +85,8 @@ pub async fn act(Press { button, answer }: Press, parts: &mut Parts, logins: &mu
             let (url, buttons) = (parts.variable("AMQP_URL").to_owned(), buttons(parts, logins));
             tokio::spawn(async move {
                 let (said, trace_id) = match poison::publish(&url).await {
-                    Ok(trace_id) => ("a message that mq can't read is published".to_owned(), trace_id),
-                    Err(error) => (format!("the message is not published: {error:#}"), String::new()),
+                    Ok(trace_id) => ("a message that mq can't read was published".to_owned(), trace_id),
+                    Err(error) => (format!("the message was not published: {error:#}"), String::new()),
                 };
                 say(&said);
                 answer.send(Some(json!({ "buttons": buttons, "said": said, "traceID": trace_id })))
@@ -122,7 +122,7 @@ fn buttons(parts: &Parts, logins: &Logins) -> Vec<Value> {
             "login",
             "Log in",
             None,
-            "One trace leads from HTTP through gRPC to RabbitMQ, in three services.",
+            "One trace leads from HTTP through gRPC to RabbitMQ, across three services.",
         ),
         button(
             "unknown",
@@ -134,19 +134,19 @@ fn buttons(parts: &Parts, logins: &Logins) -> Vec<Value> {
             "malformed",
             "Malformed",
             None,
-            "api refuses the request by itself with 400, so the trace has one span.",
+            "api itself refuses the request with 400, so the trace has only one span.",
         ),
         button(
             "load",
             "Load",
             Some(logins.is_load_on()),
-            "Ten logins a second: the list fills, and the times are close to each other.",
+            "Ten logins per second are sent. The list fills, and the logins take similar times.",
         ),
         button(
             "slow",
             "Slow usercenter by 300 ms",
             Some(parts.is_slow()),
-            "The span of api's call is 300 ms longer than the span of usercenter in it.",
+            "The span of api's call is 300 ms longer than usercenter's span inside it.",
         ),
         button(
             "poison",
@@ -157,11 +157,11 @@ fn buttons(parts: &Parts, logins: &Logins) -> Vec<Value> {
     ];
     for (_, name, is_running) in parts.all() {
         let hint = match (name, is_running) {
-            (_, false) => "The next login succeeds again.",
-            ("usercenter", _) => "A login is answered 503, and the span of api's call says why.",
-            ("mq", _) => "A login succeeds, and the consumer's span comes after mq has started again.",
+            (_, false) => "After the start, logins work as before.",
+            ("usercenter", _) => "A login is answered with 503, and the span of api's call says why.",
+            ("mq", _) => "A login succeeds, and the consumer's span appears once mq is running again.",
             ("broker", _) => {
-                "A login succeeds, and api keeps the message on its disk until the broker is there."
+                "A login succeeds, and api keeps the message on its disk until the broker is back."
             }
             _ => "A login gets no answer, and leaves no trace.",
         };
@@ -172,7 +172,7 @@ fn buttons(parts: &Parts, logins: &Logins) -> Vec<Value> {
         "traces",
         "Stop traces for 10 s",
         None,
-        "Logins go on without the trace backend; this page comes back by itself, without the old traces.",
+        "Logins still succeed without the trace backend. This page comes back by itself, without old traces.",
     ));
     buttons
 }

@@ -1,4 +1,4 @@
-//! Single keys from the terminal, without Enter. Without a terminal there are no keys.
+//! Reads single keys from the terminal, without Enter. Without a terminal, there are no keys.
 
 use rustix::{
     process::getpgrp,
@@ -16,13 +16,13 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Switches the terminal to single keys. Ctrl-C still sends a signal.
+    /// Switches the terminal so that it delivers each key at once. Ctrl-C still sends a signal.
     pub fn listen() -> Self {
         let (press, pressed) = mpsc::channel(16);
         let before = Self::switch();
         if before.is_some() {
-            // A `read` of a terminal can't be cancelled, so a thread reads. The process need not wait for
-            // this thread to end.
+            // A `read` of a terminal can't be cancelled, so a separate thread reads. The process need not
+            // wait for this thread to end.
             thread::spawn(move || {
                 let keys = std::io::stdin().lock().bytes().map_while(Result::ok);
                 keys.map(char::from).all(|key| press.blocking_send(key).is_ok())
@@ -45,12 +45,12 @@ impl Keys {
         Some(before)
     }
 
-    /// Returns whether there are keys.
+    /// Returns whether keys can be read.
     pub fn exist(&self) -> bool {
         self.before.is_some()
     }
 
-    /// Waits for the next key. Returns `None` if there are no keys.
+    /// Waits for the next key. Returns `None` if keys can't be read.
     pub async fn next(&mut self) -> Option<char> {
         self.pressed.recv().await
     }

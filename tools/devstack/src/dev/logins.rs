@@ -1,4 +1,4 @@
-//! Logins by key or button: one, or ten a second.
+//! Logins that a key or a button starts: one login, or ten logins per second.
 
 use super::say;
 use harness::{client::Client, stack::KNOWN_MOBILE};
@@ -16,7 +16,7 @@ const MAX_IN_FLIGHT: usize = 50;
 /// How often each answer came: a status, or the reason why there was no answer.
 type Counts = Arc<Mutex<BTreeMap<String, usize>>>;
 
-/// Logs in as a known user.
+/// Sends logins to api.
 pub struct Logins {
     client: Client,
     url: String,
@@ -34,7 +34,7 @@ impl Logins {
         self.load.is_some()
     }
 
-    /// Logs in once with this body, says what the answer was, and returns it with its trace id.
+    /// Logs in once with this body, and prints the answer. Returns the answer and its trace id.
     pub fn once(&self, body: String) -> JoinHandle<(String, String)> {
         let (client, url) = (self.client.clone(), self.url.clone());
         tokio::spawn(async move {
@@ -45,7 +45,7 @@ impl Logins {
         })
     }
 
-    /// Switches the load on or off. When the load ends, says what the answers were.
+    /// Switches the load on or off. When the load ends, prints how often each answer came.
     pub fn toggle_load(&mut self) {
         if let Some((load, counts)) = self.load.take() {
             load.abort();
@@ -57,7 +57,7 @@ impl Logins {
         let counts = Counts::default();
         let load = tokio::spawn(load(self.client.clone(), self.url.clone(), Arc::clone(&counts)));
         self.load = Some((load, counts));
-        say("load on: ten logins a second");
+        say("load on: ten logins per second");
     }
 }
 
@@ -85,6 +85,6 @@ pub fn body(mobile: &str) -> String {
 async fn answer(client: &Client, url: &str, body: String) -> (String, String) {
     match client.send(Method::POST, url, &[("content-type", "application/json")], body).await {
         Ok(answer) => (answer.status.to_string(), answer.trace_id()),
-        Err(error) => (format!("{error:#}; if api is stopped, a starts it"), String::new()),
+        Err(error) => (format!("{error:#}; if api is stopped, press a to start it"), String::new()),
     }
 }

@@ -46,11 +46,11 @@ pub struct Options {
     logs: bool,
 }
 
-/// How often new traces and log lines are printed.
+/// The interval at which new traces and log lines are printed.
 const TICK: Duration = Duration::from_millis(100);
 
-const KEYS: &str = "Keys: stop or start u usercenter, m mq, a api, b broker, t traces; l log in, 0 ten logins a \
-                    second; o open the page, q quit";
+const KEYS: &str = "Keys: u usercenter, m mq, a api, b broker, t traces (stop or start); l log in, 0 ten \
+                    logins per second, o open the page, q quit";
 
 /// Runs until a signal comes, until no service is left, or until nobody reads the output.
 ///
@@ -133,7 +133,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
 /// Opens the page in a browser.
 fn open(url: Option<String>) {
     let Some(url) = url else {
-        say("the page is not here: OTEL_EXPORTER_OTLP_ENDPOINT leads elsewhere");
+        say("there is no page here, because the traces go to OTEL_EXPORTER_OTLP_ENDPOINT");
         return;
     };
     let program = if cfg!(target_os = "macos") { "open" } else { "xdg-open" };
@@ -142,8 +142,8 @@ fn open(url: Option<String>) {
     tokio::spawn(async move {
         match command.status().await {
             Ok(status) if status.success() => {}
-            Ok(status) => drop(say(&format!("open {url}, because {program} failed ({status})"))),
-            Err(error) => drop(say(&format!("open {url}, because {program} can't be run ({error})"))),
+            Ok(status) => drop(say(&format!("open {url} by hand, because {program} failed ({status})"))),
+            Err(error) => drop(say(&format!("open {url} by hand, because {program} can't be run ({error})"))),
         }
     });
 }

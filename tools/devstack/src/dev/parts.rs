@@ -1,5 +1,5 @@
 //! The parts of the system: how they start, how they end (by a key or by themselves), and what they log. The
-//! module `service` has the parts that are services.
+//! module `service` starts and ends a single service.
 
 use super::{
     Options, TICK,
@@ -28,13 +28,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The time from SIGTERM until a service that still runs is killed.
+/// The time from SIGTERM until a service that is still running is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// The folder of the services' data if an external broker is used.
 const FOR_GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/dev");
 
-/// How much longer the answers of a slow usercenter take.
+/// How much longer usercenter's answers take while usercenter is slowed down.
 const DELAY: Duration = Duration::from_millis(300);
 
 /// The time from a press of the trace backend's button until the backend starts again.
@@ -53,7 +53,8 @@ pub struct Parts {
     routes: Router,
     /// The presses that arrive at `routes`.
     pub presses: Receiver<Press>,
-    /// The time at which the trace backend's button was pressed. `None` if no outage from such a press goes on.
+    /// The time at which the trace backend's button was pressed, or `None` if the outage from that press is
+    /// over.
     outage: Option<Instant>,
     variables: Vec<(&'static str, String)>,
     /// The services' data, which are deleted when this value is dropped.
@@ -165,7 +166,7 @@ impl Parts {
             };
             if !is_ready && let Some(process) = &service.process {
                 bail!(
-                    "{} does not get ready. Its last lines:\n{}",
+                    "{} does not become ready. Its last lines:\n{}",
                     service.name,
                     process.last_lines(LAST_LINES)
                 );
@@ -197,14 +198,14 @@ impl Parts {
             .unwrap_or_default()
     }
 
-    /// Returns a text with the address of every part, and with what to do next.
+    /// Returns a text with the address of every part, and with a command to log in.
     pub fn summary(&self) -> String {
         let broker = match &self.broker {
             Some((broker, _)) => format!("{}, embedded (guest, guest)", broker.address()),
             // The URL may contain a password.
             None => match amqp::connection::parse_url(self.variable("AMQP_URL")) {
-                Ok(server) => format!("{server}, by AMQP_URL"),
-                Err(_) => "by AMQP_URL".to_owned(),
+                Ok(server) => format!("{server}, from AMQP_URL"),
+                Err(_) => "from AMQP_URL".to_owned(),
             },
         };
         let (traces, otlp) = match (self.page_url(), self.addresses) {
@@ -213,7 +214,7 @@ impl Parts {
             }
             _ => {
                 let endpoint = self.variable("OTEL_EXPORTER_OTLP_ENDPOINT");
-                ("where OTEL_EXPORTER_OTLP_ENDPOINT leads".to_owned(), endpoint.to_owned())
+                ("sent to OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), endpoint.to_owned())
             }
         };
         format!(
@@ -259,11 +260,11 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
 
     async fn toggle_broker(&mut self) {
         match &mut self.broker {
-            None => drop(say("the broker is not here: AMQP_URL leads elsewhere")),
+            None => drop(say("cargo dev can't stop the broker that AMQP_URL names")),
             Some((broker, is_up @ true)) => {
                 broker.crash().await;
                 *is_up = false;
-                say("the broker has stopped; b starts it");
+                say("the broker has stopped; press b to start it");
             }
             Some((broker, is_up)) => {
                 broker.restart();
@@ -275,9 +276,9 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
 
     async fn toggle_backend(&mut self) {
         match self.addresses {
-            None => drop(say("the traces are not here: OTEL_EXPORTER_OTLP_ENDPOINT leads elsewhere")),
+            None => drop(say("cargo dev can't stop the backend that OTEL_EXPORTER_OTLP_ENDPOINT names")),
             Some(_) if self.backend.take().is_some() => {
-                say("the trace backend has stopped, and its traces are gone; t starts it");
+                say("the trace backend has stopped, and its traces are gone; press t to start it");
             }
             Some(addresses) => match Backend::start_with_controls(addresses, self.routes.clone()).await {
                 Ok(backend) => {
@@ -304,7 +305,7 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         self.services.iter().any(|service| !service.delay.is_zero())
     }
 
-    /// Switches the delay of usercenter's answers on or off, and starts usercenter again.
+    /// Switches the delay of usercenter's answers on or off, and restarts usercenter.
     pub async fn toggle_delay(&mut self) {
         let Some(service) = self.services.iter_mut().find(|service| service.name == "usercenter") else {
             return;
@@ -320,13 +321,15 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
         }
     }
 
-    /// Stops the trace backend after a moment, in which it can answer the press, and starts it some seconds
-    /// later. (While the backend is stopped, its page can't start it.)
+    /// Begins an outage of the trace backend, which [`Parts::go_on`] carries out. The backend stops after a
+    /// moment, so that it can still answer the press. It starts by itself some seconds later, because its
+    /// page can't start it while it is stopped.
     pub fn interrupt_backend(&mut self) {
         self.outage.get_or_insert_with(Instant::now);
     }
 
-    /// Stops or starts the trace backend if its outage begins or ends now; returns whether it has started.
+    /// Stops or starts the trace backend if its outage begins or ends now. Returns whether the backend has
+    /// started.
     pub async fn go_on(&mut self) -> bool {
         let Some(since) = self.outage.map(|outage| outage.elapsed()) else { return false };
         if self.backend.is_some() && since > TICK * 3 && since < OUTAGE {
@@ -353,7 +356,8 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
     }
 
     /// Returns a text about each service that has ended since the last call. With `keys`, the text names the
-    /// key that starts the service. Kills services that still run `STOP_TIMEOUT` after they were told to stop.
+    /// key that starts the service. Kills services that are still running `STOP_TIMEOUT` after they were told
+    /// to stop.
     pub async fn ends(&mut self, keys: bool) -> Vec<String> {
         let mut ends = Vec::new();
         for service in &mut self.services {
@@ -372,10 +376,10 @@ Each trace is drawn here when it is complete. Ctrl-C stops everything.
             }
             let Service { key, name, .. } = service;
             ends.push(match (is_stopping, keys) {
-                (true, _) => format!("{name} has stopped; {key} starts it"),
-                (false, true) => format!("{end}\n{key} starts {name} again"),
+                (true, _) => format!("{name} has stopped; press {key} to start it"),
+                (false, true) => format!("{end}\nPress {key} to start {name} again"),
                 (false, false) => {
-                    format!("{end}\nIn a terminal, `cargo dev` has a key that starts {name} again")
+                    format!("{end}\nIf `cargo dev` runs in a terminal, a key starts {name} again")
                 }
             });
         }

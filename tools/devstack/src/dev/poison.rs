@@ -1,4 +1,4 @@
-//! A message that mq can't read, for the button of that name.
+//! A message that mq can't read, for the button `poison`.
 
 use amqp::connection;
 use anyhow::{Context, Result, ensure};
@@ -32,6 +32,6 @@ pub async fn publish(amqp_url: &str) -> Result<String> {
     let published =
         channel.basic_publish(exchange.into(), ROUTING_KEY.into(), options, body, properties).await?.await?;
     connection::close(&connection).await;
-    ensure!(published == Confirmation::Ack(None), "the broker did not take the message");
+    ensure!(published == Confirmation::Ack(None), "the broker did not accept the message");
     Ok(trace_id)
 }

@@ -25,7 +25,7 @@ pub struct Service {
     listen: &'static str,
     pub address: SocketAddr,
     pub process: Option<Process>,
-    /// The task that waits until the service is ready, and returns whether it is.
+    /// The task that waits until the service is ready, and returns whether the service is ready in time.
     pub start: Option<JoinHandle<bool>>,
     /// When the service was told to stop.
     pub stopping: Option<Instant>,
@@ -33,7 +33,7 @@ pub struct Service {
     pub restarts: bool,
     /// Whether the service has stopped because it was told to.
     pub is_stopped: bool,
-    /// How much longer the service's answers take.
+    /// The delay that is added to the service's answers.
     pub delay: Duration,
     /// The proxy at the service's address that delays the answers.
     proxy: Option<Proxy>,
@@ -73,7 +73,7 @@ impl Service {
         if !self.delay.is_zero() {
             address.set_port(free_port()?);
             let proxy = Proxy::start_at(self.address, address)?;
-            // The call and its answer both pass the proxy.
+            // The call and its answer both pass the proxy, so each of them gets half of the delay.
             proxy.slow_down(self.delay / 2);
             self.proxy = Some(proxy);
         }
@@ -90,12 +90,12 @@ impl Service {
         let name = self.name;
         match &self.process {
             None => match self.start(variables) {
-                Ok(()) => drop(say(&format!("{name} starts"))),
+                Ok(()) => drop(say(&format!("{name} is starting"))),
                 Err(error) => drop(say(&format!("{name} does not start: {error:#}"))),
             },
             Some(_) if self.stopping.is_some() => {
                 self.restarts = true;
-                say(&format!("{name} is still stopping, and starts after that"));
+                say(&format!("{name} is still stopping, and will start after that"));
             }
             Some(process) => {
                 // The process may have ended by itself, which `end` reports.

@@ -1,6 +1,6 @@
-//! Draws a trace for the terminal: the tree, and for each span its kind, its status, its duration, and a bar that
-//! shows when it ran. What doesn't fit into the terminal's width is cut or left out: first the kinds, then the ends
-//! of the bars, then all bars, then the durations.
+//! Draws a trace for the terminal: the tree, and for each span its kind, its status, its duration, and a bar
+//! that shows when the span ran. If the terminal is too narrow, the bars are drawn shorter. If it is narrower
+//! still, the kinds are left out and the names are cut, then the bars are left out, and then the durations.
 
 use harness::trace::Span;
 use rustix::{stdio::stdout, termios::tcgetwinsize};
@@ -13,17 +13,19 @@ use std::{
     time::Duration,
 };
 
-/// The width of the longest bar and of the narrowest column of bars, in characters.
+/// The largest and the smallest width of the column of bars, in characters.
 const BARS: [usize; 2] = [24, 10];
 
-/// The width of the narrowest column of names, indentation included, in characters.
+/// The smallest width of the column of names before other columns are left out, in characters. The width
+/// includes the indentation.
 const NAMES: usize = 20;
 
 /// The widths of other columns, in characters.
 const KIND: usize = 8;
 const DURATION: usize = 8;
 
-/// How many spans of a trace are drawn at most. The page shows larger traces.
+/// Traces with more spans than this are not drawn. Only their titles are printed, and the page shows their
+/// spans.
 pub const MAX_SPANS: usize = 200;
 
 const RED: u8 = 31;
@@ -50,9 +52,9 @@ impl Terminal {
         Self { colour: io::stdout().is_terminal() && !no_color, width: if width == 0 { 120 } else { width } }
     }
 
-    /// Draws a line about the trace, then a line for each span. Of the spans in `known`, which were drawn before,
-    /// only the ancestors of new spans are drawn, and the new spans are marked with a `+`. `url` is the trace's
-    /// page.
+    /// Draws a line about the trace, then a line for each span. The spans in `known` were drawn before. If
+    /// there are any, draws only the new spans, marked with a `+`, and the ancestors of these spans. `url` is
+    /// the URL of the trace's page.
     pub fn draw(&self, spans: &[Span], known: &HashSet<String>, url: &str) -> String {
         let start = spans.iter().map(|span| span.start).min().unwrap_or_default();
         let end = spans.iter().map(|span| span.end.max(span.start)).max().unwrap_or_default();
@@ -162,8 +164,9 @@ fn outcome(span: &Span) -> (String, bool) {
 /// The widths of the columns. A column of width 0 is left out.
 struct Drawing<'a> {
     terminal: &'a Terminal,
-    /// The start of the trace and its duration, which is at least 1, in nanoseconds.
+    /// The start of the trace, in nanoseconds.
     start: u64,
+    /// The duration of the trace in nanoseconds, at least 1.
     length: u64,
     services: Vec<&'a str>,
     service: usize,

@@ -14,20 +14,20 @@ use tokio::sync::broadcast::{self, error::TryRecvError};
 /// in separate batches.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// How long to wait for a missing root or parent. After that, the trace is drawn without it.
+/// How long a trace with a missing root or parent must be unchanged before it is drawn without that span.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How many traces are drawn per second at most: first without load, then under load. Further traces are only
-/// counted, because nobody reads every trace.
+/// The largest number of traces that are drawn per second, first without load, then under load. All other
+/// traces are only counted, because nobody reads every trace.
 const PER_SECOND: [usize; 2] = [4, 1];
 
-/// For this many traces, [`View`] remembers which spans were drawn.
+/// The number of traces for which [`View`] remembers the spans that were drawn.
 const REMEMBERED: usize = 1000;
 
 /// The traces that have changed and are not drawn yet.
 #[derive(Default)]
 pub struct View {
-    /// The changes of the backend that runs now.
+    /// The changes that the current backend reports.
     changes: Option<broadcast::Receiver<String>>,
     /// When each trace last changed.
     arriving: HashMap<String, Instant>,
@@ -43,8 +43,8 @@ impl View {
         self.changes = Some(backend.changes());
     }
 
-    /// Returns the drawings of the traces that are due now. Of a trace that was drawn before, only new spans are
-    /// drawn.
+    /// Returns the drawings of the traces that are due now. If a trace was drawn before, the new drawing
+    /// shows only its new spans and their ancestors.
     pub fn due(&mut self, backend: &Backend, under_load: bool) -> Vec<String> {
         let now = Instant::now();
         let (begin, mut count, mut missed) = self.second.unwrap_or((now, 0, 0));
@@ -83,13 +83,14 @@ impl View {
         if now.duration_since(begin) >= Duration::from_secs(1) {
             self.second = None;
             if missed > 0 {
-                drawings.push(format!("… and {missed} traces more, which are on the page"));
+                drawings.push(format!("… and {missed} more traces, which are on the page"));
             }
         }
         drawings
     }
 
-    /// Remembers which spans of a trace are drawn; returns which were drawn before.
+    /// Remembers which spans of a trace are drawn now. Returns the spans of this trace that were drawn
+    /// before.
     fn remember(&mut self, trace_id: String, ids: HashSet<String>) -> HashSet<String> {
         let before = self.drawn.iter().position(|(drawn, _)| *drawn == trace_id);
         let before = before.and_then(|position| self.drawn.remove(position));
@@ -99,8 +100,8 @@ impl View {
     }
 }
 
-/// Returns whether exactly one span has no parent among the spans. The parent may be missing because it is the
-/// caller's span.
+/// Returns whether exactly one span is without a parent among these spans. The parent of this span may be the
+/// caller's span, which does not arrive here.
 fn is_complete(spans: &[Span]) -> bool {
     let ids: HashSet<&str> = spans.iter().map(|span| span.span_id.as_str()).collect();
     let without_parent = spans.iter().filter(|span| !ids.contains(span.parent_span_id.as_str())).count();

@@ -1,5 +1,6 @@
-//! What a power cut leaves of the spool. The store runs on a disk that records its operations. A power cut keeps
-//! all operations before the last sync, and keeps, tears or drops each later one.
+//! Tests what a power cut leaves of the spool. The store runs on a simulated disk that records its
+//! operations. A power cut keeps all operations before the last sync, and keeps, tears or drops each later
+//! operation.
 
 use super::*;
 use std::{
@@ -16,7 +17,7 @@ enum Operation {
     },
     SetLength(usize),
     Sync,
-    /// The store has said that it holds the entries with these numbers.
+    /// The store has answered that it holds the entries with these numbers.
     Answered(RangeInclusive<u64>),
 }
 
@@ -30,8 +31,8 @@ struct State {
     syncs_fail: bool,
 }
 
-/// Applies an operation to `bytes`, as if the power failed during it. Of a write, only the first `kept`/255 of
-/// the data reach the disk. A change of length reaches the disk if `kept` is above 127.
+/// Applies an operation to `bytes`, as if the power failed during the operation. Of a write, only the first
+/// `kept`/255 of the data reach the disk. A change of length reaches the disk if `kept` is above 127.
 fn apply(operation: &Operation, kept: u8, bytes: &mut Vec<u8>) {
     match operation {
         Operation::Write { at, bytes: written } => {
@@ -51,7 +52,8 @@ impl Disk {
         log.push(operation);
     }
 
-    /// Opens the store on this disk. The store must find its file, so the folder stands for the file.
+    /// Opens the store on this disk. The store checks that its file exists, so the folder stands in for the
+    /// file.
     fn store(&self, folder: &TempDir) -> Store {
         let database = open_in(self.clone()).unwrap();
         let (held, last) = count(&database).unwrap();
@@ -111,8 +113,8 @@ fn a_sync_that_fails_is_an_error() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4))]
 
-    /// Whenever the power is cut, the spool has the entries of the last change that was answered, or those of the
-    /// change in progress.
+    /// Whenever the power is cut, the spool has the entries of the last change that was answered, or those of
+    /// the change in progress.
     #[test]
     fn a_power_cut_costs_no_entry_that_was_answered(fates in proptest::collection::vec(
         prop_oneof![Just(0), Just(255), any::<u8>()], 1..40,
@@ -139,7 +141,7 @@ proptest! {
                 unsynced.drain(..).for_each(|operation| apply(operation, 255, &mut synced));
             }
             before = answered(operation).or(before);
-            // From here on, the file has been made.
+            // From here on, the spool's file exists.
             if before.is_some() {
                 let mut bytes = synced.clone();
                 let torn = unsynced.iter().zip(fates.iter().cycle());
