@@ -18,6 +18,7 @@ use tokio::{
     net::{TcpSocket, TcpStream},
     process::Command,
     select,
+    sync::{Mutex, MutexGuard},
     task::JoinSet,
     time::{MissedTickBehavior, interval, sleep, timeout},
     try_join,
@@ -45,9 +46,13 @@ const ONE_ADDRESS: (&str, &str, &str) = ("api", "API_MAX_CONNECTIONS_PER_ADDRESS
 /// The number of slow clients that a service must survive.
 const MANY: usize = 10_000;
 
-/// Returns how many connections this process can hold, at most [`MANY`].
+/// Returns how many connections this process can hold, at most [`MANY`]. The tests that open so many take turns,
+/// because all tests of this file share the limit of open files. A test's turn ends when its guard is dropped.
 #[expect(clippy::print_stderr, reason = "a run with fewer connections must be noticed")]
-fn as_many_as_possible() -> Result<usize> {
+async fn as_many_as_possible() -> Result<(usize, MutexGuard<'static, ()>)> {
+    static TURN: Mutex<()> = Mutex::const_new(());
+
+    let turn = TURN.lock().await;
     let limit = usize::try_from(rlimit::increase_nofile_limit(rlimit::INFINITY)?)?;
     // The same limit applies to the service, which also has a file for each connection. Both processes also
     // have other open files.
@@ -55,7 +60,7 @@ fn as_many_as_possible() -> Result<usize> {
     if possible < MANY {
         eprintln!("ulimit -n is {limit}: only {possible} of {MANY} connections are tried");
     }
-    Ok(possible)
+    Ok((possible, turn))
 }
 
 /// Opens `count` connections, and sends `first(i)` on the `i`th connection.
@@ -140,8 +145,8 @@ async fn logins(stack: &Stack, count: usize) -> Result<Vec<Duration>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<()> {
+    let (count, _turn) = as_many_as_possible().await?;
     let stack = Stack::start(&[BODY, ONE_ADDRESS]).await?;
-    let count = as_many_as_possible()?;
     let alone = logins(&stack, 100).await?;
     let memory_alone = memory(&stack.api)?;
 
@@ -188,7 +193,8 @@ async fn ten_thousand_slow_connections_harm_nobody_and_are_cut_off() -> Result<(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_has_asked_nothing_takes_little_memory_and_gives_it_back() -> Result<()> {
-    let count = as_many_as_possible()? / 2;
+    let (possible, _turn) = as_many_as_possible().await?;
+    let count = possible / 2;
     let stack = Stack::start(&[ONE_ADDRESS]).await?;
     logins(&stack, 100).await?;
     for (kind, first) in [("silent", ""), ("slow", "POST /usercenter/v1/user/login HTTP/1.1\r\nx-slow: ")] {
@@ -383,9 +389,10 @@ async fn a_client_that_asks_and_never_reads_is_cut_off() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_do_not_begin_to_speak_http2_are_cut_off_and_harm_no_call() -> Result<()> {
-    let stack = Stack::start(&[]).await?;
+    let (possible, _turn) = as_many_as_possible().await?;
     // Each of the two services gets half of the connections that this process can hold.
-    let count = as_many_as_possible()? / 2;
+    let count = possible / 2;
+    let stack = Stack::start(&[]).await?;
     for service in [&stack.rpc, &stack.mq] {
         let slow = open(service.address, count, |i| if i % 2 == 0 { "" } else { "PRI * HT" }).await?;
         let meanwhile = async {
