@@ -35,9 +35,10 @@ fn explained(error: lapin::Error, queue: &str, claim: &str) -> OpenError {
             if *answer.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
         {
             OpenError::Refused(format!(
-                "the queue {queue} belongs to another history, and logins recorded there would be applied again; \
-                 use the database of the other instances of mq, or delete the exchange {claim} if that database \
-                 is lost"
+                "the queue {queue} belongs to another history, that is, to the login history of another database; \
+                 with this database, mq could apply logins again that the other database has already recorded. \
+                 Use the database of the other instances of mq. If that database is lost, delete the exchange \
+                 {claim}"
             ))
         }
         _ => OpenError::Connection(error),

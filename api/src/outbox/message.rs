@@ -20,7 +20,7 @@ use telemetry::amqp::HeadersMut;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     id: String,
-    /// When the login was taken, in seconds since 1970.
+    /// When api accepted the login, in seconds since 1970.
     #[serde(default)]
     taken_at: u64,
     /// The milliseconds to add to `taken_at`.
@@ -68,7 +68,7 @@ impl Message {
         &self.id
     }
 
-    /// Returns when the login was taken.
+    /// Returns when api accepted the login.
     pub fn taken_at(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(self.taken_at) + Duration::from_millis(self.taken_at_ms.into())
     }
@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(time(&message), None);
         let mut spooled = Message::from_bytes(&message.to_bytes()).unwrap();
         assert_eq!(time(&spooled), Some(AMQPValue::LongLongInt(1234)));
-        // An entry of an early version does not say when the login was taken.
+        // An entry of an early version does not say when api accepted the login.
         (spooled.taken_at, spooled.taken_at_ms) = (0, 0);
         assert_eq!(time(&spooled), None);
     }

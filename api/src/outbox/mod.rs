@@ -57,7 +57,7 @@ pub struct Readiness {
     pub spooled: u64,
     /// The bytes of these logins.
     pub bytes: u64,
-    /// The time since the oldest of these logins was taken, or zero if the spool is empty.
+    /// The time since api accepted the oldest of these logins, or zero if the spool is empty.
     pub age: Duration,
 }
 
@@ -144,7 +144,7 @@ fn observe(spool: spool::State) {
     gauge("throughline.spool.entries", "{login}", "Logins in the spool.", spool::State::entries);
     gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", spool::State::bytes);
     gauge("throughline.spool.set_aside", "{login}", "Logins that were set aside.", spool::State::set_aside);
-    gauge("throughline.spool.age", "s", "Time since the oldest login in the spool was taken.", |spool| {
+    gauge("throughline.spool.age", "s", "Time since api accepted the oldest login in the spool.", |spool| {
         spool.age().as_secs()
     });
 }

@@ -75,7 +75,7 @@ impl State {
         self.0.set_aside.load(Relaxed)
     }
 
-    /// Returns the time since the oldest login in the spool was taken, or zero if the spool is empty.
+    /// Returns the time since api accepted the oldest login in the spool, or zero if the spool is empty.
     pub fn age(&self) -> Duration {
         let oldest = *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner);
         // The clock may have been set back.
@@ -173,7 +173,7 @@ struct Keeper {
     state: State,
     /// Whether the last change failed.
     is_failing: bool,
-    /// Whether a failed change was logged, with no login appended since then.
+    /// Whether a failed change was logged, and no login has been appended since then.
     is_failure_told: bool,
     is_full: bool,
     /// Entries up to this number must still be removed, because an earlier removal failed.
@@ -310,7 +310,7 @@ mod tests {
         let entries = spool.read(0, 10).await.unwrap();
         assert_eq!(entries.iter().map(|(_, message)| message.id()).collect::<Vec<_>>(), ["a", "b"]);
 
-        // The entry that is set aside stays, and is there after the next start.
+        // The entry that is set aside stays in the spool, and is read again after the next start.
         spool.set_aside(entries[0].0);
         spool.remove(entries[1].0);
         assert!(spool.read(entries[1].0, 10).await.unwrap().is_empty());

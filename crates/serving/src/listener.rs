@@ -93,7 +93,11 @@ pub fn reserve_files(wanted: usize) -> usize {
     let limit = rlimit::increase_nofile_limit(rlimit::INFINITY).unwrap_or(rlimit::INFINITY);
     let possible = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(RESERVED_FILES).max(1);
     if possible < wanted {
-        tracing::warn!(wanted, possible, "the limit of open files (ulimit -n) allows fewer connections");
+        tracing::warn!(
+            wanted,
+            possible,
+            "the limit on open files (ulimit -n) allows fewer connections than configured"
+        );
     }
     wanted.min(possible)
 }

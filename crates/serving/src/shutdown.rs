@@ -44,7 +44,7 @@ impl Options {
         if self.shutdown_delay.is_zero() || self.shutdown_delay < self.shutdown_timeout {
             Ok(())
         } else {
-            Err("SHUTDOWN_DELAY must be shorter than SHUTDOWN_TIMEOUT, of which it is a part".to_owned())
+            Err("SHUTDOWN_DELAY must be shorter than SHUTDOWN_TIMEOUT, which includes it".to_owned())
         }
     }
 }

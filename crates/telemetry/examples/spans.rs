@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Run it with `OTEL_TRACES_EXPORTER=console cargo run -p telemetry --example spans`. The test
-//! `tools/devstack/tests/spans.rs` runs it, and checks the tree.
+//! `tools/devstack/tests/e2e/spans.rs` runs it, and checks the tree.
 
 use axum::{Router, body::Body, extract::Path, routing::get};
 use http::Request;

@@ -1,6 +1,6 @@
 //! Makes rustls configurations from the PEM files that the configuration names, with ring as the only crypto
-//! provider. With the feature `tonic`, this crate also makes configurations for tonic's client, and for a
-//! server that can check its own health.
+//! provider. With the feature `tonic`, this crate also makes configurations for a tonic client and for a gRPC
+//! server. The server also accepts its own certificate from a client, so that its health probe can connect.
 //!
 //! Files are read once, at the start, so a process uses a new certificate only after a restart.
 

@@ -139,13 +139,13 @@ impl Store {
         self.lock_logs().of_trace(id)
     }
 
-    /// Returns a channel that yields the ids of the traces that get spans from now on.
+    /// Returns a channel that yields a trace's id whenever the trace gets spans.
     pub fn changes(&self) -> broadcast::Receiver<String> {
         self.changes.subscribe()
     }
 
-    /// Returns a channel that yields the ids of the traces that get log records, or links from other traces,
-    /// from now on.
+    /// Returns a channel that yields a trace's id whenever the trace gets a log record, or a span of another
+    /// trace links to it.
     pub fn page_changes(&self) -> broadcast::Receiver<String> {
         self.page_changes.subscribe()
     }

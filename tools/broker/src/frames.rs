@@ -101,8 +101,8 @@ fn method(payload: &[u8]) -> Result<AMQPClass, Exception> {
 }
 
 /// Parses a content header. The broker passes well-formed properties on unchanged, even if their strings are
-/// not UTF-8 or their tables are nested too deep. RabbitMQ does the same, because it does not check them. For
-/// such a message, the broker itself ignores all properties.
+/// not UTF-8 or their tables are nested too deep. The broker can't read such properties, so it acts as if the
+/// message had none. RabbitMQ also passes them on, because it does not check them.
 fn header(channel: u16, payload: &[u8]) -> Result<Frame, Exception> {
     let malformed = || Exception::syntax_error("malformed content header");
     let (head, properties) = payload.split_at_checked(CONTENT_HEAD).ok_or_else(malformed)?;

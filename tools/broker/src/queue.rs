@@ -184,7 +184,7 @@ impl Queue {
         std::mem::take(&mut self.ready).len()
     }
 
-    /// Returns when the first message in the queue, or the queue itself, may expire next.
+    /// Returns the earliest time at which the first message in the queue, or the queue itself, can expire.
     pub fn next_due(&self) -> Option<Instant> {
         let of_head = self.ready.front().and_then(|entry| entry.expires);
         let own = self

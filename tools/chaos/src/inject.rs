@@ -138,7 +138,7 @@ impl Target<'_> {
                 let away = folder.with_extension("away");
                 fs::rename(folder, &away)?;
                 sleep(step.hold).await;
-                // mq may have made an empty database, which it does not use.
+                // If mq was restarted meanwhile, it made an empty database in the old place.
                 let _ = fs::remove_dir_all(folder);
                 fs::rename(away, folder)?;
             }

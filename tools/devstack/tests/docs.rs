@@ -96,7 +96,8 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
         let source = match file {
             "telemetry" => root().join("crates/telemetry/src/config/tests.rs"),
             "bounds" => root().join("api/tests/bounds.rs"),
-            file => root().join(format!("tools/devstack/tests/{file}.rs")),
+            "connections" | "dead_parts" => root().join(format!("tools/devstack/tests/{file}.rs")),
+            file => root().join(format!("tools/devstack/tests/e2e/{file}.rs")),
         };
         let source = fs::read_to_string(&source).with_context(|| source.display().to_string())?;
         assert!(source.contains(&format!("fn {test}()")), "there is no {file}::{test}");
@@ -109,7 +110,7 @@ fn every_variable_has_its_row_and_every_row_its_test() -> Result<()> {
 #[test]
 fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
     let page = fs::read_to_string(root().join("docs/layers.md"))?;
-    let source = fs::read_to_string(root().join("tools/devstack/tests/layers.rs"))?;
+    let source = fs::read_to_string(root().join("tools/devstack/tests/e2e/layers.rs"))?;
     // The comparison ignores indentation, because some blocks are indented in the source file.
     let source: Vec<_> = source.lines().map(str::trim).collect();
     let blocks: Vec<_> =

@@ -2,7 +2,7 @@
 //! benchmarks.
 //!
 //! - [`stack`]: the services with a broker and a receiver, as the end-to-end tests use them
-//! - [`process`]: a service as a real process; `orphans` ends the service if its parent is killed
+//! - [`process`]: a service as a real process, which also ends if the test that started it is killed
 //! - [`go_zero`]: the same services in Go, which can replace the services in Rust
 //! - [`receiver`]: a receiver of OTLP (and Zipkin) on a free port
 //! - [`trace`]: the received spans, drawn as a tree; [`metric`] and [`log`]: the other two signals

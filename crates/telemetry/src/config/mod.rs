@@ -218,7 +218,10 @@ fn exporter_names(env: &Environment, variable: &str, default: &str) -> Result<Ve
     let mut names = env.list(variable, default)?;
     if names.iter().any(|name| name == "none") {
         if names.len() > 1 {
-            return Err(ConfigError::new(variable, "none can't be combined with other exporters"));
+            return Err(ConfigError::new(
+                variable,
+                "the value \"none\" can't be combined with other exporters",
+            ));
         }
         names.clear();
     }
@@ -330,7 +333,7 @@ fn propagators(env: &Environment) -> Result<Vec<Propagator>, ConfigError> {
     let propagator = |name: &String| match Propagator::from_name(name) {
         Some(propagator) => Ok(propagator),
         None if name == "none" => {
-            Err(ConfigError::new(VARIABLE, "none can't be combined with other propagators"))
+            Err(ConfigError::new(VARIABLE, "the value \"none\" can't be combined with other propagators"))
         }
         None => Err(unknown(VARIABLE, name, "tracecontext, baggage, b3, b3multi, jaeger, none")),
     };

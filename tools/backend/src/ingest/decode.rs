@@ -89,8 +89,8 @@ static METRIC: Kind = kind::<Metric>(&[
     (11, &SUMMARY),
     (12, &KEY_VALUE),
 ]);
-// The memory of a metric includes the memory of the messages that hold its points. So the kinds of these
-// messages have a size of 0.
+// A metric holds its `Gauge`, `Histogram` and so on inline, so their memory is already part of the metric's size.
+// Therefore the size of each of these kinds is 0.
 static NUMBERS: Kind = kind::<()>(&[(1, &NUMBER)]);
 static HISTOGRAM: Kind = kind::<()>(&[(1, &HISTOGRAM_POINT)]);
 static EXPONENTIAL_HISTOGRAM: Kind = kind::<()>(&[(1, &EXPONENTIAL_HISTOGRAM_POINT)]);

@@ -321,11 +321,11 @@ async fn while_the_file_of_the_database_is_gone_messages_wait_and_health_says_so
     stack.mq.said("the database's file was deleted or replaced").await?;
     let answer = stack.login(KNOWN_MOBILE, &[]).await?;
     assert_eq!(answer.status, 200);
-    // mq opens a new database in the same place, but does not use it instead of the old one.
+    // mq opens the empty file that now has the database's name, but refuses it, because it holds another history.
     std::fs::create_dir(folder)?;
     std::fs::write(&file, "")?;
     let opened = poll(PATIENCE, async || (std::fs::metadata(&file).ok()?.len() > 0).then_some(()));
-    opened.await.context("mq does not open the new database")?;
+    opened.await.context("mq does not open the empty file")?;
     assert!(!stack.mq.is_healthy().await?);
     assert_eq!(consumers(&stack, 1).await.len(), 1);
 

@@ -563,8 +563,8 @@ async fn what_is_missing_is_told_before_anything_is_built_with_the_command_that_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_cargo_dev_is_told_about_the_first() -> Result<()> {
     let _guard = USUAL_PORTS.lock().await;
-    // This devstack uses the usual port of the trace page. (The usual ports of usercenter and mq are
-    // ephemeral ports of Linux, so a connection that ended in the last minute may still occupy one of them.)
+    // This devstack uses the usual port of the trace page. The test does not use the usual ports of usercenter
+    // and mq, because they lie in Linux's ephemeral range, so a connection in TIME_WAIT may occupy one of them.
     let arguments =
         ["backend", "--query", "127.0.0.1:16686", "--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"];
     let first = Dev::spawn(devstack(&arguments, &[]))?;
