@@ -213,8 +213,8 @@ fn grpc_url(url: &str) -> Result<Uri, &'static str> {
     }
 }
 
-/// Whether the port is valid or missing. The URL parser treats an invalid port as missing, so port 80 would
-/// be used.
+/// Whether the port is valid or missing. The URL parser treats an invalid port as missing. Without this check,
+/// port 80 would be used in its place.
 fn has_good_port(authority: &Authority) -> bool {
     authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
 }

@@ -89,7 +89,7 @@ impl LoginMessageError {
 impl LoginMessage {
     /// Encodes the body to publish. `Carrier` is always an object, because a null crashes the Go side.
     pub fn to_json(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("strings are always JSON")
+        serde_json::to_vec(self).expect("strings can always be encoded as JSON")
     }
 
     /// Reads the carrier and the mobile number of a body, as tolerantly as is safe.

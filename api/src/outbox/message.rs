@@ -107,7 +107,7 @@ impl Message {
 
     /// Encodes the message for the spool.
     pub fn to_bytes(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("strings are always JSON")
+        serde_json::to_vec(self).expect("strings and numbers can always be encoded as JSON")
     }
 
     /// Decodes a message from the spool. Returns `None` if the bytes are not a message.

@@ -23,8 +23,8 @@ pub(crate) struct Debug(TraceId);
 
 impl Debug {
     /// Returns `cx` with the caller's span context, and with the debug flag if `is_debug`. B3 and Jaeger
-    /// can't say whether a trace id is random, so whatever another propagator has read about the same trace
-    /// is kept.
+    /// can't say whether a trace id is random. So the trace is marked as [`NotRandom`], unless another
+    /// propagator has already read the same trace and decided that.
     pub fn remote(cx: &Context, remote: SpanContext, is_debug: bool) -> Context {
         let trace_id = remote.trace_id();
         let is_known = cx.span().span_context().trace_id() == trace_id;
@@ -40,9 +40,10 @@ impl Debug {
     }
 }
 
-/// Marks the trace of a caller that didn't say that the trace id is random. All other trace ids are random,
-/// because the SDK makes random ids. But the SDK never sets the flag "random", and clears the caller's flag
-/// in spans that are not sampled.
+/// Marks the trace of a caller that didn't say that the trace id is random. In a span of this process, every
+/// other trace id is random, because either the SDK made it, or the caller set the flag "random". The flags of
+/// the span don't tell that, because the SDK never sets the flag "random", and clears the caller's flag in spans
+/// that are not sampled.
 #[derive(Debug)]
 pub(crate) struct NotRandom(pub TraceId);
 

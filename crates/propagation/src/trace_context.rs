@@ -74,7 +74,14 @@ impl TextMapPropagator for TraceContextPropagator {
                 remote(shown).with_value(LongVendorTraceState { trace_id, header })
             }
         };
-        if flags & RANDOM == RANDOM { cx } else { cx.with_value(NotRandom(trace_id)) }
+        if flags & RANDOM != RANDOM {
+            cx.with_value(NotRandom(trace_id))
+        } else if NotRandom::is_on(&cx, cx.span().span_context()) {
+            // B3 or Jaeger has already read the same trace, and could not know that the trace id is random.
+            cx.with_value(NotRandom(TraceId::INVALID))
+        } else {
+            cx
+        }
     }
 
     fn fields(&self) -> FieldIter<'_> {

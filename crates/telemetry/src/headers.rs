@@ -22,8 +22,8 @@ pub(crate) fn peer_attributes(peer: SocketAddr) -> [KeyValue; 4] {
     ]
 }
 
-/// Returns the attributes of the server that a request names. Long numbers are removed from the name, because
-/// callers can send any name.
+/// Returns the attributes of the server that a request names. Long numbers are removed from the name, because the
+/// caller chooses the name, and could put a phone number into it.
 pub(crate) fn server_attributes(authority: &Authority) -> impl Iterator<Item = KeyValue> {
     let address = without_long_numbers(authority.host().trim_matches(['[', ']']));
     let port = authority.port_u16().map(|port| KeyValue::new(semconv::SERVER_PORT, i64::from(port)));

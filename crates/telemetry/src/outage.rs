@@ -146,10 +146,11 @@ fn is_final(reason: &str) -> bool {
 
 /// Guesses the mistake that most often leads to this failure.
 fn guess(reason: &str) -> &'static str {
-    // The texts for servers without HTTP/2, and for servers with HTTP/2 but without this service.
+    // Parts of a gRPC exporter's errors if the server has no HTTP/2, or has HTTP/2 but not this service.
     const NOT_GRPC: [&str; 3] =
         ["frame with invalid size", "HTTP/2 was not negotiated", "gRPC code: Unimplemented"];
-    // The texts for a gRPC server, which sends its first frame before it reads a request.
+    // Parts of an HTTP/1.1 exporter's errors if the server is a gRPC server, because such a server sends an HTTP/2
+    // frame before it reads a request.
     const NOT_HTTP: [&str; 2] = ["invalid HTTP version", "unexpected message from connection"];
 
     if NOT_GRPC.iter().any(|mark| reason.contains(mark)) {

@@ -262,8 +262,8 @@ async fn one_address_takes_its_share_of_the_connections_and_harms_no_other() -> 
     let mut buffer = Vec::new();
     let other = connect_from([127, 0, 0, 4], api).await?;
 
-    // api makes room for a new connection by closing the connection from the same address that has waited
-    // longest for a request.
+    // If an address has all the connections that it may have, api makes room for a new one. It closes the
+    // connection of this address that has waited longest for a request.
     let mut silent = Vec::new();
     for _ in 0..5 {
         silent.push(connect_from([127, 0, 0, 3], api).await?);

@@ -337,7 +337,7 @@ impl TestBroker {
     /// it.
     ///
     /// # Errors
-    /// If no port is free, or if the broker's name has no address.
+    /// If no port is free, or if the broker's host name does not resolve.
     pub fn proxy(&self) -> Result<(Proxy, String)> {
         self.proxy_by(Proxy::start)
     }

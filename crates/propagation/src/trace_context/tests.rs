@@ -226,17 +226,30 @@ fn a_trace_id_of_b3_or_jaeger_is_random_only_if_traceparent_says_so() {
     let trace_id = TraceId::from_hex(TRACE_ID).unwrap();
     let (b3, jaeger) = (format!("{TRACE_ID}-1234567890123456-1"), format!("{TRACE_ID}:1234567890123456:0:1"));
     let random = VALID.replace("-01", "-03");
-    for (headers, flags) in [
-        (&[("b3", b3.as_str())][..], "-01"),
-        (&[("uber-trace-id", &jaeger)], "-01"),
-        (&[("b3", &b3), ("traceparent", VALID)], "-01"),
-        (&[("b3", &b3), ("traceparent", &random)], "-03"),
-        (&[("b3", &b3), ("traceparent", &random.replace("9012-", "9013-"))], "-01"),
+    let orders = [
+        [Propagator::TraceContext, Propagator::B3, Propagator::Jaeger],
+        [Propagator::B3, Propagator::Jaeger, Propagator::TraceContext],
+    ];
+    for (headers, is_random) in [
+        (&[("b3", b3.as_str())][..], false),
+        (&[("uber-trace-id", &jaeger)], false),
+        (&[("b3", &b3), ("traceparent", VALID)], false),
+        (&[("b3", &b3), ("traceparent", &random)], true),
     ] {
-        let all = composite(&[Propagator::TraceContext, Propagator::B3, Propagator::Jaeger]);
-        let cx = all.extract_with_context(&Context::new(), &Lines(headers));
-        assert!(sent_by_a_span(&cx, trace_id, true).ends_with(flags), "{headers:?}");
+        for order in orders {
+            let cx = composite(&order).extract_with_context(&Context::new(), &Lines(headers));
+            let sent = [true, false].map(|sampled| sent_by_a_span(&cx, trace_id, sampled).split_off(52));
+            assert_eq!(
+                sent,
+                if is_random { ["-03", "-02"] } else { ["-01", "-00"] },
+                "{order:?}: {headers:?}"
+            );
+        }
     }
+    // The trace of B3 is another one than that of traceparent.
+    let headers = [("b3", &*b3), ("traceparent", &random.replace("9012-", "9013-"))];
+    let cx = composite(&orders[0]).extract_with_context(&Context::new(), &Lines(&headers));
+    assert!(sent_by_a_span(&cx, trace_id, true).ends_with("-01"));
 }
 
 #[test]

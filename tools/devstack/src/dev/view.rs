@@ -100,7 +100,7 @@ impl View {
     }
 }
 
-/// Returns whether exactly one span is without a parent among these spans. The parent of this span may be the
+/// Returns whether `spans` has the parent of every span except one. That span is the root, or a child of the
 /// caller's span, which does not arrive here.
 fn is_complete(spans: &[Span]) -> bool {
     let ids: HashSet<&str> = spans.iter().map(|span| span.span_id.as_str()).collect();
