@@ -2,12 +2,12 @@
 //! `telemetry`.
 
 use crate::outbox::{Capacity, PublishOptions};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, builder::RangedU64ValueParser};
 use serving::{
     arguments::{self, positive_duration},
     shutdown,
 };
-use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use tls::{Client, PemFile};
 use tonic::{
     codegen::http::uri::Authority,
@@ -102,13 +102,13 @@ pub struct Config {
 
     /// How many connections from callers there may be at once. Beyond that number, each new connection
     /// replaces the connection that has waited longest for a request.
-    #[arg(long, env = "API_MAX_CONNECTIONS", default_value = "10000")]
-    pub max_connections: NonZeroUsize,
+    #[arg(long, env = "API_MAX_CONNECTIONS", default_value_t = 10_000, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub max_connections: usize,
 
     /// How many connections may come from one address; by default half of the total. An address is an IPv4
     /// address or a /64 of IPv6.
-    #[arg(long, env = "API_MAX_CONNECTIONS_PER_ADDRESS")]
-    pub max_connections_per_address: Option<NonZeroUsize>,
+    #[arg(long, env = "API_MAX_CONNECTIONS_PER_ADDRESS", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub max_connections_per_address: Option<usize>,
 
     /// How to shut down.
     #[command(flatten)]

@@ -91,8 +91,8 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
 
     let limits = router::RequestLimits { max_in_flight: config.max_in_flight, deadline: config.deadline };
     let router = router::router(app, limits);
-    let in_all = reserve_files(config.max_connections.get());
-    let by_address = config.max_connections_per_address.map_or_else(|| in_all.div_ceil(2), usize::from);
+    let in_all = reserve_files(config.max_connections);
+    let by_address = config.max_connections_per_address.unwrap_or_else(|| in_all.div_ceil(2));
     let max = MaxConnections { in_all, by_address };
     let schedule = select! {
         schedule = server::serve(listener, router, max, shutdown.clone()) => schedule,

@@ -3,7 +3,7 @@
 use crate::{app::App, problem::Problem, publisher::LoginEvent, token::Token, tracer::TRACER};
 use axum::{
     Json,
-    extract::{self, FromRequest, State, rejection::JsonRejection},
+    extract::{State, rejection::JsonRejection},
 };
 use opentelemetry::trace::Tracer;
 use proto::{login::MobileNumber, usercenter::v1::GetUserByMobileRequest};
@@ -26,7 +26,18 @@ pub struct LoginRequest {
 ///
 /// # Errors
 /// See [`Problem`].
-pub async fn login(State(app): State<Arc<App>>, request: LoginRequest) -> Result<Json<Token>, Problem> {
+pub async fn login(
+    State(app): State<Arc<App>>,
+    request: Result<Json<LoginRequest>, JsonRejection>,
+) -> Result<Json<Token>, Problem> {
+    // The texts of axum's rejections may quote the body, so they are not used.
+    let Json(request) = request.map_err(|rejection| match rejection {
+        JsonRejection::JsonSyntaxError(_) => Problem::NotJson,
+        JsonRejection::JsonDataError(_) => Problem::InvalidMobile,
+        JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
+        _ => Problem::UnreadableBody,
+    })?;
+
     // A layer has already opened the server span.
 
     // Layers also make the client span, the server span at the other end, the deadline and the retries.
@@ -48,20 +59,4 @@ pub async fn login(State(app): State<Arc<App>>, request: LoginRequest) -> Result
 
     tracing::info!(%user.id, "logged in");
     Ok(Json(token))
-}
-
-impl<S: Send + Sync> FromRequest<S> for LoginRequest {
-    type Rejection = Problem;
-
-    async fn from_request(request: extract::Request, state: &S) -> Result<Self, Problem> {
-        let login = Json::<LoginRequest>::from_request(request, state).await;
-        // The texts of axum's rejections may quote the body, so they are not used.
-        let Json(login) = login.map_err(|rejection| match rejection {
-            JsonRejection::JsonSyntaxError(_) => Problem::NotJson,
-            JsonRejection::JsonDataError(_) => Problem::InvalidMobile,
-            JsonRejection::MissingJsonContentType(_) => Problem::UnsupportedMediaType,
-            _ => Problem::UnreadableBody,
-        })?;
-        Ok(login)
-    }
 }

@@ -87,7 +87,7 @@ impl Publisher {
             // This is not an error, because the broker will get the login later.
             Ok(Published::Spooled(why)) => {
                 span.set_attribute(KeyValue::new(semconv::PUBLISH_OUTCOME, "spooled"));
-                span.add_event("spooled", vec![KeyValue::new(semconv::SPOOL_REASON, why.reason())]);
+                span.add_event("spooled", vec![KeyValue::new(semconv::SPOOL_REASON, why)]);
             }
             Err(error) => {
                 span.set_attribute(KeyValue::new(semconv::ERROR_TYPE, error.error_type()));

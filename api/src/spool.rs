@@ -76,8 +76,8 @@ async fn write_entries(
 /// Publishes all entries as api would, and removes those that the broker confirms.
 async fn drain(config: &Config, spool: Spool) -> anyhow::Result<()> {
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
-    let (state, all) = (spool.state(), spool.state().entries());
-    let left = || state.entries().saturating_sub(state.set_aside());
+    let (state, all) = (spool.state(), spool.state().borrow().entries);
+    let left = || state.borrow().entries.saturating_sub(state.borrow().set_aside);
     let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
     let (_outbox, publishing) = Outbox::start(server.clone(), topology, config.publish_options(), spool);
     let (mut before, mut since) = (left(), Instant::now());
@@ -88,7 +88,7 @@ async fn drain(config: &Config, spool: Spool) -> anyhow::Result<()> {
         }
     }
     publishing.close(Instant::now() + PATIENCE).await;
-    let kept = state.entries();
+    let kept = state.borrow().entries;
     writeln!(io::stdout(), "published {} of {all} logins", all - kept)?;
     ensure!(
         kept == 0,

@@ -2,15 +2,15 @@
 //! happens to the message.
 
 use crate::{
-    bounds::MAX_REDELIVERIES,
+    bounds::{LONGEST_BODY, MAX_REDELIVERIES},
     failure::Failure,
     forwarder::Forwarder,
-    history::{History, Login, Processed, Refused},
+    history::{Change, History, Login, Processed, Refused},
     properties,
 };
 use ::amqp::{
     Topology,
-    properties::{HEADERS_LEFT_OUT, header},
+    properties::{BODY_CUT, HEADERS_LEFT_OUT, UNREADABLE, header},
 };
 use futures_util::FutureExt as _;
 use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
@@ -140,7 +140,7 @@ where
             return Redelivered::No;
         }
         let (_, key) = self.identity(delivery).await;
-        match self.history.mark_redelivery(key).await {
+        match self.history.commit(Change::MarkRedelivery(key)).await {
             Ok(0) => Redelivered::Once,
             Ok(counted) => Redelivered::Suspect { counted },
             // The database will also refuse to count this redelivery, and then the message fails.
@@ -181,8 +181,14 @@ where
         let cx = parent.with_span(span);
 
         let login = match mobile {
-            _ if properties::are_unreadable(&delivery.properties) => Err(Failure::unreadable_properties()),
-            _ if properties::is_body_cut(&delivery.properties) => Err(Failure::body_too_long()),
+            // Not even the id of the message is known then.
+            _ if header(&delivery.properties, UNREADABLE).is_some() => {
+                Err(Failure::last("unreadable_properties", "the properties of the message can't be read"))
+            }
+            _ if header(&delivery.properties, BODY_CUT).is_some() => {
+                let text = format!("the body has more than {LONGEST_BODY} bytes");
+                Err(Failure::last("body_too_long", text))
+            }
             Ok(mobile) => Ok(Login {
                 message_id: message_id.clone(),
                 trace_id: producer_span.is_valid().then(|| producer_span.trace_id().to_string()),
@@ -218,15 +224,15 @@ where
     /// Calls the service. The redelivery of a suspect is first counted on disk.
     async fn call(&self, login: Login, redelivered: Redelivered, key: String) -> Result<Processed, Failure> {
         let is_suspect = matches!(redelivered, Redelivered::Suspect { .. });
-        if is_suspect && self.history.count_redelivery(key.clone()).await? > MAX_REDELIVERIES {
-            self.history.forget_redeliveries(key).await?;
-            return Err(Failure::redelivered_too_often());
+        if is_suspect && self.history.commit(Change::CountRedelivery(key.clone())).await? > MAX_REDELIVERIES {
+            self.forget(redelivered, key).await?;
+            return Err(Failure::last("redelivered_too_often", "delivered too often without a result"));
         }
         let called = AssertUnwindSafe(self.processing.clone().oneshot(login)).catch_unwind().await;
         self.forget(redelivered, key).await?;
         match called {
             Ok(processed) => processed.map_err(|error| Failure::of_processing(&*error.into())),
-            Err(_) => Err(Failure::panicked()),
+            Err(_) => Err(Failure::passing(semconv::PANIC, "the processing panicked")),
         }
     }
 
@@ -234,7 +240,9 @@ where
     async fn forget(&self, redelivered: Redelivered, key: String) -> Result<(), Refused> {
         match redelivered {
             Redelivered::No => Ok(()),
-            Redelivered::Once | Redelivered::Suspect { .. } => self.history.forget_redeliveries(key).await,
+            Redelivered::Once | Redelivered::Suspect { .. } => {
+                self.history.commit(Change::ForgetRedeliveries(key)).await.map(drop)
+            }
         }
     }
 

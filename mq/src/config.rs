@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn with_the_longest_prefix_every_name_is_a_short_string() {
         let with_prefix = |prefix: String| Config::try_parse_from(["mq", "--amqp-prefix", &prefix]);
-        let config = with_prefix("p".repeat(195)).ok().unwrap();
+        let config = with_prefix("p".repeat(195)).unwrap();
         let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
         // No delay that is allowed has a longer name.
         let delays: RetryDelays = "1month 18days 23h 59m 59s 999ms 999us 999ns".parse().unwrap();

@@ -20,7 +20,7 @@ use lapin::{
 };
 use opentelemetry::{
     Context, KeyValue,
-    trace::{SpanKind, Status, TraceContextExt, Tracer},
+    trace::{SpanKind, Status, TraceContextExt, TraceId, Tracer},
 };
 use proto::{
     login::LoginMessage,
@@ -74,18 +74,12 @@ pub async fn run(config: &Config, command: &DeadLetters) -> anyhow::Result<()> {
 
 async fn list(letters: &mut Letters) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    let mut line = |id: &str, reason: &str, attempts: &str, since: &str, trace_id: &str| {
+    let mut line = |[id, reason, attempts, since, trace_id]: [&str; 5]| {
         writeln!(out, "{id:<36}  {reason:<21}  {attempts:>8}  {since:<24}  {trace_id}")
     };
-    line("MESSAGE ID", "REASON", "ATTEMPTS", "SINCE", "TRACE ID")?;
+    line(["MESSAGE ID", "REASON", "ATTEMPTS", "SINCE", "TRACE ID"])?;
     while let Some(letter) = letters.next().await? {
-        line(
-            &letter.message_id(),
-            &letter.reason(),
-            &letter.attempts(),
-            &letter.since(),
-            &letter.trace_id(),
-        )?;
+        line(letter.summary().each_ref().map(String::as_str))?;
     }
     Ok(())
 }
@@ -98,11 +92,10 @@ async fn show(letters: &mut Letters, message_id: &str, with_body: bool) -> anyho
         }
         is_found = true;
         let mut out = io::stdout().lock();
-        writeln!(out, "message id  {}", letter.message_id())?;
-        writeln!(out, "reason      {}", letter.reason())?;
-        writeln!(out, "attempts    {}", letter.attempts())?;
-        writeln!(out, "since       {}", letter.since())?;
-        writeln!(out, "trace id    {}", letter.trace_id())?;
+        let names = ["message id", "reason", "attempts", "since", "trace id"];
+        for (name, value) in names.into_iter().zip(letter.summary()) {
+            writeln!(out, "{name:<10}  {value}")?;
+        }
         writeln!(out, "body        {} bytes", letter.0.data.len())?;
         writeln!(out, "\nproperties")?;
         for (name, value) in letter.properties() {
@@ -141,7 +134,8 @@ impl Replay {
             }
             self.publish(letters, &letter).await.with_context(|| format!("after {count} replays"))?;
             count += 1;
-            writeln!(io::stdout(), "replayed {}", letter.message_id())?;
+            let [id, ..] = letter.summary();
+            writeln!(io::stdout(), "replayed {id}")?;
         }
         ensure!(count > 0 || message_id.is_none(), "there is no dead letter with this message id");
         Ok(())
@@ -248,31 +242,18 @@ impl Letter {
         self.0.properties.message_id().as_ref().is_some_and(|id| id.as_str() == message_id)
     }
 
-    fn message_id(&self) -> String {
-        let id = self.0.properties.message_id().as_ref();
-        id.map_or_else(|| "-".to_owned(), |id| printable(id.as_str()))
-    }
-
-    fn reason(&self) -> String {
-        properties::dead_letter_reason(&self.0.properties)
-            .map_or_else(|| "-".to_owned(), |reason| printable(&reason))
-    }
-
-    fn attempts(&self) -> String {
-        properties::dead_letter_attempts(&self.0.properties)
-            .map_or_else(|| "-".to_owned(), |attempts| attempts.to_string())
-    }
-
-    fn since(&self) -> String {
-        properties::published_at(&self.0.properties)
-            .map_or_else(|| "-".to_owned(), |since| humantime::format_rfc3339_millis(since).to_string())
-    }
-
-    fn trace_id(&self) -> String {
-        let producer = Self::producer(&self.0);
-        let span = producer.span();
-        let span_context = span.span_context();
-        if span_context.is_valid() { span_context.trace_id().to_string() } else { "-".to_owned() }
+    /// Returns the message id, the reason, the number of attempts, the time of the last, and the trace id.
+    fn summary(&self) -> [String; 5] {
+        let properties = &self.0.properties;
+        let trace_id = Self::producer(&self.0).span().span_context().trace_id();
+        [
+            properties.message_id().as_ref().map(|id| printable(id.as_str())),
+            properties::dead_letter_reason(properties).map(|reason| printable(&reason)),
+            properties::dead_letter_attempts(properties).map(|attempts| attempts.to_string()),
+            properties::published_at(properties).map(|at| humantime::format_rfc3339_millis(at).to_string()),
+            (trace_id != TraceId::INVALID).then(|| trace_id.to_string()),
+        ]
+        .map(|part| part.unwrap_or_else(|| "-".to_owned()))
     }
 
     /// Returns the properties to print, without the headers and the message id.

@@ -1,6 +1,6 @@
 //! Why an attempt failed, as its span, the log and the dead letter show it.
 
-use crate::{bounds::LONGEST_BODY, history::Refused};
+use crate::history::Refused;
 use proto::login::LoginMessageError;
 use std::error::Error;
 use telemetry::semconv;
@@ -26,37 +26,20 @@ impl Failure {
         }
     }
 
-    /// The service panicked.
-    pub fn panicked() -> Self {
-        Self::passing(semconv::PANIC, "the processing panicked")
-    }
-
-    /// The message was delivered again and again without a result.
-    pub fn redelivered_too_often() -> Self {
-        let text = "delivered too often without a result".to_owned();
-        Self { reason: "redelivered_too_often", text, is_final: true }
-    }
-
-    /// The message has properties that can't be read ([`amqp::inbound`]), so not even its id is known.
-    pub fn unreadable_properties() -> Self {
-        let text = "the properties of the message can't be read".to_owned();
-        Self { reason: "unreadable_properties", text, is_final: true }
-    }
-
-    /// The message has a body longer than [`LONGEST_BODY`], of which only the start is kept.
-    pub fn body_too_long() -> Self {
-        let text = format!("the body has more than {LONGEST_BODY} bytes");
-        Self { reason: "body_too_long", text, is_final: true }
-    }
-
-    fn passing(reason: &'static str, text: &str) -> Self {
+    /// The processing failed, but another attempt may succeed.
+    pub fn passing(reason: &'static str, text: &str) -> Self {
         Self { reason, text: text.to_owned(), is_final: false }
+    }
+
+    /// Another attempt would fail in the same way.
+    pub fn last(reason: &'static str, text: impl Into<String>) -> Self {
+        Self { reason, text: text.into(), is_final: true }
     }
 }
 
 impl From<LoginMessageError> for Failure {
     fn from(error: LoginMessageError) -> Self {
-        Self { reason: error.reason(), text: error.to_string(), is_final: true }
+        Self::last(error.reason, error.text)
     }
 }
 

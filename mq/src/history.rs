@@ -5,7 +5,7 @@
 
 mod database;
 
-use database::{Change, Database};
+use database::Database;
 use sqlx::sqlite::SqliteConnectOptions;
 use std::{future, time::Duration};
 use tokio::{
@@ -14,7 +14,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use database::{Login, Refused, Secret, parse_url};
+pub use database::{Change, Login, Refused, Secret, parse_url};
 
 /// The pause between two attempts to reach the database.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -75,43 +75,11 @@ impl History {
         }
     }
 
-    /// Records a login and counts it, unless that was done before. The login is durable when this function
-    /// returns.
+    /// Commits a change, durably. Returns its result, which [`Change`] describes.
     ///
     /// # Errors
-    /// If the database refuses this login.
-    pub async fn apply(&self, login: Login) -> Result<Processed, Refused> {
-        let recorded = self.commit(Change::Apply(login)).await?;
-        Ok(if recorded == 0 { Processed::Duplicate } else { Processed::Applied })
-    }
-
-    /// Marks a message as redelivered, unless redeliveries of it are already counted. Returns how many
-    /// redeliveries were counted before, which is 0 if the message was not marked yet.
-    ///
-    /// # Errors
-    /// If the database refuses this message.
-    pub async fn mark_redelivery(&self, message_id: String) -> Result<i64, Refused> {
-        self.commit(Change::MarkRedelivery(message_id)).await
-    }
-
-    /// Counts one more redelivery of a message whose previous delivery had no result. Returns how many
-    /// redeliveries are counted now.
-    ///
-    /// # Errors
-    /// If the database refuses this message.
-    pub async fn count_redelivery(&self, message_id: String) -> Result<i64, Refused> {
-        self.commit(Change::CountRedelivery(message_id)).await
-    }
-
-    /// Deletes the count of a message's redeliveries.
-    ///
-    /// # Errors
-    /// If the database refuses this message.
-    pub async fn forget_redeliveries(&self, message_id: String) -> Result<(), Refused> {
-        self.commit(Change::ForgetRedeliveries(message_id)).await.map(drop)
-    }
-
-    async fn commit(&self, change: Change) -> Result<i64, Refused> {
+    /// If the database refuses this change.
+    pub async fn commit(&self, change: Change) -> Result<i64, Refused> {
         let (reply, answer) = oneshot::channel();
         let sent = self.requests.send(Request { change, reply }).await;
         match (sent, answer.await) {
@@ -195,10 +163,10 @@ mod tests {
         let (history, _) = History::start(parse_url(&url).unwrap());
         // The first attempt, which has no request, begins before any of these calls.
         for _ in 0..30 {
-            let counted = history.count_redelivery("id".to_owned());
+            let counted = history.commit(Change::CountRedelivery("id".to_owned()));
             assert!(timeout(Duration::from_millis(1), counted).await.is_err());
         }
         fs::remove_file(&folder).unwrap();
-        assert_eq!(history.count_redelivery("id".to_owned()).await, Ok(1));
+        assert_eq!(history.commit(Change::CountRedelivery("id".to_owned())).await, Ok(1));
     }
 }

@@ -28,7 +28,6 @@ use consumer::Consumer;
 use forwarder::Forwarder;
 use futures_util::FutureExt;
 use history::{History, Login, Processed};
-use processing::RecordLogin;
 use proto::topology::{EXCHANGE, QUEUE, ROUTING_KEY};
 use serving::{grpc, listener::reserve_files, shutdown::Shutdown};
 use telemetry::amqp::Broker;
@@ -41,7 +40,7 @@ use tower::{BoxError, Service, ServiceBuilder};
 pub fn processing_stack(
     history: History,
 ) -> impl Service<Login, Response = Processed, Error: Into<BoxError>> + Clone {
-    ServiceBuilder::new().service(RecordLogin::new(history))
+    ServiceBuilder::new().service_fn(move |login| processing::record(history.clone(), login))
 }
 
 /// Consumes until `shutdown`. Answers health checks on `listener`.

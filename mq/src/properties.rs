@@ -1,7 +1,7 @@
 //! Reads the properties of a message, and makes the properties with which the message is published again: to
 //! a retry queue, to the dead-letter queue, or back to the main queue.
 
-use amqp::properties::{BODY_CUT, PERSISTENT, UNREADABLE, fit, header, integer};
+use amqp::properties::{PERSISTENT, fit, header, integer};
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable, ShortString},
@@ -17,16 +17,6 @@ use std::{
 pub fn attempt(properties: &BasicProperties) -> u32 {
     let attempt = header(properties, ATTEMPT).and_then(integer).unwrap_or(1);
     u32::try_from(attempt.max(1)).unwrap_or(u32::MAX)
-}
-
-/// Whether these properties replace the message's own properties, which can't be read ([`amqp::inbound`]).
-pub fn are_unreadable(properties: &BasicProperties) -> bool {
-    header(properties, UNREADABLE).is_some()
-}
-
-/// Whether only the start of the body was kept ([`amqp::inbound`]).
-pub fn is_body_cut(properties: &BasicProperties) -> bool {
-    header(properties, BODY_CUT).is_some()
 }
 
 /// Returns how many attempts a dead letter has had.

@@ -57,33 +57,14 @@ pub struct LoginMessage {
     pub msg: MobileNumber,
 }
 
-/// Why a body is not a login message. The error messages quote nothing from the body.
+/// Why a body is not a login message. The text quotes nothing from the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum LoginMessageError {
-    /// The body is not JSON, or not a JSON object.
-    #[error("the body is not a JSON object")]
-    NotAnObject,
-    /// There is no `Msg`.
-    #[error("the body has no member Msg")]
-    NoMsg,
-    /// `Msg` is there, but is not a string.
-    #[error("the member Msg is not a string")]
-    MsgNotAString,
-    /// `Msg` is a string, but not a mobile number.
-    #[error("the member Msg is not a mobile number of 7 to 15 digits")]
-    NotAMobileNumber,
-}
-
-impl LoginMessageError {
-    /// Returns a short name of bounded cardinality, for `error.type` and the dead-letter header.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::NotAnObject => "not_a_json_object",
-            Self::NoMsg => "no_msg",
-            Self::MsgNotAString => "msg_not_a_string",
-            Self::NotAMobileNumber => "not_a_mobile_number",
-        }
-    }
+#[error("{text}")]
+pub struct LoginMessageError {
+    /// A short name of bounded cardinality, for `error.type` and the dead-letter header.
+    pub reason: &'static str,
+    /// A sentence for the span and the log.
+    pub text: &'static str,
 }
 
 impl LoginMessage {
@@ -99,18 +80,19 @@ impl LoginMessage {
     /// counts as an empty one, because it must never keep the message from being processed. The carrier is
     /// returned even if the message is unreadable, so that the failure appears in the right trace.
     pub fn from_json(body: &[u8]) -> (HeaderCarrier, Result<MobileNumber, LoginMessageError>) {
+        let error = |reason, text| Err(LoginMessageError { reason, text });
         let Ok(Value::Object(members)) = serde_json::from_slice(body) else {
-            return (HeaderCarrier::default(), Err(LoginMessageError::NotAnObject));
+            return (HeaderCarrier::default(), error("not_a_json_object", "the body is not a JSON object"));
         };
         let member = |name: &str, lower: &str| members.get(name).or_else(|| members.get(lower));
 
         let carrier = HeaderCarrier::from_json(member("Carrier", "carrier"));
         let mobile = match member("Msg", "msg") {
-            Some(Value::String(msg)) => {
-                MobileNumber::try_from(msg.clone()).map_err(|_| LoginMessageError::NotAMobileNumber)
-            }
-            Some(Value::Null) | None => Err(LoginMessageError::NoMsg),
-            Some(_) => Err(LoginMessageError::MsgNotAString),
+            Some(Value::String(msg)) => MobileNumber::try_from(msg.clone()).or_else(|_| {
+                error("not_a_mobile_number", "the member Msg is not a mobile number of 7 to 15 digits")
+            }),
+            Some(Value::Null) | None => error("no_msg", "the body has no member Msg"),
+            Some(_) => error("msg_not_a_string", "the member Msg is not a string"),
         };
         (carrier, mobile)
     }

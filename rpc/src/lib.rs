@@ -13,7 +13,6 @@ mod service;
 
 use anyhow::Context;
 use config::Config;
-use directory::Directory;
 use futures_util::FutureExt;
 use layers::RequestLimits;
 use proto::usercenter::v1::{FILE_DESCRIPTOR_SET, usercenter_server::UsercenterServer};
@@ -56,7 +55,7 @@ pub async fn run(config: &Config, listener: TcpListener, shutdown: &Shutdown) ->
         .build_v1()
         .context("gRPC reflection")?;
 
-    let usercenter = UsercenterServer::new(Service::new(Directory::demo()));
+    let usercenter = UsercenterServer::new(Service);
     let tls = config.tls().map_err(anyhow::Error::msg)?.map(|tls| tls.rustls);
     let incoming = grpc::incoming(listener, reserve_files(MAX_CONNECTIONS), config.max_connection_age, tls);
     let in_flight = InFlight::at_most(config.max_in_flight);

@@ -27,8 +27,8 @@
 use super::{
     copies::Copies,
     message::Message,
-    outcome::{PublishError, Published, WhySpooled},
-    spool::Spool,
+    outcome::Published,
+    spool::{Done, Spool},
 };
 use amqp::{Backoff, Failures, IfBlocked, OpenError, Server, Session, Topology, Unconfirmed};
 use std::time::{Duration, Instant, SystemTime};
@@ -70,8 +70,8 @@ pub enum BrokerState {
 pub struct Request {
     /// The message.
     pub message: Message,
-    /// Takes the outcome. If the sender is dropped, nobody knows the outcome.
-    pub done: oneshot::Sender<Result<Published, PublishError>>,
+    /// The sender for its outcome.
+    pub done: Done,
 }
 
 /// The state of the task.
@@ -214,19 +214,19 @@ impl Dispatcher {
                 backoff.pause().await;
             }
         };
-        backlog.append_until(connected, WhySpooled::NotConnected, requests, stopped).await
+        backlog.append_until(connected, "not_connected", requests, stopped).await
     }
 
     /// Waits between two sessions. Returns `None` if the dispatcher is stopped before the wait is over.
     async fn pause(&mut self) -> Option<()> {
         let Self { requests, stopped, backlog, backoff, .. } = self;
-        backlog.append_until(backoff.pause(), WhySpooled::NotConnected, requests, stopped).await
+        backlog.append_until(backoff.pause(), "not_connected", requests, stopped).await
     }
 
     /// Waits until the broker takes messages again. Returns `None` if the dispatcher is stopped before that.
     async fn unblocked(&mut self, session: &mut Session) -> Option<()> {
         let Self { requests, stopped, backlog, .. } = self;
-        backlog.append_until(session.unblocked(), Unconfirmed::Blocked.into(), requests, stopped).await
+        backlog.append_until(session.unblocked(), Unconfirmed::Blocked.reason(), requests, stopped).await
     }
 
     /// Publishes the entries of the spool, and then new messages, until the session ends.
@@ -268,7 +268,7 @@ impl Dispatcher {
             }
             Err(why) => {
                 for request in round {
-                    backlog.append(request, why.into());
+                    backlog.append(request, why.reason());
                 }
                 Err(why.into())
             }
@@ -322,11 +322,11 @@ impl Backlog {
         let (overdue, mut is_overdue) = (sleep(patience), patience.is_zero());
         pin!(round, overdue);
         loop {
-            let is_taken = is_overdue && (patience.is_zero() || self.spool.state().takes());
+            let is_taken = is_overdue && (patience.is_zero() || self.spool.state().borrow().takes);
             select! {
                 result = &mut round => return result,
                 () = &mut overdue, if !is_overdue => is_overdue = true,
-                Some(request) = requests.recv(), if is_taken => self.append(request, WhySpooled::BehindSpool),
+                Some(request) = requests.recv(), if is_taken => self.append(request, "behind_spool"),
             }
         }
     }
@@ -336,7 +336,7 @@ impl Backlog {
     async fn append_until<T>(
         &mut self,
         event: impl Future<Output = T>,
-        why: WhySpooled,
+        why: &'static str,
         requests: &mut mpsc::Receiver<Request>,
         stopped: &mut oneshot::Receiver<()>,
     ) -> Option<T> {
@@ -350,13 +350,9 @@ impl Backlog {
         }
     }
 
-    fn append(&mut self, request: Request, why: WhySpooled) {
+    fn append(&mut self, request: Request, why: &'static str) {
         self.is_empty = false;
-        let Request { message, done } = request;
-        self.spool.append(message, move |appended| {
-            // Sending fails if the caller has stopped waiting, which does no harm.
-            let _ = done.send(appended.map(|()| Published::Spooled(why)));
-        });
+        self.spool.append(request.message, why, request.done);
     }
 
     /// Reads the entries of the next round. Returns `None` if they can't be read.

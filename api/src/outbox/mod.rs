@@ -13,7 +13,7 @@ mod spool;
 
 use amqp::{Server, Topology};
 use dispatch::{BrokerState, Dispatcher, Request};
-use std::{future, sync::Arc, time::Duration};
+use std::{future, time::Duration};
 use tokio::{
     select,
     sync::{mpsc, oneshot, watch},
@@ -23,7 +23,7 @@ use tokio::{
 
 pub use dispatch::{CLIENT_ID, PublishOptions};
 pub use message::Message;
-pub use outcome::{PublishError, Published, WhySpooled};
+pub use outcome::{PublishError, Published};
 pub use spool::{Capacity, FILE as SPOOL_FILE, OpenSpoolError, Spool};
 
 /// The largest number of messages in the channel to the dispatcher. Further messages wait until the channel
@@ -34,14 +34,10 @@ const MAX_WAITING: usize = 1024;
 #[derive(Clone)]
 pub struct Outbox {
     requests: mpsc::Sender<Request>,
-    shared: Arc<Shared>,
-}
-
-struct Shared {
     /// The longest time that publishing may take, including the write to the spool.
     limit: Duration,
     broker: watch::Receiver<BrokerState>,
-    spool: spool::State,
+    spool: watch::Receiver<spool::State>,
 }
 
 /// Whether logins can be published now.
@@ -80,12 +76,8 @@ impl Outbox {
         let (requests, incoming) = mpsc::channel(MAX_WAITING);
         let (stop, stopped) = oneshot::channel();
         let (broker_state, broker) = watch::channel(BrokerState::Away);
-        let shared = Shared {
-            // A message waits for the messages before it, then for its own confirmation, then for the disk.
-            limit: options.timeout.mul_f64(2.5),
-            broker,
-            spool: spool.state(),
-        };
+        // A message waits for the messages before it, then for its own confirmation, then for the disk.
+        let limit = options.timeout.mul_f64(2.5);
         let spool_state = spool.state();
         observe(spool.state());
         let spool_panicked = spool.panicked();
@@ -96,19 +88,19 @@ impl Outbox {
                 () = spool_panicked => Err("the spool's thread"),
             }
         });
-        (Self { requests, shared: Arc::new(shared) }, Publishing { stop, task, spool: spool_state })
+        let publishing = Publishing { stop, task, spool: spool_state.clone() };
+        (Self { requests, limit, broker, spool: spool_state }, publishing)
     }
 
     /// Whether messages can be published now.
     pub fn readiness(&self) -> Readiness {
-        let Shared { broker, spool, .. } = &*self.shared;
-        let broker = *broker.borrow();
+        let (broker, spool) = (*self.broker.borrow(), *self.spool.borrow());
         Readiness {
             broker: broker == BrokerState::Connected,
             topology: broker != BrokerState::Refuses,
-            spool: spool.takes(),
-            spooled: spool.entries(),
-            bytes: spool.bytes(),
+            spool: spool.takes,
+            spooled: spool.entries,
+            bytes: spool.bytes,
             age: spool.age(),
         }
     }
@@ -125,12 +117,12 @@ impl Outbox {
         };
         // If there is no outcome, the disk hangs or the service is ending, and nobody knows whether the
         // message was published.
-        timeout(self.shared.limit, handed_over).await.ok().flatten().unwrap_or(Err(PublishError::SpoolFailed))
+        timeout(self.limit, handed_over).await.ok().flatten().unwrap_or(Err(PublishError::SpoolFailed))
     }
 }
 
 /// Registers the metrics of the spool.
-fn observe(spool: spool::State) {
+fn observe(spool: watch::Receiver<spool::State>) {
     let meter = telemetry::meter("api", env!("CARGO_PKG_VERSION"));
     let gauge = |name, unit, description, value: fn(&spool::State) -> u64| {
         let spool = spool.clone();
@@ -138,12 +130,12 @@ fn observe(spool: spool::State) {
             .u64_observable_gauge(name)
             .with_unit(unit)
             .with_description(description)
-            .with_callback(move |observer| observer.observe(value(&spool), &[]))
+            .with_callback(move |observer| observer.observe(value(&spool.borrow()), &[]))
             .build();
     };
-    gauge("throughline.spool.entries", "{login}", "Logins in the spool.", spool::State::entries);
-    gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", spool::State::bytes);
-    gauge("throughline.spool.set_aside", "{login}", "Logins that were set aside.", spool::State::set_aside);
+    gauge("throughline.spool.entries", "{login}", "Logins in the spool.", |spool| spool.entries);
+    gauge("throughline.spool.size", "By", "Bytes of the logins in the spool.", |spool| spool.bytes);
+    gauge("throughline.spool.set_aside", "{login}", "Logins that were set aside.", |spool| spool.set_aside);
     gauge("throughline.spool.age", "s", "Time since api accepted the oldest login in the spool.", |spool| {
         spool.age().as_secs()
     });
@@ -153,7 +145,7 @@ fn observe(spool: spool::State) {
 pub struct Publishing {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<(), &'static str>>,
-    spool: spool::State,
+    spool: watch::Receiver<spool::State>,
 }
 
 impl Publishing {
@@ -176,7 +168,7 @@ impl Publishing {
         if timeout_at(deadline, &mut self.task).await.is_err() {
             self.task.abort();
         }
-        let spooled = self.spool.entries();
+        let spooled = self.spool.borrow().entries;
         if spooled > 0 {
             tracing::warn!(spooled, "logins stay in the spool until the next start");
         }

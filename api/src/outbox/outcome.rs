@@ -5,22 +5,10 @@
 pub enum Published {
     /// The broker has the login.
     Confirmed,
-    /// The login is in the spool on disk, and will be published later.
-    Spooled(WhySpooled),
-}
-
-/// Why a login went to the spool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum WhySpooled {
-    /// There is no connection to the broker now.
-    #[error("not connected to the broker")]
-    NotConnected,
-    /// There was a connection, but the broker has not confirmed the login.
-    #[error(transparent)]
-    Published(#[from] amqp::Unconfirmed),
-    /// Earlier logins have to be published first. They are in the spool, or in a round that is overdue.
-    #[error("earlier logins go first")]
-    BehindSpool,
+    /// The login is in the spool on disk, and will be published later. The reason is a short name for spans:
+    /// `not_connected`, `behind_spool` (earlier logins have to be published first), or that of
+    /// [`amqp::Unconfirmed`].
+    Spooled(&'static str),
 }
 
 /// Why a login was not published.
@@ -32,17 +20,6 @@ pub enum PublishError {
     /// The broker has not confirmed the login, and the login could not be written to disk either.
     #[error("the spool failed")]
     SpoolFailed,
-}
-
-impl WhySpooled {
-    /// Returns a short name for spans and metrics.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::NotConnected => "not_connected",
-            Self::Published(why) => why.reason(),
-            Self::BehindSpool => "behind_spool",
-        }
-    }
 }
 
 impl PublishError {

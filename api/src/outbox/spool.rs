@@ -6,21 +6,20 @@
 
 mod store;
 
-use super::{message::Message, outcome::PublishError};
+use super::{
+    message::Message,
+    outcome::{PublishError, Published},
+};
 use futures_util::{FutureExt, future};
 use std::{
     iter,
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-        mpsc::{self, RecvTimeoutError},
-    },
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, SystemTime},
 };
 use store::{RETRY, Store};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 pub use store::{Capacity, FILE, OpenSpoolError};
 
@@ -31,60 +30,41 @@ const MAX_TOGETHER: usize = 4096;
 /// the file.
 pub struct Spool {
     commands: mpsc::Sender<Command>,
-    state: State,
+    state: watch::Receiver<State>,
     /// Becomes ready when the thread ends, with an error if the thread panicked.
     closed: future::Shared<oneshot::Receiver<()>>,
 }
 
 /// The part of the spool's state that other threads may read.
-#[derive(Clone, Default)]
-pub struct State(Arc<Shared>);
-
-#[derive(Default)]
-struct Shared {
-    entries: AtomicU64,
-    bytes: AtomicU64,
-    set_aside: AtomicU64,
-    oldest: Mutex<Option<SystemTime>>,
-    takes: AtomicBool,
+#[derive(Debug, Clone, Copy, Default)]
+pub struct State {
+    /// The number of logins in the spool.
+    pub entries: u64,
+    /// The bytes of these logins.
+    pub bytes: u64,
+    /// The number of logins in the spool that were set aside.
+    pub set_aside: u64,
+    /// Whether the spool has room, and its disk works.
+    pub takes: bool,
+    /// When api accepted the oldest login in the spool.
+    oldest: Option<SystemTime>,
 }
 
-/// The callback of an append. It is called with the outcome, or dropped if nobody knows the outcome.
-type OnAppended = Box<dyn FnOnce(Result<(), PublishError>) + Send>;
+/// The sender for the outcome of a message. If the sender is dropped, nobody knows the outcome.
+pub type Done = oneshot::Sender<Result<Published, PublishError>>;
 
 enum Command {
-    Append(Message, OnAppended),
-    Read { after: u64, count: usize, entries: oneshot::Sender<Result<Vec<(u64, Message)>, redb::Error>> },
+    Append(Message, &'static str, Done),
+    Read { after: u64, count: usize, entries: oneshot::Sender<Vec<(u64, Message)>> },
     Remove { through: u64 },
     SetAside { number: u64 },
 }
 
 impl State {
-    /// Returns the number of logins in the spool.
-    pub fn entries(&self) -> u64 {
-        self.0.entries.load(Relaxed)
-    }
-
-    /// Returns the bytes of the logins in the spool.
-    pub fn bytes(&self) -> u64 {
-        self.0.bytes.load(Relaxed)
-    }
-
-    /// Returns the number of logins in the spool that were set aside.
-    pub fn set_aside(&self) -> u64 {
-        self.0.set_aside.load(Relaxed)
-    }
-
     /// Returns the time since api accepted the oldest login in the spool, or zero if the spool is empty.
     pub fn age(&self) -> Duration {
-        let oldest = *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner);
         // The clock may have been set back.
-        oldest.and_then(|taken| taken.elapsed().ok()).unwrap_or_default()
-    }
-
-    /// Whether the spool has room, and its disk works.
-    pub fn takes(&self) -> bool {
-        self.0.takes.load(Relaxed)
+        self.oldest.and_then(|taken| taken.elapsed().ok()).unwrap_or_default()
     }
 }
 
@@ -97,10 +77,10 @@ impl Spool {
     pub fn open(directory: &Path, capacity: Capacity) -> Result<Self, OpenSpoolError> {
         let store = Store::open(directory, capacity)?;
         let (commands, received) = mpsc::channel();
-        let state = State::default();
+        let (told, state) = watch::channel(State::default());
         let mut keeper = Keeper {
             store,
-            state: state.clone(),
+            state: told,
             is_failing: false,
             is_failure_told: false,
             is_full: false,
@@ -126,18 +106,13 @@ impl Spool {
     }
 
     /// Returns the part of the spool's state that other threads may read.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
     }
 
-    /// Appends a login, and calls `on_appended` with the outcome. If nobody knows the outcome, `on_appended`
-    /// is dropped.
-    pub fn append(
-        &self,
-        message: Message,
-        on_appended: impl FnOnce(Result<(), PublishError>) + Send + 'static,
-    ) {
-        let _ = self.commands.send(Command::Append(message, Box::new(on_appended)));
+    /// Appends a login, which is in the spool for the reason `why`. The outcome goes to `done`.
+    pub fn append(&self, message: Message, why: &'static str, done: Done) {
+        let _ = self.commands.send(Command::Append(message, why, done));
     }
 
     /// Returns up to `count` entries after this number, in order. The result includes entries whose append
@@ -145,7 +120,7 @@ impl Spool {
     pub async fn read(&self, after: u64, count: usize) -> Option<Vec<(u64, Message)>> {
         let (entries, read) = oneshot::channel();
         let _ = self.commands.send(Command::Read { after, count, entries });
-        read.await.ok()?.ok()
+        read.await.ok()
     }
 
     /// Sets an entry aside. [`Spool::remove`] then keeps this entry, which is published again at the next
@@ -170,7 +145,7 @@ impl Spool {
 /// The state of the thread.
 struct Keeper {
     store: Store,
-    state: State,
+    state: watch::Sender<State>,
     /// Whether the last change failed.
     is_failing: bool,
     /// Whether a failed change was logged, and no login has been appended since then.
@@ -206,33 +181,35 @@ impl Keeper {
         let (mut appended, mut reads, mut through) = (Vec::new(), Vec::new(), self.through);
         for command in commands {
             match command {
-                Command::Append(message, on_appended) => appended.push((message, on_appended)),
+                Command::Append(message, why, done) => appended.push((message, why, done)),
                 Command::Read { after, count, entries } => reads.push((after, count, entries)),
                 Command::Remove { through: number } => through = through.max(Some(number)),
                 Command::SetAside { number } => {
                     self.store.set_aside(number);
-                    self.state.0.set_aside.fetch_add(1, Relaxed);
+                    self.state.send_modify(|state| state.set_aside += 1);
                 }
             }
         }
         if !appended.is_empty() || through.is_some() || self.is_failing {
-            let messages = appended.iter().map(|(message, _)| message.to_bytes());
+            let messages = appended.iter().map(|(message, ..)| message.to_bytes());
             let outcomes = self.store.change(messages, through);
             self.through = through.filter(|_| outcomes.is_err());
             self.log(&outcomes);
             // The state is updated first, so that it is up to date when a caller has its answer.
             self.tell();
             let mut outcomes = outcomes.unwrap_or_default().into_iter();
-            for (_, on_appended) in appended {
-                on_appended(match outcomes.next() {
-                    Some(true) => Ok(()),
+            for (_, why, done) in appended {
+                // Sending fails if the caller has stopped waiting, which does no harm.
+                let _ = done.send(match outcomes.next() {
+                    Some(true) => Ok(Published::Spooled(why)),
                     Some(false) => Err(PublishError::SpoolFull),
                     None => Err(PublishError::SpoolFailed),
                 });
             }
         }
         for (after, count, entries) in reads {
-            let _ = entries.send(self.store.read(after, count));
+            // Without an answer, the entries can't be read.
+            let _ = self.store.read(after, count).map(|read| entries.send(read));
         }
     }
 
@@ -268,12 +245,11 @@ impl Keeper {
     }
 
     fn tell(&mut self) {
-        self.state.0.entries.store(self.store.entries(), Relaxed);
-        self.state.0.bytes.store(self.store.bytes(), Relaxed);
         // An error is ignored here, because a failing disk is reported at the next change.
         let oldest = self.store.read(0, 1).ok().and_then(|entries| Some(entries.first()?.1.taken_at()));
-        *self.state.0.oldest.lock().unwrap_or_else(PoisonError::into_inner) = oldest;
-        self.state.0.takes.store(!self.is_failing && !self.is_full && self.store.has_room(), Relaxed);
+        let (entries, bytes) = (self.store.entries(), self.store.bytes());
+        let takes = !self.is_failing && !self.is_full && self.store.has_room();
+        self.state.send_modify(|state| *state = State { entries, bytes, takes, oldest, ..*state });
     }
 }
 
@@ -284,13 +260,11 @@ mod tests {
     use tempfile::TempDir;
 
     /// Appends a login, and returns its outcome.
-    async fn append(spool: &Spool, id: &str) -> Result<(), PublishError> {
+    async fn append(spool: &Spool, id: &str) -> Result<Published, PublishError> {
         let message =
             Message::new(&Context::new(), id.to_owned(), "13800138000".to_owned().try_into().unwrap());
-        let (outcome, appended) = oneshot::channel();
-        spool.append(message, move |appended| {
-            let _ = outcome.send(appended);
-        });
+        let (done, appended) = oneshot::channel();
+        spool.append(message, "why", done);
         appended.await.unwrap()
     }
 
@@ -299,14 +273,19 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let open = || Spool::open(directory.path(), Capacity { entries: 2, bytes: 1_000_000 }).unwrap();
         let spool = open();
-        let state = spool.state();
-        assert_eq!((state.entries(), state.bytes(), state.age()), (0, 0, Duration::ZERO));
-        assert!(state.takes());
-        for (id, outcome) in [("a", Ok(())), ("b", Ok(())), ("c", Err(PublishError::SpoolFull))] {
+        let watched = spool.state();
+        let state = || *watched.borrow();
+        assert_eq!((state().entries, state().bytes, state().age()), (0, 0, Duration::ZERO));
+        assert!(state().takes);
+        for (id, outcome) in [
+            ("a", Ok(Published::Spooled("why"))),
+            ("b", Ok(Published::Spooled("why"))),
+            ("c", Err(PublishError::SpoolFull)),
+        ] {
             assert_eq!(append(&spool, id).await, outcome, "{id}");
         }
-        assert_eq!((state.entries(), state.set_aside(), state.takes()), (2, 0, false));
-        assert!(state.bytes() > 2 && state.age() > Duration::ZERO);
+        assert_eq!((state().entries, state().set_aside, state().takes), (2, 0, false));
+        assert!(state().bytes > 2 && state().age() > Duration::ZERO);
         let entries = spool.read(0, 10).await.unwrap();
         assert_eq!(entries.iter().map(|(_, message)| message.id()).collect::<Vec<_>>(), ["a", "b"]);
 
@@ -314,10 +293,10 @@ mod tests {
         spool.set_aside(entries[0].0);
         spool.remove(entries[1].0);
         assert!(spool.read(entries[1].0, 10).await.unwrap().is_empty());
-        assert_eq!((state.entries(), state.set_aside(), state.takes()), (1, 1, true));
+        assert_eq!((state().entries, state().set_aside, state().takes), (1, 1, true));
         spool.close().await;
         let spool = open();
-        assert_eq!((spool.state().entries(), spool.state().set_aside()), (1, 0));
+        assert_eq!((spool.state().borrow().entries, spool.state().borrow().set_aside), (1, 0));
         assert_eq!(spool.read(0, 10).await.unwrap()[0].1.id(), "a");
     }
 }

@@ -60,14 +60,16 @@ impl Arguments {
         })
     }
 
-    /// Returns the exchange and the queues, with the configured prefix and queue type.
+    /// Returns the exchange and the queues, with the configured prefix and queue type. A queue that
+    /// has retry queues may have a name of at most 13 bytes, so that their names are not too long, even with
+    /// the longest prefix and delay.
     pub fn topology(&self, exchange: &str, routing_key: &str, queue: &str) -> Topology {
         Topology::new(&self.amqp_prefix, exchange, routing_key, queue, self.queue_type)
     }
 }
 
 /// Reads a prefix. A name in AMQP has at most 255 bytes (0-9-1, "short strings"), and 60 of them are reserved
-/// for the name of a queue, `.retry.` and a delay.
+/// for the name of a queue (13 bytes), `.retry.` (7) and a delay (40).
 fn prefix(prefix: &str) -> Result<String, String> {
     match prefix.len() {
         0..=195 => Ok(prefix.to_owned()),

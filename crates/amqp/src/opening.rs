@@ -43,16 +43,16 @@ impl OpenError {
         let ErrorKind::ProtocolError(answer) = error.kind() else {
             return Self::Connection(error);
         };
-        let text = answer.get_message();
-        match answer.kind() {
-            Soft(PRECONDITIONFAILED | RESOURCELOCKED) => {}
+        let why = match answer.kind() {
+            Soft(PRECONDITIONFAILED | RESOURCELOCKED) => {
+                format!("{kind} {name} on the broker is not as expected")
+            }
             Soft(ACCESSREFUSED) | Hard(NOTALLOWED | NOTIMPLEMENTED) => {
-                let why = format!("the broker does not allow {kind} {name} to be declared: {text}");
-                return Self::Refused(why);
+                format!("the broker does not allow {kind} {name} to be declared")
             }
             // The node that holds the queue may be down.
             _ => return Self::Connection(error),
-        }
+        };
         let expected = expected.inner().iter().map(|(name, value)| match value {
             AMQPValue::LongString(text) => format!(", {name}={text}"),
             AMQPValue::LongInt(number) => format!(", {name}={number}"),
@@ -60,9 +60,8 @@ impl OpenError {
             other => format!(", {name}={other:?}"),
         });
         let expected: String = expected.collect();
-        Self::Refused(format!(
-            "{kind} {name} on the broker is not as expected: {text}; expected durable{expected}"
-        ))
+        let answer = answer.get_message();
+        Self::Refused(format!("{why}: {answer}; expected durable{expected}"))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     caller::{Asked, Debug},
-    hex::padded_hex,
+    hex::short_hex,
 };
 use opentelemetry::{
     Context, KeyValue,
@@ -148,7 +148,7 @@ fn parse_single(value: Option<&str>) -> Option<(SpanContext, bool)> {
     let (trace_id, span_id) = (fields.next()?, fields.next()?);
     let state = fields.next().unwrap_or_default();
     if let Some(parent) = fields.next() {
-        padded_hex::<8>(parent)?;
+        short_hex(parent, 16)?;
     }
     fields.next().is_none().then(|| span_context(trace_id, span_id, state))?
 }
@@ -164,8 +164,8 @@ fn span_context(trace_id: &str, span_id: &str, state: &str) -> Option<(SpanConte
         "0" | "false" | "" => TraceFlags::NOT_SAMPLED,
         _ => return None,
     };
-    let trace_id = TraceId::from_bytes(padded_hex(trace_id)?);
-    let span_id = SpanId::from_bytes(padded_hex(span_id)?);
+    let trace_id = TraceId::from(short_hex(trace_id, 32)?);
+    let span_id = SpanId::from(short_hex(span_id, 16)? as u64);
     let remote = SpanContext::new(trace_id, span_id, flags, true, TraceState::NONE);
     remote.is_valid().then_some((remote, state == "d"))
 }

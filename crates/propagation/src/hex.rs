@@ -1,30 +1,13 @@
 //! Parses the hex digits of ids.
 
-/// Parses exactly `2 * N` lower-case hex digits, as the W3C formats demand.
-pub(crate) fn lower_hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
-    fn nibble(digit: u8) -> Option<u8> {
-        match digit {
-            b'0'..=b'9' => Some(digit - b'0'),
-            b'a'..=b'f' => Some(digit - b'a' + 10),
-            _ => None,
-        }
-    }
-    if digits.len() != 2 * N {
-        return None;
-    }
-    let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
-    }
-    Some(bytes)
+/// Parses exactly `length` lower-case hex digits, as the W3C formats demand.
+pub(crate) fn lower_hex(digits: &str, length: usize) -> Option<u128> {
+    let is_legal = digits.len() == length && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    is_legal.then(|| u128::from_str_radix(digits, 16).ok())?
 }
 
-/// Parses the ids of B3 and Jaeger. Unlike [`lower_hex`], this function accepts upper case, and pads with
-/// zeros on the left.
-pub(crate) fn padded_hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
-    let width = 2 * N;
-    // An empty text is refused here, because it would be padded to zeros. `lower_hex` refuses too many
-    // digits.
-    let padded = (!digits.is_empty()).then(|| format!("{:0>width$}", digits.to_ascii_lowercase()))?;
-    lower_hex(padded.as_bytes())
+/// Parses at most `longest` hex digits of either case, for the ids of B3 and Jaeger.
+pub(crate) fn short_hex(digits: &str, longest: usize) -> Option<u128> {
+    let is_legal = digits.len() <= longest && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    is_legal.then(|| u128::from_str_radix(digits, 16).ok())?
 }

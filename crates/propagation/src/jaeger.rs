@@ -3,7 +3,7 @@
 //! Only the trace context is read and written. Jaeger's baggage (`uberctx-*`) is not read. To propagate
 //! baggage, add the propagator `baggage`.
 
-use crate::{caller::Debug, hex::padded_hex};
+use crate::{caller::Debug, hex::short_hex};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator, text_map_propagator::FieldIter},
@@ -50,10 +50,10 @@ impl TextMapPropagator for JaegerPropagator {
 fn parse(value: &str) -> Option<(SpanContext, bool)> {
     let value = value.trim().replace("%3A", ":").replace("%3a", ":");
     let mut fields = value.split(':');
-    let trace_id = TraceId::from_bytes(padded_hex(fields.next()?)?);
-    let span_id = SpanId::from_bytes(padded_hex(fields.next()?)?);
+    let trace_id = TraceId::from(short_hex(fields.next()?, 32)?);
+    let span_id = SpanId::from(short_hex(fields.next()?, 16)? as u64);
     let _deprecated_parent = fields.next()?;
-    let [flags] = padded_hex(fields.next()?)?;
+    let flags = short_hex(fields.next()?, 2)? as u8;
     let is_debug = flags & DEBUG != 0;
     let sampled = is_debug || flags & SAMPLED != 0;
 

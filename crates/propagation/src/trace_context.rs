@@ -128,24 +128,19 @@ pub fn traceparent(cx: &Context) -> Option<String> {
 
 /// Parses a `traceparent` (section 3.2.2, and section 3.2.4 for versions above 00).
 fn parse_traceparent(value: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
-    let value = trim_ows(value).as_bytes();
-    if value.len() < VERSION_00_LENGTH || [value[2], value[35], value[52]] != *b"---" {
-        return None;
-    }
-    let [version] = lower_hex(&value[..2])?;
-    let known_flags = match version {
+    let value = trim_ows(value);
+    let dashes = [value.get(2..3)?, value.get(35..36)?, value.get(52..53)?];
+    let known_flags = match lower_hex(value.get(..2)?, 2)? {
         0x00 if value.len() == VERSION_00_LENGTH => KNOWN_FLAGS,
         // A later version may have more fields, each after a dash. Of its flags, only `sampled` is known.
-        0x01..=0xfe if value.get(VERSION_00_LENGTH).is_none_or(|&next| next == b'-') => 0b1,
+        0x01..=0xfe if value.as_bytes().get(VERSION_00_LENGTH).is_none_or(|&next| next == b'-') => 0b1,
         _ => return None,
     };
-    let trace_id = TraceId::from_bytes(lower_hex(&value[3..35])?);
-    let span_id = SpanId::from_bytes(lower_hex(&value[36..52])?);
-    let [flags] = lower_hex(&value[53..55])?;
-    if trace_id == TraceId::INVALID || span_id == SpanId::INVALID {
-        return None;
-    }
-    Some((trace_id, span_id, TraceFlags::new(flags & known_flags)))
+    let trace_id = TraceId::from(lower_hex(value.get(3..35)?, 32)?);
+    let span_id = SpanId::from(lower_hex(value.get(36..52)?, 16)? as u64);
+    let flags = TraceFlags::new(lower_hex(value.get(53..VERSION_00_LENGTH)?, 2)? as u8 & known_flags);
+    let is_valid = dashes == ["-"; 3] && trace_id != TraceId::INVALID && span_id != SpanId::INVALID;
+    is_valid.then_some((trace_id, span_id, flags))
 }
 
 /// Parses the lines of `tracestate` (section 3.3.1). Several lines are one list, and one illegal member makes

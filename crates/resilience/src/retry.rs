@@ -96,7 +96,7 @@ where
 
             let mut attempt = 1;
             loop {
-                let failed = match inner.clone().oneshot(copy(&request)).await {
+                let failed = match inner.clone().oneshot(request.clone()).await {
                     Err(status) if status.code() == Code::Unavailable => status,
                     outcome => {
                         layer.budget.deposit();
@@ -138,16 +138,6 @@ impl RetryLayer {
         }
         self.budget.withdraw().then_some(pause)
     }
-}
-
-/// Copies a request without its extensions, which have a meaning only in this process.
-fn copy(request: &Request<Bytes>) -> Request<Bytes> {
-    let mut copy = Request::new(request.body().clone());
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.version_mut() = request.version();
-    *copy.headers_mut() = request.headers().clone();
-    copy
 }
 
 #[cfg(test)]

@@ -4,34 +4,34 @@
 //! h2, on which tonic is built, sets another limit by default: at most 20 streams that were reset before the
 //! server accepted them ("rapid reset", CVE-2023-44487).
 
-use crate::{
-    listener::Listener,
-    socket::{Socket, Sockets},
-    waiting::Waiting,
-};
+use crate::{listener::Listener, seldom::Seldom, waiting::Waiting};
 use futures_util::stream::{self, Stream};
 use std::{
     convert::Infallible,
     io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpListener,
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::{TcpListener, TcpStream},
+    select,
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, Sleep, sleep},
+    task::JoinSet,
+    time::{Sleep, sleep, timeout},
 };
-use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+use tokio_util::either::Either;
 use tonic::transport::{
     Server,
     server::{Connected, TcpConnectInfo},
 };
 
 /// The first bytes that an HTTP/2 client sends (RFC 9113, section 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// How long a client may take to send the preface, including the TLS handshake.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -72,66 +72,98 @@ pub fn incoming(
 ) -> impl Stream<Item = Result<Connection, Infallible>> {
     // One connection more than `max` is accepted, and then an older connection is closed to make room for it.
     let permits = Arc::new(Semaphore::new(max + 1));
-    let state = (Listener::new(listener), permits, Waiting::default());
-    let sockets = Arc::new(Sockets::new(tls));
-    let lifetime = max_connection_age + AGE_GRACE;
-    stream::unfold(state, move |(mut listener, permits, waiting)| {
-        let sockets = sockets.clone();
+    let (waiting, warnings) = (Waiting::default(), Seldom::default());
+    let tls = tls.map(TlsAcceptor::from);
+    let state = (Listener::new(listener), JoinSet::new());
+    stream::unfold(state, move |(mut listener, mut beginning)| {
+        let (permits, waiting, warnings, tls) =
+            (permits.clone(), waiting.clone(), warnings.clone(), tls.clone());
         async move {
-            // Nobody closes this semaphore, so acquiring a permit never fails.
-            let permit = permits.clone().acquire_owned().await.ok()?;
-            let (stream, peer) = listener.accept().await;
-            if permits.available_permits() == 0 {
-                waiting.let_go();
+            loop {
+                let accepted = async {
+                    let permit = permits.clone().acquire_owned().await.ok()?;
+                    Some((permit, listener.accept().await))
+                };
+                let (permit, (stream, peer)) = select! {
+                    Some(accepted) = accepted => accepted,
+                    Some(begun) = beginning.join_next() => match begun {
+                        Ok(Some(connection)) => return Some((Ok(connection), (listener, beginning))),
+                        _ => continue,
+                    },
+                };
+                if permits.available_permits() == 0 {
+                    waiting.let_go();
+                }
+                let (place, tls, warnings) = (waiting.enter(), tls.clone(), warnings.clone());
+                beginning.spawn(async move {
+                    select! {
+                        begun = timeout(PREFACE_TIMEOUT, begin(stream, peer, tls, &warnings)) => {
+                            let (stream, peer) = begun.ok()??;
+                            let until = Box::pin(sleep(max_connection_age + AGE_GRACE));
+                            Some(Connection { stream, peer, preface: PREFACE, until, _permit: permit })
+                        }
+                        () = place.must_go() => None,
+                    }
+                });
             }
-            let place = waiting.enter();
-            let connection = Connection {
-                peer: stream.connect_info(),
-                socket: sockets.socket(stream, peer),
-                preface: PREFACE,
-                until: Box::pin(sleep(PREFACE_TIMEOUT)),
-                lifetime,
-                must_go: Some(Box::pin(async move { place.must_go().await })),
-                _permit: permit,
-            };
-            Some((Ok(connection), (listener, permits, waiting)))
         }
     })
 }
 
-/// A connection that is cut off when its time is over.
-pub struct Connection {
-    peer: TcpConnectInfo,
-    socket: Socket,
-    /// The part of the preface that has not been received yet.
-    preface: &'static [u8],
-    /// The time when the connection is cut off: at first for lack of the preface, later because of its age.
-    until: Pin<Box<Sleep>>,
-    lifetime: Duration,
-    /// A future that is ready when the connection has to make room for another connection. `None` once the
-    /// preface has been received.
-    must_go: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    _permit: OwnedSemaphorePermit,
+/// Waits for the TLS handshake and for the preface. Returns `None` if either of them fails.
+async fn begin(
+    stream: TcpStream,
+    peer: SocketAddr,
+    tls: Option<TlsAcceptor>,
+    warnings: &Seldom,
+) -> Option<(Either<TcpStream, TlsStream<TcpStream>>, TcpConnectInfo)> {
+    let info = stream.connect_info();
+    let mut stream = match tls {
+        Some(tls) => Either::Right(handshake(stream, peer, tls, warnings).await?),
+        None => Either::Left(stream),
+    };
+    let (mut expected, mut bytes) = (&PREFACE[..], [0; PREFACE.len()]);
+    while !expected.is_empty() {
+        let count = stream.read(&mut bytes[..expected.len()]).await.ok().filter(|count| *count > 0)?;
+        expected = expected.strip_prefix(&bytes[..count])?;
+    }
+    Some((stream, info))
 }
 
-impl Connection {
-    /// Returns an error if the preface has not arrived in time. Writes also check that, because with TLS the
-    /// first write waits for the handshake before anything is read.
-    fn check_preface(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if self.preface.is_empty() { Ok(()) } else { self.check(cx) }
+async fn handshake(
+    stream: TcpStream,
+    peer: SocketAddr,
+    tls: TlsAcceptor,
+    warnings: &Seldom,
+) -> Option<TlsStream<TcpStream>> {
+    let (error, mut stream) = match tls.accept(stream).into_fallible().await {
+        Ok(stream) => return Some(stream),
+        Err(failed) => failed,
+    };
+    // This may be a client without a certificate. A client that only opens and closes a connection is not worth
+    // a warning.
+    if error.kind() == io::ErrorKind::InvalidData && warnings.is_due() {
+        tracing::warn!(%peer, %error, "refused a connection: the TLS handshake failed");
+    } else {
+        tracing::debug!(%peer, %error, "the TLS handshake failed");
     }
+    // Wait until the client has closed its side. If a socket is closed while it holds unread bytes, the system
+    // resets the connection, and the client may never see the alert that says what is wrong.
+    let _ = stream.shutdown().await;
+    while let Ok(1..) = stream.read(&mut [0; 1024]).await {}
+    None
+}
 
-    /// Returns an error if the connection has to end.
-    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if self.must_go.as_mut().is_some_and(|must_go| must_go.as_mut().poll(cx).is_ready()) {
-            self.must_go = None;
-            self.until.as_mut().reset(Instant::now());
-        }
-        match self.until.as_mut().poll(cx) {
-            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
-            Poll::Pending => Ok(()),
-        }
-    }
+/// A connection that has begun to speak HTTP/2.
+pub struct Connection {
+    stream: Either<TcpStream, TlsStream<TcpStream>>,
+    peer: TcpConnectInfo,
+    /// The part of the preface that tonic has not read yet. The whole preface has arrived.
+    preface: &'static [u8],
+    /// When the connection is cut off. (tonic 0.14.9 has `max_connection_age_grace` for this, but never asks
+    /// the client to close the connection if that is set.)
+    until: Pin<Box<Sleep>>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl AsyncRead for Connection {
@@ -140,30 +172,22 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.check(cx)?;
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        if !self.preface.is_empty() {
-            let read = &buffer.filled()[before..];
-            let expected = read.len().min(self.preface.len());
-            if read[..expected] != self.preface[..expected] {
-                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
-            }
-            self.preface = &self.preface[expected..];
-            if self.preface.is_empty() {
-                let end = Instant::now() + self.lifetime;
-                self.until.as_mut().reset(end);
-                self.must_go = None;
-            }
+        if self.until.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
+        if self.preface.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buffer);
+        }
+        let (now, later) = self.preface.split_at(self.preface.len().min(buffer.remaining()));
+        buffer.put_slice(now);
+        self.preface = later;
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
-        self.check_preface(cx)?;
-        Pin::new(&mut self.socket).poll_write(cx, buffer)
+        Pin::new(&mut self.stream).poll_write(cx, buffer)
     }
 
     fn poll_write_vectored(
@@ -171,21 +195,19 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.check_preface(cx)?;
-        Pin::new(&mut self.socket).poll_write_vectored(cx, buffers)
+        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.check_preface(cx)?;
-        Pin::new(&mut self.socket).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

@@ -6,7 +6,6 @@
 //! - [`grpc`]: tonic's server, with limits on connections
 //! - [`memory`]: gives freed memory back to the system
 //! - [`health`]: asks a gRPC service for its health
-//! - `socket`: a connection with or without TLS
 //! - [`waiting`]: decides which connection is closed when there are too many
 //! - [`seldom`]: limits a log line to one per minute
 //! - [`shutdown`]: leads a service from the signal to its exit, within one deadline
@@ -19,5 +18,4 @@ pub mod memory;
 pub mod process;
 pub mod seldom;
 pub mod shutdown;
-mod socket;
 pub mod waiting;

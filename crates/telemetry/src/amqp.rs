@@ -8,7 +8,7 @@
 
 mod broker;
 
-pub use broker::{Broker, ContextSource};
+pub use broker::Broker;
 
 use lapin::types::{AMQPValue, FieldTable};
 use opentelemetry::{
@@ -64,19 +64,20 @@ fn strings(value: &AMQPValue) -> Vec<&str> {
     }
 }
 
-/// Reads the producer's context from the headers, or else from the body.
-pub fn extract(headers: Option<&FieldTable>, body: &dyn Extractor) -> (Context, ContextSource) {
+/// Reads the producer's context from the headers, or else from the body. Also returns where it was found:
+/// `headers`, `body` or `none`.
+pub fn extract(headers: Option<&FieldTable>, body: &dyn Extractor) -> (Context, &'static str) {
     let continues_a_trace = |cx: &Context| cx.span().span_context().is_valid();
     let from_headers = headers.map(|headers| crate::extract(&Headers(headers))).unwrap_or_default();
     if continues_a_trace(&from_headers) {
-        return (from_headers, ContextSource::Headers);
+        return (from_headers, "headers");
     }
     let from_body = crate::extract(body);
     if continues_a_trace(&from_body) {
-        return (from_body, ContextSource::Body);
+        return (from_body, "body");
     }
     // There is no trace, but the headers may hold baggage.
-    (from_headers, ContextSource::None)
+    (from_headers, "none")
 }
 
 /// How a consumer span relates to the producer span.
@@ -92,22 +93,17 @@ pub enum Relation {
 }
 
 impl FromStr for Relation {
-    type Err = UnknownRelation;
+    type Err = &'static str;
 
-    fn from_str(name: &str) -> Result<Self, UnknownRelation> {
+    fn from_str(name: &str) -> Result<Self, &'static str> {
         match name {
             "parent" => Ok(Self::Parent),
             "link" => Ok(Self::Link),
             "both" => Ok(Self::Both),
-            _ => Err(UnknownRelation),
+            _ => Err("expected parent, link or both"),
         }
     }
 }
-
-/// The error for a name that is not the name of a [`Relation`].
-#[derive(Debug, thiserror::Error)]
-#[error("expected parent, link or both")]
-pub struct UnknownRelation;
 
 impl Relation {
     /// Makes a CONSUMER span for a message with the context `producer`. Returns the span's builder and its

@@ -46,7 +46,6 @@ use prost::Message;
 use std::{
     collections::HashSet,
     error::Error,
-    fmt,
     pin::Pin,
     sync::{
         Arc,
@@ -61,7 +60,8 @@ use tower::{Layer, Service};
 #[derive(Clone)]
 pub struct GrpcClientLayer {
     tracer: Arc<BoxedTracer>,
-    server: Server,
+    /// The address and the port of the server, as configured.
+    server: (Arc<str>, u16),
     duration: Option<Histogram<f64>>,
 }
 
@@ -69,19 +69,6 @@ pub struct GrpcClientLayer {
 /// if metrics are exported.
 fn duration_histogram(name: &'static str) -> Option<Histogram<f64>> {
     metrics::are_exported().then(|| metrics::duration_histogram(&layers_meter(), name))
-}
-
-/// The address of the server, as configured.
-#[derive(Clone)]
-struct Server {
-    address: Arc<str>,
-    port: u16,
-}
-
-impl fmt::Display for Server {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.address, self.port)
-    }
 }
 
 impl GrpcClientLayer {
@@ -92,7 +79,7 @@ impl GrpcClientLayer {
         let port = endpoint.port_u16().unwrap_or(default_port);
         Self {
             tracer: Arc::new(layers_tracer()),
-            server: Server { address, port },
+            server: (address, port),
             duration: duration_histogram("rpc.client.call.duration"),
         }
     }
@@ -130,15 +117,15 @@ where
     }
 
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        let GrpcClientLayer { tracer, server, duration } = &self.layer;
+        let GrpcClientLayer { tracer, server: (address, port), duration } = self.layer.clone();
         let parent = Context::current();
         let method = request.uri().path().trim_start_matches('/').to_owned();
         let mut attributes = Vec::with_capacity(8);
         attributes.extend([
             KeyValue::new(semconv::RPC_SYSTEM_NAME, "grpc"),
             KeyValue::new(semconv::RPC_METHOD, method.clone()),
-            KeyValue::new(semconv::SERVER_ADDRESS, server.address.clone()),
-            KeyValue::new(semconv::SERVER_PORT, i64::from(server.port)),
+            KeyValue::new(semconv::SERVER_ADDRESS, address.clone()),
+            KeyValue::new(semconv::SERVER_PORT, i64::from(port)),
         ]);
         let measured = duration.as_ref().map(|duration| Measurement::start(duration, attributes.clone()));
         let builder = SpanBuilder::from_name(method).with_kind(SpanKind::Client).with_attributes(attributes);
@@ -146,8 +133,7 @@ where
         let cx = crate::with_span(&parent, span);
         crate::inject(&cx, &mut HeadersMut(request.headers_mut()));
         let span = GrpcSpan::new(cx.clone(), SpanKind::Client, request.headers(), measured);
-        let server = server.clone();
-        let peer = crate::peer(&server.address, server.port.into());
+        let peer = crate::peer(&address, port.into());
 
         let response = {
             let _attached = cx.clone().attach();
@@ -163,7 +149,7 @@ where
                 Err(error) => {
                     let status = transport_status(error.into());
                     let description = match cause(&status) {
-                        Some(cause) => format!("connect to {server}: {cause}"),
+                        Some(cause) => format!("connect to {address}:{port}: {cause}"),
                         None => status.message().to_owned(),
                     };
                     // `end` sets an error without a description, but the span keeps this description.

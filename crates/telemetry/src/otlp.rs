@@ -12,9 +12,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::connect::HttpConnector;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response, hyper::HyperClient};
-use opentelemetry_otlp::{
-    ExporterBuildError, LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig,
-};
+use opentelemetry_otlp::{LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::metrics::Temporality;
 use std::time::Duration;
 #[cfg(feature = "otlp-grpc")]
@@ -26,14 +24,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 #[cfg(feature = "otlp-grpc")]
 const MAX_SILENCE: f64 = 0.95;
 
+/// Builds an exporter. (The builders of the three kinds have no common trait.)
+macro_rules! exporter {
+    ($builder:expr, $config:expr) => {{
+        let exporter = match $config.protocol {
+            #[cfg(feature = "otlp-grpc")]
+            Protocol::Grpc => grpc($builder.with_tonic(), $config)?.build(),
+            _ => http($builder.with_http(), $config)?.build(),
+        };
+        exporter.map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP", error.to_string()))
+    }};
+}
+
 /// Builds the exporter that sends spans.
 pub(crate) fn span_exporter(config: &OtlpConfig) -> Result<SpanExporter, ConfigError> {
-    let builder = SpanExporter::builder();
-    built(match config.protocol {
-        #[cfg(feature = "otlp-grpc")]
-        Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
-        _ => http(builder.with_http(), config)?.build(),
-    })
+    exporter!(SpanExporter::builder(), config)
 }
 
 /// Builds the exporter that sends metrics.
@@ -41,26 +46,12 @@ pub(crate) fn metric_exporter(
     config: &OtlpConfig,
     temporality: Temporality,
 ) -> Result<MetricExporter, ConfigError> {
-    let builder = MetricExporter::builder().with_temporality(temporality);
-    built(match config.protocol {
-        #[cfg(feature = "otlp-grpc")]
-        Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
-        _ => http(builder.with_http(), config)?.build(),
-    })
+    exporter!(MetricExporter::builder().with_temporality(temporality), config)
 }
 
 /// Builds the exporter that sends log records.
 pub(crate) fn log_exporter(config: &OtlpConfig) -> Result<LogExporter, ConfigError> {
-    let builder = LogExporter::builder();
-    built(match config.protocol {
-        #[cfg(feature = "otlp-grpc")]
-        Protocol::Grpc => grpc(builder.with_tonic(), config)?.build(),
-        _ => http(builder.with_http(), config)?.build(),
-    })
-}
-
-fn built<E>(exporter: Result<E, ExporterBuildError>) -> Result<E, ConfigError> {
-    exporter.map_err(|error| ConfigError::new("OTEL_EXPORTER_OTLP", error.to_string()))
+    exporter!(LogExporter::builder(), config)
 }
 
 /// Configures an exporter for gRPC. The library itself reads the headers from the environment. [`OtlpConfig`]

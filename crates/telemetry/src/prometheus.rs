@@ -4,12 +4,12 @@
 //! that all services serve metrics in the same way.
 
 use crate::config::ConfigError;
-use http::{Request, Response, StatusCode, header};
+use http::{Request, Response, header};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use opentelemetry_prometheus::PrometheusExporter;
 use prometheus::{Registry, TextEncoder};
-use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, time::Duration};
+use std::{collections::VecDeque, net::SocketAddr, time::Duration};
 use tokio::{
     net::TcpListener,
     task::AbortHandle,
@@ -57,7 +57,7 @@ async fn serve(listener: TcpListener, registry: Registry) {
         }
         let registry = registry.clone();
         let task = tokio::spawn(async move {
-            let answer = service_fn(async |request| Ok::<_, Infallible>(answer(&request, &registry)));
+            let answer = service_fn(async |request| answer(&request, &registry));
             let mut http = http1::Builder::new();
             let connection = http
                 .timer(TokioTimer::new())
@@ -69,24 +69,16 @@ async fn serve(listener: TcpListener, registry: Registry) {
     }
 }
 
-fn answer(request: &Request<Incoming>, registry: &Registry) -> Response<String> {
-    if request.uri().path() != "/metrics" {
-        let mut response = Response::new("there is only /metrics\n".to_owned());
-        *response.status_mut() = StatusCode::NOT_FOUND;
-        return response;
-    }
-    match TextEncoder::new().encode_to_string(&registry.gather()) {
-        Ok(text) => {
-            let mut response = Response::new(text);
-            let format = header::HeaderValue::from_static(prometheus::TEXT_FORMAT);
-            response.headers_mut().insert(header::CONTENT_TYPE, format);
-            response
-        }
-        Err(error) => {
-            tracing::warn!(%error, "encoding metrics for Prometheus failed");
-            let mut response = Response::new(String::new());
-            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
-            response
-        }
-    }
+fn answer(request: &Request<Incoming>, registry: &Registry) -> http::Result<Response<String>> {
+    let (status, text) = match request.uri().path() {
+        "/metrics" => match TextEncoder::new().encode_to_string(&registry.gather()) {
+            Ok(text) => (200, text),
+            Err(error) => {
+                tracing::warn!(%error, "encoding metrics for Prometheus failed");
+                (500, String::new())
+            }
+        },
+        _ => (404, "there is only /metrics\n".to_owned()),
+    };
+    Response::builder().status(status).header(header::CONTENT_TYPE, prometheus::TEXT_FORMAT).body(text)
 }

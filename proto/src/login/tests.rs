@@ -53,7 +53,7 @@ fn only_a_mobile_number_is_a_login() {
         ["", "123456", "1234567890123456", "1380013800x", "\\u0000", "13800138000\\u0000", "+13800138000"]
     {
         let (_, message) = LoginMessage::from_json(format!(r#"{{"Msg":"{msg}"}}"#).as_bytes());
-        assert_eq!(message.unwrap_err(), LoginMessageError::NotAMobileNumber, "{msg}");
+        assert_eq!(message.unwrap_err().reason, "not_a_mobile_number", "{msg}");
     }
 }
 

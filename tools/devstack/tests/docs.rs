@@ -31,6 +31,9 @@ fn documents() -> Result<Vec<(PathBuf, String)>> {
     for entry in fs::read_dir(root().join("docs/decisions"))? {
         paths.push(entry?.path());
     }
+    for entry in fs::read_dir(root().join("tools"))? {
+        paths.extend(Some(entry?.path().join("README.md")).filter(|page| page.exists()));
+    }
     paths.into_iter().map(|path| Ok((path.clone(), fs::read_to_string(path)?))).collect()
 }
 
@@ -60,11 +63,15 @@ fn files_in_backticks_exist() -> Result<()> {
         let is_file = |code: &&str| {
             let code = code.trim_end_matches('/');
             !code.contains([' ', '{', '*', '…'])
-                && (code.ends_with(".rs") || code.ends_with(".md") || code.ends_with(".proto"))
+                && (code.ends_with(".rs")
+                    || code.ends_with(".md")
+                    || code.ends_with(".proto")
+                    || code.ends_with(".json"))
                 && code.contains('/')
         };
         for file in text.lines().flat_map(in_backticks).filter(is_file) {
-            assert!(root().join(file).exists(), "{}: {file}", path.display());
+            let beside = path.parent().context("a folder")?.join(file);
+            assert!(root().join(file).exists() || beside.exists(), "{}: {file}", path.display());
         }
     }
     Ok(())
@@ -120,6 +127,20 @@ fn code_of_the_page_on_layers_is_that_of_its_tests() -> Result<()> {
         assert!(source.windows(block.len()).any(|lines| lines == block), "{block:#?}");
     }
     assert!(blocks.len() > 3, "{}", blocks.len());
+    Ok(())
+}
+
+/// A file of end-to-end tests that `main.rs` does not name would never run.
+#[test]
+fn every_file_of_end_to_end_tests_is_in_the_program() -> Result<()> {
+    let folder = root().join("tools/devstack/tests/e2e");
+    let program = fs::read_to_string(folder.join("main.rs"))?;
+    for entry in fs::read_dir(&folder)? {
+        let path = entry?.path();
+        let name = path.file_stem().context("a name")?.display().to_string();
+        let is_test = path.extension().is_some_and(|extension| extension == "rs") && name != "main";
+        assert!(!is_test || program.contains(&format!("\nmod {name};\n")), "{name}");
+    }
     Ok(())
 }
 

@@ -48,27 +48,6 @@ impl Metrics {
     }
 }
 
-/// Where a message's trace context was found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ContextSource {
-    /// In the AMQP headers, which are read first.
-    Headers,
-    /// In the body.
-    Body,
-    /// Neither the headers nor the body had a valid context.
-    None,
-}
-
-impl ContextSource {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Headers => "headers",
-            Self::Body => "body",
-            Self::None => "none",
-        }
-    }
-}
-
 /// Distinguishes this process from other instances of its service.
 static INSTANCE: LazyLock<String> = LazyLock::new(|| Uuid::new_v4().simple().to_string().split_off(24));
 
@@ -133,21 +112,22 @@ impl Broker {
         error: Option<&'static str>,
     ) -> Vec<KeyValue> {
         let (address, port) = self.host();
-        let mut labels = vec![
+        // There is room for the attributes of a span.
+        let mut labels = Vec::with_capacity(16);
+        labels.extend([
             KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
             KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
             KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination),
             KeyValue::new(semconv::SERVER_ADDRESS, address.to_owned()),
             KeyValue::new(semconv::SERVER_PORT, port),
-        ];
+        ]);
         labels.extend(error.map(|error| KeyValue::new(semconv::ERROR_TYPE, error)));
         labels
     }
 
     /// Returns the attributes of a PRODUCER span.
     pub fn producer_attributes(&self, exchange: &str, routing_key: &str, message_id: &str) -> Vec<KeyValue> {
-        let mut attributes =
-            self.attributes("send", &destination_name(&[exchange, routing_key]), routing_key);
+        let mut attributes = self.attributes("send", destination_name(&[exchange, routing_key]), routing_key);
         attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, message_id.to_owned()));
         attributes
     }
@@ -164,15 +144,15 @@ impl Broker {
         &self,
         delivery: &Delivery,
         queue: &str,
-        source: ContextSource,
+        source: &'static str,
         message_id: &str,
     ) -> Vec<KeyValue> {
         let (exchange, routing_key) = (delivery.exchange.as_str(), delivery.routing_key.as_str());
         let destination = destination_name(&[exchange, routing_key, queue]);
-        let mut attributes = self.attributes("process", &destination, routing_key);
+        let mut attributes = self.attributes("process", destination, routing_key);
         let delivery_tag = delivery.delivery_tag.cast_signed();
         attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_DELIVERY_TAG, delivery_tag));
-        attributes.push(KeyValue::new(semconv::TRACE_CONTEXT_SOURCE, source.as_str()));
+        attributes.push(KeyValue::new(semconv::TRACE_CONTEXT_SOURCE, source));
         attributes.push(KeyValue::new(semconv::MESSAGING_MESSAGE_ID, message_id.to_owned()));
         if let Some(id) = delivery.properties.correlation_id() {
             let id: String = without_long_numbers(id.as_str());
@@ -181,18 +161,10 @@ impl Broker {
         attributes
     }
 
-    fn attributes(&self, operation: &'static str, destination: &str, routing_key: &str) -> Vec<KeyValue> {
-        let (address, port) = self.host();
-        let mut attributes = Vec::with_capacity(16);
-        attributes.extend([
-            KeyValue::new(semconv::MESSAGING_SYSTEM, "rabbitmq"),
-            KeyValue::new(semconv::MESSAGING_OPERATION_NAME, operation),
-            KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation),
-            KeyValue::new(semconv::MESSAGING_DESTINATION_NAME, destination.to_owned()),
-            KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id.clone()),
-            KeyValue::new(semconv::SERVER_ADDRESS, address.to_owned()),
-            KeyValue::new(semconv::SERVER_PORT, port),
-        ]);
+    fn attributes(&self, operation: &'static str, destination: String, routing_key: &str) -> Vec<KeyValue> {
+        let mut attributes = self.labels(operation, destination, None);
+        attributes.push(KeyValue::new(semconv::MESSAGING_OPERATION_TYPE, operation));
+        attributes.push(KeyValue::new(semconv::MESSAGING_CLIENT_ID, self.client_id.clone()));
         if !routing_key.is_empty() {
             attributes.push(KeyValue::new(semconv::MESSAGING_RABBITMQ_ROUTING_KEY, routing_key.to_owned()));
         }

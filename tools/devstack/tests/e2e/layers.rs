@@ -14,7 +14,7 @@ use harness::{
 };
 use mq::{
     history::{self, History, Login, Processed},
-    processing::RecordLogin,
+    processing::record,
 };
 use proto::{
     login::{MobileNumber, NotAMobileNumber},
@@ -180,7 +180,10 @@ async fn around_the_processing_of_a_message() -> Result<()> {
     let url = format!("sqlite://{}", data.path().join("mq.db").display());
     let (history, _) = History::start(history::parse_url(&url).map_err(anyhow::Error::msg)?);
 
-    let processing = ServiceBuilder::new().layer(outer).layer(inner).service(RecordLogin::new(history));
+    let processing = ServiceBuilder::new()
+        .layer(outer)
+        .layer(inner)
+        .service_fn(move |login| record(history.clone(), login));
 
     let login = Login { message_id: "1".to_owned(), trace_id: None, mobile: known_mobile()?, attempt: 1 };
     for processed in [Processed::Applied, Processed::Duplicate] {
