@@ -77,7 +77,11 @@ async fn write_entries(
 async fn drain(config: &Config, spool: Spool) -> anyhow::Result<()> {
     let server = config.amqp.server().map_err(anyhow::Error::msg)?;
     let (state, all) = (spool.state(), spool.state().borrow().entries);
-    let left = || state.borrow().entries.saturating_sub(state.borrow().set_aside);
+    let left = || {
+        // The state is copied, because a second `borrow` during the first could wait for ever.
+        let state = *state.borrow();
+        state.entries.saturating_sub(state.set_aside)
+    };
     let topology = config.amqp.topology(EXCHANGE, ROUTING_KEY, QUEUE);
     let (_outbox, publishing) = Outbox::start(server.clone(), topology, config.publish_options(), spool);
     let (mut before, mut since) = (left(), Instant::now());

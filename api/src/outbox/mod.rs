@@ -130,7 +130,10 @@ fn observe(spool: watch::Receiver<spool::State>) {
             .u64_observable_gauge(name)
             .with_unit(unit)
             .with_description(description)
-            .with_callback(move |observer| observer.observe(value(&spool.borrow()), &[]))
+            .with_callback(move |observer| {
+                let state = *spool.borrow();
+                observer.observe(value(&state), &[]);
+            })
             .build();
     };
     gauge("throughline.spool.entries", "{login}", "Logins in the spool.", |spool| spool.entries);

@@ -296,7 +296,8 @@ mod tests {
         assert_eq!((state().entries, state().set_aside, state().takes), (1, 1, true));
         spool.close().await;
         let spool = open();
-        assert_eq!((spool.state().borrow().entries, spool.state().borrow().set_aside), (1, 0));
+        let state = *spool.state().borrow();
+        assert_eq!((state.entries, state.set_aside), (1, 0));
         assert_eq!(spool.read(0, 10).await.unwrap()[0].1.id(), "a");
     }
 }

@@ -63,7 +63,8 @@ pub fn builder(max_connection_age: Duration) -> Server {
 /// Accepts connections for [`builder`], at most `max` at once. A connection must begin to speak HTTP/2 within
 /// three seconds (with `tls`, including the handshake), and is cut off half a minute after its maximum age.
 /// When `max` is reached, a connection that has not begun to speak HTTP/2 is closed to make room for a new
-/// connection. If all connections speak HTTP/2, new connections wait in the system's queue.
+/// connection. If all connections speak HTTP/2, new connections wait in the system's queue. When the stream is
+/// dropped, connections that it has not yielded are closed.
 pub fn incoming(
     listener: TcpListener,
     max: usize,
@@ -97,12 +98,14 @@ pub fn incoming(
                 let (place, tls, warnings) = (waiting.enter(), tls.clone(), warnings.clone());
                 beginning.spawn(async move {
                     select! {
+                        // This is checked first, because no other connection makes room in its place.
+                        biased;
+                        () = place.must_go() => None,
                         begun = timeout(PREFACE_TIMEOUT, begin(stream, peer, tls, &warnings)) => {
                             let (stream, peer) = begun.ok()??;
                             let until = Box::pin(sleep(max_connection_age + AGE_GRACE));
                             Some(Connection { stream, peer, preface: PREFACE, until, _permit: permit })
                         }
-                        () = place.must_go() => None,
                     }
                 });
             }
@@ -116,10 +119,10 @@ async fn begin(
     peer: SocketAddr,
     tls: Option<TlsAcceptor>,
     warnings: &Seldom,
-) -> Option<(Either<TcpStream, TlsStream<TcpStream>>, TcpConnectInfo)> {
+) -> Option<(Either<TcpStream, Box<TlsStream<TcpStream>>>, TcpConnectInfo)> {
     let info = stream.connect_info();
     let mut stream = match tls {
-        Some(tls) => Either::Right(handshake(stream, peer, tls, warnings).await?),
+        Some(tls) => Either::Right(Box::new(Box::pin(handshake(stream, peer, tls, warnings)).await?)),
         None => Either::Left(stream),
     };
     let (mut expected, mut bytes) = (&PREFACE[..], [0; PREFACE.len()]);
@@ -150,13 +153,13 @@ async fn handshake(
     // Wait until the client has closed its side. If a socket is closed while it holds unread bytes, the system
     // resets the connection, and the client may never see the alert that says what is wrong.
     let _ = stream.shutdown().await;
-    while let Ok(1..) = stream.read(&mut [0; 1024]).await {}
+    while let Ok(1..) = stream.read(&mut [0; 64]).await {}
     None
 }
 
 /// A connection that has begun to speak HTTP/2.
 pub struct Connection {
-    stream: Either<TcpStream, TlsStream<TcpStream>>,
+    stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
     peer: TcpConnectInfo,
     /// The part of the preface that tonic has not read yet. The whole preface has arrived.
     preface: &'static [u8],

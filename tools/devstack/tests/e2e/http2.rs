@@ -14,6 +14,11 @@ use http_body_util::Empty;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use proto::usercenter::v1::{GetUserByMobileRequest, usercenter_client::UsercenterClient};
 use std::fs;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 use tonic::{Code, transport::Channel};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -121,6 +126,23 @@ async fn hostile_frames_end_their_connection_and_nothing_else() -> Result<()> {
     for service in [&stack.rpc, &stack.mq] {
         assert!(!service.output().contains("panicked"), "{}", service.output());
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preface_may_arrive_in_parts() -> Result<()> {
+    let stack = Stack::start(&[]).await?;
+    let mut connection = TcpStream::connect(stack.rpc.address).await?;
+    connection.set_nodelay(true)?;
+    let end = [&PREFACE[20..], &frame(SETTINGS, 0, 0, b"")].concat();
+    for part in [&PREFACE[..3], &PREFACE[3..20], &end] {
+        connection.write_all(part).await?;
+        // usercenter has read this part before it answers.
+        serving::health::probe(stack.rpc.address).await?;
+    }
+    let mut head = [0; 9];
+    timeout(PATIENCE, connection.read_exact(&mut head)).await??;
+    assert_eq!(head[3], SETTINGS, "{head:?}");
     Ok(())
 }
 

@@ -20,7 +20,7 @@ export default {
   async a_part_is_stopped_and_started_and_the_button_says_which({ open }) {
     const page = await open("/", { allow: /404/ });
     await page.getByRole("button", { name: "Stop usercenter" }).click();
-    await eventually(async () => /answered 503/.test(await page.textContent("#controls p")), true);
+    await eventually(async () => /answered with 503/.test(await page.textContent("#controls p")), true);
     await page.getByRole("button", { name: "Start usercenter" }).click();
     await page.getByRole("button", { name: "Stop usercenter" }).waitFor();
     await page.getByRole("button", { name: "Load" }).click();
