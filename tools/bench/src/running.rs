@@ -175,7 +175,7 @@ impl Running {
     /// Stops the services, and checks that every span arrived or was reported as dropped.
     ///
     /// # Errors
-    /// If a service doesn't stop cleanly, if the number of missing spans differs from the number reported as
+    /// If a service can't be stopped, if the number of missing spans differs from the number reported as
     /// dropped, or if metrics are missing or unexpected.
     pub async fn stop(mut self) -> Result<Costs> {
         let (cpu, logins) = (self.cpu_time()?, u32::try_from(self.logins - self.warm_up)?);
