@@ -83,7 +83,7 @@ impl Message {
         LoginMessage { carrier, msg: self.mobile.clone() }.to_json()
     }
 
-    /// Returns the properties of the message if it is published at `now`.
+    /// Returns the properties of the message, with `now` as the time of publishing.
     pub fn properties(&self, now: SystemTime) -> BasicProperties {
         let since_1970 = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         let milliseconds = i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX);

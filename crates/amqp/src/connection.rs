@@ -74,7 +74,7 @@ pub fn parse_url(url: &str) -> Result<Server, &'static str> {
     }
     let hosts: Vec<_> = hosts.split(',').collect();
     if hosts.len() > 1 && hosts.contains(&"") {
-        return Err("expected a host between two commas");
+        return Err("expected a host before and after each comma");
     }
     let hosts = hosts.into_iter().map(|host| parse_host(&format!("{scheme}://{user}{at}{host}{path}"), host));
     let (hosts, current) = (hosts.collect::<Result<_, _>>()?, Arc::default());

@@ -77,8 +77,8 @@ where
         let deadline = Deadline::within(asked.min(limit));
         let cx = deadline.context();
         let answer = answer.clone();
-        // A handler is not started if its time is already over, because a handler that never waits would
-        // still finish, at its first poll.
+        // If the deadline has already passed, the handler is not started. The time-out polls a handler before it
+        // checks the time, so a handler that never waits would finish in spite of the deadline.
         let handler = (!deadline.remaining().is_zero()).then(|| {
             let _attached = cx.clone().attach();
             timeout_at(deadline.0, self.inner.call(request).with_context(cx))

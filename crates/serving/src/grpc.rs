@@ -221,3 +221,36 @@ impl Connected for Connection {
         self.peer.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::StreamExt;
+    use std::pin::pin;
+
+    #[tokio::test]
+    async fn at_the_bound_the_oldest_connection_without_a_preface_makes_room() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut incoming = pin!(incoming(listener, 2, Duration::from_secs(300), None));
+        let connect = async || TcpStream::connect(address).await.unwrap();
+        let (mut oldest, mut silent, mut third) = (connect().await, connect().await, connect().await);
+        third.write_all(PREFACE).await.unwrap();
+        let Ok(mut begun) = timeout(PATIENCE, incoming.next()).await.unwrap().unwrap();
+        assert_eq!(timeout(PATIENCE, oldest.read(&mut [0])).await.unwrap().unwrap(), 0);
+        // The other silent connection has stayed open, and begins in time.
+        silent.write_all(PREFACE).await.unwrap();
+        assert!(timeout(PATIENCE, incoming.next()).await.unwrap().is_some());
+        // tonic reads the preface again, in pieces as small as it likes.
+        third.write_all(b"frames").await.unwrap();
+        let mut read: Vec<u8> = Vec::new();
+        while read.len() < PREFACE.len() + 6 {
+            let mut piece = [0; 5];
+            let count = timeout(PATIENCE, begun.read(&mut piece)).await.unwrap().unwrap();
+            read.extend(&piece[..count]);
+        }
+        assert_eq!(read, [&PREFACE[..], b"frames"].concat());
+    }
+}

@@ -1,5 +1,5 @@
-//! The page's endpoints beside Jaeger's API: the latest traces of all services, and events when a trace
-//! changes.
+//! The endpoints that the trace page needs in addition to Jaeger's API: the latest traces of all services, and an
+//! event whenever a trace changes.
 
 use super::{
     jaeger::Envelope,

@@ -106,7 +106,7 @@ impl Terminal {
 /// A span in its place in the tree.
 struct Row<'a> {
     span: &'a Span,
-    /// The branches that lead to the span, and its name.
+    /// The name of the span, after the lines of the tree that are drawn before it.
     name: String,
     is_new: bool,
     is_drawn: bool,
